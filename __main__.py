@@ -1,0 +1,5 @@
+"""`python -m boostdiff`."""
+
+from .cli import main
+
+main()

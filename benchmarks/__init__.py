@@ -1,0 +1,1 @@
+"""The proof: throughput, quality, and the report."""

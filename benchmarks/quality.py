@@ -1,0 +1,179 @@
+"""Quality: guided teacher, unguided teacher and students on the same prompts, seeds and initial noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+
+from ..engine.generate import generate, to_uint8
+from ..engine.guidance import Denoiser
+from ..engine.model import Model
+from ..teacher.palette import background_of, named_background
+from .features import Reference, features_of, frechet_distance, kernel_distance, paired_distance
+
+RESEED = 1_000_003
+"""Added to the seed for the teacher-against-teacher row: the distance that chance alone makes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityRow:
+    """One way of sampling, judged.
+
+    Attributes:
+        name: "teacher w=3", "student lora", …
+        passes: UNet passes per step and image.
+        distance: Fréchet distance to real images; None without a reference.
+        kid: kernel distance to real images, and `kid_error` its standard error.
+        kid_error: see `kid`.
+        paired: mean cosine distance to the guided teacher's image of the same seed.
+        background: share of images over the named background; None where prompts name none.
+        recovered: (unguided − this) / (unguided − guided) of `distance`; for students.
+    """
+
+    name: str
+    passes: int
+    distance: float | None
+    kid: float | None
+    kid_error: float | None
+    paired: float
+    background: float | None
+    recovered: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """All rows, and what they were measured on.
+
+    Attributes:
+        rows: see `QualityRow`.
+        images: N, of each row.
+        reference_images: behind the reference's statistics; 0 without a reference.
+        floor: distance of real images to the reference at this N: what a perfect model would get.
+        samples: the first images of each row, uint8 `(n, 3, H, W)`, by the row's name.
+    """
+
+    rows: list[QualityRow]
+    images: int
+    reference_images: int
+    floor: float | None
+    samples: dict[str, torch.Tensor] = field(repr=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values, without the images."""
+        return {
+            "rows": [asdict(row) for row in self.rows],
+            "images": self.images,
+            "reference_images": self.reference_images,
+            "floor": self.floor,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """A way of sampling to judge.
+
+    Attributes:
+        name: of its row.
+        passes: UNet passes per step and image.
+        open: gives the denoiser; called when its turn comes, as all may share one UNet.
+        seed_offset: added to the seed.
+    """
+
+    name: str
+    passes: int
+    open: Callable[[], Denoiser]
+    seed_offset: int = 0
+
+
+def background_accuracy(prompts: list[str], images: torch.Tensor) -> float | None:
+    """Share of images over the background that their prompt names; None where none is named."""
+    named = [(i, name) for i, prompt in enumerate(prompts) if (name := named_background(prompt))]
+    if not named:
+        return None
+    found = background_of(images[[i for i, _ in named]].permute(0, 2, 3, 1).numpy())
+    return sum(got == name for got, (_, name) in zip(found, named, strict=True)) / len(named)
+
+
+def judge(
+    model: Model,
+    contestants: list[Contestant],
+    *,
+    network: torch.nn.Module,
+    reference: Reference | None,
+    prompts: list[str],
+    make_scheduler: Callable[[], SchedulerMixin],
+    steps: int,
+    seed: int,
+    batch_size: int,
+    keep: int = 12,
+    on_images: Callable[[str, int], None] = lambda name, count: None,
+) -> Quality:
+    """Sample every contestant on the same prompts, seeds and noise, and measure.
+
+    Args:
+        model: text encoder, VAE and latents' shape.
+        contestants: the guided teacher first, the unguided second; then students, then controls.
+        network: features of uint8 images.
+        reference: real images, or None.
+        prompts: N of them.
+        make_scheduler: gives a fresh scheduler.
+        steps: sampling steps.
+        seed: image i starts from the noise of `seed + i`.
+        batch_size: images denoised together.
+        keep: images to keep of each row.
+        on_images: told of progress: the row's name and how many images took a step.
+    """
+    text = model.family.encode(model.pipeline, prompts)
+    rows: list[QualityRow] = []
+    samples: dict[str, torch.Tensor] = {}
+    guided_features = None
+    for contestant in contestants:
+        denoiser = contestant.open()
+        images = to_uint8(
+            generate(
+                model,
+                denoiser,
+                text=text,
+                make_scheduler=make_scheduler,
+                steps=steps,
+                seed=seed + contestant.seed_offset,
+                batch_size=batch_size,
+                on_step=lambda count, name=contestant.name: on_images(name, count),
+            )
+        )
+        features = features_of(network, images)
+        if guided_features is None:
+            guided_features = features
+        distance = frechet_distance(reference, features) if reference else None
+        kid, kid_error = kernel_distance(reference, features) if reference else (None, None)
+        recovered = None
+        if distance is not None and contestant.seed_offset == 0 and len(rows) >= 2:
+            guided, unguided = rows[0].distance, rows[1].distance
+            assert guided is not None
+            assert unguided is not None
+            recovered = (unguided - distance) / (unguided - guided)
+        rows.append(
+            QualityRow(
+                name=contestant.name,
+                passes=contestant.passes,
+                distance=distance,
+                kid=kid,
+                kid_error=kid_error,
+                paired=paired_distance(features, guided_features),
+                background=background_accuracy(prompts, images),
+                recovered=recovered,
+            )
+        )
+        samples[contestant.name] = images[:keep]
+    enough = reference is not None and len(reference.features) >= len(prompts)
+    return Quality(
+        rows=rows,
+        images=len(prompts),
+        reference_images=reference.count if reference else 0,
+        floor=frechet_distance(reference, reference.features[: len(prompts)]) if reference and enough else None,
+        samples=samples,
+    )

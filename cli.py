@@ -1,0 +1,363 @@
+"""The command line: parse, configure, one library call, print."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+# No command needs TensorFlow or JAX, and importing them beside torch takes seconds.
+os.environ.setdefault("USE_TF", "0")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+import click
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from . import __version__, teacher
+from .engine.errors import BoostDiffError, InputError
+
+app = typer.Typer(
+    name="boostdiff",
+    help="Distil classifier-free guidance into one pass: train, merge, export, prove.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console(stderr=True)
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="The embedded model [bold]emoji64[/], a diffusers folder or a hub id.")
+]
+StudentOption = Annotated[Path, typer.Option("--student", help="Folder that `boostdiff distill` wrote.")]
+EngineOption = Annotated[Path, typer.Option("--engine", help="Folder that `boostdiff export` wrote.")]
+SamplerOption = Annotated[str, typer.Option("--sampler", help="ddim, dpm++, unipc or euler.")]
+StepsOption = Annotated[int, typer.Option("--steps", help="Sampling steps.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"boostdiff {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Distil classifier-free guidance into one pass: train, merge, export, prove."""
+
+
+def _quiet_libraries() -> None:
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def _progress(description: str, total: int, start: int = 0) -> Iterator[Any]:
+    """A bar with an estimate on standard error; yields `advance(count, **columns)`."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(description, total=total, completed=start, note="")
+        yield lambda count=1, **fields: progress.update(task, advance=count, **fields)
+
+
+@app.command()
+def distill(
+    model: ModelOption = teacher.MODEL_NAME,
+    output: Annotated[Path, typer.Option("--output", help="Folder to write.")] = Path("outputs/student"),
+    method: Annotated[str, typer.Option("--method", help="lora or bitfit.")] = "lora",
+    rank: Annotated[int, typer.Option("--rank", help="Rank of LoRA.")] = 8,
+    guidance: Annotated[float, typer.Option("--guidance", help="Guidance scale w to distil in.")] = 3.0,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="One prompt a line: trains on online trajectories.")
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option("--images", help="Captioned images (metadata.jsonl, or a .txt beside each)."),
+    ] = None,
+    updates: Annotated[int | None, typer.Option("--updates", help="Optimizer updates.  [default: 300]")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="States an update.  [default: 32]")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", help="Peak learning rate.  [default: lora 1e-3, bitfit 3e-3]")
+    ] = None,
+    loss_weight: Annotated[
+        str | None,
+        typer.Option(
+            "--loss-weight", help="constant (the paper), snr, truncated-snr, snr+1, min-snr.  [default: snr]"
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="[bold]paper[/]: 1600 updates of 512 at 5e-5, constant weight.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="fp32, bf16 or fp16.  [default: fp32 on a CPU, else bf16]")
+    ] = None,
+    checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", help="Updates between checkpoints.")] = 50,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run of this output.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved configuration; read no weights.")
+    ] = False,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Train an adapter that makes one pass predict what guided sampling predicts."""
+    _quiet_libraries()
+    from .distill.presets import resolve_config
+    from .distill.train import count_parameters, distil
+    from .engine.model import locate, resolve_device
+
+    files = locate(model)
+    given = {
+        "updates": updates,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "loss_weight": loss_weight,
+        "precision": precision,
+    }
+    config = resolve_config(
+        preset=preset,
+        on_cpu=not dry_run and resolve_device(device).type == "cpu",
+        embedded=model == teacher.MODEL_NAME,
+        method=method,
+        rank=rank,
+        guidance=guidance,
+        prompts=prompts,
+        images=images,
+        seed=seed,
+        checkpoint_every=checkpoint_every,
+        **given,
+    )
+    if dry_run:
+        _print_json({"model": model, "output": str(output), **config.as_json(), **count_parameters(files, config)})
+        return
+    with _progress(f"distilling {method}", config.updates) as advance:
+        info = distil(
+            files,
+            config,
+            output=output,
+            device=device,
+            resume=resume,
+            on_start=advance,
+            on_update=lambda done: advance(note=f"loss {done.loss:.4f}"),
+        )
+    if as_json:
+        _print_json({"output": str(output), **asdict(info)})
+        return
+    console.print(
+        f"Student of {info.trainable_parameters:,} parameters in [bold]{output}[/] "
+        f"({info.result['seconds']:.0f} s, loss {info.result['final_loss']:.4f}); "
+        f"preview: {output / 'grid.png'}\nNext: [bold]boostdiff export --trt[/]"
+    )
+
+
+@app.command()
+def export(
+    model: ModelOption = teacher.MODEL_NAME,
+    student: StudentOption = Path("outputs/student"),
+    output: Annotated[Path, typer.Option("--output", help="Folder to write.")] = Path("outputs/engine"),
+    trt: Annotated[bool, typer.Option("--trt", help="Also build an FP16 TensorRT engine.")] = False,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Merge the student into the UNet and export it to ONNX and TensorRT, compared with torch before use."""
+    _quiet_libraries()
+    from .engine.model import locate
+    from .export.export import export as run
+
+    files = locate(model)
+    with console.status("exporting"):
+        manifest = run(files, student=student, output=output, trt=trt, device=device, report=console.print)
+    if as_json:
+        _print_json(asdict(manifest))
+        return
+    console.print(f"Engine in [bold]{output}[/]: {', '.join(manifest.artefacts)}\nNext: [bold]boostdiff bench --steps 20[/]")
+
+
+@app.command()
+def bench(
+    model: ModelOption = teacher.MODEL_NAME,
+    student: Annotated[
+        list[Path] | None,
+        typer.Option("--student", help="Student folder; repeat it to compare more.  [default: outputs/student]"),
+    ] = None,
+    engine: EngineOption = Path("outputs/engine"),
+    output: Annotated[Path, typer.Option("--output", help="Folder to write.")] = Path("outputs/bench"),
+    steps: StepsOption = 20,
+    sampler: SamplerOption = "ddim",
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Images made together for speed.")] = 8,
+    runs: Annotated[int, typer.Option("--runs", help="Timed runs of whole images.")] = 9,
+    samples: Annotated[int, typer.Option("--samples", help="Images a row for quality (N).")] = 200,
+    speed_only: Annotated[bool, typer.Option("--speed-only", help="Leave quality out.")] = False,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="One prompt a line.  [default: emoji64's held-out prompts]")
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option("--reference", help="Folder of real images.  [default: emoji64's own features]"),
+    ] = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the student against the two-pass teacher: speed on every runner here, and image quality."""
+    _quiet_libraries()
+    from .benchmarks.bench import BenchConfig
+    from .benchmarks.bench import bench as run
+    from .benchmarks.report import terminal_report, write_report
+    from .engine.files import prepare_output, staged_folder
+    from .engine.model import locate
+    from .engine.prompts import read_prompts
+
+    config = BenchConfig(
+        steps=steps,
+        sampler=sampler,
+        batch_size=batch_size,
+        runs=runs,
+        samples=0 if speed_only else samples,
+        seed=seed,
+    )
+    files = locate(model)
+    if model == teacher.MODEL_NAME:
+        prompts = prompts or teacher.HELD_OUT_PROMPTS
+        reference = reference or teacher.REFERENCE
+    if prompts is None:
+        raise InputError("pass --prompts FILE: only the embedded model brings prompts of its own")
+    lines = read_prompts(prompts)
+    prepare_output(output)
+    students = student or [Path("outputs/student")]
+    rows = len(students) + 3
+    with _progress("measuring", rows * config.samples * config.steps or 1) as advance:
+        result = run(
+            files,
+            config,
+            students=students,
+            engine=engine,
+            prompts=lines,
+            reference=reference,
+            device=device,
+            report=lambda message: advance(0, note=message),
+            on_images=lambda name, count: advance(count, note=name),
+        )
+    with staged_folder(output) as folder:
+        write_report(result, folder)
+    if as_json:
+        _print_json(result.as_json())
+        return
+    console.print(terminal_report(result))
+    console.print(f"Report: [bold]{output / 'report.html'}[/]")
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw, one image a prompt.")],
+    model: ModelOption = teacher.MODEL_NAME,
+    student: StudentOption = Path("outputs/student"),
+    engine: EngineOption = Path("outputs/engine"),
+    output: Annotated[Path, typer.Option("--output", help="Folder to write.")] = Path("outputs/images"),
+    use_teacher: Annotated[bool, typer.Option("--teacher", help="Two passes with guidance, no student.")] = False,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", help="Of the teacher.  [default: 3; a student has its own]")
+    ] = None,
+    runner: Annotated[str, typer.Option("--runner", help="torch, or an exported engine: onnx, tensorrt.")] = "torch",
+    sampler: SamplerOption = "ddim",
+    steps: StepsOption = 20,
+    count: Annotated[int, typer.Option("--count", min=1, help="Images of each prompt.")] = 1,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Draw images with the student in one pass a step; with [bold]--teacher[/], in two."""
+    _quiet_libraries()
+    from .engine.draw import DrawConfig, draw
+    from .engine.model import locate
+
+    config = DrawConfig(
+        prompts=[prompt for prompt in prompts for _ in range(count)],
+        student=None if use_teacher else student,
+        engine=engine,
+        runner=runner,
+        guidance=guidance,
+        sampler=sampler,
+        steps=steps,
+        seed=seed,
+    )
+    files = locate(model)
+    with _progress("drawing", config.total_steps) as advance:
+        paths = draw(files, config, output=output, device=device, on_step=advance)
+    if as_json:
+        _print_json({"images": [str(path) for path in paths]})
+        return
+    console.print(f"{len(paths)} image{'s' * (len(paths) > 1)} in [bold]{output}[/]: {paths[0].name} …")
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Show what this machine can run, and what to install for the rest."""
+    _quiet_libraries()
+    from .engine.doctor import examine, table
+
+    findings = examine()
+    if as_json:
+        _print_json([asdict(finding) for finding in findings])
+        return
+    Console().print(table(findings))
+
+
+def main() -> None:
+    """Entry point: errors end as one line on standard error and exit code 1 or 2."""
+    debug = "--debug" in sys.argv[1:]
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        sys.exit(app(standalone_mode=False))
+    except click.exceptions.Abort:
+        _fail("interrupted", 130, debug)
+    except click.ClickException as error:
+        _fail(error.format_message(), 2, debug)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130, debug)
+    except BoostDiffError as error:
+        _fail(str(error), error.exit_code, debug)
+    except Exception as error:
+        _fail(f"{type(error).__name__}: {error}", 1, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> None:
+    if debug:
+        raise  # noqa: PLE0704  (called from an except block)
+    line = " ".join(message.split())
+    sys.stderr.write(f"boostdiff: error: {line}\n")
+    sys.exit(code)

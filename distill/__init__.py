@@ -1,0 +1,1 @@
+"""Distil guidance: objective, adapters, data, the training loop and its checkpoints."""

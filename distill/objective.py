@@ -1,0 +1,126 @@
+"""The training objective of the BoostDiff paper, equations (3) and (4), in x-space.
+
+Legend: z_t latents (B, C, H, W), α and σ the noise schedule at t as (B, 1, 1, 1), x̂ a predicted clean latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import SchedulerMixin
+
+MIN_SNR_GAMMA = 5.0
+"""γ of min-SNR-γ (Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy")."""
+
+LOSS_WEIGHTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "constant": torch.ones_like,
+    "snr": lambda snr: snr,
+    "truncated-snr": lambda snr: snr.clamp(min=1),
+    "snr+1": lambda snr: snr + 1,
+    "min-snr": lambda snr: snr.clamp(max=MIN_SNR_GAMMA),
+}
+"""ω(λ) as a function of the SNR e^λ = α²/σ², for an x-space loss (Salimans & Ho 2022, §4).
+
+"constant" is the paper's; "snr" equals a mean squared error between noise predictions.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSchedule:
+    """α_t and σ_t of every training timestep, variance preserving: α² + σ² = 1.
+
+    Attributes:
+        alphas: `(T,)` float32.
+        sigmas: `(T,)` float32.
+    """
+
+    alphas: torch.Tensor
+    sigmas: torch.Tensor
+
+    @classmethod
+    def of(cls, scheduler: SchedulerMixin, device: torch.device) -> NoiseSchedule:
+        """From a diffusers scheduler's `alphas_cumprod`, which is α²."""
+        alphas_cumprod = scheduler.alphas_cumprod.double()
+        return cls(
+            alphas=alphas_cumprod.sqrt().float().to(device), sigmas=(1 - alphas_cumprod).sqrt().float().to(device)
+        )
+
+    def __len__(self) -> int:
+        return len(self.alphas)
+
+    def at(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """α and σ at timesteps `(B,)`, each `(B, 1, 1, 1)`; t = −1 is the clean end, α = 1 and σ = 0."""
+        clean = (t < 0)[:, None, None, None]
+        alpha, sigma = self.alphas[t.clamp(min=0)], self.sigmas[t.clamp(min=0)]
+        return (
+            torch.where(clean, 1.0, alpha[:, None, None, None]),
+            torch.where(clean, 0.0, sigma[:, None, None, None]),
+        )
+
+    def add_noise(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """z_t = α x + σ ε."""
+        alpha, sigma = self.at(t)
+        return alpha * x + sigma * noise
+
+
+def x_from_prediction(
+    prediction: torch.Tensor, z_t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, prediction_type: str
+) -> torch.Tensor:
+    """x̂ from what the network predicts (Salimans & Ho 2022, §4 and appendix D).
+
+    Args:
+        prediction: `(B, C, H, W)`.
+        z_t: `(B, C, H, W)`.
+        alpha: `(B, 1, 1, 1)`.
+        sigma: `(B, 1, 1, 1)`.
+        prediction_type: as in a diffusers scheduler: "epsilon", "v_prediction" or "sample".
+
+    Raises:
+        ValueError: the prediction type is unknown.
+    """
+    match prediction_type:
+        case "epsilon":
+            return (z_t - sigma * prediction) / alpha
+        case "v_prediction":
+            return alpha * z_t - sigma * prediction
+        case "sample":
+            return prediction
+    raise ValueError(f"unknown prediction type {prediction_type!r}")
+
+
+def distillation_loss(
+    student_x: torch.Tensor, teacher_x: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, weight: str
+) -> torch.Tensor:
+    """Equation (4): the batch mean of ω(λ_t) ‖x̂_{θ+Δθ}(z_t, c) − x̂_w(z_t)‖², the norm as a mean over elements.
+
+    Args:
+        student_x: `(B, C, H, W)`, carries the gradient.
+        teacher_x: `(B, C, H, W)`, equation (3).
+        alpha: `(B, 1, 1, 1)`.
+        sigma: `(B, 1, 1, 1)`.
+        weight: a key of `LOSS_WEIGHTS`.
+
+    Returns:
+        A scalar.
+    """
+    snr = (alpha / sigma).square()
+    squared = (student_x - teacher_x).square().mean(dim=(1, 2, 3), keepdim=True)
+    return (LOSS_WEIGHTS[weight](snr) * squared).mean()
+
+
+def ddim_step(
+    z_t: torch.Tensor,
+    x: torch.Tensor,
+    alpha: torch.Tensor,
+    sigma: torch.Tensor,
+    alpha_next: torch.Tensor,
+    sigma_next: torch.Tensor,
+) -> torch.Tensor:
+    """One deterministic DDIM step (Song et al. 2021, eq. 12 with η = 0), each sample between its own timesteps.
+
+    Returns:
+        z at the next timestep: α' x̂ + σ' ε̂ with ε̂ = (z_t − α x̂) / σ.
+    """
+    return alpha_next * x + sigma_next * (z_t - alpha * x) / sigma

@@ -1,0 +1,56 @@
+"""From the command line's options to a `DistillConfig`: what is left out comes from a preset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .. import teacher
+from ..engine.errors import InputError
+from .train import DistillConfig
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {"updates": 300, "batch_size": 32, "loss_weight": "snr"},
+    "paper": {"updates": 1600, "batch_size": 512, "learning_rate": 5e-5, "loss_weight": "constant"},
+}
+"""`paper`: BoostDiff's run on Stable Diffusion 2.1 base (474,741 LAION pairs)."""
+
+LEARNING_RATES = {"lora": 1e-3, "bitfit": 3e-3}
+"""Of the default preset, by method."""
+
+
+def resolve_config(
+    *,
+    preset: str | None,
+    on_cpu: bool,
+    embedded: bool,
+    method: str,
+    prompts: Path | None,
+    images: Path | None,
+    **options: Any,
+) -> DistillConfig:
+    """Fill in what the user left out.
+
+    Args:
+        preset: a key of `PRESETS`, or None for the default.
+        on_cpu: training runs on a CPU, where half precision gains little.
+        embedded: the model is the one that ships prompts of its own.
+        method: of the adapter.
+        prompts: as given.
+        images: as given.
+        options: the other fields of `DistillConfig`; None means left out.
+
+    Raises:
+        InputError: the preset is unknown, or a value can't be used.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise InputError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    defaults = {
+        "learning_rate": LEARNING_RATES.get(method, 1e-3),
+        "precision": "fp32" if on_cpu else "bf16",
+        **PRESETS[preset or "default"],
+    }
+    if prompts is None and images is None and embedded:
+        prompts = teacher.TRAIN_PROMPTS
+    given = {name: value for name, value in options.items() if value is not None}
+    return DistillConfig(method=method, prompts=prompts, images=images, **(defaults | given))

@@ -1,0 +1,1 @@
+"""Run a model: families, loading, guidance, samplers, runners, generation."""

@@ -1,0 +1,13 @@
+"""What can go wrong, by whose hand: the command line turns these into one line and an exit code."""
+
+
+class BoostDiffError(Exception):
+    """Something failed that no other input would have avoided; exit code 1."""
+
+    exit_code = 1
+
+
+class InputError(BoostDiffError):
+    """A wrong option, path or file; the message says what to do instead; exit code 2."""
+
+    exit_code = 2

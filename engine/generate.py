@@ -1,0 +1,119 @@
+"""From prompts to images: the sampling loop, and noise that depends on the seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from diffusers import SchedulerMixin
+from PIL import Image
+
+from .families import TextEmbeddings
+from .guidance import Denoiser
+from .model import Model
+
+
+def initial_noise(shape: tuple[int, int, int], *, count: int, seed: int) -> torch.Tensor:
+    """Standard normal latents, `(count, *shape)` float32 on the CPU.
+
+    Image i is drawn from a generator seeded with `seed + i`, as a stock pipeline does when it is given
+    `generator=[torch.Generator().manual_seed(seed + i) for i in range(count)]`: an image does not depend on the
+    batch that it was made in.
+    """
+    return torch.stack(
+        [torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed + i))[0] for i in range(count)]
+    )
+
+
+@torch.inference_mode()
+def sample(
+    denoiser: Denoiser,
+    *,
+    text: TextEmbeddings,
+    noise: torch.Tensor,
+    scheduler: SchedulerMixin,
+    steps: int,
+    on_step: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """Denoise from z_T to z_0.
+
+    Args:
+        denoiser: teacher or student.
+        text: embeddings of B prompts.
+        noise: `(B, C, H, W)` standard normal.
+        scheduler: a fresh one; its state is changed.
+        steps: sampling steps.
+        on_step: called after each step with its index.
+
+    Returns:
+        `(B, C, H, W)` latents.
+    """
+    scheduler.set_timesteps(steps, device=noise.device)
+    z_t = noise * scheduler.init_noise_sigma
+    for index, t in enumerate(scheduler.timesteps):
+        prediction = denoiser(scheduler.scale_model_input(z_t, t), t, text)
+        z_t = scheduler.step(prediction, t, z_t, return_dict=False)[0]
+        if on_step:
+            on_step(index)
+    return z_t
+
+
+@torch.inference_mode()
+def decode(model: Model, latents: torch.Tensor) -> torch.Tensor:
+    """Latents `(B, C, H, W)` to images `(B, 3, 8H or so, …)`, float32 in [0, 1], on the CPU."""
+    vae = model.pipeline.vae
+    images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    return (images.float() / 2 + 0.5).clamp(0, 1).cpu()
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Images in [0, 1] to uint8, rounded as diffusers' image processor rounds."""
+    return (images * 255).round().to(torch.uint8)
+
+
+def to_pil(images: torch.Tensor) -> list[Image.Image]:
+    """Images `(B, 3, H, W)` in [0, 1] to PIL."""
+    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in to_uint8(images)]
+
+
+def generate(
+    model: Model,
+    denoiser: Denoiser,
+    *,
+    text: TextEmbeddings,
+    make_scheduler: Callable[[], SchedulerMixin],
+    steps: int,
+    seed: int,
+    batch_size: int = 50,
+    on_step: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """Sample and decode any number of prompts in batches.
+
+    Args:
+        model: for its latents' shape and VAE.
+        denoiser: teacher or student.
+        text: embeddings of N prompts.
+        make_scheduler: gives a fresh scheduler for each batch.
+        steps: sampling steps.
+        seed: image i starts from the noise of `seed + i`.
+        batch_size: images denoised together.
+        on_step: called after each step of each batch with the number of images in it.
+
+    Returns:
+        `(N, 3, H, W)` float32 in [0, 1], on the CPU.
+    """
+    images = []
+    for start in range(0, len(text), batch_size):
+        chunk = text[start : start + batch_size]
+        size = len(chunk)
+        noise = initial_noise(model.latent_shape, count=size, seed=seed + start)
+        latents = sample(
+            denoiser,
+            text=chunk,
+            noise=noise.to(model.device, chunk.conditional.dtype),
+            scheduler=make_scheduler(),
+            steps=steps,
+            on_step=(lambda _, size=size: on_step(size)) if on_step else None,
+        )
+        images.append(decode(model, latents))
+    return torch.cat(images)

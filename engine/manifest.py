@@ -1,0 +1,93 @@
+"""The manifest of an exported engine, and the checks that stand between a plan and its execution.
+
+A TensorRT plan is executable code: nothing in an engine folder is opened unless its hash is in the manifest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+from .files import read_json, sha256_of, write_json
+
+DEFAULT_ENGINE = Path("outputs/engine")
+MANIFEST_FILE = "manifest.json"
+MANIFEST_VERSION = 1
+
+
+@dataclass(kw_only=True)
+class Manifest:
+    """What an export wrote, from what, and how it was checked.
+
+    Attributes:
+        version: of this format.
+        model: what the user called the model.
+        inputs: SHA-256 by name of what went in ("unet", "adapter").
+        files: SHA-256 by path relative to the engine folder of what came out.
+        student: method and guidance of the student.
+        unet_config: the UNet's configuration, for whoever runs the graph.
+        merge: figures of the merge's proof.
+        artefacts: by path: precision, inputs, outputs, checks; for plans also flavour, version, compute
+            capabilities and profiles.
+        versions: of boostdiff and the libraries that matter.
+    """
+
+    version: int = MANIFEST_VERSION
+    model: str
+    inputs: dict[str, str]
+    files: dict[str, str] = field(default_factory=dict)
+    student: dict[str, Any]
+    unet_config: dict[str, Any]
+    merge: dict[str, Any] = field(default_factory=dict)
+    artefacts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Hash every file in the folder and write `manifest.json` last."""
+        self.files = {
+            path.relative_to(folder).as_posix(): sha256_of(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != MANIFEST_FILE
+        }
+        write_json(folder / MANIFEST_FILE, asdict(self))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read an engine folder's manifest.
+
+    Raises:
+        InputError: there is no engine, or its manifest is unreadable or of another version.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise InputError(f"there is no engine in {folder}: run `boostdiff export` first, or pass --engine DIR")
+    values = read_json(path)
+    names = {item.name for item in fields(Manifest)}
+    if values.get("version") != MANIFEST_VERSION or not names <= set(values):
+        raise InputError(f"{path} is not a manifest of this version of boostdiff: export again")
+    return Manifest(**{name: values[name] for name in names})
+
+
+def verified_file(folder: Path, manifest: Manifest, name: str) -> Path:
+    """The path of an exported file, once it and the files beside it match their manifest.
+
+    Args:
+        folder: the engine folder.
+        manifest: what `read_manifest` gave.
+        name: relative path, such as "unet/model.onnx".
+
+    Raises:
+        InputError: the file is not listed, is missing, or was changed; likewise its external data.
+    """
+    if name not in manifest.files:
+        raise InputError(f"the engine in {folder} has no {name}: export it first")
+    parts = [name, *(other for other in manifest.files if other.startswith(f"{name}."))]
+    for part in parts:
+        path = folder / part
+        if not path.is_file():
+            raise InputError(f"the engine in {folder} is incomplete: {part} is missing; export again")
+        if sha256_of(path) != manifest.files[part]:
+            raise InputError(f"{path} does not match its manifest (SHA-256 differs): export again")
+    return folder / name

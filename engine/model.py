@@ -1,0 +1,194 @@
+"""Find and load a model: the embedded one, a diffusers folder or a hub id."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from safetensors import SafetensorError
+
+from .. import teacher
+from .errors import InputError
+from .families import Family, family_of
+from .files import read_json, sha256_of
+
+DEFAULT_MODEL = teacher.MODEL_NAME
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """A model folder whose configuration has been read, its weights not.
+
+    Attributes:
+        name: what the user called it.
+        folder: where it lies.
+        family: how it works.
+        unet_config: the UNet's `config.json`.
+    """
+
+    name: str
+    folder: Path
+    family: Family
+    unet_config: dict[str, Any]
+
+    def unet_weights(self) -> tuple[str | None, list[Path]]:
+        """The UNet's safetensors files and their variant (`None` or "fp16").
+
+        Raises:
+            InputError: there are none.
+        """
+        for variant, infix in ((None, ""), ("fp16", ".fp16")):
+            stem = f"diffusion_pytorch_model{infix}"
+            folder = self.folder / "unet"
+            files = [*folder.glob(f"{stem}.safetensors"), *sorted(folder.glob(f"{stem}-?????-of-?????.safetensors"))]
+            if files:
+                return variant, files
+        raise InputError(
+            f"{self.folder / 'unet'} holds no diffusion_pytorch_model.safetensors: "
+            "only safetensors weights are read; convert others with diffusers' save_pretrained"
+        )
+
+    def unet_sha256(self) -> str:
+        """One hash for the UNet's weight files."""
+        _, files = self.unet_weights()
+        return "-".join(sha256_of(path) for path in files)
+
+    def empty_unet(self) -> UNet2DConditionModel:
+        """The UNet on the meta device: shapes without memory."""
+        try:
+            with torch.device("meta"):
+                return UNet2DConditionModel.from_config(self.unet_config)
+        except (TypeError, ValueError, KeyError) as error:
+            raise InputError(f"{self.folder / 'unet/config.json'} describes no usable UNet: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A loaded model.
+
+    Attributes:
+        files: where it came from.
+        pipeline: the stock diffusers pipeline, on its device.
+    """
+
+    files: ModelFiles
+    pipeline: DiffusionPipeline
+
+    @property
+    def family(self) -> Family:
+        """How it works."""
+        return self.files.family
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        """The denoising network."""
+        return self.pipeline.unet
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.pipeline.unet.device
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image's latents."""
+        return self.family.latent_shape(self.unet.config)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` takes the accelerator where there is one.
+
+    Raises:
+        InputError: the device's name is unknown, or this machine lacks it.
+    """
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"can't use the device {name!r}: {reason}") from None
+    return device
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """FP16 on an accelerator, FP32 on a CPU."""
+    return torch.float32 if device.type == "cpu" else torch.float16
+
+
+def locate(model: str) -> ModelFiles:
+    """Find a model and read its configuration.
+
+    Args:
+        model: `emoji64`, a pipeline folder, or a hub id such as "organisation/name".
+
+    Raises:
+        InputError: there is no such model, or it is not one that can be used.
+    """
+    folder = teacher.MODEL_DIR if model == teacher.MODEL_NAME else Path(model)
+    if not folder.exists():
+        folder = _download(model)
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"{folder} is no diffusers pipeline folder: it has no model_index.json")
+    if not (folder / "unet" / "config.json").is_file():
+        raise InputError(f"{folder} has no UNet: unet/config.json is missing")
+    return ModelFiles(
+        name=model,
+        folder=folder,
+        family=family_of(read_json(folder / "model_index.json")),
+        unet_config=read_json(folder / "unet" / "config.json"),
+    )
+
+
+def _download(model: str) -> Path:
+    missing = f"there is no model {model!r}: pass {teacher.MODEL_NAME}, a diffusers pipeline folder or a hub id"
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model):
+        raise InputError(missing)
+    try:
+        return Path(DiffusionPipeline.download(model, use_safetensors=True))
+    except Exception as error:
+        # The hub client raises dozens of types, from "repository not found" to the socket's own.
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{missing} (no such folder here, and the hub says: {reason})") from None
+
+
+def load(files: ModelFiles, *, device: torch.device, dtype: torch.dtype | None = None) -> Model:
+    """Load the whole pipeline from safetensors.
+
+    Args:
+        files: what `locate` found.
+        device: where to put it.
+        dtype: of all weights; by default `default_dtype(device)`.
+
+    Raises:
+        InputError: a file is missing, damaged or not safetensors.
+    """
+    dtype = dtype or default_dtype(device)
+    variant, _ = files.unet_weights()
+    try:
+        pipeline = files.family.pipeline_class.from_pretrained(
+            files.folder,
+            torch_dtype=dtype,
+            variant=variant,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=True,
+            safety_checker=None,
+            requires_safety_checker=False,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"can't load the model in {files.folder}: {reason}") from None
+    pipeline.set_progress_bar_config(disable=True)
+    for component in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        component.requires_grad_(False).eval()
+    if dtype == torch.float16 and pipeline.unet.config.upcast_attention:
+        # diffusers' default processor ignores upcast_attention; SD 2.1-v overflows in FP16 without it.
+        pipeline.unet.set_attn_processor(AttnProcessor())
+    return Model(files=files, pipeline=pipeline.to(device))

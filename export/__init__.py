@@ -1,0 +1,1 @@
+"""From an adapter to an engine: merge, ONNX, TensorRT, verification, manifest."""

@@ -1,0 +1,110 @@
+"""Fold an adapter into the weights, in float32, and prove it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import safe_open
+
+from ..engine.errors import BoostDiffError, InputError
+from ..engine.model import Model
+from ..engine.student import BITFIT_FILE, LORA_FILE, StudentInfo, apply_student, load_biases
+
+TIMESTEPS = (1, 250, 500, 750, 981)
+TOLERANCE = 1e-4
+"""Largest difference between merged and adapted predictions, relative to their largest value, in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeProof:
+    """How the merged UNet compares.
+
+    Attributes:
+        max_abs: largest absolute difference from base + adapter, over all `TIMESTEPS`.
+        relative: the same over the prediction's largest absolute value.
+        cosine: smallest cosine similarity to base + adapter.
+        change: largest absolute difference from the base: the adapter's own effect.
+    """
+
+    max_abs: float
+    relative: float
+    cosine: float
+    change: float
+
+
+@torch.no_grad()
+def merge_lora(unet: UNet2DConditionModel, path: Path) -> UNet2DConditionModel:
+    """A copy of the UNet with W + (α / r) B A in place of W (Hu et al. 2021, eq. 3), computed in float32.
+
+    Args:
+        unet: the base, without adapters.
+        path: a LoRA file as diffusers writes it.
+
+    Raises:
+        InputError: a tensor of the file fits no layer.
+    """
+    merged = copy.deepcopy(unet)
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    downs = {n.removesuffix(".lora_A.weight"): t for n, t in tensors.items() if n.endswith(".lora_A.weight")}
+    if len(tensors) != 2 * len(downs) or not downs:
+        raise InputError(f"{path} is not a LoRA of linear layers: it has {len(tensors)} tensors")
+    for name, down in downs.items():
+        try:
+            layer = merged.get_submodule(name.removeprefix("unet."))
+            delta = tensors[f"{name}.lora_B.weight"] @ down
+            weight = layer.weight.float() + delta.to(layer.weight.device)
+        except (AttributeError, KeyError, RuntimeError):
+            raise InputError(f"{path} does not fit this UNet: {name}") from None
+        layer.weight.copy_(weight)
+    return merged
+
+
+def merge(model: Model, folder: Path, info: StudentInfo) -> UNet2DConditionModel:
+    """The student as a plain UNet of the base's architecture.
+
+    Args:
+        model: the base model in float32, without adapters; left as it is.
+        folder: the student's folder.
+        info: its description.
+    """
+    if info.method == "lora":
+        # Training sets alpha to the rank, so the scale α / r is one.
+        return merge_lora(model.unet, folder / LORA_FILE)
+    merged = copy.deepcopy(model.unet)
+    load_biases(merged, folder / BITFIT_FILE)
+    return merged
+
+
+@torch.inference_mode()
+def prove_merge(model: Model, folder: Path, merged: UNet2DConditionModel) -> MergeProof:
+    """Compare the merged UNet with base + adapter as stock libraries apply it. The model keeps the adapter.
+
+    Raises:
+        BoostDiffError: they differ by more than `TOLERANCE`, or the adapter changes nothing.
+    """
+    inputs = model.family.example_inputs(model.pipeline, batch=2)
+
+    def predictions(unet: UNet2DConditionModel) -> torch.Tensor:
+        outputs = [unet(**inputs | {"timestep": torch.full_like(inputs["timestep"], t)}).sample for t in TIMESTEPS]
+        return torch.stack(outputs).double()
+
+    base = predictions(model.unet)
+    apply_student(model, folder)
+    adapted, got = predictions(model.unet), predictions(merged)
+    max_abs = (got - adapted).abs().max().item()
+    proof = MergeProof(
+        max_abs=max_abs,
+        relative=max_abs / adapted.abs().max().item(),
+        cosine=torch.cosine_similarity(got.flatten(1), adapted.flatten(1)).min().item(),
+        change=(got - base).abs().max().item(),
+    )
+    if not proof.relative <= TOLERANCE:
+        raise BoostDiffError(f"the merged UNet differs from base + adapter by {proof.relative:.2e} of its scale")
+    if not proof.change > 0:
+        raise BoostDiffError("the adapter changes nothing: the merged UNet equals the base")
+    return proof

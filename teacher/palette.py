@@ -1,0 +1,47 @@
+"""The background colours that captions name, and how to find them again in an image."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (255, 255, 255),
+    "black": (18, 18, 18),
+    "gray": (150, 150, 150),
+    "red": (222, 58, 52),
+    "orange": (245, 145, 40),
+    "yellow": (250, 222, 85),
+    "green": (85, 178, 78),
+    "teal": (30, 140, 135),
+    "light blue": (165, 215, 245),
+    "blue": (50, 95, 210),
+    "purple": (138, 78, 190),
+    "pink": (250, 172, 202),
+    "brown": (125, 82, 55),
+}
+
+CORNER = 4
+"""Side of the squares in an image's corners that show its background, in pixels; artworks rarely reach them."""
+
+
+def background_of(images: np.ndarray) -> list[str]:
+    """Name each image's background: the palette entry nearest (in RGB) to the median of its corner pixels.
+
+    Args:
+        images: `(n, h, w, 3)` uint8.
+    """
+    near, far = slice(0, CORNER), slice(-CORNER, None)
+    corners = [images[:, y, x].reshape(len(images), -1, 3) for y in (near, far) for x in (near, far)]
+    colour = np.median(np.concatenate(corners, axis=1), axis=1)
+    names = list(BACKGROUNDS)
+    palette = np.array([BACKGROUNDS[name] for name in names], dtype=np.float32)
+    nearest = np.linalg.norm(colour[:, None] - palette[None], axis=-1).argmin(axis=1)
+    return [names[i] for i in nearest]
+
+
+def named_background(prompt: str) -> str | None:
+    """The background that a caption names, or None."""
+    match = re.search(r" on an? ([a-z ]+) background$", prompt)
+    return match.group(1) if match and match.group(1) in BACKGROUNDS else None

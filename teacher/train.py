@@ -1,0 +1,352 @@
+"""Make `emoji64` again: `python -m boostdiff.teacher.train all --work DIR`.
+
+Stages, in order, each resumable by running it again: `vae`, `latents`, `diffusion`, `save`, `reference`, `evaluate`. All randomness of a
+step is drawn from a generator seeded with (seed, step), so a resumed run takes the same steps as an
+uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers.models.attention_processor import AttnProcessor
+from safetensors.torch import load_file, save_file
+
+from ..benchmarks.features import EfficientNetLite0Features, Reference, features_of
+from ..distill.checkpoint import load_training_state, save_training_state
+from ..distill.data import epoch_order
+from .architecture import (
+    BETAS,
+    make_text_encoder,
+    make_tokenizer,
+    make_unet,
+    make_vae,
+    save_pipeline,
+)
+from . import HELD_OUT_PROMPTS, MODEL_DIR, REFERENCE, TRAIN_PROMPTS
+from .dataset import Artworks, compose, draw_prompts, load_artworks, to_model_range
+from .palette import BACKGROUNDS
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+
+Work = Annotated[Path, typer.Option(help="Folder for downloads, checkpoints and intermediate files.")]
+Steps = Annotated[int, typer.Option(min=1, help="Optimizer updates.")]
+Batch = Annotated[int, typer.Option(min=1, help="Images an update.")]
+Rate = Annotated[float, typer.Option(help="Peak learning rate of AdamW.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Minutes = Annotated[float, typer.Option(help="Checkpoint every so many minutes.")]
+
+LATENT_BACKGROUNDS = 6
+"""Background colours drawn for each artwork when latents are precomputed."""
+
+
+PROMPTS = 4000
+"""Prompts in each of the shipped lists."""
+
+FLOOR_IMAGES = 1000
+"""Real images kept apart from the reference."""
+
+
+def device() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def learning_rate_factor(step: int, *, steps: int, warmup: int = 100) -> float:
+    """Linear warm-up, constant, then a cosine decay to zero over the last 40%."""
+    decay_from = 0.6 * steps
+    if step < warmup:
+        return (step + 1) / warmup
+    if step < decay_from:
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - decay_from) / (steps - decay_from)))
+
+
+def optimise(
+    *,
+    name: str,
+    modules: dict[str, torch.nn.Module],
+    loss_of: Callable[[int], torch.Tensor],
+    checkpoint: Path,
+    steps: int,
+    learning_rate: float,
+    checkpoint_minutes: float,
+    ema_horizon: float = 0.05,
+) -> None:
+    """AdamW with warm-up, decay and an EMA; resumes from `checkpoint`, and leaves the EMA in the modules.
+
+    Args:
+        name: what the log lines are headed with.
+        modules: the trained modules by name.
+        loss_of: draws the batch of a step, from its seeds alone, and gives the scalar loss.
+        checkpoint: where the state is kept.
+        steps: updates in all.
+        learning_rate: its peak.
+        checkpoint_minutes: time between checkpoints.
+        ema_horizon: the EMA's time constant as a share of the steps done (Karras et al. 2024, eq. 121-127,
+            keep it relative to training time for the same reason: early weights must fade).
+    """
+    named = {
+        f"{key}.{path}": parameter for key, module in modules.items() for path, parameter in module.named_parameters()
+    }
+    optimizer = torch.optim.AdamW(named.values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
+    ema = {path: parameter.detach().clone() for path, parameter in named.items()}
+    start = 0
+    if checkpoint.exists():
+        state = load_training_state(checkpoint)
+        start = state.step
+        with torch.no_grad():
+            for path, parameter in named.items():
+                parameter.copy_(state.weights[path])
+                ema[path].copy_(state.weights[f"ema.{path}"])
+        optimizer.load_state_dict(state.optimizer)
+        print(f"{name}: goes on from step {start}", flush=True)
+
+    def save(step: int) -> None:
+        weights = named | {f"ema.{path}": tensor for path, tensor in ema.items()}
+        save_training_state(checkpoint, step=step, weights=weights, optimizer=optimizer)
+
+    saved_at = began = time.monotonic()
+    running = 0.0
+    for step in range(start, steps):
+        loss = loss_of(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * learning_rate_factor(step, steps=steps)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay = 1 - 1 / max(1.0, ema_horizon * step)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.values()), list(named.values()), 1 - decay)
+        running += loss.item()
+        if (step + 1) % 50 == 0:
+            pace = (time.monotonic() - began) / (step + 1 - start)
+            left = pace * (steps - step - 1) / 60
+            print(f"{name}: step {step + 1}/{steps} loss {running / 50:.4f} {pace:.3f} s/step {left:.0f} min left", flush=True)
+            running = 0.0
+        if time.monotonic() - saved_at > 60 * checkpoint_minutes or step + 1 == steps:
+            save(step + 1)
+            saved_at = time.monotonic()
+    with torch.no_grad():
+        for path, parameter in named.items():
+            parameter.copy_(ema[path])
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The generator of one step's noise."""
+    return torch.Generator().manual_seed((seed << 32) + step)
+
+
+def draw_images(artworks: Artworks, random: np.random.Generator, count: int) -> torch.Tensor:
+    """`(count, 3, 64, 64)` training images in [-1, 1], half over palette colours, half over any colour."""
+    indices = random.choice(np.flatnonzero(~artworks.held_out), count)
+    palette = np.array(list(BACKGROUNDS.values()))
+    colours = np.where(
+        random.random((count, 1)) < 0.5,
+        palette[random.integers(len(palette), size=count)],
+        random.integers(256, size=(count, 3)),
+    )
+    return to_model_range(compose(artworks.rgba[indices], colours[:, None, None]))
+
+
+def reconstruction_loss(vae: AutoencoderKL, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """L1 + half the L1 of the image gradients (crisp edges) + 1e-3 KL; `noise` samples the posterior."""
+    posterior = vae.encode(images).latent_dist
+    recovered = vae.decode(posterior.mean + posterior.std * noise.to(images)).sample
+    edges = sum((recovered.diff(dim=axis) - images.diff(dim=axis)).abs().mean() for axis in (2, 3))
+    return (recovered - images).abs().mean() + 0.5 * edges + 1e-3 * posterior.kl().mean() / noise[0].numel()
+
+
+@app.command()
+def vae(
+    work: Work = Path("teacher-work"),
+    steps: Steps = 2000,
+    batch: Batch = 32,
+    learning_rate: Rate = 2e-3,
+    seed: Seed = 0,
+    checkpoint_minutes: Minutes = 3,
+) -> None:
+    """Train the autoencoder and report its PSNR on held-out artworks."""
+    artworks = load_artworks(work)
+    torch.manual_seed(seed)
+    where = device()
+    model = make_vae().to(where, memory_format=torch.channels_last)
+
+    def loss_of(step: int) -> torch.Tensor:
+        images = draw_images(artworks, np.random.default_rng([seed, step]), batch)
+        images = images.to(where, memory_format=torch.channels_last)
+        noise = torch.randn(batch, 4, 16, 16, generator=step_generator(seed, step))
+        return reconstruction_loss(model, images, noise.to(where))
+
+    optimise(
+        name="vae",
+        modules={"vae": model},
+        loss_of=loss_of,
+        checkpoint=work / "vae.checkpoint.safetensors",
+        steps=steps,
+        learning_rate=learning_rate,
+        checkpoint_minutes=checkpoint_minutes,
+    )
+    model.eval()
+    held_out = np.flatnonzero(artworks.held_out)
+    colours = np.array(list(BACKGROUNDS.values()))[np.arange(len(held_out)) % len(BACKGROUNDS)]
+    images = to_model_range(compose(artworks.rgba[held_out], colours[:, None, None]))
+    with torch.inference_mode():
+        pairs = [(x, model(x.to(where)).sample.clamp(-1, 1).cpu()) for x in images.split(50)]
+        mse = torch.cat([((x - y) ** 2).mean(dim=(1, 2, 3)) for x, y in pairs])
+    print(f"vae: held-out PSNR {(10 * torch.log10(4 / mse)).mean():.2f} dB over {len(mse)} artworks")
+    weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, work / "vae.safetensors")
+
+
+def load_vae(work: Path) -> AutoencoderKL:
+    """The autoencoder that the `vae` stage left in `work`."""
+    model = make_vae()
+    model.load_state_dict(load_file(work / "vae.safetensors"))
+    return model.eval().requires_grad_(False)
+
+
+@app.command()
+def latents(work: Work = Path("teacher-work"), seed: Seed = 0) -> None:
+    """Encode every training artwork over a few backgrounds; choose the latents' scale."""
+    artworks = load_artworks(work)
+    where = device()
+    model = load_vae(work).to(where, memory_format=torch.channels_last)
+    random = np.random.default_rng([seed, 1])
+    training = np.flatnonzero(~artworks.held_out)
+    palette = np.array(list(BACKGROUNDS.values()))
+    chosen = random.permuted(np.tile(np.arange(len(palette)), (len(training), 1)), axis=1)[:, :LATENT_BACKGROUNDS]
+    pairs = torch.from_numpy(np.stack([np.repeat(training, LATENT_BACKGROUNDS), chosen.ravel()], axis=1))
+    encoded = []
+    with torch.inference_mode():
+        for chunk in pairs.split(200):
+            images = compose(artworks.rgba[chunk[:, 0]], palette[chunk[:, 1]][:, None, None])
+            moments = model.encode(to_model_range(images).to(where, memory_format=torch.channels_last))
+            encoded.append(moments.latent_dist.mean.half().cpu())
+    everything = torch.cat(encoded)
+    scale = 1 / everything.float().std()
+    partial = work / "latents.partial.safetensors"
+    save_file({"latents": everything.contiguous(), "pairs": pairs, "scale": scale}, partial)
+    partial.replace(work / "latents.safetensors")
+    print(f"latents: {len(everything)} of {tuple(everything.shape[1:])}, scaling_factor {scale:.4f}")
+
+
+@app.command()
+def diffusion(
+    work: Work = Path("teacher-work"),
+    steps: Steps = 4000,
+    batch: Batch = 64,
+    learning_rate: Rate = 8e-4,
+    seed: Seed = 0,
+    checkpoint_minutes: Minutes = 3,
+    empty_captions: Annotated[float, typer.Option(help="Share of captions replaced by the empty one.")] = 0.1,
+) -> None:
+    """Train text encoder and UNet together on the precomputed latents (epsilon prediction, bf16 autocast)."""
+    artworks = load_artworks(work)
+    stored = load_file(work / "latents.safetensors")
+    where = device()
+    tokenizer = make_tokenizer(artworks.caption(i, name) for i in range(len(artworks)) for name in BACKGROUNDS)
+    torch.manual_seed(seed)
+    text_encoder, unet = make_text_encoder(tokenizer).to(where), make_unet().to(where)
+    # On a CPU, flash attention's backward pass takes longer than plain matrix products at these sizes.
+    unet.set_attn_processor(AttnProcessor())
+    train_scheduler = DDPMScheduler(**BETAS)
+    latents, pairs = stored["latents"], stored["pairs"].numpy()
+    scale = stored["scale"].to(where)
+    names = list(BACKGROUNDS)
+    captions = [artworks.caption(artwork, names[background]) for artwork, background in pairs]
+    tokens = tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+    def batch_indices(step: int) -> torch.Tensor:
+        epoch, position = divmod(step, len(latents) // batch)
+        order = epoch_order(len(latents), seed, epoch)
+        return torch.from_numpy(order[position * batch : (position + 1) * batch])
+
+    def noise_loss(z_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        z_t = train_scheduler.add_noise(z_0, noise, t)
+        with torch.autocast(where.type, torch.bfloat16):
+            text = text_encoder(ids).last_hidden_state
+            noise_pred = unet(z_t, t, text, return_dict=False)[0]
+        return F.mse_loss(noise_pred.float(), noise)
+
+    def loss_of(step: int) -> torch.Tensor:
+        generator = step_generator(seed, step)
+        chosen = batch_indices(step)
+        noise = torch.randn(batch, *latents.shape[1:], generator=generator)
+        t = torch.randint(train_scheduler.config.num_train_timesteps, (batch,), generator=generator)
+        empty = torch.rand(batch, generator=generator) < empty_captions
+        ids = torch.where(empty[:, None], tokens[-1], tokens[chosen])
+        z_0 = latents[chosen].to(where).float() * scale
+        return noise_loss(z_0, noise.to(where), t.to(where), ids.to(where))
+
+    optimise(
+        name="diffusion",
+        modules={"text_encoder": text_encoder, "unet": unet},
+        loss_of=loss_of,
+        checkpoint=work / "diffusion.checkpoint.safetensors",
+        steps=steps,
+        learning_rate=learning_rate,
+        checkpoint_minutes=checkpoint_minutes,
+    )
+
+
+@app.command()
+def save(
+    work: Work = Path("teacher-work"),
+    output: Annotated[Path, typer.Option(help="Pipeline folder to write.")] = MODEL_DIR,
+) -> None:
+    """Write the pipeline folder from the newest diffusion checkpoint's EMA weights."""
+    artworks = load_artworks(work)
+    tokenizer = make_tokenizer(artworks.caption(i, name) for i in range(len(artworks)) for name in BACKGROUNDS)
+    state = load_training_state(work / "diffusion.checkpoint.safetensors")
+    text_encoder, unet = make_text_encoder(tokenizer), make_unet()
+    for key, module in {"text_encoder": text_encoder, "unet": unet}.items():
+        prefix = f"ema.{key}."
+        weights = {name.removeprefix(prefix): w for name, w in state.weights.items() if name.startswith(prefix)}
+        module.load_state_dict(weights)
+    vae = load_vae(work)
+    vae.register_to_config(scaling_factor=float(load_file(work / "latents.safetensors")["scale"]))
+    save_pipeline(output, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet)
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    print(f"save: step {state.step}, {size / 1e6:.1f} MB in {output}")
+
+
+@app.command()
+def reference(work: Work = Path("teacher-work"), seed: Seed = 0) -> None:
+    """Write the prompt lists, and the features of real images that quality is measured against.
+
+    The reference is every training artwork once, over a random background; the features kept apart are of the real
+    images that the first held-out prompts describe, so they give the floor that a perfect model would reach.
+    """
+    artworks = load_artworks(work)
+    for path, held_out in ((TRAIN_PROMPTS, False), (HELD_OUT_PROMPTS, True)):
+        pairs = draw_prompts(artworks, held_out=held_out, count=PROMPTS, seed=seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(artworks.caption(*pair) for pair in pairs) + "\n", encoding="utf-8")
+    network = EfficientNetLite0Features().to(device())
+
+    def features(pairs: list[tuple[int, str]]) -> torch.Tensor:
+        indices = [artwork for artwork, _ in pairs]
+        colours = np.array([BACKGROUNDS[name] for _, name in pairs])
+        images = compose(artworks.rgba[indices], colours[:, None, None])
+        return features_of(network, torch.from_numpy(images).permute(0, 3, 1, 2))
+
+    random = np.random.default_rng([seed, 3])
+    names = list(BACKGROUNDS)
+    training = [(int(i), names[random.integers(len(names))]) for i in np.flatnonzero(~artworks.held_out)]
+    Reference.of(features(training), features(pairs[:FLOOR_IMAGES])).save(REFERENCE)
+    print(f"reference: {len(training)} images, {FLOOR_IMAGES} apart, {REFERENCE.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    app()
