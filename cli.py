@@ -16,10 +16,16 @@ os.environ.setdefault("USE_TF", "0")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-import click
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from . import __version__, teacher
 from .engine.errors import BoostDiffError, InputError
@@ -33,6 +39,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 console = Console(stderr=True)
+
+# From 0.26 on typer carries its own copy of click: reach the exceptions through typer, whichever it is.
+_UsageError: Any = typer.BadParameter.__base__
 
 ModelOption = Annotated[
     str, typer.Option("--model", help="The embedded model [bold]emoji64[/], a diffusers folder or a hub id.")
@@ -77,7 +86,7 @@ def _print_json(value: Any) -> None:
 
 
 @contextmanager
-def _progress(description: str, total: int, start: int = 0) -> Iterator[Any]:
+def _progress(description: str, total: int) -> Iterator[Any]:
     """A bar with an estimate on standard error; yields `advance(count, **columns)`."""
     columns = (
         TextColumn("{task.description}"),
@@ -88,9 +97,20 @@ def _progress(description: str, total: int, start: int = 0) -> Iterator[Any]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(description, total=total, completed=start, note="")
-        yield lambda count=1, **fields: progress.update(task, advance=count, **fields)
+    progress = Progress(*columns, console=console)
+    task = progress.add_task(description, total=total, note="")
+
+    def advance(count: int = 1, **fields: Any) -> None:
+        # Started late: wrong input must leave nothing but its one line on standard error.
+        if not progress.live.is_started:
+            progress.start()
+        progress.update(task, advance=count, **fields)
+
+    try:
+        yield advance
+    finally:
+        if progress.live.is_started:
+            progress.stop()
 
 
 @app.command()
@@ -110,19 +130,20 @@ def distill(
     updates: Annotated[int | None, typer.Option("--updates", help="Optimizer updates.  [default: 300]")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="States an update.  [default: 32]")] = None,
     learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", help="Peak learning rate.  [default: lora 1e-3, bitfit 3e-3]")
+        float | None,
+        typer.Option("--learning-rate", help="Peak learning rate.  [default: lora 1e-3, bitfit 3e-3]"),
     ] = None,
     loss_weight: Annotated[
         str | None,
-        typer.Option(
-            "--loss-weight", help="constant (the paper), snr, truncated-snr, snr+1, min-snr.  [default: snr]"
-        ),
+        typer.Option("--loss-weight", help="constant (the paper), snr, truncated-snr, snr+1, min-snr.  [default: snr]"),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option("--preset", help="[bold]paper[/]: 1600 updates of 512 at 5e-5, constant weight.")
+        str | None,
+        typer.Option("--preset", help="[bold]paper[/]: 1600 updates of 512 at 5e-5, constant weight."),
     ] = None,
     precision: Annotated[
-        str | None, typer.Option("--precision", help="fp32, bf16 or fp16.  [default: fp32 on a CPU, else bf16]")
+        str | None,
+        typer.Option("--precision", help="fp32, bf16 or fp16.  [default: fp32 on a CPU, else bf16]"),
     ] = None,
     checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", help="Updates between checkpoints.")] = 50,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run of this output.")] = False,
@@ -203,7 +224,9 @@ def export(
     if as_json:
         _print_json(asdict(manifest))
         return
-    console.print(f"Engine in [bold]{output}[/]: {', '.join(manifest.artefacts)}\nNext: [bold]boostdiff bench --steps 20[/]")
+    console.print(
+        f"Engine in [bold]{output}[/]: {', '.join(manifest.artefacts)}\nNext: [bold]boostdiff bench --steps 20[/]"
+    )
 
 
 @app.command()
@@ -222,7 +245,8 @@ def bench(
     samples: Annotated[int, typer.Option("--samples", help="Images a row for quality (N).")] = 200,
     speed_only: Annotated[bool, typer.Option("--speed-only", help="Leave quality out.")] = False,
     prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="One prompt a line.  [default: emoji64's held-out prompts]")
+        Path | None,
+        typer.Option("--prompts", help="One prompt a line.  [default: emoji64's held-out prompts]"),
     ] = None,
     reference: Annotated[
         Path | None,
@@ -343,21 +367,25 @@ def main() -> None:
         sys.argv.remove("--debug")
     try:
         sys.exit(app(standalone_mode=False))
-    except click.exceptions.Abort:
-        _fail("interrupted", 130, debug)
-    except click.ClickException as error:
-        _fail(error.format_message(), 2, debug)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130, debug)
-    except BoostDiffError as error:
-        _fail(str(error), error.exit_code, debug)
     except Exception as error:
-        _fail(f"{type(error).__name__}: {error}", 1, debug)
+        if debug:
+            raise
+        sys.exit(_report(error))
+    except KeyboardInterrupt:
+        sys.exit(_report(typer.Abort()))
 
 
-def _fail(message: str, code: int, debug: bool) -> None:
-    if debug:
-        raise  # noqa: PLE0704  (called from an except block)
-    line = " ".join(message.split())
-    sys.stderr.write(f"boostdiff: error: {line}\n")
-    sys.exit(code)
+def _report(error: Exception) -> int:
+    """Print one line, and give the exit code."""
+    if isinstance(error, BoostDiffError):
+        message, code = str(error), error.exit_code
+    elif isinstance(error, _UsageError):
+        # `boostdiff` without arguments ends here too, with the help printed and no message.
+        message, code = error.format_message(), 2
+    elif isinstance(error, typer.Abort):
+        message, code = "interrupted", 130
+    else:
+        message, code = f"{type(error).__name__}: {error} (--debug shows where)", 1
+    if message:
+        sys.stderr.write(f"boostdiff: error: {' '.join(message.split())}\n")
+    return code

@@ -108,13 +108,13 @@ class BenchResult:
         )
         if self.quality is None:
             return f"{words}; quality was not measured."
-        if self.quality.rows[2].recovered is None:
-            return f"{words}; quality has no reference to be measured against."
-        recovered = self.quality.rows[2].recovered
-        return (
-            f"{words} and recovers {recovered:.0%} of the quality that guidance adds "
-            f"(N = {self.quality.images})."
-        )
+        student = self.quality.rows[2]
+        if student.distance is None:
+            return f"{words}; there was no reference to measure quality against."
+        if student.recovered is None:
+            return f"{words}; guidance gains nothing at N = {self.quality.images}: judge quality with more --samples."
+        recovered = student.recovered
+        return f"{words} and recovers {recovered:.0%} of the quality that guidance adds (N = {self.quality.images})."
 
     def as_json(self) -> dict[str, Any]:
         """The content of `report.json`."""
@@ -227,7 +227,7 @@ def bench(
                 make_scheduler=scheduler,
                 steps=config.steps,
                 runs=config.runs,
-                on_progress=lambda stage, name=name: report(f"{name}: timing {stage}"),
+                on_progress=partial(_report_timing, report, name),
             )
         throughputs.append(row)
     quality = None
@@ -252,6 +252,10 @@ def bench(
     )
 
 
+def _report_timing(report: Callable[[str], None], runner: str, stage: str) -> None:
+    report(f"{runner}: timing {stage}")
+
+
 def _quality(
     model: Model,
     students: list[Student],
@@ -274,13 +278,13 @@ def _quality(
     def guided() -> Denoiser:
         return GuidedDenoiser(TorchRunner(model.unet), guidance)
 
+    def single(unet: UNet2DConditionModel) -> Denoiser:
+        return SinglePassDenoiser(TorchRunner(unet))
+
     contestants = [
         Contestant(name=f"teacher w={guidance:g}", passes=2, open=guided),
-        Contestant(name="teacher w=1", passes=1, open=lambda: SinglePassDenoiser(TorchRunner(model.unet))),
-        *(
-            Contestant(name=s.name, passes=1, open=lambda s=s: SinglePassDenoiser(TorchRunner(s.unet)))
-            for s in students
-        ),
+        Contestant(name="teacher w=1", passes=1, open=partial(single, model.unet)),
+        *(Contestant(name=s.name, passes=1, open=partial(single, s.unet)) for s in students),
         Contestant(name=f"teacher w={guidance:g}, other seeds", passes=2, open=guided, seed_offset=RESEED),
     ]
     small = model.latent_shape[-1] <= 16

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,10 @@ class Reference:
         """From the features `(N, D)` of the reference set and `(M, D)` of other real images."""
         doubled = features.double()
         return cls(
-            mean=doubled.mean(dim=0), covariance=torch.cov(doubled.T), count=len(features), features=held_out.float()
+            mean=doubled.mean(dim=0),
+            covariance=torch.cov(doubled.T),
+            count=len(features),
+            features=held_out.float(),
         )
 
     def save(self, path: Path) -> None:
@@ -161,7 +165,10 @@ def frechet_distance(reference: Reference, features: torch.Tensor) -> float:
 def kernel_distance(reference: Reference, features: torch.Tensor, *, subsets: int = 50) -> tuple[float, float]:
     """KID (Bińkowski et al. 2018) by torchmetrics: the mean over random subsets, and its standard error."""
     size = min(200, len(features), len(reference.features))
-    metric = KernelInceptionDistance(feature=_Precomputed(), subsets=subsets, subset_size=size)
+    with warnings.catch_warnings():
+        # It warns that it keeps all features; they are in memory anyway.
+        warnings.simplefilter("ignore", UserWarning)
+        metric = KernelInceptionDistance(feature=_Precomputed(), subsets=subsets, subset_size=size)
     metric.update(reference.features, real=True)
     metric.update(features, real=False)
     with torch.random.fork_rng(devices=[]):
@@ -172,7 +179,7 @@ def kernel_distance(reference: Reference, features: torch.Tensor, *, subsets: in
 
 def paired_distance(features: torch.Tensor, to: torch.Tensor) -> float:
     """Mean cosine distance between images of one seed: 0 where the images are the same."""
-    return (1 - torch.cosine_similarity(features, to)).mean().item()
+    return (1 - torch.cosine_similarity(features.double(), to.double())).mean().abs().item()
 
 
 def _images_in(folder: Path) -> Iterator[Path]:

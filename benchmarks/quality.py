@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class QualityRow:
         kid_error: see `kid`.
         paired: mean cosine distance to the guided teacher's image of the same seed.
         background: share of images over the named background; None where prompts name none.
-        recovered: (unguided − this) / (unguided − guided) of `distance`; for students.
+        recovered: (unguided − this) / (unguided − guided) of `distance`; for students, where guided is better.
     """
 
     name: str
@@ -142,7 +143,7 @@ def judge(
                 steps=steps,
                 seed=seed + contestant.seed_offset,
                 batch_size=batch_size,
-                on_step=lambda count, name=contestant.name: on_images(name, count),
+                on_step=partial(on_images, contestant.name),
             )
         )
         features = features_of(network, images)
@@ -155,7 +156,8 @@ def judge(
             guided, unguided = rows[0].distance, rows[1].distance
             assert guided is not None
             assert unguided is not None
-            recovered = (unguided - distance) / (unguided - guided)
+            # Where guidance gains nothing (tiny N, say), there is nothing to recover.
+            recovered = (unguided - distance) / (unguided - guided) if guided < unguided else None
         rows.append(
             QualityRow(
                 name=contestant.name,

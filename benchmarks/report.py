@@ -22,9 +22,10 @@ from .throughput import Spread, Throughput
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
+import matplotlib.pyplot as plt
 
 GRID_ROWS = 8
+_PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _TEACHER, _UNGUIDED, _STUDENT = "#8a8f98", "#c9cdd3", "#2f6fed"
 
 _STYLE = """
@@ -39,11 +40,6 @@ img{max-width:100%;height:auto}pre{overflow-x:auto;background:#f6f6f8;padding:.8
 """
 
 
-def milliseconds(spread: Spread) -> str:
-    """Median [p10 to p90] in milliseconds."""
-    return f"{spread.median * 1e3:.1f} [{spread.p10 * 1e3:.1f}–{spread.p90 * 1e3:.1f}]"
-
-
 def ratio(spread: Spread) -> str:
     """Median [p10 to p90] of a ratio."""
     return f"{spread.median:.2f}x [{spread.p10:.2f}–{spread.p90:.2f}]"
@@ -51,19 +47,15 @@ def ratio(spread: Spread) -> str:
 
 def speed_table(rows: list[Throughput]) -> tuple[list[str], list[list[str]]]:
     """Headings and cells."""
-    headings = ["runner", "UNet step, teacher ms", "student ms", "ratio", "images, teacher ms", "student ms", "ratio"]
-    cells = [
-        [
-            f"{row.runner} {row.precision}",
-            milliseconds(row.unet_teacher),
-            milliseconds(row.unet_student),
-            ratio(row.unet_ratio),
-            milliseconds(row.image_teacher),
-            milliseconds(row.image_student),
-            ratio(row.image_ratio),
-        ]
-        for row in rows
-    ]
+    headings = ["runner", "", "teacher ms", "student ms", "ratio [p10–p90]"]
+    cells = []
+    for row in rows:
+        name = f"{row.runner} {_PRECISIONS.get(row.precision, row.precision)}"
+        for what, teacher, student, times in (
+            ("UNet step", row.unet_teacher, row.unet_student, row.unet_ratio),
+            ("whole images", row.image_teacher, row.image_student, row.image_ratio),
+        ):
+            cells.append([name, what, f"{teacher.median * 1e3:.1f}", f"{student.median * 1e3:.1f}", ratio(times)])
     return headings, cells
 
 
@@ -73,15 +65,13 @@ def quality_table(rows: list[QualityRow]) -> tuple[list[str], list[list[str]]]:
     def number(value: float | None, pattern: str = "{:.1f}") -> str:
         return "–" if value is None else pattern.format(value)
 
-    headings = ["", "passes", DISTANCE_NAME, "KID ×1000", "to teacher's image", "background", "recovered"]
+    headings = ["", "passes", DISTANCE_NAME, "KID ×1000", "paired", "background", "recovered"]
     cells = [
         [
             row.name,
             str(row.passes),
             number(row.distance),
-            "–"
-            if row.kid is None or row.kid_error is None
-            else f"{row.kid * 1e3:.2f} ± {row.kid_error * 1e3:.2f}",
+            "–" if row.kid is None or row.kid_error is None else f"{row.kid * 1e3:.2f} ± {row.kid_error * 1e3:.2f}",
             f"{row.paired:.3f}",
             number(row.background, "{:.0%}"),
             number(row.recovered, "{:.0%}"),
@@ -92,18 +82,19 @@ def quality_table(rows: list[QualityRow]) -> tuple[list[str], list[list[str]]]:
 
 
 def _terminal_table(title: str, headings: list[str], cells: list[list[str]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=Text(title, style="bold"), title_justify="left", padding=(0, 1, 0, 0))
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="left" if index == 0 else "right")
     for row in cells:
-        table.add_row(*row)
+        table.add_row(*(Text(cell) for cell in row))
     return table
 
 
 def speed_title(result: BenchResult) -> str:
     """What the speed table shows."""
     best = result.best
-    return f"Speed: batch {best.batch_size}, {best.steps} steps, median [p10–p90] of {best.image_ratio.runs} runs"
+    runs = f"medians of {best.unet_ratio.runs} UNet steps and {best.image_ratio.runs} whole batches"
+    return f"Speed: batch {best.batch_size}, {best.steps} steps, {runs}, teacher and student in turn"
 
 
 def quality_note(result: BenchResult) -> str:
@@ -112,8 +103,10 @@ def quality_note(result: BenchResult) -> str:
     assert quality is not None
     note = f"N = {quality.images} images a row, same prompts, seeds and noise"
     if quality.floor is not None:
-        note += f"; real images themselves score {quality.floor:.1f} at this N ({quality.reference_images} in reference)"
-    return note
+        note += (
+            f"; real images themselves score {quality.floor:.1f} at this N ({quality.reference_images} in reference)"
+        )
+    return f"{note}. Paired: cosine distance of features to the guided teacher's image of the same seed."
 
 
 def terminal_report(result: BenchResult) -> RenderableType:
@@ -137,7 +130,10 @@ def speed_plot(rows: list[Throughput]) -> bytes:
     """Images per second of teacher and student on each runner, with p10–p90, as PNG."""
     figure, axes = plt.subplots(figsize=(7, 0.9 + 0.9 * len(rows)), layout="constrained")
     for index, row in enumerate(rows):
-        for offset, spread, colour in ((0.2, row.image_teacher, _TEACHER), (-0.2, row.image_student, _STUDENT)):
+        for offset, spread, colour in (
+            (0.2, row.image_teacher, _TEACHER),
+            (-0.2, row.image_student, _STUDENT),
+        ):
             rate = row.batch_size / spread.median
             error = [[rate - row.batch_size / spread.p90], [row.batch_size / spread.p10 - rate]]
             axes.barh(index + offset, rate, 0.36, color=colour, xerr=error, capsize=3)

@@ -76,7 +76,12 @@ def synchronise(device: torch.device) -> None:
 
 
 def interleaved(
-    first: Callable[[], object], second: Callable[[], object], *, device: torch.device, runs: int, warm_up: int
+    first: Callable[[], object],
+    second: Callable[[], object],
+    *,
+    device: torch.device,
+    runs: int,
+    warm_up: int,
 ) -> tuple[list[float], list[float]]:
     """Time two functions in turn, A B B A A B …, so that drift of the machine's speed falls on both.
 

@@ -86,18 +86,13 @@ class Lora(Adapter):
 
     def save(self, folder: Path, pipeline: DiffusionPipeline) -> Path:
         """Write the file that diffusers' `load_lora_weights` reads."""
-        metadata = {
-            "r": self.rank,
-            "lora_alpha": self.rank,
-            # peft keeps a set, whose order differs from one process to the next.
-            "target_modules": sorted(ATTENTION_PROJECTIONS),
-        }
         pipeline.save_lora_weights(
             folder,
             unet_lora_layers=get_peft_model_state_dict(self.unet, adapter_name=ADAPTER_NAME),
             weight_name=LORA_FILE,
-            safe_serialization=True,
-            unet_lora_adapter_metadata=metadata,
+            # One metadata key only: safetensors writes several in random order, and equal runs must give equal bytes.
+            # Nothing is lost: without metadata diffusers takes alpha to be the rank, which it is.
+            save_function=lambda weights, path: save_file(weights, path, metadata={"format": "pt"}),
         )
         return folder / LORA_FILE
 
@@ -132,7 +127,10 @@ class BitFit(Adapter):
 
     def save(self, folder: Path, pipeline: DiffusionPipeline) -> Path:
         """Write every bias by its name; `boostdiff.engine.student.load_biases` reads it."""
-        save_file({name: p.detach().cpu().contiguous() for name, p in self.parameters().items()}, folder / BITFIT_FILE)
+        save_file(
+            {name: p.detach().cpu().contiguous() for name, p in self.parameters().items()},
+            folder / BITFIT_FILE,
+        )
         return folder / BITFIT_FILE
 
 

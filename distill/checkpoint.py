@@ -82,7 +82,9 @@ def load_training_state(path: Path) -> TrainingState:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise CheckpointError(f"{path} is not a BoostDiff checkpoint")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Cloned into torch's own aligned memory: on a CPU alignment changes the last bit of a matrix product,
+            # and a resumed run must give the bytes of an uninterrupted one.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"can't read the checkpoint {path}: {error}") from None
     moments: dict[int, dict[str, torch.Tensor]] = {}

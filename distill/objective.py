@@ -44,7 +44,8 @@ class NoiseSchedule:
         """From a diffusers scheduler's `alphas_cumprod`, which is α²."""
         alphas_cumprod = scheduler.alphas_cumprod.double()
         return cls(
-            alphas=alphas_cumprod.sqrt().float().to(device), sigmas=(1 - alphas_cumprod).sqrt().float().to(device)
+            alphas=alphas_cumprod.sqrt().float().to(device),
+            sigmas=(1 - alphas_cumprod).sqrt().float().to(device),
         )
 
     def __len__(self) -> int:
@@ -66,7 +67,11 @@ class NoiseSchedule:
 
 
 def x_from_prediction(
-    prediction: torch.Tensor, z_t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, prediction_type: str
+    prediction: torch.Tensor,
+    z_t: torch.Tensor,
+    alpha: torch.Tensor,
+    sigma: torch.Tensor,
+    prediction_type: str,
 ) -> torch.Tensor:
     """x̂ from what the network predicts (Salimans & Ho 2022, §4 and appendix D).
 

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from ..engine.errors import BoostDiffError, InputError
 from ..engine.files import prepare_output, publish, read_json, sha256_of, write_json
@@ -25,8 +26,8 @@ from ..engine.versions import versions
 from .adapters import METHODS, Adapter, make_adapter
 from .checkpoint import CheckpointError, load_training_state, save_training_state
 from .data import CaptionedImages, Source, Trajectories, find_captioned_images
-from .preview import write_preview
 from .objective import LOSS_WEIGHTS, NoiseSchedule, distillation_loss, x_from_prediction
+from .preview import write_preview
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 CONFIG_FILE = "config.json"
@@ -169,6 +170,8 @@ def distil(
     state = _resumable_state(folder, resolved) if resume else None
 
     target = resolve_device(device)
+    # accelerate keeps one state a process; a second run in it may use another precision.
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
         mixed_precision="no" if config.precision == "fp32" else config.precision, cpu=target.type == "cpu"
     )
@@ -202,9 +205,7 @@ def distil(
         on_start(start)
 
     with _open_log(folder / LOG_FILE, start) as log:
-        result = _train(
-            accelerator, model, adapter, source, schedule, optimizer, config, folder, log, start, on_update
-        )
+        result = _train(accelerator, model, adapter, source, schedule, optimizer, config, folder, log, start, on_update)
     path = adapter.save(folder, model.pipeline)
     info = StudentInfo(
         method=config.method,

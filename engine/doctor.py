@@ -56,7 +56,9 @@ def _onnx_runtime(gpu: bool) -> Finding:
     use = "export's comparison with torch; the onnx runner"
     package = "onnxruntime-gpu" if gpu else "onnxruntime"
     if importlib.util.find_spec("onnxruntime") is None:
-        return Finding(name="ONNX Runtime", found="not installed", ready=False, use=use, install=f"pip install {package}")
+        return Finding(
+            name="ONNX Runtime", found="not installed", ready=False, use=use, install=f"pip install {package}"
+        )
     import onnxruntime
 
     providers = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]

@@ -61,7 +61,9 @@ class DrawConfig:
         if self.runner not in RUNNERS:
             raise InputError(f"unknown runner {self.runner!r}: choose one of {', '.join(RUNNERS)}")
         if self.runner != "torch" and self.student is None:
-            raise InputError(f"--teacher runs on torch only: an engine holds the student, leave --runner {self.runner} out")
+            raise InputError(
+                f"--teacher runs on torch only: an engine holds the student, leave --runner {self.runner} out"
+            )
         if self.steps < 1:
             raise InputError("--steps must be at least 1")
         if self.guidance is not None and not 1 <= self.guidance < float("inf"):

@@ -58,6 +58,10 @@ def sample(
     return z_t
 
 
+def _counting(on_step: Callable[[int], None] | None, size: int) -> Callable[[int], None] | None:
+    return None if on_step is None else lambda _: on_step(size)
+
+
 @torch.inference_mode()
 def decode(model: Model, latents: torch.Tensor) -> torch.Tensor:
     """Latents `(B, C, H, W)` to images `(B, 3, 8H or so, …)`, float32 in [0, 1], on the CPU."""
@@ -113,7 +117,7 @@ def generate(
             noise=noise.to(model.device, chunk.conditional.dtype),
             scheduler=make_scheduler(),
             steps=steps,
-            on_step=(lambda _, size=size: on_step(size)) if on_step else None,
+            on_step=_counting(on_step, size),
         )
         images.append(decode(model, latents))
     return torch.cat(images)

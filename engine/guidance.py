@@ -7,7 +7,7 @@ scheduler steps on. Teacher and student differ in nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -41,23 +41,22 @@ def combine(unconditional: torch.Tensor, conditional: torch.Tensor, guidance_sca
 class GuidedDenoiser:
     """The teacher: one pass over a batch of 2B, unconditional half first, as stock pipelines order it."""
 
-    def __init__(self, runner: Callable[..., tuple[torch.Tensor]], guidance_scale: float) -> None:
+    def __init__(self, runner: Callable[..., Any], guidance_scale: float) -> None:
         self.runner = runner
         self.guidance_scale = guidance_scale
 
     def __call__(self, z_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
         """See `Denoiser`."""
         t_both = torch.cat([t, t]) if t.ndim else t
-        (prediction,) = self.runner(
-            torch.cat([z_t, z_t]), t_both, encoder_hidden_states=text.both(), return_dict=False
-        )
-        return combine(*prediction.chunk(2), self.guidance_scale)
+        (prediction,) = self.runner(torch.cat([z_t, z_t]), t_both, encoder_hidden_states=text.both(), return_dict=False)
+        unconditional, conditional = prediction.chunk(2)
+        return combine(unconditional, conditional, self.guidance_scale)
 
 
 class SinglePassDenoiser:
     """The student (and the teacher without guidance): one pass over a batch of B."""
 
-    def __init__(self, runner: Callable[..., tuple[torch.Tensor]]) -> None:
+    def __init__(self, runner: Callable[..., Any]) -> None:
         self.runner = runner
 
     def __call__(self, z_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:

@@ -45,7 +45,10 @@ class ModelFiles:
         for variant, infix in ((None, ""), ("fp16", ".fp16")):
             stem = f"diffusion_pytorch_model{infix}"
             folder = self.folder / "unet"
-            files = [*folder.glob(f"{stem}.safetensors"), *sorted(folder.glob(f"{stem}-?????-of-?????.safetensors"))]
+            files = [
+                *folder.glob(f"{stem}.safetensors"),
+                *sorted(folder.glob(f"{stem}-?????-of-?????.safetensors")),
+            ]
             if files:
                 return variant, files
         raise InputError(
@@ -174,7 +177,7 @@ def load(files: ModelFiles, *, device: torch.device, dtype: torch.dtype | None =
     try:
         pipeline = files.family.pipeline_class.from_pretrained(
             files.folder,
-            torch_dtype=dtype,
+            dtype=dtype,
             variant=variant,
             use_safetensors=True,
             local_files_only=True,

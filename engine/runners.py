@@ -124,7 +124,9 @@ class OnnxRunner(Runner):
         options.log_severity_level = 3
         try:
             self.session = onnxruntime.InferenceSession(
-                path, options, providers=[(provider, {"device_id": device.index or 0} if device.type == "cuda" else {})]
+                path,
+                options,
+                providers=[(provider, {"device_id": device.index or 0} if device.type == "cuda" else {})],
             )
         except Exception as error:
             # The C++ side raises its own types, none of them exported under a common base.
@@ -250,7 +252,7 @@ def check_plan(artefact: dict[str, Any]) -> None:
         BoostDiffError: no NVIDIA GPU, another TensorRT version, or another compute capability.
     """
     if not torch.cuda.is_available():
-        raise BoostDiffError("a TensorRT engine needs an NVIDIA GPU: use --runner onnx or torch here")
+        raise BoostDiffError("a TensorRT engine needs an NVIDIA GPU, and there is none here")
     module = load_tensorrt(artefact["flavour"])
     here = "{}.{}".format(*torch.cuda.get_device_capability())
     built = f"built by {artefact['flavour']} {artefact['version']} for {', '.join(artefact['compute_capabilities'])}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from ..engine.student import read_student
 from ..engine.versions import versions
 from .graph import FP16_TOLERANCE, FP32_TOLERANCE, TRACE_BATCH, compare, graph_signature, onnx_from_unet
 from .merge import TIMESTEPS, merge, prove_merge
-from .plan import Flavour, choose_flavour, plan_from_onnx
+from .plan import choose_flavour, plan_from_onnx
 
 BATCHES = (1, 4, 16)
 """Smallest, best and largest batch of a plan's profile. A batched-CFG teacher at batch 8 needs 16."""
@@ -76,15 +77,19 @@ def export(
     )
     # Large models are compared at the batches that a small machine can afford.
     batches = (1, 2, 8) if sum(p.numel() for p in merged.parameters()) < 100e6 else (1, 2)
-    comparison = {"inputs": inputs, "text": text, "batches": batches, "timesteps": TIMESTEPS}
+    check_against = partial(compare, reference=merged, inputs=inputs, text=text, batches=batches, timesteps=TIMESTEPS)
 
     with staged_folder(output) as folder:
         (folder / "unet").mkdir()
         graph = folder / "unet" / "model.onnx"
         onnx_from_unet(merged, inputs, graph)
         with OnnxRunner(graph, unet_config=manifest.unet_config, device=torch.device("cpu")) as runner:
-            check = compare(runner, merged, **comparison, tolerance=FP32_TOLERANCE)
-        manifest.artefacts["unet/model.onnx"] = {"precision": "fp32", "check": check, **graph_signature(graph)}
+            check = check_against(runner, tolerance=FP32_TOLERANCE)
+        manifest.artefacts["unet/model.onnx"] = {
+            "precision": "fp32",
+            "check": check,
+            **graph_signature(graph),
+        }
         report(f"ONNX FP32: differs from torch by {check['relative']:.1e} of the output's scale")
 
         if flavour is not None:
@@ -92,7 +97,7 @@ def export(
             half_inputs = {k: v.half() if v.is_floating_point() else v for k, v in inputs.items()}
             onnx_from_unet(copy.deepcopy(merged).half(), half_inputs, half)
             with OnnxRunner(half, unet_config=manifest.unet_config, device=torch.device("cpu")) as runner:
-                check = compare(runner, merged, **comparison, tolerance=FP16_TOLERANCE)
+                check = check_against(runner, tolerance=FP16_TOLERANCE)
             manifest.artefacts["unet/model.fp16.onnx"] = {
                 "precision": "fp16",
                 "check": check,
@@ -111,7 +116,7 @@ def export(
                 report(f"plan: {plan.stat().st_size / 1e6:.1f} MB, built, not run ({reason})")
             else:
                 with TensorRTRunner(plan, artefact=entry, unet_config=manifest.unet_config) as runner:
-                    entry["check"] = compare(runner, merged, **comparison, tolerance=FP16_TOLERANCE)
+                    entry["check"] = check_against(runner, tolerance=FP16_TOLERANCE)
                 report(f"plan: differs from torch by {entry['check']['relative']:.1e} of the output's scale")
         manifest.write(folder)
     return manifest

@@ -108,8 +108,8 @@ def graph_signature(path: Path) -> dict[str, dict[str, Any]]:
 @torch.inference_mode()
 def compare(
     runner: Runner,
-    reference: UNet2DConditionModel,
     *,
+    reference: UNet2DConditionModel,
     inputs: dict[str, torch.Tensor],
     text: torch.Tensor,
     batches: tuple[int, ...],

@@ -72,7 +72,12 @@ def plan_from_onnx(
         BoostDiffError: the graph can't be parsed, or the build fails.
     """
     module = load_tensorrt(flavour.name)
-    from polygraphy.backend.trt import CreateConfig, Profile, engine_bytes_from_network, network_from_onnx_path
+    from polygraphy.backend.trt import (
+        CreateConfig,
+        Profile,
+        engine_bytes_from_network,
+        network_from_onnx_path,
+    )
     from polygraphy.exception import PolygraphyException
 
     profile = Profile()
@@ -82,9 +87,7 @@ def plan_from_onnx(
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
         capabilities = [f"{major}.{minor}" for major, minor in RTX_COMPUTE_CAPABILITIES]
-        config = CreateConfigRTX(
-            use_gpu=False, compute_capabilities=list(RTX_COMPUTE_CAPABILITIES), profiles=[profile]
-        )
+        config = CreateConfigRTX(use_gpu=False, compute_capabilities=list(RTX_COMPUTE_CAPABILITIES), profiles=[profile])
     else:
         capabilities = ["{}.{}".format(*torch.cuda.get_device_capability())]
         config = CreateConfig(profiles=[profile])

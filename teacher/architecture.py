@@ -15,7 +15,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 MAX_TOKENS = 24
 VOCABULARY = 2560
 TEXT_WIDTH = 128
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+BETAS = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+}
 
 
 def make_vae(scaling_factor: float = 1.0) -> AutoencoderKL:

@@ -1,6 +1,7 @@
 """Make `emoji64` again: `python -m boostdiff.teacher.train all --work DIR`.
 
-Stages, in order, each resumable by running it again: `vae`, `latents`, `diffusion`, `save`, `reference`, `evaluate`. All randomness of a
+Stages, in order, each resumable by running it again: `vae`, `latents`, `diffusion`, `save`, `reference`,
+`evaluate`. All randomness of a
 step is drawn from a generator seeded with (seed, step), so a resumed run takes the same steps as an
 uninterrupted one.
 """
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from ..benchmarks.features import EfficientNetLite0Features, Reference, features_of
 from ..distill.checkpoint import load_training_state, save_training_state
 from ..distill.data import epoch_order
+from . import HELD_OUT_PROMPTS, MODEL_DIR, REFERENCE, TRAIN_PROMPTS
 from .architecture import (
     BETAS,
     make_text_encoder,
@@ -32,7 +34,6 @@ from .architecture import (
     make_vae,
     save_pipeline,
 )
-from . import HELD_OUT_PROMPTS, MODEL_DIR, REFERENCE, TRAIN_PROMPTS
 from .dataset import Artworks, compose, draw_prompts, load_artworks, to_model_range
 from .palette import BACKGROUNDS
 
@@ -132,7 +133,10 @@ def optimise(
         if (step + 1) % 50 == 0:
             pace = (time.monotonic() - began) / (step + 1 - start)
             left = pace * (steps - step - 1) / 60
-            print(f"{name}: step {step + 1}/{steps} loss {running / 50:.4f} {pace:.3f} s/step {left:.0f} min left", flush=True)
+            print(
+                f"{name}: step {step + 1}/{steps} loss {running / 50:.4f} {pace:.3f} s/step {left:.0f} min left",
+                flush=True,
+            )
             running = 0.0
         if time.monotonic() - saved_at > 60 * checkpoint_minutes or step + 1 == steps:
             save(step + 1)

@@ -1,0 +1,46 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRA := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+
+.PHONY: help install demo test lint types unit wheel clean
+
+help:
+	@echo "make demo   install into $(VENV) and run distill, export and bench on the embedded model"
+	@echo "make test   install into $(VENV), lint, type-check and run the tests"
+	@echo "make clean  remove $(VENV), outputs and caches"
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRA),dev]"
+	@touch $@
+
+install: $(VENV)/.installed
+
+demo: install
+	$(BIN)/boostdiff distill
+	$(BIN)/boostdiff export --trt
+	$(BIN)/boostdiff bench --steps 20
+
+test: lint types unit
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy names a package after its folder, and the clone may be called anything.
+types: install
+	@set -e; link=$$(mktemp -d); trap 'rm -rf "$$link"' EXIT; ln -s "$(CURDIR)" "$$link/boostdiff"; \
+	cd "$$link" && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
+		--cache-dir "$(CURDIR)/.mypy_cache" --exclude '/(tests|build|outputs|\.venv)/' boostdiff
+
+unit: install
+	$(BIN)/python -m pytest
+
+wheel: install
+	$(BIN)/python -m build --outdir dist .
+
+clean:
+	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

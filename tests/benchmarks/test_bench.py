@@ -1,0 +1,139 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from boostdiff.benchmarks.bench import BenchConfig, BenchResult, bench
+from boostdiff.benchmarks.features import EfficientNetLite0Features, Reference, features_of
+from boostdiff.benchmarks.quality import background_accuracy
+from boostdiff.benchmarks.report import write_report
+from boostdiff.engine.errors import InputError
+from boostdiff.engine.model import ModelFiles, locate
+from boostdiff.export.export import export
+from tiny import PROMPTS
+
+MANY = [f"{prompt} on a red background" for prompt in PROMPTS] * 6
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_folder: Path, students: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engines") / "engine"
+    export(locate(str(tiny_folder)), student=students["lora"], output=folder, device="cpu")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(
+    tiny_folder: Path, students: dict[str, Path], engine: Path, tmp_path_factory: pytest.TempPathFactory
+) -> BenchResult:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    features = features_of(EfficientNetLite0Features(), images)
+    reference = tmp_path_factory.mktemp("reference") / "r.safetensors"
+    Reference.of(features[:16], features[16:]).save(reference)
+    return bench(
+        locate(str(tiny_folder)),
+        BenchConfig(steps=3, batch_size=2, runs=3, samples=20),
+        students=[students["lora"], students["bitfit"]],
+        engine=engine,
+        prompts=MANY,
+        reference=reference,
+        device="cpu",
+    )
+
+
+def test_every_runner_here_is_timed(result: BenchResult) -> None:
+    assert [row.runner for row in result.throughputs] == ["torch", "onnx"]
+    assert "without --trt" in result.skipped["tensorrt"]
+    for row in result.throughputs:
+        assert 0 < row.image_ratio.p10 <= row.image_ratio.median <= row.image_ratio.p90
+        assert row.unet_ratio.runs == 40
+
+
+def test_rows_are_paired_and_compared(result: BenchResult) -> None:
+    assert result.quality is not None
+    rows = {row.name: row for row in result.quality.rows}
+    assert list(rows) == [
+        "teacher w=3",
+        "teacher w=1",
+        "student lora",
+        "student bitfit",
+        "teacher w=3, other seeds",
+    ]
+    assert rows["teacher w=3"].paired < 1e-6
+    assert rows["teacher w=1"].paired > 0
+    assert [row.passes for row in result.quality.rows] == [2, 1, 1, 1, 2]
+    samples = result.quality.samples
+    assert not torch.equal(samples["teacher w=3"], samples["teacher w=3, other seeds"])
+    assert result.quality.floor is not None
+    guided, unguided, student = (rows[name].distance for name in ("teacher w=3", "teacher w=1", "student lora"))
+    if guided < unguided:
+        assert rows["student lora"].recovered == pytest.approx((unguided - student) / (unguided - guided))
+    else:
+        assert rows["student lora"].recovered is None
+
+
+def test_the_report_is_one_self_contained_page(result: BenchResult, tmp_path: Path) -> None:
+    write_report(result, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "report.json",
+        "report.html",
+        "speed.png",
+        "quality.png",
+        "grid.png",
+    }
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert page.count("<img alt=") == 3
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["verdict"] == result.verdict()
+    assert report["verdict"].split(";")[0].split(" and ")[0] in page
+    assert report["provenance"]["versions"]["torch"]
+    assert len(report["quality"]["rows"]) == 5
+
+
+def test_an_engine_of_another_student_is_refused(
+    tiny_files: ModelFiles, students: dict[str, Path], engine: Path
+) -> None:
+    with pytest.raises(InputError, match="exported from another student"):
+        bench(
+            tiny_files,
+            BenchConfig(samples=0),
+            students=[students["bitfit"]],
+            engine=engine,
+            prompts=MANY,
+            reference=None,
+        )
+
+
+def test_more_samples_than_prompts(tiny_files: ModelFiles, students: dict[str, Path], engine: Path) -> None:
+    with pytest.raises(InputError, match="needs as many prompts: there are 24"):
+        bench(
+            tiny_files,
+            BenchConfig(samples=25),
+            students=[students["lora"]],
+            engine=engine,
+            prompts=MANY,
+            reference=None,
+        )
+
+
+def test_wrong_settings() -> None:
+    for changes, message in (
+        ({"steps": 0}, "--steps"),
+        ({"batch_size": 0}, "--batch-size"),
+        ({"samples": 1}, "--samples 1"),
+        ({"sampler": "x"}, "unknown sampler"),
+    ):
+        with pytest.raises(InputError, match=message):
+            BenchConfig(**changes)
+
+
+def test_background_accuracy() -> None:
+    images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+    images[0, 0] = 222
+    images[1] = 255
+    prompts = ["x on a red background", "x on a blue background", "just x"]
+    assert background_accuracy(prompts, images) == 0.5
+    assert background_accuracy(["just x"], images[:1]) is None

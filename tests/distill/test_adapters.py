@@ -1,0 +1,75 @@
+from pathlib import Path
+
+import pytest
+import torch
+from boostdiff.distill.adapters import METHODS, make_adapter
+from boostdiff.distill.train import DistillConfig, count_parameters
+from boostdiff.engine.model import Model, ModelFiles, load, locate
+from diffusers import StableDiffusionPipeline
+from tiny import CPU
+
+SD21 = Path(__file__).parents[2] / "benchmarks" / "configs" / "sd21-base"
+
+
+@torch.no_grad()
+def perturb(adapter) -> None:
+    torch.manual_seed(3)
+    for parameter in adapter.parameters().values():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def predict(model: Model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.unet(**model.family.example_inputs(model.pipeline, 2)).sample
+
+
+@pytest.mark.parametrize(("method", "expected"), [("lora", 1_659_904), ("bitfit", 343_684)])
+def test_parameter_counts_at_stable_diffusion_21_size(method: str, expected: int) -> None:
+    counts = count_parameters(locate(str(SD21)), DistillConfig(method=method))
+    assert counts == {"trainable_parameters": expected, "total_parameters": 865_910_724}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_disabled_is_the_teacher_bit_for_bit(tiny: Model, method: str) -> None:
+    teacher = predict(tiny)
+    adapter = make_adapter(method, tiny.unet, rank=4)
+    assert torch.equal(predict(tiny), teacher)
+    perturb(adapter)
+    student = predict(tiny)
+    assert (student - teacher).abs().max() > 1e-3
+    with adapter.disabled():
+        assert torch.equal(predict(tiny), teacher)
+    assert torch.equal(predict(tiny), student)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_adapter_gets_gradients(tiny: Model, method: str) -> None:
+    adapter = make_adapter(method, tiny.unet, rank=4)
+    tiny.unet(**tiny.family.example_inputs(tiny.pipeline, 2)).sample.square().mean().backward()
+    with_gradient = {name for name, p in tiny.unet.named_parameters() if p.grad is not None}
+    assert with_gradient == set(adapter.parameters())
+
+
+def test_a_lora_file_loads_in_stock_diffusers(tiny: Model, tiny_folder: Path, tmp_path: Path) -> None:
+    adapter = make_adapter("lora", tiny.unet, rank=4)
+    perturb(adapter)
+    path = adapter.save(tmp_path, tiny.pipeline)
+    stock = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    stock.load_lora_weights(tmp_path, weight_name=path.name)
+    with torch.no_grad():
+        got = stock.unet(**tiny.family.example_inputs(tiny.pipeline, 2)).sample
+    torch.testing.assert_close(got, predict(tiny))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_of_another_adapter_are_refused(tiny: Model, tiny_files: ModelFiles, method: str) -> None:
+    adapter = make_adapter(method, tiny.unet, rank=4)
+    with pytest.raises(ValueError, match="another adapter"):
+        adapter.load({"x": torch.zeros(1)})
+    with pytest.raises(ValueError, match="has shape"):
+        adapter.load({name: torch.zeros(1, 1) for name in adapter.parameters()})
+    other = make_adapter(method, load(tiny_files, device=CPU).unet, rank=4)
+    perturb(other)
+    adapter.load(dict(other.parameters()))
+    for name, parameter in adapter.parameters().items():
+        assert torch.equal(parameter, other.parameters()[name])

@@ -1,0 +1,166 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from boostdiff.distill.data import (
+    CaptionedImages,
+    Trajectories,
+    epoch_order,
+    find_captioned_images,
+    pixels_of,
+)
+from boostdiff.distill.objective import NoiseSchedule, x_from_prediction
+from boostdiff.engine.errors import InputError
+from boostdiff.engine.guidance import GuidedDenoiser
+from boostdiff.engine.model import Model
+from boostdiff.engine.prompts import read_prompts
+from boostdiff.engine.runners import TorchRunner
+from PIL import Image
+from tiny import CPU, PROMPTS, save_images
+
+
+@pytest.fixture
+def schedule(tiny: Model) -> NoiseSchedule:
+    return NoiseSchedule.of(tiny.pipeline.scheduler, CPU)
+
+
+@torch.no_grad()
+def run(source: Trajectories, schedule: NoiseSchedule, updates: range) -> list[torch.Tensor]:
+    """Advance a pool by its teacher; the timesteps of each update."""
+    teacher = GuidedDenoiser(TorchRunner(source.model.unet), 3.0)
+    seen = []
+    for update in updates:
+        batch = source.batch(update)
+        prediction = teacher(batch.z_t, batch.t, batch.text)
+        source.advance(x_from_prediction(prediction, batch.z_t, *schedule.at(batch.t), "epsilon"))
+        seen.append(batch.t)
+    return seen
+
+
+def test_trajectories_descend_and_start_again(tiny: Model, schedule: NoiseSchedule) -> None:
+    source = Trajectories(tiny, list(PROMPTS), schedule, batch_size=6, seed=0)
+    timesteps = torch.stack(run(source, schedule, range(60)))
+    assert timesteps.min() >= 0
+    assert timesteps.max() <= 999
+    assert (timesteps[0] >= 899).all()
+    falls = timesteps.diff(dim=0) < 0
+    assert falls.float().mean() > 0.9
+    # 6 members, each refilled after at most 50 steps; the shortest live 10.
+    assert 12 <= source.started <= 42
+    spread = timesteps.float().flatten().histc(4, 0, 1000) / timesteps.numel()
+    assert spread.min() > 0.1
+
+
+def test_a_trajectory_is_the_teachers_own_sampling(tiny: Model, schedule: NoiseSchedule) -> None:
+    """Followed alone with diffusers' arithmetic in float64, a member visits the same latents."""
+    source = Trajectories(tiny, list(PROMPTS), schedule, batch_size=1, seed=4)
+    teacher = GuidedDenoiser(TorchRunner(tiny.unet), 3.0)
+    z = source.z_t.double().clone()
+    alphas_cumprod = tiny.pipeline.scheduler.alphas_cumprod.double()
+    for update in range(6):
+        batch = source.batch(update)
+        torch.testing.assert_close(batch.z_t.double(), z, atol=1e-3, rtol=1e-3)
+        with torch.no_grad():
+            noise = teacher(batch.z_t, batch.t, batch.text)
+        a = alphas_cumprod[batch.t[0]]
+        x = (z - (1 - a).sqrt() * noise.double()) / a.sqrt()
+        source.advance(x_from_prediction(noise, batch.z_t, *schedule.at(batch.t), "epsilon"))
+        a_next = alphas_cumprod[source.position.round().long()[0]]
+        z = a_next.sqrt() * x + (1 - a_next).sqrt() * noise.double()
+
+
+def test_a_restored_pool_goes_on_identically(tiny: Model, schedule: NoiseSchedule) -> None:
+    source = Trajectories(tiny, list(PROMPTS), schedule, batch_size=3, seed=0)
+    run(source, schedule, range(15))
+    state = {name: tensor.clone() for name, tensor in source.state().items()}
+    expected = run(source, schedule, range(15, 40))
+    other = Trajectories(tiny, list(PROMPTS), schedule, batch_size=3, seed=0)
+    other.restore(state)
+    assert all(map(torch.equal, run(other, schedule, range(15, 40)), expected))
+    assert torch.equal(other.z_t, source.z_t)
+
+
+def test_every_prompt_comes_once_an_epoch() -> None:
+    assert sorted(epoch_order(7, 0, 0)) == list(range(7))
+    assert not np.array_equal(epoch_order(50, 0, 0), epoch_order(50, 0, 1))
+
+
+def test_images_with_text_files(tmp_path: Path) -> None:
+    save_images(tmp_path)
+    pairs = find_captioned_images(tmp_path)
+    assert [(path.name, caption) for path, caption in pairs][:2] == [
+        ("0.png", "picture 0"),
+        ("1.png", "picture 1"),
+    ]
+
+
+def test_images_with_metadata(tmp_path: Path) -> None:
+    save_images(tmp_path)
+    rows = [{"file_name": "3.png", "text": "three"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert find_captioned_images(tmp_path) == [(tmp_path / "3.png", "three")]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"file_name": "0.png"}, "lacks file_name or text"),
+        ({"file_name": "9.png", "text": "x"}, "missing image"),
+        ({"file_name": "../0.png", "text": "x"}, "outside the folder"),
+    ],
+)
+def test_bad_metadata(tmp_path: Path, row: dict[str, str], message: str) -> None:
+    save_images(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    with pytest.raises(InputError, match=message):
+        find_captioned_images(tmp_path)
+
+
+def test_folders_without_captioned_images(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no captioned images"):
+        find_captioned_images(tmp_path)
+    with pytest.raises(InputError, match="no image folder"):
+        find_captioned_images(tmp_path / "missing")
+
+
+def test_captioned_images_are_encoded_and_diffused(tiny: Model, schedule: NoiseSchedule, tmp_path: Path) -> None:
+    save_images(tmp_path)
+    source = CaptionedImages(tiny, find_captioned_images(tmp_path), schedule, batch_size=3, seed=0)
+    batch, again = source.batch(2), source.batch(2)
+    assert batch.z_t.shape == (3, *tiny.latent_shape)
+    assert torch.equal(batch.z_t, again.z_t)
+    assert torch.equal(batch.t, again.t)
+    assert not torch.equal(batch.t, source.batch(3).t)
+    assert len(batch.text) == 3
+
+
+def test_a_corrupt_image_is_named(tiny: Model, schedule: NoiseSchedule, tmp_path: Path) -> None:
+    save_images(tmp_path, count=1)
+    (tmp_path / "0.png").write_bytes(b"no image")
+    source = CaptionedImages(tiny, find_captioned_images(tmp_path), schedule, batch_size=1, seed=0)
+    with pytest.raises(InputError, match=r"can't decode the image .*0\.png"):
+        source.batch(0)
+
+
+def test_pixels_are_cropped_to_the_centre() -> None:
+    image = Image.new("RGB", (40, 20), "black")
+    image.paste("white", (10, 0, 30, 20))
+    pixels = pixels_of(image, 10, 10)
+    assert pixels.shape == (3, 10, 10)
+    assert pixels.mean() > 0.9
+
+
+def test_prompt_files(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text(" one \n\ntwo\n", encoding="utf-8")
+    assert read_prompts(path) == ["one", "two"]
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not UTF-8"):
+        read_prompts(path)
+    path.write_text("\n \n")
+    with pytest.raises(InputError, match="is empty"):
+        read_prompts(path)
+    with pytest.raises(InputError, match="can't read"):
+        read_prompts(tmp_path / "missing")

@@ -1,0 +1,82 @@
+import pytest
+import torch
+from boostdiff.distill.objective import (
+    LOSS_WEIGHTS,
+    NoiseSchedule,
+    ddim_step,
+    distillation_loss,
+    x_from_prediction,
+)
+from boostdiff.engine.samplers import make_scheduler
+from diffusers import DDIMScheduler
+
+SCHEDULER = DDIMScheduler(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+)
+T = torch.tensor([3, 200, 500, 999])
+
+
+@pytest.fixture
+def schedule() -> NoiseSchedule:
+    return NoiseSchedule.of(SCHEDULER, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_x_is_recovered_exactly_from_each_prediction_type(schedule: NoiseSchedule, prediction_type: str) -> None:
+    x, noise = torch.randn(2, 4, 4, 8, 8, dtype=torch.float64)
+    alphas_cumprod = SCHEDULER.alphas_cumprod[T].double()[:, None, None, None]
+    alpha, sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+    z_t = SCHEDULER.add_noise(x, noise, T)
+    prediction = {"epsilon": noise, "v_prediction": SCHEDULER.get_velocity(x, noise, T), "sample": x}[prediction_type]
+    torch.testing.assert_close(x_from_prediction(prediction, z_t, alpha, sigma, prediction_type), x)
+    got_alpha, got_sigma = schedule.at(T)
+    torch.testing.assert_close(got_alpha.double(), alpha, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(got_sigma.double(), sigma, atol=1e-6, rtol=1e-5)
+
+
+def test_an_unknown_prediction_type() -> None:
+    with pytest.raises(ValueError, match="flow"):
+        x_from_prediction(*torch.zeros(4, 1), "flow")
+
+
+@pytest.mark.parametrize("weight", LOSS_WEIGHTS)
+def test_loss_equals_a_float64_reference(schedule: NoiseSchedule, weight: str) -> None:
+    student, teacher = torch.randn(2, 4, 4, 8, 8)
+    alpha, sigma = schedule.at(T)
+    total = 0.0
+    for i in range(4):
+        snr = (alpha[i].double() / sigma[i].double()).item() ** 2
+        omega = {
+            "constant": 1.0,
+            "snr": snr,
+            "truncated-snr": max(snr, 1.0),
+            "snr+1": snr + 1,
+            "min-snr": min(snr, 5.0),
+        }[weight]
+        total += omega * ((student[i].double() - teacher[i].double()) ** 2).mean().item() / 4
+    assert distillation_loss(student, teacher, alpha, sigma, weight).item() == pytest.approx(total, rel=1e-5)
+
+
+def test_snr_weighting_is_the_noise_prediction_error(schedule: NoiseSchedule) -> None:
+    z_t, student, teacher = torch.randn(3, 4, 4, 8, 8)
+    alpha, sigma = schedule.at(T)
+    in_x = [x_from_prediction(noise, z_t, alpha, sigma, "epsilon") for noise in (student, teacher)]
+    expected = torch.nn.functional.mse_loss(student, teacher)
+    torch.testing.assert_close(distillation_loss(*in_x, alpha, sigma, "snr"), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_ddim_step_is_that_of_diffusers(schedule: NoiseSchedule) -> None:
+    scheduler = make_scheduler("ddim", SCHEDULER.config)
+    scheduler.set_timesteps(20)
+    z_t, noise = torch.randn(2, 1, 4, 8, 8)
+    for t, t_next in zip(scheduler.timesteps[:-1], scheduler.timesteps[1:], strict=True):
+        alpha, sigma = schedule.at(t[None])
+        x = x_from_prediction(noise, z_t, alpha, sigma, "epsilon")
+        got = ddim_step(z_t, x, alpha, sigma, *schedule.at(t_next[None]))
+        torch.testing.assert_close(got, scheduler.step(noise, t, z_t).prev_sample, atol=1e-4, rtol=1e-4)
+
+
+def test_the_last_step_gives_x(schedule: NoiseSchedule) -> None:
+    z_t, x = torch.randn(2, 1, 4, 8, 8)
+    alpha, sigma = schedule.at(torch.tensor([20]))
+    torch.testing.assert_close(ddim_step(z_t, x, alpha, sigma, *schedule.at(torch.tensor([-1]))), x)

@@ -1,0 +1,182 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from boostdiff.distill.presets import resolve_config
+from boostdiff.distill.train import CHECKPOINT_FILE, DistillConfig, distil, learning_rate_at, work_folder
+from boostdiff.engine.errors import InputError
+from boostdiff.engine.model import ModelFiles
+from boostdiff.engine.student import LORA_FILE, read_student
+from tiny import save_images
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "train.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_training_brings_the_student_to_the_teacher(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, method: str
+) -> None:
+    config = DistillConfig(method=method, prompts=prompt_file, updates=80, batch_size=8, learning_rate=0.01)
+    info = distil(tiny_files, config, output=tmp_path / "s", device="cpu")
+    seen = losses(tmp_path / "s")
+    assert len(seen) == 80
+    assert sum(seen[-10:]) < 0.5 * sum(seen[:10])
+    assert info == read_student(tmp_path / "s", tiny_files)
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {
+        info.adapter_file,
+        "student.json",
+        "config.json",
+        "train.jsonl",
+        "grid.png",
+    }
+    assert not work_folder(tmp_path / "s").exists()
+
+
+def test_training_on_images(tiny_files: ModelFiles, tmp_path: Path) -> None:
+    save_images(tmp_path / "images", count=6)
+    config = DistillConfig(images=tmp_path / "images", updates=40, batch_size=4, learning_rate=0.01)
+    distil(tiny_files, config, output=tmp_path / "s", device="cpu", preview=False)
+    seen = losses(tmp_path / "s")
+    assert sum(seen[-10:]) < sum(seen[:10])
+
+
+def test_half_precision_trains(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
+    config = DistillConfig(prompts=prompt_file, updates=30, batch_size=4, learning_rate=0.01, precision="bf16")
+    distil(tiny_files, config, output=tmp_path / "s", device="cpu", preview=False)
+    seen = losses(tmp_path / "s")
+    assert sum(seen[-5:]) < sum(seen[:5])
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_sigkill_and_resume_give_the_same_bytes(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, method: str
+) -> None:
+    def command(output: Path, *more: str) -> list[str]:
+        options = {
+            "--model": str(tiny_files.folder),
+            "--method": method,
+            "--prompts": str(prompt_file),
+            "--updates": "400",
+            "--batch-size": "4",
+            "--checkpoint-every": "20",
+            "--device": "cpu",
+            "--output": str(output),
+        }
+        flat = [word for pair in options.items() for word in pair]
+        return [sys.executable, "-m", "boostdiff", "distill", *flat, *more]
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command(tmp_path / "whole"), check=True, env=environment, capture_output=True)
+    killed = subprocess.Popen(command(tmp_path / "cut"), env=environment, stderr=subprocess.DEVNULL)
+    unfinished = work_folder(tmp_path / "cut")
+    deadline = time.monotonic() + 120
+    while not (unfinished / CHECKPOINT_FILE).exists():
+        assert time.monotonic() < deadline
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "cut").exists()
+    subprocess.run(command(tmp_path / "cut", "--resume"), check=True, env=environment, capture_output=True)
+    info = read_student(tmp_path / "cut", tiny_files)
+    assert 20 <= info.result["resumed_at"] < 400
+    whole, cut = (tmp_path / name / info.adapter_file for name in ("whole", "cut"))
+    assert whole.read_bytes() == cut.read_bytes()
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_resume_refuses_other_settings_and_nothing(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
+    config = DistillConfig(prompts=prompt_file, updates=4, batch_size=2, checkpoint_every=1)
+    with pytest.raises(InputError, match="nothing to resume"):
+        distil(tiny_files, config, output=tmp_path / "s", device="cpu", resume=True)
+
+    class Stop(Exception):
+        pass
+
+    def stop(report: object) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        distil(tiny_files, config, output=tmp_path / "s", device="cpu", on_update=stop)
+    changed = DistillConfig(prompts=prompt_file, updates=4, batch_size=2, checkpoint_every=1, guidance=5.0)
+    with pytest.raises(InputError, match=r"guidance was 3\.0, is 5\.0"):
+        distil(tiny_files, changed, output=tmp_path / "s", device="cpu", resume=True)
+    path = work_folder(tmp_path / "s") / CHECKPOINT_FILE
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="can't resume"):
+        distil(tiny_files, config, output=tmp_path / "s", device="cpu", resume=True)
+
+
+def test_an_earlier_student_stays_until_the_new_one_is_whole(
+    tiny_files: ModelFiles, prompt_file: Path, students: dict[str, Path], tmp_path: Path
+) -> None:
+    import shutil
+
+    output = shutil.copytree(students["lora"], tmp_path / "s")
+    before = (output / LORA_FILE).read_bytes()
+    diverging = DistillConfig(prompts=prompt_file, updates=5, batch_size=2, seed=1)
+
+    def stop(report: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distil(tiny_files, diverging, output=output, device="cpu", on_update=stop)
+    assert (output / LORA_FILE).read_bytes() == before
+    distil(tiny_files, diverging, output=output, device="cpu", preview=False)
+    assert (output / LORA_FILE).read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "magic"}, "unknown method"),
+        ({"rank": 0}, "--rank must be at least 1"),
+        ({"guidance": 0.5}, "at least 1"),
+        ({"guidance": float("nan")}, "at least 1"),
+        ({"updates": 0}, "--updates"),
+        ({"learning_rate": 0.0}, "--learning-rate"),
+        ({"loss_weight": "x"}, "unknown loss weight"),
+        ({"precision": "int3"}, "unknown precision"),
+        ({"images": Path("x"), "prompts": Path("y")}, "not both"),
+    ],
+)
+def test_wrong_settings(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        DistillConfig(**changes)
+
+
+def test_nothing_to_train_on(tiny_files: ModelFiles, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="pass --prompts FILE or --images DIR"):
+        distil(tiny_files, DistillConfig(), output=tmp_path / "s", device="cpu")
+
+
+def test_the_papers_preset_and_what_overrides_it() -> None:
+    common = {"on_cpu": True, "embedded": True, "method": "lora", "prompts": None, "images": None}
+    paper = resolve_config(preset="paper", updates=None, **common)
+    assert (paper.updates, paper.batch_size, paper.learning_rate, paper.loss_weight) == (
+        1600,
+        512,
+        5e-5,
+        "constant",
+    )
+    assert resolve_config(preset="paper", updates=7, **common).updates == 7
+    assert resolve_config(preset=None, **common).prompts is not None
+    with pytest.raises(InputError, match="unknown preset"):
+        resolve_config(preset="x", **common)
+
+
+def test_the_learning_rate_warms_up_and_decays() -> None:
+    config = DistillConfig(updates=100, learning_rate=1e-3)
+    rates = torch.tensor([learning_rate_at(update, config) for update in range(100)])
+    assert rates.argmax() in (4, 5)
+    assert rates.max() == pytest.approx(1e-3)
+    assert (rates[5:].diff() < 0).all()
+    assert rates[-1] < 1e-5

@@ -1,0 +1,87 @@
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from boostdiff.engine.generate import generate, initial_noise, to_uint8
+from boostdiff.engine.guidance import GuidedDenoiser, SinglePassDenoiser
+from boostdiff.engine.model import Model, locate
+from boostdiff.engine.runners import TorchRunner
+from boostdiff.engine.samplers import SAMPLERS, make_scheduler
+from boostdiff.engine.student import LORA_FILE, apply_student
+from diffusers import StableDiffusionPipeline
+from tiny import PROMPTS, make_pipeline
+
+
+def stock(pipeline: StableDiffusionPipeline, *, guidance: float, sampler: str = "ddim", seed: int = 5) -> torch.Tensor:
+    """What diffusers' own pipeline draws for `PROMPTS[:2]`, uint8 `(2, 3, H, W)`."""
+    pipeline.scheduler = make_scheduler(sampler, pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(2)]
+    images = pipeline(
+        list(PROMPTS[:2]),
+        num_inference_steps=6,
+        guidance_scale=guidance,
+        generator=generators,
+        output_type="np",
+    ).images
+    return to_uint8(torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2))
+
+
+def ours(model: Model, denoiser, *, sampler: str = "ddim", seed: int = 5, batch_size: int = 2) -> torch.Tensor:
+    return to_uint8(
+        generate(
+            model,
+            denoiser,
+            text=model.family.encode(model.pipeline, PROMPTS[:2]),
+            make_scheduler=partial(make_scheduler, sampler, model.pipeline.scheduler.config),
+            steps=6,
+            seed=seed,
+            batch_size=batch_size,
+        )
+    )
+
+
+def largest_difference(a: torch.Tensor, b: torch.Tensor) -> int:
+    return (a.int() - b.int()).abs().max().item()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_teacher_draws_what_stock_diffusers_draws(tiny: Model, tiny_folder: Path, sampler: str) -> None:
+    expected = stock(StableDiffusionPipeline.from_pretrained(tiny_folder), guidance=3.0, sampler=sampler)
+    got = ours(tiny, GuidedDenoiser(TorchRunner(tiny.unet), 3.0), sampler=sampler)
+    assert largest_difference(got, expected) <= 1
+    assert largest_difference(ours(tiny, SinglePassDenoiser(TorchRunner(tiny.unet)), sampler=sampler), got) > 1
+
+
+def test_v_prediction_teacher_draws_what_stock_diffusers_draws(tmp_path: Path) -> None:
+    from boostdiff.engine.model import load
+
+    make_pipeline(prediction_type="v_prediction").save_pretrained(tmp_path / "v")
+    model = load(locate(str(tmp_path / "v")), device=torch.device("cpu"))
+    expected = stock(StableDiffusionPipeline.from_pretrained(tmp_path / "v"), guidance=4.0)
+    assert largest_difference(ours(model, GuidedDenoiser(TorchRunner(model.unet), 4.0)), expected) <= 1
+
+
+def test_lora_student_draws_what_stock_diffusers_draws(
+    tiny: Model, tiny_folder: Path, students: dict[str, Path]
+) -> None:
+    base = ours(tiny, SinglePassDenoiser(TorchRunner(tiny.unet)))
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    pipeline.load_lora_weights(students["lora"], weight_name=LORA_FILE)
+    apply_student(tiny, students["lora"])
+    got = ours(tiny, SinglePassDenoiser(TorchRunner(tiny.unet)))
+    assert largest_difference(got, stock(pipeline, guidance=1.0)) <= 2
+    assert largest_difference(got, base) > 2
+
+
+def test_an_image_does_not_depend_on_its_batch(tiny: Model) -> None:
+    denoiser = SinglePassDenoiser(TorchRunner(tiny.unet))
+    assert largest_difference(ours(tiny, denoiser), ours(tiny, denoiser, batch_size=1)) <= 1
+
+
+def test_noise_is_that_of_a_generator_per_image() -> None:
+    noise = initial_noise((4, 8, 8), count=3, seed=7)
+    torch.testing.assert_close(noise[2], torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9))[0])
+    torch.testing.assert_close(noise[1:], initial_noise((4, 8, 8), count=2, seed=8))

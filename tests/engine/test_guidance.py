@@ -1,0 +1,28 @@
+import pytest
+import torch
+from boostdiff.engine.families import TextEmbeddings
+from boostdiff.engine.guidance import GuidedDenoiser, SinglePassDenoiser, combine
+from boostdiff.engine.model import Model
+from boostdiff.engine.runners import TorchRunner
+
+
+@pytest.mark.parametrize("w", [1.0, 3.0, 7.5])
+def test_combine_is_equation_3(w: float) -> None:
+    unconditional, conditional = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64)
+    expected = (1 - w) * unconditional + w * conditional
+    torch.testing.assert_close(combine(unconditional, conditional, w), expected)
+
+
+def test_guided_denoiser_equals_two_separate_passes(tiny: Model) -> None:
+    runner = TorchRunner(tiny.unet)
+    text = tiny.family.encode(tiny.pipeline, ["a red cat", "a blue dog on a hill"])
+    z_t, t = torch.randn(2, *tiny.latent_shape), torch.tensor([10, 700])
+    with torch.no_grad():
+        conditional = SinglePassDenoiser(runner)(z_t, t, text)
+        empty = TextEmbeddings(
+            conditional=text.unconditional.expand_as(text.conditional), unconditional=text.unconditional
+        )
+        unconditional = SinglePassDenoiser(runner)(z_t, t, empty)
+        guided = GuidedDenoiser(runner, 3.0)(z_t, t, text)
+    assert (conditional - unconditional).abs().max() > 1e-4
+    torch.testing.assert_close(guided, unconditional + 3 * (conditional - unconditional), atol=1e-5, rtol=1e-4)

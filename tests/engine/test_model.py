@@ -1,0 +1,75 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from boostdiff.engine.errors import InputError
+from boostdiff.engine.files import read_json, write_json
+from boostdiff.engine.model import load, locate, resolve_device
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def copied(tiny_folder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+def test_the_embedded_model_is_a_stock_pipeline_under_16_megabytes() -> None:
+    files = locate("emoji64")
+    model = load(files, device=CPU)
+    assert model.latent_shape == (4, 16, 16)
+    assert model.pipeline.scheduler.config.prediction_type == "epsilon"
+    assert sum(path.stat().st_size for path in files.folder.rglob("*") if path.is_file()) <= 16e6
+
+
+@pytest.mark.parametrize("name", ["missing", "./missing/folder", "organisation/missing"])
+def test_a_missing_model_says_what_to_pass(name: str) -> None:
+    with pytest.raises(InputError, match="diffusers pipeline folder or a hub id"):
+        locate(name)
+
+
+def test_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no model_index\.json"):
+        locate(str(tmp_path))
+
+
+def test_a_folder_without_a_unet(copied: Path) -> None:
+    shutil.rmtree(copied / "unet")
+    with pytest.raises(InputError, match="has no UNet"):
+        locate(str(copied))
+
+
+def test_an_unsupported_pipeline_class(copied: Path) -> None:
+    write_json(copied / "model_index.json", read_json(copied / "model_index.json") | {"_class_name": "FluxPipeline"})
+    with pytest.raises(InputError, match="FluxPipeline are not supported"):
+        locate(str(copied))
+
+
+@pytest.mark.parametrize("component", ["unet", "vae"])
+def test_truncated_weights(copied: Path, component: str) -> None:
+    path = copied / component / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match="can't load the model"):
+        load(locate(str(copied)), device=CPU)
+
+
+def test_pickled_weights_are_refused(copied: Path) -> None:
+    path = copied / "unet" / "diffusion_pytorch_model.safetensors"
+    path.rename(path.with_suffix(".bin"))
+    with pytest.raises(InputError, match="only safetensors"):
+        load(locate(str(copied)), device=CPU)
+
+
+def test_an_fp16_variant_is_found(copied: Path, tiny_folder: Path) -> None:
+    for path in copied.rglob("*.safetensors"):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    variant, files = locate(str(copied)).unet_weights()
+    assert variant == "fp16"
+    assert [path.name for path in files] == ["diffusion_pytorch_model.fp16.safetensors"]
+    assert load(locate(str(copied)), device=CPU).unet.dtype == torch.float32
+
+
+def test_an_unknown_device() -> None:
+    with pytest.raises(InputError, match="can't use the device 'teapot'"):
+        resolve_device("teapot")

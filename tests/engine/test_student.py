@@ -1,0 +1,65 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from boostdiff.engine.errors import InputError
+from boostdiff.engine.model import Model, ModelFiles, load, locate
+from boostdiff.engine.student import BITFIT_FILE, LORA_FILE, apply_student, load_biases, read_student
+from safetensors.torch import load_file, save_file
+from tiny import CPU, make_pipeline
+
+
+def test_a_student_is_described(students: dict[str, Path], tiny_files: ModelFiles) -> None:
+    info = read_student(students["lora"], tiny_files)
+    assert (info.method, info.guidance) == ("lora", 3.0)
+    assert info.settings["updates"] == 8
+    assert "torch" in info.versions
+
+
+def test_no_student_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="run `boostdiff distill` first"):
+        read_student(tmp_path)
+
+
+def test_a_student_of_another_model_is_refused(students: dict[str, Path], tmp_path: Path) -> None:
+    make_pipeline(seed=1).save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="belongs to another model"):
+        read_student(students["lora"], locate(str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize(("method", "name"), [("lora", LORA_FILE), ("bitfit", BITFIT_FILE)])
+def test_a_damaged_or_missing_adapter_is_refused(
+    students: dict[str, Path], tmp_path: Path, method: str, name: str
+) -> None:
+    folder = shutil.copytree(students[method], tmp_path / "student")
+    data = bytearray((folder / name).read_bytes())
+    data[-1] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(InputError, match="damaged"):
+        read_student(folder)
+    (folder / name).unlink()
+    with pytest.raises(InputError, match="incomplete"):
+        read_student(folder)
+
+
+def test_bitfit_replaces_every_bias_and_nothing_else(students: dict[str, Path], tiny: Model) -> None:
+    before = {name: tensor.clone() for name, tensor in tiny.unet.state_dict().items()}
+    apply_student(tiny, students["bitfit"])
+    biases = load_file(students["bitfit"] / BITFIT_FILE)
+    changed = 0
+    for name, tensor in tiny.unet.state_dict().items():
+        torch.testing.assert_close(tensor, biases.get(name, before[name]))
+        changed += not torch.equal(tensor, before[name])
+    assert changed > len(biases) / 2
+
+
+def test_biases_of_another_architecture(tiny_files: ModelFiles, tmp_path: Path) -> None:
+    unet = load(tiny_files, device=CPU).unet
+    save_file({"conv_in.bias": torch.zeros(16)}, tmp_path / "few.safetensors")
+    with pytest.raises(KeyError, match="1 biases"):
+        load_biases(unet, tmp_path / "few.safetensors")
+    wrong = {name: torch.zeros(3) for name, _ in unet.named_parameters() if name.endswith(".bias")}
+    save_file(wrong, tmp_path / "wrong.safetensors")
+    with pytest.raises(ValueError, match="has shape"):
+        load_biases(unet, tmp_path / "wrong.safetensors")

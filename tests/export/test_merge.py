@@ -1,0 +1,54 @@
+from pathlib import Path
+
+import pytest
+import torch
+from boostdiff.engine.errors import BoostDiffError, InputError
+from boostdiff.engine.model import Model, ModelFiles, load
+from boostdiff.engine.student import LORA_FILE, apply_student, read_student
+from boostdiff.export.merge import merge, merge_lora, prove_merge
+from safetensors.torch import save_file
+from tiny import CPU
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_merged_equals_base_plus_adapter(
+    tiny: Model, tiny_files: ModelFiles, students: dict[str, Path], method: str
+) -> None:
+    folder = students[method]
+    base = {name: tensor.clone() for name, tensor in tiny.unet.state_dict().items()}
+    merged = merge(tiny, folder, read_student(folder))
+    assert all(torch.equal(tensor, base[name]) for name, tensor in tiny.unet.state_dict().items())
+    assert merged.state_dict().keys() == base.keys()
+    adapted = load(tiny_files, device=CPU)
+    apply_student(adapted, folder)
+    inputs = tiny.family.example_inputs(tiny.pipeline, 2)
+    with torch.no_grad():
+        expected, got, unchanged = (unet(**inputs).sample for unet in (adapted.unet, merged, tiny.unet))
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    assert (got - unchanged).abs().max() > 1e-3
+    proof = prove_merge(tiny, folder, merged)
+    assert proof.relative < 1e-5
+    assert proof.cosine > 0.99999
+    assert proof.change > 1e-3
+
+
+def test_the_proof_fails_for_a_wrong_merge(tiny: Model, students: dict[str, Path]) -> None:
+    merged = merge(tiny, students["lora"], read_student(students["lora"]))
+    with torch.no_grad():
+        merged.conv_out.bias.add_(0.1)
+    with pytest.raises(BoostDiffError, match="differs from base"):
+        prove_merge(tiny, students["lora"], merged)
+
+
+def test_a_lora_of_another_architecture(tiny: Model, tmp_path: Path) -> None:
+    save_file({"unet.x.lora_A.weight": torch.zeros(1, 1), "unet.x.lora_B.weight": torch.zeros(1, 1)}, tmp_path / "l")
+    with pytest.raises(InputError, match="does not fit this UNet"):
+        merge_lora(tiny.unet, tmp_path / "l")
+    save_file({"conv.weight": torch.zeros(1)}, tmp_path / "none")
+    with pytest.raises(InputError, match="not a LoRA"):
+        merge_lora(tiny.unet, tmp_path / "none")
+
+
+def test_merging_is_repeatable(tiny: Model, students: dict[str, Path]) -> None:
+    one, two = (merge_lora(tiny.unet, students["lora"] / LORA_FILE).state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)

@@ -1,0 +1,50 @@
+from pathlib import Path
+
+import pytest
+import torch
+from boostdiff.teacher.architecture import make_unet, make_vae
+from boostdiff.teacher.train import learning_rate_factor, optimise, step_generator
+
+
+def test_the_schedule_warms_up_stays_and_decays() -> None:
+    factors = torch.tensor([learning_rate_factor(step, steps=1000) for step in range(1000)])
+    assert factors[0] == pytest.approx(0.01)
+    assert (factors[100:600] == 1).all()
+    assert (factors[600:].diff() < 0).all()
+    assert factors[-1] < 1e-4
+
+
+def train(checkpoint: Path, steps: int) -> torch.Tensor:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 1)
+
+    def loss_of(step: int) -> torch.Tensor:
+        x = torch.randn(8, 4, generator=step_generator(0, step))
+        return (layer(x) - x.sum(dim=1, keepdim=True)).square().mean()
+
+    optimise(
+        name="test",
+        modules={"layer": layer},
+        loss_of=loss_of,
+        checkpoint=checkpoint,
+        steps=steps,
+        learning_rate=0.05,
+        checkpoint_minutes=0,
+    )
+    return layer.weight.detach().clone()
+
+
+def test_training_resumes_exactly_and_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(tmp_path / "whole", 200)
+    assert (whole - 1).abs().max() < 0.2
+    monkeypatch.setattr("boostdiff.teacher.train.learning_rate_factor", lambda step, *, steps: 1.0)
+    expected = train(tmp_path / "a", 60)
+    train(tmp_path / "b", 25)
+    assert torch.equal(train(tmp_path / "b", 60), expected)
+
+
+def test_networks_have_the_documented_size() -> None:
+    assert sum(p.numel() for p in make_unet().parameters()) == pytest.approx(6.1e6, rel=0.01)
+    vae = make_vae()
+    assert sum(p.numel() for p in vae.parameters()) == pytest.approx(0.65e6, rel=0.01)
+    assert vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mean.shape == (1, 4, 16, 16)

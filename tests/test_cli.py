@@ -1,0 +1,165 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from boostdiff import __version__
+from boostdiff.cli import main
+
+SD21 = Path(__file__).parents[1] / "benchmarks" / "configs" / "sd21-base"
+
+
+def boostdiff(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "boostdiff", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+def test_help_names_every_command_and_option(tmp_path: Path) -> None:
+    shown = boostdiff("--help", cwd=tmp_path).stdout
+    for command, options in {
+        "distill": (
+            "--model",
+            "--method",
+            "--rank",
+            "--guidance",
+            "--images",
+            "--resume",
+            "--preset",
+            "--dry-run",
+        ),
+        "export": ("--model", "--student", "--output", "--trt", "--json"),
+        "bench": ("--steps", "--engine", "--samples", "--batch-size", "--reference", "--json"),
+        "generate": ("--teacher", "--runner", "--sampler", "--seed"),
+        "doctor": ("--json",),
+    }.items():
+        assert command in shown
+        text = boostdiff(command, "--help", cwd=tmp_path).stdout
+        assert all(option in text for option in options), command
+    assert boostdiff("--version", cwd=tmp_path).stdout == f"boostdiff {__version__}\n"
+
+
+def test_dry_run_reads_configurations_alone(tmp_path: Path) -> None:
+    done = boostdiff("distill", "--dry-run", "--model", SD21, "--preset", "paper", cwd=tmp_path)
+    plan = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert (plan["trainable_parameters"], plan["total_parameters"]) == (1_659_904, 865_910_724)
+    assert (plan["updates"], plan["batch_size"], plan["guidance"]) == (1600, 512, 3.0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor_as_json(tmp_path: Path) -> None:
+    findings = {row["name"]: row for row in json.loads(boostdiff("doctor", "--json", cwd=tmp_path).stdout)}
+    assert findings["torch"]["ready"]
+    assert findings["boostdiff distill"]["ready"]
+    assert not findings["GPU"]["ready"]
+
+
+def test_the_whole_job_on_a_tiny_model(tmp_path: Path, tiny_folder: Path, prompt_file: Path) -> None:
+    """distill, export, bench and generate find what the one before wrote, and `--json` prints JSON alone."""
+    model = ("--model", tiny_folder)
+    steps = (
+        ("distill", *model, "--prompts", prompt_file, "--updates", 4, "--batch-size", 2, "--json"),
+        ("export", *model, "--json"),
+        ("bench", *model, "--prompts", prompt_file, "--samples", 4, "--steps", 2, "--runs", 3, "--json"),
+        ("generate", *model, "a red cat", "two green birds", "--steps", 2, "--runner", "onnx", "--json"),
+        ("generate", *model, "a red cat", "--teacher", "--steps", 2, "--json"),
+    )
+    for arguments in steps:
+        done = boostdiff(*arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        json.loads(done.stdout)
+    outputs = tmp_path / "outputs"
+    for name in (
+        "student/pytorch_lora_weights.safetensors",
+        "student/grid.png",
+        "engine/unet/model.onnx",
+        "engine/manifest.json",
+        "bench/report.json",
+        "bench/report.html",
+        "bench/grid.png",
+        "images/a-red-cat-student-0.png",
+        "images/two-green-birds-student-1.png",
+        "images/a-red-cat-teacher-0.png",
+    ):
+        assert (outputs / name).stat().st_size > 0, name
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, students: dict[str, Path]) -> Path:
+    """A folder of things that are wrong, and of outputs from before."""
+    folder = tmp_path_factory.mktemp("broken")
+    shutil.copytree(tiny_folder, folder / "no-unet")
+    shutil.rmtree(folder / "no-unet/unet")
+    shutil.copytree(tiny_folder, folder / "truncated")
+    weights = folder / "truncated/unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    (folder / "empty.txt").write_text("\n")
+    (folder / "a-file").write_text("x")
+    shutil.copytree(students["lora"], folder / "outputs/student")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("distill --model missing", "there is no model 'missing'"),
+        ("distill --model no-unet", "has no UNet"),
+        ("distill --model truncated --prompts {prompts}", "can't load the model"),
+        ("distill --prompts empty.txt", "is empty"),
+        ("distill --guidance 0.5", "--guidance 0.5"),
+        ("distill --method magic", "unknown method 'magic'"),
+        ("distill --output /proc/boostdiff/x", "can't write to"),
+        ("distill --output a-file", "is a file"),
+        ("distill --device teapot", "can't use the device"),
+        ("distill --updates many", "--updates"),
+        ("distill --resume --output elsewhere", "nothing to resume"),
+        ("distill --model {tiny}", "pass --prompts FILE or --images DIR"),
+        ("export --student nowhere", "run `boostdiff distill` first"),
+        ("export", "belongs to another model"),
+        ("export --model {tiny} --output /proc/boostdiff/x", "can't write to"),
+        ("bench --model {tiny} --prompts {prompts}", "run `boostdiff export` first"),
+        ("bench --steps 0", "--steps must be at least 1"),
+        ("bench --sampler magic", "unknown sampler 'magic'"),
+        ("generate --sampler magic x", "unknown sampler 'magic'"),
+        ("generate --steps 0 x", "--steps must be at least 1"),
+        ("generate --model {tiny} --guidance 5 x", "distilled at guidance 3"),
+        ("generate --teacher --guidance 0.5 x", "must be at least 1"),
+        ("generate --model {tiny} --runner onnx x", "run `boostdiff export` first"),
+        ("generate --model {tiny} --output /proc/boostdiff/x x", "can't write to"),
+        ("distil", "No such command 'distil'"),
+    ],
+)
+def test_wrong_input_ends_in_one_line_and_code_2(
+    broken: Path,
+    tiny_folder: Path,
+    prompt_file: Path,
+    arguments: str,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in broken.rglob("*")}
+    words = [word.format(tiny=tiny_folder, prompts=prompt_file) for word in arguments.split()]
+    monkeypatch.chdir(broken)
+    monkeypatch.setattr(sys, "argv", ["boostdiff", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    shown = capfd.readouterr()
+    assert ended.value.code == 2
+    assert shown.out == ""
+    assert shown.err.startswith("boostdiff: error: ")
+    assert shown.err.count("\n") == 1
+    assert says in shown.err
+    assert {path: path.stat().st_mtime_ns for path in broken.rglob("*")} == before
+
+
+def test_a_traceback_only_under_debug(tmp_path: Path) -> None:
+    assert "Traceback" in boostdiff("--debug", "distill", "--model", "missing", cwd=tmp_path).stderr

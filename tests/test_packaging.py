@@ -1,0 +1,112 @@
+"""Promises of the repository: what the wheel holds, and that its documentation tells the truth."""
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("engine", "distill", "export", "benchmarks", "teacher")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy of the tracked files so that the checkout stays clean."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    for name in filter(None, listed.split("\0")):
+        target = source / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_file():
+            target.write_bytes((ROOT / name).read_bytes())
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--no-deps",
+            "--no-build-isolation",
+            "--wheel-dir",
+            out,
+            source,
+        ],
+        check=True,
+        capture_output=True,
+    )
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_every_module_and_the_embedded_model(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {f"boostdiff/{name}" for name in ("__init__.py", "__main__.py", "cli.py", "py.typed")}
+    for folder in FOLDERS:
+        modules |= {f"boostdiff/{path.relative_to(ROOT)}" for path in (ROOT / folder).glob("*.py")}
+        assert f"boostdiff/{folder}/__init__.py" in names
+    data = {
+        f"boostdiff/{path.relative_to(ROOT)}"
+        for folder in ("teacher/emoji64", "teacher/prompts", "teacher/reference", "benchmarks/configs")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file()
+    }
+    assert "boostdiff/teacher/emoji64/unet/diffusion_pytorch_model.safetensors" in data
+    assert modules | data <= names
+    extra = {name for name in names - modules - data if ".dist-info/" not in name}
+    assert extra <= {"boostdiff/teacher/README.md"}
+
+
+def test_the_wheel_works_from_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target", site, wheel], check=True
+    )
+    script = (
+        "import boostdiff, sys; from boostdiff.engine.model import locate, load; import torch;"
+        "model = load(locate('emoji64'), device=torch.device('cpu'));"
+        "print(boostdiff.__file__, model.latent_shape)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert str(site) in done.stdout
+    assert "(4, 16, 16)" in done.stdout
+
+
+def test_the_readmes_files_and_commands_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text):
+        assert (ROOT / target).exists(), target
+    commands = set(re.findall(r"^\s*boostdiff (\w+)", text, flags=re.MULTILINE))
+    assert {"distill", "export", "bench", "generate", "doctor"} <= commands
+    source = (ROOT / "cli.py").read_text(encoding="utf-8")
+    assert commands <= set(re.findall(r"^def (\w+)\(", source, flags=re.MULTILINE))
+    options = set(re.findall(r"(?<=\s)--[a-z][a-z-]+", "\n".join(re.findall(r"^\s*boostdiff .*", text, re.MULTILINE))))
+    assert all(f'"{option}"' in source for option in options)
+    targets = set(re.findall(r"make (\w+)", text))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+def test_no_pickles_and_no_remote_code() -> None:
+    for folder in (*FOLDERS, "."):
+        for path in (ROOT / folder).glob("*.py"):
+            code = path.read_text(encoding="utf-8")
+            assert "trust_remote_code" not in code, path
+            assert not re.search(r"\bimport pickle|shell=True", code), path
+            assert all("weights_only=True" in call for call in re.findall(r"torch\.load\([^\n]*", code)), path
