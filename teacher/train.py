@@ -1,9 +1,8 @@
 """Make `emoji64` again: `python -m boostdiff.teacher.train all --work DIR`.
 
-Stages, in order, each resumable by running it again: `vae`, `latents`, `diffusion`, `save`, `reference`,
-`evaluate`. All randomness of a
-step is drawn from a generator seeded with (seed, step), so a resumed run takes the same steps as an
-uninterrupted one.
+Stages, in order: `vae`, `latents`, `diffusion`, `save`, `reference`, `evaluate`; `all` runs them one after the
+other. The two that train go on from their checkpoint when they are run again. All randomness of a step is drawn from
+(seed, step), so a resumed run takes the same steps as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -22,10 +22,18 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 
-from ..benchmarks.features import EfficientNetLite0Features, Reference, features_of
+from ..benchmarks.features import DISTANCE_NAME, EfficientNetLite0Features, Reference, features_of
+from ..benchmarks.quality import Contestant, judge
 from ..distill.checkpoint import load_training_state, save_training_state
 from ..distill.data import epoch_order
-from . import HELD_OUT_PROMPTS, MODEL_DIR, REFERENCE, TRAIN_PROMPTS
+from ..engine.files import write_json
+from ..engine.guidance import GuidedDenoiser, SinglePassDenoiser
+from ..engine.model import load, locate
+from ..engine.pictures import labelled_grid
+from ..engine.prompts import read_prompts
+from ..engine.runners import TorchRunner
+from ..engine.samplers import make_scheduler
+from . import HELD_OUT_PROMPTS, MODEL_DIR, MODEL_NAME, REFERENCE, TRAIN_PROMPTS
 from .architecture import (
     BETAS,
     make_text_encoder,
@@ -174,7 +182,7 @@ def reconstruction_loss(vae: AutoencoderKL, images: torch.Tensor, noise: torch.T
 @app.command()
 def vae(
     work: Work = Path("teacher-work"),
-    steps: Steps = 2000,
+    steps: Steps = 1800,
     batch: Batch = 32,
     learning_rate: Rate = 2e-3,
     seed: Seed = 0,
@@ -248,7 +256,7 @@ def latents(work: Work = Path("teacher-work"), seed: Seed = 0) -> None:
 @app.command()
 def diffusion(
     work: Work = Path("teacher-work"),
-    steps: Steps = 4000,
+    steps: Steps = 4600,
     batch: Batch = 64,
     learning_rate: Rate = 8e-4,
     seed: Seed = 0,
@@ -350,6 +358,62 @@ def reference(work: Work = Path("teacher-work"), seed: Seed = 0) -> None:
     training = [(int(i), names[random.integers(len(names))]) for i in np.flatnonzero(~artworks.held_out)]
     Reference.of(features(training), features(pairs[:FLOOR_IMAGES])).save(REFERENCE)
     print(f"reference: {len(training)} images, {FLOOR_IMAGES} apart, {REFERENCE.stat().st_size / 1e6:.1f} MB")
+
+
+@app.command()
+def evaluate(
+    output: Annotated[Path, typer.Option(help="Folder for guidance.json and guidance.png.")] = Path("teacher-work"),
+    images: Annotated[int, typer.Option(min=2, help="Images at each guidance scale (N).")] = 1000,
+    scales: Annotated[str, typer.Option(help="Guidance scales, comma-separated; 1 must be among them.")] = "1,2,3,5",
+    steps: Annotated[int, typer.Option(min=1, help="DDIM steps.")] = 20,
+    seed: Seed = 0,
+) -> None:
+    """Measure the shipped model over guidance scales, on held-out prompts, and draw the grid of its card."""
+    model = load(locate(MODEL_NAME), device=device())
+    runner = TorchRunner(model.unet)
+    prompts = read_prompts(HELD_OUT_PROMPTS)[:images]
+
+    def contestant(scale: float) -> Contestant:
+        if scale == 1:
+            return Contestant(name="w=1", passes=1, open=lambda: SinglePassDenoiser(runner))
+        return Contestant(name=f"w={scale:g}", passes=2, open=lambda: GuidedDenoiser(runner, scale))
+
+    quality = judge(
+        model,
+        [contestant(float(scale)) for scale in scales.split(",")],
+        network=EfficientNetLite0Features().to(model.device),
+        reference=Reference.load(REFERENCE),
+        prompts=prompts,
+        make_scheduler=partial(make_scheduler, "ddim", model.pipeline.scheduler.config),
+        steps=steps,
+        seed=seed,
+        batch_size=50,
+    )
+    assert quality.floor is not None
+    unguided = next(row.distance for row in quality.rows if row.name == "w=1")
+    assert unguided is not None
+    print(f"N = {quality.images}, DDIM {steps} steps; real images (the floor): {quality.floor:.1f}")
+    print(f"| guidance | {DISTANCE_NAME} | above the floor, as a share of w=1's | KID x1000 | background as named |")
+    print("|---|---|---|---|---|")
+    for row in quality.rows:
+        assert row.distance is not None
+        assert row.kid is not None
+        share = (row.distance - quality.floor) / (unguided - quality.floor)
+        print(f"| {row.name} | {row.distance:.1f} | {share:.0%} | {row.kid * 1e3:.2f} | {row.background:.1%} |")
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "guidance.json", quality.as_json())
+    labelled_grid({name: x[:8] for name, x in quality.samples.items()}, prompts[:8]).save(output / "guidance.png")
+
+
+@app.command(name="all")
+def everything(work: Work = Path("teacher-work"), seed: Seed = 0) -> None:
+    """Run every stage with its defaults, `reference` included."""
+    vae(work, seed=seed)
+    latents(work, seed=seed)
+    diffusion(work, seed=seed)
+    save(work)
+    reference(work, seed=seed)
+    evaluate(work, seed=seed)
 
 
 if __name__ == "__main__":
