@@ -9,11 +9,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
@@ -22,8 +25,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from .errors import BoostDiffError, InputError
 from .manifest import Manifest, verified_file
 
-TENSORRT_FLAVOURS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt_rtx"}
-"""Flavour by the Python module that carries it."""
+TENSORRT_FLAVOURS = ("tensorrt", "tensorrt_rtx")
+"""Each is also the name of the Python module that carries it."""
 
 
 class Runner(ABC):
@@ -57,6 +60,16 @@ class Runner(ABC):
         self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
     ) -> torch.Tensor:
         """Run once: `(B, C, H, W)` latents, `(B,)` timesteps, `(B, L, D)` text give `(B, C, H, W)`."""
+
+    def feeds(
+        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The inputs of an exported graph by name, contiguous and in its dtypes."""
+        return {
+            "sample": sample.to(self.dtype).contiguous(),
+            "timestep": timestep.to(torch.int64).contiguous(),
+            "encoder_hidden_states": encoder_hidden_states.to(self.dtype).contiguous(),
+        }
 
     def __call__(
         self,
@@ -140,42 +153,23 @@ class OnnxRunner(Runner):
         """See `Runner.close`."""
         del self._binding, self.session
 
-    def _bind(self, bind: Any, name: str, tensor: torch.Tensor) -> None:
-        bind(
-            name,
-            self.device.type,
-            self.device.index or 0,
-            str(tensor.dtype).removeprefix("torch."),
-            tuple(tensor.shape),
-            tensor.data_ptr(),
-        )
+    def _bind(self, bind: Callable[..., None], name: str, tensor: torch.Tensor) -> None:
+        element_type = np.dtype(str(tensor.dtype).removeprefix("torch.")).type
+        bind(name, self.device.type, self.device.index or 0, element_type, tuple(tensor.shape), tensor.data_ptr())
 
     def predict(
         self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
     ) -> torch.Tensor:
         """See `Runner.predict`."""
-        feeds = {
-            "sample": sample.to(self.dtype).contiguous(),
-            "timestep": timestep.to(torch.int64).contiguous(),
-            "encoder_hidden_states": encoder_hidden_states.to(self.dtype).contiguous(),
-        }
+        feeds = self.feeds(sample, timestep, encoder_hidden_states)
         prediction = torch.empty_like(feeds["sample"])
         for name, tensor in feeds.items():
-            self._bind(_with_numpy_type(self._binding.bind_input), name, tensor)
-        self._bind(_with_numpy_type(self._binding.bind_output), "noise_pred", prediction)
+            self._bind(self._binding.bind_input, name, tensor)
+        self._bind(self._binding.bind_output, "noise_pred", prediction)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
         self.session.run_with_iobinding(self._binding)
         return prediction
-
-
-def _with_numpy_type(bind: Any) -> Any:
-    import numpy as np
-
-    def call(name: str, device: str, index: int, dtype: str, shape: tuple[int, ...], pointer: int) -> None:
-        bind(name, device, index, np.dtype(dtype).type, shape, pointer)
-
-    return call
 
 
 class TensorRTRunner(Runner):
@@ -212,11 +206,7 @@ class TensorRTRunner(Runner):
         self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
     ) -> torch.Tensor:
         """See `Runner.predict`."""
-        feeds = {
-            "sample": sample.to(self.dtype).contiguous(),
-            "timestep": timestep.to(torch.int64).contiguous(),
-            "encoder_hidden_states": encoder_hidden_states.to(self.dtype).contiguous(),
-        }
+        feeds = self.feeds(sample, timestep, encoder_hidden_states)
         torch.cuda.current_stream(self.device).synchronize()
         outputs = self._runner.infer(feeds, copy_outputs_to_host=False, check_inputs=False)
         # polygraphy hands out its own buffer, which the next call overwrites.
@@ -229,8 +219,6 @@ def load_tensorrt(flavour: str) -> Any:
     Raises:
         BoostDiffError: it is not installed, or the other flavour is loaded already.
     """
-    import sys
-
     (other,) = set(TENSORRT_FLAVOURS) - {flavour}
     if other in sys.modules:
         raise BoostDiffError(f"{other} is loaded already: {flavour} needs a process of its own")
