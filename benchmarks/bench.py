@@ -285,7 +285,7 @@ def _quality(
         Contestant(name=f"teacher w={guidance:g}", passes=2, open=guided),
         Contestant(name="teacher w=1", passes=1, open=partial(single, model.unet)),
         *(Contestant(name=s.name, passes=1, open=partial(single, s.unet)) for s in students),
-        Contestant(name=f"teacher w={guidance:g}, other seeds", passes=2, open=guided, seed_offset=RESEED),
+        Contestant(name=f"teacher w={guidance:g} reseeded", passes=2, open=guided, seed_offset=RESEED),
     ]
     small = model.latent_shape[-1] <= 16
     try:

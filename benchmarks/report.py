@@ -6,9 +6,11 @@ import base64
 import html
 import io
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from PIL import Image
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +29,9 @@ import matplotlib.pyplot as plt
 GRID_ROWS = 8
 _PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _TEACHER, _UNGUIDED, _STUDENT = "#8a8f98", "#c9cdd3", "#2f6fed"
+
+_LEGEND: dict[str, Any] = {"frameon": False, "loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2}
+"""Above the plot, where no bar reaches."""
 
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1e1e24}
@@ -59,6 +64,12 @@ def speed_table(rows: list[Throughput]) -> tuple[list[str], list[list[str]]]:
     return headings, cells
 
 
+def narrow(headings: list[str], cells: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """Without the passes, which a terminal of 80 columns has no room for."""
+    keep = [index for index, heading in enumerate(headings) if heading != "passes"]
+    return [headings[i] for i in keep], [[row[i] for i in keep] for row in cells]
+
+
 def quality_table(rows: list[QualityRow]) -> tuple[list[str], list[list[str]]]:
     """Headings and cells; a dash where nothing was measured."""
 
@@ -82,7 +93,7 @@ def quality_table(rows: list[QualityRow]) -> tuple[list[str], list[list[str]]]:
 
 
 def _terminal_table(title: str, headings: list[str], cells: list[list[str]]) -> Table:
-    table = Table(title=Text(title, style="bold"), title_justify="left", padding=(0, 1, 0, 0))
+    table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="left" if index == 0 else "right")
     for row in cells:
@@ -113,7 +124,7 @@ def terminal_report(result: BenchResult) -> RenderableType:
     """Tables and verdict for rich."""
     parts: list[RenderableType] = [_terminal_table(speed_title(result), *speed_table(result.throughputs))]
     if result.quality:
-        parts.append(_terminal_table("Quality", *quality_table(result.quality.rows)))
+        parts.append(_terminal_table("Quality", *narrow(*quality_table(result.quality.rows))))
         parts.append(Text(quality_note(result), style="dim"))
     parts.append(Text(f"\n{result.verdict()}", style="bold"))
     return Group(*parts)
@@ -140,7 +151,7 @@ def speed_plot(rows: list[Throughput]) -> bytes:
     axes.set_yticks(range(len(rows)), [f"{row.runner} {row.precision}" for row in rows])
     axes.set_xlabel("images per second")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in (_TEACHER, _STUDENT)]
-    axes.legend(handles, ["teacher, two passes", "student, one pass"], frameon=False, loc="lower right")
+    axes.legend(handles, ["teacher, two passes", "student, one pass"], **_LEGEND)
     axes.spines[["top", "right"]].set_visible(False)
     return _png(figure)
 
@@ -156,7 +167,7 @@ def quality_plot(result: BenchResult) -> bytes:
     axes.invert_yaxis()
     if result.quality.floor is not None:
         axes.axvline(result.quality.floor, color="#1e1e24", linestyle=":", label="real images")
-        axes.legend(frameon=False, loc="lower right")
+        axes.legend(**_LEGEND)
     axes.set_xlabel(f"{DISTANCE_NAME} to real images (lower is better)")
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
@@ -166,7 +177,7 @@ def quality_plot(result: BenchResult) -> bytes:
 def comparison_grid(result: BenchResult) -> Image.Image:
     """The first prompts, one column a row of the quality table but the reseeded one."""
     assert result.quality is not None
-    names = [row.name for row in result.quality.rows if "other seeds" not in row.name]
+    names = [row.name for row in result.quality.rows if "reseeded" not in row.name]
     columns = {name: result.quality.samples[name][:GRID_ROWS] for name in names}
     return labelled_grid(columns, result.prompts[: len(columns[names[0]])])
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from diffusers import SchedulerMixin
 
-from ..engine.families import TextEmbeddings
 from ..engine.generate import decode, initial_noise, sample
 from ..engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
 from ..engine.model import Model
@@ -145,7 +144,8 @@ def measure(
     t = torch.tensor(501, device=device)
 
     def images(denoiser: Denoiser) -> torch.Tensor:
-        encoded: TextEmbeddings = model.family.encode(model.pipeline, prompts).to(device, runner.dtype)
+        encoded = model.family.encode(model.pipeline, prompts, unconditional=denoiser is teacher)
+        encoded = encoded.to(device, runner.dtype)
         latents = sample(denoiser, text=encoded, noise=noise, scheduler=make_scheduler(), steps=steps)
         return decode(model, latents.to(model.device))
 

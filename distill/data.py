@@ -84,7 +84,9 @@ class Trajectories(Source):
         self.position = torch.zeros(batch_size)
         self.z_t = torch.zeros(batch_size, *model.latent_shape, device=model.device)
         self.embeddings: torch.Tensor | None = None
-        self.unconditional = model.family.encode(model.pipeline, [""]).unconditional.float()
+        # The empty prompt is a prompt like any other.
+        empty = model.family.encode(model.pipeline, [""], unconditional=False)
+        self.unconditional = empty.conditional.float()
         self.started = 0
         self._refill(torch.arange(batch_size))
 
@@ -104,7 +106,7 @@ class Trajectories(Source):
             epoch, index = divmod(self.started, len(self.prompts))
             chosen.append(self.prompts[epoch_order(len(self.prompts), self.seed, epoch)[index]])
             self.started += 1
-        embedded = self.model.family.encode(self.model.pipeline, chosen).conditional.float()
+        embedded = self.model.family.encode(self.model.pipeline, chosen, unconditional=False).conditional.float()
         if self.embeddings is None:
             self.embeddings = embedded.new_zeros(len(self.t), *embedded.shape[1:])
         self.embeddings[members.to(embedded.device)] = embedded

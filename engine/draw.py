@@ -132,7 +132,7 @@ def draw(
         guidance = DEFAULT_GUIDANCE if config.guidance is None else config.guidance
         if config.student is None and guidance > 1:
             denoiser = GuidedDenoiser(runner, guidance)
-        text = model.family.encode(model.pipeline, config.prompts)
+        text = model.family.encode(model.pipeline, config.prompts, unconditional=isinstance(denoiser, GuidedDenoiser))
         images = generate(
             model,
             denoiser,

@@ -18,15 +18,15 @@ from .errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class TextEmbeddings:
-    """Embeddings of B prompts and of the empty prompt.
+    """Embeddings of B prompts and, for guidance, of the empty prompt.
 
     Attributes:
         conditional: `(B, L, D)` for the prompts (c).
-        unconditional: `(1, L, D)` for the empty prompt (∅).
+        unconditional: `(1, L, D)` for the empty prompt (∅); None where no guidance will need it.
     """
 
     conditional: torch.Tensor
-    unconditional: torch.Tensor
+    unconditional: torch.Tensor | None
 
     def __len__(self) -> int:
         return len(self.conditional)
@@ -36,13 +36,14 @@ class TextEmbeddings:
 
     def both(self) -> torch.Tensor:
         """`(2B, L, D)`: the empty prompt B times, then the prompts."""
+        assert self.unconditional is not None, "encoded without the empty prompt"
         return torch.cat([self.unconditional.expand_as(self.conditional), self.conditional])
 
     def to(self, *args: Any, **kwargs: Any) -> TextEmbeddings:
         """As `torch.Tensor.to`, for both."""
         return TextEmbeddings(
             conditional=self.conditional.to(*args, **kwargs),
-            unconditional=self.unconditional.to(*args, **kwargs),
+            unconditional=None if self.unconditional is None else self.unconditional.to(*args, **kwargs),
         )
 
 
@@ -53,8 +54,16 @@ class Family(ABC):
     pipeline_class: type[DiffusionPipeline]
 
     @abstractmethod
-    def encode(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> TextEmbeddings:
-        """Text embeddings of the prompts, on the pipeline's device and in its dtype."""
+    def encode(
+        self, pipeline: DiffusionPipeline, prompts: Sequence[str], *, unconditional: bool = True
+    ) -> TextEmbeddings:
+        """Text embeddings of the prompts, on the pipeline's device and in its dtype.
+
+        Args:
+            pipeline: its tokenizer and text encoder are used.
+            prompts: B of them.
+            unconditional: encode the empty prompt too.
+        """
 
     @abstractmethod
     def example_inputs(self, pipeline: DiffusionPipeline, batch: int) -> dict[str, torch.Tensor]:
@@ -72,7 +81,9 @@ class StableDiffusion(Family):
     pipeline_class = StableDiffusionPipeline
 
     @torch.no_grad()
-    def encode(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> TextEmbeddings:
+    def encode(
+        self, pipeline: DiffusionPipeline, prompts: Sequence[str], *, unconditional: bool = True
+    ) -> TextEmbeddings:
         """See `Family.encode`; the encoding is the stock pipeline's own."""
 
         def embed(texts: list[str]) -> torch.Tensor:
@@ -80,7 +91,7 @@ class StableDiffusion(Family):
             return embeddings
 
         chunks = [embed(list(prompts[i : i + 64])) for i in range(0, len(prompts), 64)]
-        return TextEmbeddings(conditional=torch.cat(chunks), unconditional=embed([""]))
+        return TextEmbeddings(conditional=torch.cat(chunks), unconditional=embed([""]) if unconditional else None)
 
     def example_inputs(self, pipeline: DiffusionPipeline, batch: int) -> dict[str, torch.Tensor]:
         """See `Family.example_inputs`."""

@@ -189,6 +189,8 @@ def load(files: ModelFiles, *, device: torch.device, dtype: torch.dtype | None =
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"can't load the model in {files.folder}: {reason}") from None
     pipeline.set_progress_bar_config(disable=True)
+    # The VAE is all convolutions, which run faster on this layout (by a third on a CPU).
+    pipeline.vae.to(memory_format=torch.channels_last)
     for component in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         component.requires_grad_(False).eval()
     if dtype == torch.float16 and pipeline.unet.config.upcast_attention:

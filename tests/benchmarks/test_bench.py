@@ -59,13 +59,13 @@ def test_rows_are_paired_and_compared(result: BenchResult) -> None:
         "teacher w=1",
         "student lora",
         "student bitfit",
-        "teacher w=3, other seeds",
+        "teacher w=3 reseeded",
     ]
     assert rows["teacher w=3"].paired < 1e-6
     assert rows["teacher w=1"].paired > 0
     assert [row.passes for row in result.quality.rows] == [2, 1, 1, 1, 2]
     samples = result.quality.samples
-    assert not torch.equal(samples["teacher w=3"], samples["teacher w=3, other seeds"])
+    assert not torch.equal(samples["teacher w=3"], samples["teacher w=3 reseeded"])
     assert result.quality.floor is not None
     guided, unguided, student = (rows[name].distance for name in ("teacher w=3", "teacher w=1", "student lora"))
     if guided < unguided:
