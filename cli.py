@@ -184,16 +184,19 @@ def distill(
     if dry_run:
         _print_json({"model": model, "output": str(output), **config.as_json(), **count_parameters(files, config)})
         return
-    with _progress(f"distilling {method}", config.updates) as advance:
-        info = distil(
-            files,
-            config,
-            output=output,
-            device=device,
-            resume=resume,
-            on_start=advance,
-            on_update=lambda done: advance(note=f"loss {done.loss:.4f}"),
-        )
+    try:
+        with _progress(f"distilling {method}", config.updates) as advance:
+            info = distil(
+                files,
+                config,
+                output=output,
+                device=device,
+                resume=resume,
+                on_start=advance,
+                on_update=lambda done: advance(note=f"loss {done.loss:.4f}"),
+            )
+    except KeyboardInterrupt:
+        raise BoostDiffError("interrupted: the same command with --resume goes on from the last checkpoint") from None
     if as_json:
         _print_json({"output": str(output), **asdict(info)})
         return

@@ -24,7 +24,7 @@ ATTENTION_PROJECTIONS = ("to_k", "to_out.0", "to_q", "to_v")
 
 
 class Adapter(ABC):
-    """Trainable parameters on a frozen UNet."""
+    """Trainable float32 parameters on a frozen UNet of any precision; run it under autocast if that is a lower one."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         self.unet = unet
@@ -68,7 +68,6 @@ class Lora(Adapter):
         )
         unet.add_adapter(self.config, adapter_name=ADAPTER_NAME)
         for parameter in self.parameters().values():
-            # Adapters train in float32 whatever the frozen weights are in.
             parameter.data = parameter.data.float()
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -102,10 +101,15 @@ class BitFit(Adapter):
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__(unet)
+        for module in unet.modules():
+            if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+                # Normalisation wants scale and bias of one precision.
+                module.float()
         self._base = {}
         for name, parameter in self.parameters().items():
             self._base[name] = parameter.data
-            parameter.data = parameter.data.clone()
+            # A copy, and in float32 whatever the frozen weights are in: half precision loses small updates.
+            parameter.data = parameter.data.to(torch.float32, copy=True)
             parameter.requires_grad_(True)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:

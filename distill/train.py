@@ -223,7 +223,8 @@ def distil(
         # Prompts that stand far apart show more than the first few of a sorted list.
         shown = prompts or [caption for _, caption in pairs]
         shown = shown[:: max(1, len(shown) // PREVIEW_ROWS)][:PREVIEW_ROWS]
-        write_preview(model, adapter, folder, prompts=shown, guidance=config.guidance, method=config.method)
+        with accelerator.autocast():
+            write_preview(model, adapter, folder, prompts=shown, guidance=config.guidance, method=config.method)
     (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
     publish(folder, output)
     return info

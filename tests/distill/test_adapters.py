@@ -50,6 +50,21 @@ def test_only_the_adapter_gets_gradients(tiny: Model, method: str) -> None:
     assert with_gradient == set(adapter.parameters())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_adapters_train_in_float32_on_a_half_precision_unet(tiny: Model, method: str) -> None:
+    tiny.unet.to(torch.bfloat16)
+    adapter = make_adapter(method, tiny.unet, rank=4)
+    inputs = tiny.family.example_inputs(tiny.pipeline, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), adapter.disabled():
+            teacher = tiny.unet(**inputs).sample
+        (tiny.unet(**inputs).sample - teacher - 1).square().mean().backward()
+    for parameter in adapter.parameters().values():
+        assert parameter.dtype == parameter.grad.dtype == torch.float32
+    assert any(parameter.grad.abs().sum() > 0 for parameter in adapter.parameters().values())
+    assert tiny.unet.conv_in.weight.dtype == torch.bfloat16
+
+
 def test_a_lora_file_loads_in_stock_diffusers(tiny: Model, tiny_folder: Path, tmp_path: Path) -> None:
     adapter = make_adapter("lora", tiny.unet, rank=4)
     perturb(adapter)
