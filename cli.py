@@ -127,11 +127,11 @@ def distill(
         Path | None,
         typer.Option("--images", help="Captioned images (metadata.jsonl, or a .txt beside each)."),
     ] = None,
-    updates: Annotated[int | None, typer.Option("--updates", help="Optimizer updates.  [default: 300]")] = None,
+    updates: Annotated[int | None, typer.Option("--updates", help="Optimizer updates.  [default: lora 260, bitfit 300]")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="States an update.  [default: 32]")] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option("--learning-rate", help="Peak learning rate.  [default: lora 1e-3, bitfit 3e-3]"),
+        typer.Option("--learning-rate", help="Peak learning rate.  [default: lora 1e-3, bitfit 1e-2]"),
     ] = None,
     loss_weight: Annotated[
         str | None,

@@ -10,13 +10,16 @@ from ..engine.errors import InputError
 from .train import DistillConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {"updates": 300, "batch_size": 32, "loss_weight": "snr"},
+    "default": {"batch_size": 32, "loss_weight": "snr"},
     "paper": {"updates": 1600, "batch_size": 512, "learning_rate": 5e-5, "loss_weight": "constant"},
 }
 """`paper`: BoostDiff's run on Stable Diffusion 2.1 base (474,741 LAION pairs)."""
 
-LEARNING_RATES = {"lora": 1e-3, "bitfit": 3e-3}
-"""Of the default preset, by method."""
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "lora": {"updates": 260, "learning_rate": 1e-3},
+    "bitfit": {"updates": 300, "learning_rate": 1e-2},
+}
+"""Where neither the user nor the preset says: chosen on `emoji64`, where each takes under 4 minutes on two cores."""
 
 
 def resolve_config(
@@ -46,7 +49,7 @@ def resolve_config(
     if preset is not None and preset not in PRESETS:
         raise InputError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
     defaults = {
-        "learning_rate": LEARNING_RATES.get(method, 1e-3),
+        **METHOD_DEFAULTS.get(method, METHOD_DEFAULTS["lora"]),
         "precision": "fp32" if on_cpu else "bf16",
         **PRESETS[preset or "default"],
     }
