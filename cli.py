@@ -127,7 +127,9 @@ def distill(
         Path | None,
         typer.Option("--images", help="Captioned images (metadata.jsonl, or a .txt beside each)."),
     ] = None,
-    updates: Annotated[int | None, typer.Option("--updates", help="Optimizer updates.  [default: lora 260, bitfit 300]")] = None,
+    updates: Annotated[
+        int | None, typer.Option("--updates", help="Optimizer updates.  [default: lora 260, bitfit 300]")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="States an update.  [default: 32]")] = None,
     learning_rate: Annotated[
         float | None,
