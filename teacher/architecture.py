@@ -12,6 +12,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ..engine.files import read_json, write_json
+
 MAX_TOKENS = 24
 VOCABULARY = 2560
 TEXT_WIDTH = 128
@@ -105,3 +107,6 @@ def save_pipeline(
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    # Without a dtype argument diffusers loads its parts in float32, but transformers in what the config names.
+    config = folder / "text_encoder" / "config.json"
+    write_json(config, read_json(config) | {"dtype": "float32"})
