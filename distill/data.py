@@ -78,7 +78,6 @@ class Trajectories(Source):
         self, model: Model, prompts: list[str], schedule: NoiseSchedule, *, batch_size: int, seed: int
     ) -> None:
         self.model, self.prompts, self.schedule, self.seed = model, prompts, schedule, seed
-        self.serial = torch.arange(batch_size)
         self.t = torch.full((batch_size,), -1)
         self.stride = torch.zeros(batch_size)
         self.position = torch.zeros(batch_size)

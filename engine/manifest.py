@@ -12,7 +12,6 @@ from typing import Any
 from .errors import InputError
 from .files import read_json, sha256_of, write_json
 
-DEFAULT_ENGINE = Path("outputs/engine")
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 1
 

@@ -17,8 +17,6 @@ from .errors import InputError
 from .families import Family, family_of
 from .files import read_json, sha256_of
 
-DEFAULT_MODEL = teacher.MODEL_NAME
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:

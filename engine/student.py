@@ -14,7 +14,6 @@ from .errors import InputError
 from .files import read_json, sha256_of, write_json
 from .model import Model, ModelFiles
 
-DEFAULT_STUDENT = Path("outputs/student")
 INFO_FILE = "student.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 BITFIT_FILE = "bitfit.safetensors"
