@@ -81,6 +81,11 @@ def _quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+def _is_main_process() -> bool:
+    """Whether this is the one of `accelerate launch`'s processes that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
@@ -102,7 +107,7 @@ def _progress(description: str, total: int) -> Iterator[Any]:
 
     def advance(count: int = 1, **fields: Any) -> None:
         # Started late: wrong input must leave nothing but its one line on standard error.
-        if not progress.live.is_started:
+        if not progress.live.is_started and _is_main_process():
             progress.start()
         progress.update(task, advance=count, **fields)
 
@@ -117,11 +122,28 @@ def _progress(description: str, total: int) -> Iterator[Any]:
 def distill(
     model: ModelOption = teacher.MODEL_NAME,
     output: Annotated[Path, typer.Option("--output", help="Folder to write.")] = Path("outputs/student"),
-    method: Annotated[str, typer.Option("--method", help="lora or bitfit.")] = "lora",
-    rank: Annotated[int, typer.Option("--rank", help="Rank of LoRA.")] = 8,
-    guidance: Annotated[float, typer.Option("--guidance", help="Guidance scale w to distil in.")] = 3.0,
+    method: Annotated[
+        str, typer.Option("--method", help="lora, dora, bitfit, soft-prompt, loha, lokr, oft, hra or ia3.")
+    ] = "lora",
+    rank: Annotated[int, typer.Option("--rank", help="Rank of LoRA and its kin.")] = 8,
+    alpha: Annotated[
+        float | None, typer.Option("--alpha", help="Scale of LoRA, over its rank.  [default: the rank]")
+    ] = None,
+    targets: Annotated[
+        str,
+        typer.Option("--targets", help="attention, transformer, or endings of module names: to_q,to_v"),
+    ] = "attention",
+    tokens: Annotated[int, typer.Option("--tokens", help="Learnt tokens of a soft prompt.")] = 16,
+    guidance: Annotated[
+        str,
+        typer.Option("--guidance", help="Guidance scale w to distil in, or a range LOW:HIGH to take as an input."),
+    ] = "3.0",
+    negative_prompt: Annotated[
+        str, typer.Option("--negative-prompt", help="Distil this negative prompt in, too.")
+    ] = "",
     prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="One prompt a line: trains on online trajectories.")
+        Path | None,
+        typer.Option("--prompts", help="One prompt a line, or a COCO captions JSON: trains on online trajectories."),
     ] = None,
     images: Annotated[
         Path | None,
@@ -130,7 +152,9 @@ def distill(
     updates: Annotated[
         int | None, typer.Option("--updates", help="Optimizer updates.  [default: lora 260, bitfit 300]")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="States an update.  [default: 32]")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="States an update, over all processes.  [default: 32]")
+    ] = None,
     learning_rate: Annotated[
         float | None,
         typer.Option("--learning-rate", help="Peak learning rate.  [default: lora 1e-3, bitfit 1e-2]"),
@@ -138,6 +162,9 @@ def distill(
     loss_weight: Annotated[
         str | None,
         typer.Option("--loss-weight", help="constant (the paper), snr, truncated-snr, snr+1, min-snr.  [default: snr]"),
+    ] = None,
+    ema: Annotated[
+        float | None, typer.Option("--ema", help="Save an average of the adapter over updates: its decay, as 0.99.")
     ] = None,
     preset: Annotated[
         str | None,
@@ -147,7 +174,23 @@ def distill(
         str | None,
         typer.Option("--precision", help="fp32, bf16 or fp16.  [default: fp32 on a CPU, else bf16]"),
     ] = None,
+    gradient_accumulation_steps: Annotated[
+        int, typer.Option("--gradient-accumulation-steps", help="Passes that share one update, to save memory.")
+    ] = 1,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations, to save more.")
+    ] = False,
     checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", help="Updates between checkpoints.")] = 50,
+    preview_every: Annotated[
+        int | None, typer.Option("--preview-every", help="Draw a grid so often, into previews/.")
+    ] = None,
+    log_with: Annotated[
+        str | None, typer.Option("--log-with", help="Also log to tensorboard, trackio or wandb.")
+    ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="[bold]kohya[/]: also write the LoRA as ComfyUI and A1111 read it."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run of this output.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved configuration; read no weights.")
@@ -158,10 +201,15 @@ def distill(
 ) -> None:
     """Train an adapter that makes one pass predict what guided sampling predicts."""
     _quiet_libraries()
+    from .distill.config import parse_guidance
     from .distill.presets import resolve_config
-    from .distill.train import count_parameters, distil
+    from .distill.train import FORMATS, Observers, count_parameters, distil
     from .engine.model import locate, resolve_device
 
+    low, high = parse_guidance(guidance)
+    for name in formats or ():
+        if name not in FORMATS:
+            raise InputError(f"unknown format {name!r}: choose one of {', '.join(FORMATS)}")
     files = locate(model)
     given = {
         "updates": updates,
@@ -169,6 +217,9 @@ def distill(
         "learning_rate": learning_rate,
         "loss_weight": loss_weight,
         "precision": precision,
+        "alpha": alpha,
+        "ema": ema,
+        "guidance_max": high,
     }
     config = resolve_config(
         preset=preset,
@@ -176,29 +227,41 @@ def distill(
         embedded=model == teacher.MODEL_NAME,
         method=method,
         rank=rank,
-        guidance=guidance,
+        targets=targets,
+        tokens=tokens,
+        guidance=low,
+        negative_prompt=negative_prompt,
         prompts=prompts,
         images=images,
         seed=seed,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        gradient_checkpointing=gradient_checkpointing,
         checkpoint_every=checkpoint_every,
         **given,
     )
     if dry_run:
         _print_json({"model": model, "output": str(output), **config.as_json(), **count_parameters(files, config)})
         return
-    try:
-        with _progress(f"distilling {method}", config.updates) as advance:
-            info = distil(
-                files,
-                config,
-                output=output,
-                device=device,
-                resume=resume,
-                on_start=advance,
-                on_update=lambda done: advance(note=f"loss {done.loss:.4f}"),
-            )
-    except KeyboardInterrupt:
-        raise BoostDiffError("interrupted: the same command with --resume goes on from the last checkpoint") from None
+    with _progress(f"distilling {method}", config.updates) as advance:
+        observers = Observers(
+            on_start=advance,
+            on_update=lambda done: advance(
+                note=f"loss {done.loss:.4f}, {done.images_per_second:.1f} images/s, {done.peak_memory / 2**30:.1f} GB"
+            ),
+            preview_every=preview_every,
+            log_with=log_with,
+        )
+        info = distil(
+            files,
+            config,
+            output=output,
+            device=device,
+            resume=resume,
+            formats=tuple(formats or ()),
+            observers=observers,
+        )
+    if not _is_main_process():
+        return
     if as_json:
         _print_json({"output": str(output), **asdict(info)})
         return
@@ -318,7 +381,15 @@ def generate(
     output: Annotated[Path, typer.Option("--output", help="Folder to write.")] = Path("outputs/images"),
     use_teacher: Annotated[bool, typer.Option("--teacher", help="Two passes with guidance, no student.")] = False,
     guidance: Annotated[
-        float | None, typer.Option("--guidance", help="Of the teacher.  [default: 3; a student has its own]")
+        float | None,
+        typer.Option("--guidance", help="Of the teacher or a range student.  [default: 3; a student has its own]"),
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option("--negative-prompt", help="Of the teacher; a student has its own.")
+    ] = None,
+    dial: Annotated[
+        float | None,
+        typer.Option("--dial", help="Weight of the student's LoRA: 0 is no guidance, 1 all that it learnt."),
     ] = None,
     runner: Annotated[str, typer.Option("--runner", help="torch, or an exported engine: onnx, tensorrt.")] = "torch",
     sampler: SamplerOption = "ddim",
@@ -339,6 +410,8 @@ def generate(
         engine=engine,
         runner=runner,
         guidance=guidance,
+        negative_prompt=negative_prompt,
+        dial=dial,
         sampler=sampler,
         steps=steps,
         seed=seed,

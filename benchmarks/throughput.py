@@ -144,7 +144,7 @@ def measure(
     t = torch.tensor(501, device=device)
 
     def images(denoiser: Denoiser) -> torch.Tensor:
-        encoded = model.family.encode(model.pipeline, prompts, unconditional=denoiser is teacher)
+        encoded = model.family.encode(model.pipeline, prompts, negative_prompt="" if denoiser is teacher else None)
         encoded = encoded.to(device, runner.dtype)
         latents = sample(denoiser, text=encoded, noise=noise, scheduler=make_scheduler(), steps=steps)
         return decode(model, latents.to(model.device))

@@ -6,6 +6,8 @@ Everything random is drawn from (seed, counter) pairs, so a resumed run sees wha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,14 +15,15 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from PIL import Image, UnidentifiedImageError
 
 from ..engine.errors import InputError
-from ..engine.families import TextEmbeddings
+from ..engine.families import PromptEmbeds, TextEmbeddings
 from ..engine.files import json_lines
 from ..engine.model import Model
 from ..engine.prompts import read_prompts
-from .objective import NoiseSchedule, ddim_step
+from .objective import NoiseSchedule, ddim_step, dpm_solver_2m
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
@@ -32,26 +35,69 @@ class Batch:
     Attributes:
         z_t: `(B, C, H, W)` float32 latents.
         t: `(B,)` int64 timesteps.
-        text: embeddings of B prompts.
+        text: embeddings of B prompts, float32.
+        guidance: `(B,)` guidance scales, float32.
     """
 
     z_t: torch.Tensor
     t: torch.Tensor
     text: TextEmbeddings
+    guidance: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def split(self, parts: int) -> list[Batch]:
+        """In up to `parts` batches of about equal size."""
+        bounds = [piece for piece in np.array_split(np.arange(len(self)), parts) if len(piece)]
+        return [
+            Batch(
+                z_t=self.z_t[rows.start : rows.stop],
+                t=self.t[rows.start : rows.stop],
+                text=self.text[rows.start : rows.stop],
+                guidance=self.guidance[rows.start : rows.stop],
+            )
+            for rows in (slice(int(piece[0]), int(piece[-1]) + 1) for piece in bounds)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Which members of each batch a process works on.
+
+    Attributes:
+        batch_size: states an update, over all processes.
+        index: this process.
+        count: processes.
+    """
+
+    batch_size: int
+    index: int = 0
+    count: int = 1
+
+    @property
+    def members(self) -> range:
+        """This process's members, consecutive, sizes differing by one at most."""
+        bounds = [self.batch_size * i // self.count for i in (self.index, self.index + 1)]
+        return range(*bounds)
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """All processes' rows in the batch's order, on the CPU."""
+        return torch.cat(gather_object([rows.detach().cpu()])) if self.count > 1 else rows
 
 
 class Source(ABC):
-    """A supply of batches."""
+    """A supply of batches. What it gives depends on seeds and on the share's batch size, not on the processes."""
 
     @abstractmethod
     def batch(self, update: int) -> Batch:
-        """The states of one update."""
+        """This process's states of one update."""
 
     def advance(self, teacher_x: torch.Tensor) -> None:
         """Told of the teacher's x̂_w `(B, C, H, W)` for the batch just given."""
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint must hold for this source to go on."""
+        """What a checkpoint must hold for this source to go on, the same in every process."""
         return {}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
@@ -64,86 +110,152 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, count, epoch]).permutation(count)
 
 
+class TextCache:
+    """Embeddings of prompts, each computed once, kept on the CPU; the oldest go when memory runs short."""
+
+    def __init__(self, model: Model, limit: int = 2**30) -> None:
+        self.model, self.limit, self.bytes = model, limit, 0
+        self._kept: OrderedDict[str, PromptEmbeds] = OrderedDict()
+
+    def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
+        """Embeddings of B prompts, float32, on the model's device.
+
+        One at a time goes through the text encoder: the batch around a prompt changes its last bits, and a resumed run
+        must give the bytes of an uninterrupted one.
+        """
+        for prompt in prompts:
+            if prompt not in self._kept:
+                embeds = self.model.family.embed(self.model.pipeline, [prompt]).to("cpu")
+                self._kept[prompt] = embeds
+                self.bytes += sum(tensor.nbytes for tensor in embeds.tensors().values())
+        found = PromptEmbeds.cat([self._kept[prompt] for prompt in prompts])
+        while self.bytes > self.limit:
+            _, oldest = self._kept.popitem(last=False)
+            self.bytes -= sum(tensor.nbytes for tensor in oldest.tensors().values())
+        return found.to(self.model.device, torch.float32)
+
+
+def draw_guidance(random: np.random.Generator, bounds: tuple[float, float]) -> float:
+    """A guidance scale, uniform between two bounds."""
+    low, high = bounds
+    return low + (high - low) * random.random()
+
+
 class Trajectories(Source):
     """Online trajectories: the teacher's own sampling runs, trained on as they happen.
 
-    A pool of B trajectories, each with its own step count, phase and position. One teacher evaluation per update
-    is both the target for every member and what moves it on by a DDIM step; a finished member is replaced by a
-    new one. Step counts and phases are random, so the student is tied to no single sampler setting.
+    A pool of B trajectories, each with its own prompt, guidance, sampler, step count, phase and position. One teacher
+    evaluation per update is both the target for every member and what moves it on by a step; a finished member is
+    replaced by a new one. Samplers (DDIM and DPM-Solver++ 2M), step counts and phases are random, so the student is
+    tied to no single setting.
+
+    Every process keeps the whole pool's book (it follows from seeds) and the latents of its own members.
     """
 
     STEPS = (10, 50)
 
     def __init__(
-        self, model: Model, prompts: list[str], schedule: NoiseSchedule, *, batch_size: int, seed: int
+        self,
+        model: Model,
+        prompts: list[str],
+        schedule: NoiseSchedule,
+        *,
+        share: Share,
+        seed: int,
+        guidance: tuple[float, float],
+        negative_prompt: str = "",
     ) -> None:
         self.model, self.prompts, self.schedule, self.seed = model, prompts, schedule, seed
-        self.t = torch.full((batch_size,), -1)
-        self.stride = torch.zeros(batch_size)
-        self.position = torch.zeros(batch_size)
-        self.z_t = torch.zeros(batch_size, *model.latent_shape, device=model.device)
-        self.embeddings: torch.Tensor | None = None
-        # The empty prompt is a prompt like any other.
-        empty = model.family.encode(model.pipeline, [""], unconditional=False)
-        self.unconditional = empty.conditional.float()
+        self.share, self.guidance_bounds = share, guidance
+        self.embed = TextCache(model)
+        self.unconditional = model.family.embed_negative(model.pipeline, negative_prompt).to(torch.float32)
+        size = share.batch_size
+        self.number = torch.zeros(size, dtype=torch.int64)
+        self.stride, self.position = torch.zeros(size), torch.zeros(size)
+        self.t, self.t_previous = torch.full((size,), -1), torch.full((size,), -1)
+        self.multistep = torch.zeros(size, dtype=torch.bool)
+        self.guidance = torch.zeros(size)
+        self.texts = [""] * size
+        self.z_t = torch.zeros(len(share.members), *model.latent_shape, device=model.device)
+        self.x_previous = torch.zeros_like(self.z_t)
         self.started = 0
-        self._refill(torch.arange(batch_size))
+        self._refill(range(size))
 
-    def _refill(self, members: torch.Tensor) -> None:
-        if not len(members):
-            return
-        chosen = []
-        for member in members.tolist():
-            random = np.random.default_rng([self.seed, self.started])
-            noise = torch.Generator().manual_seed((self.seed << 32) + self.started)
-            steps = random.integers(*self.STEPS, endpoint=True)
-            stride = len(self.schedule) / steps
-            self.stride[member] = stride
-            # Phases between "trailing" spacing (from the last timestep) and "leading" (one stride below it).
-            self.position[member] = len(self.schedule) - 1 - random.random() * stride
-            self.z_t[member] = torch.randn(self.model.latent_shape, generator=noise)
-            epoch, index = divmod(self.started, len(self.prompts))
-            chosen.append(self.prompts[epoch_order(len(self.prompts), self.seed, epoch)[index]])
+    def _refill(self, members: Sequence[int]) -> None:
+        own = self.share.members
+        for member in members:
+            self._begin(member, self.started)
+            if member in own:
+                noise = torch.Generator().manual_seed((self.seed << 32) + self.started)
+                self.z_t[member - own.start] = torch.randn(self.model.latent_shape, generator=noise)
             self.started += 1
-        embedded = self.model.family.encode(self.model.pipeline, chosen, unconditional=False).conditional.float()
-        if self.embeddings is None:
-            self.embeddings = embedded.new_zeros(len(self.t), *embedded.shape[1:])
-        self.embeddings[members.to(embedded.device)] = embedded
+
+    def _begin(self, member: int, number: int) -> None:
+        random = np.random.default_rng([self.seed, number])
+        stride = len(self.schedule) / random.integers(*self.STEPS, endpoint=True)
+        self.number[member] = number
+        self.stride[member] = stride
+        # Phases between "trailing" spacing (from the last timestep) and "leading" (one stride below it).
+        self.position[member] = len(self.schedule) - 1 - random.random() * stride
+        self.multistep[member] = bool(random.random() < 0.5)
+        self.guidance[member] = draw_guidance(random, self.guidance_bounds)
+        self.t_previous[member] = -1
+        epoch, index = divmod(number, len(self.prompts))
+        self.texts[member] = self.prompts[epoch_order(len(self.prompts), self.seed, epoch)[index]]
 
     def batch(self, update: int) -> Batch:
-        """See `Source.batch`: the whole pool."""
-        assert self.embeddings is not None
+        """See `Source.batch`: this process's part of the pool."""
+        own, where = self.share.members, self.z_t.device
+        rows = slice(own.start, own.stop)
         self.t = self.position.round().long()
         return Batch(
             z_t=self.z_t,
-            t=self.t.to(self.z_t.device),
-            text=TextEmbeddings(conditional=self.embeddings, unconditional=self.unconditional),
+            t=self.t[rows].to(where),
+            text=TextEmbeddings(conditional=self.embed(self.texts[rows]), unconditional=self.unconditional),
+            guidance=self.guidance[rows].to(where),
         )
 
     @torch.no_grad()
     def advance(self, teacher_x: torch.Tensor) -> None:
         """Step every member with the teacher; replace those that have arrived."""
+        own = self.share.members
+        rows = slice(own.start, own.stop)
         self.position = self.position - self.stride
-        t, t_next = (x.to(self.z_t.device) for x in (self.t, self.position.round().long()))
-        self.z_t = ddim_step(self.z_t, teacher_x, *self.schedule.at(t), *self.schedule.at(t_next))
-        self._refill(torch.nonzero(self.position.round() < 0).flatten())
+        t_next = self.position.round().long().clamp(min=-1)
+        t, before, after, multistep = (
+            x[rows].to(self.z_t.device) for x in (self.t, self.t_previous, t_next, self.multistep)
+        )
+        x = teacher_x
+        second_order = multistep & (before >= 0) & (after >= 0)
+        if second_order.any():
+            x = torch.where(
+                second_order[:, None, None, None],
+                dpm_solver_2m(teacher_x, self.x_previous, *self.schedule.log_snr(before, t, after)),
+                teacher_x,
+            )
+        self.z_t = ddim_step(self.z_t, x, *self.schedule.at(t), *self.schedule.at(after))
+        self.x_previous, self.t_previous = teacher_x, self.t.clone()
+        self._refill(torch.nonzero(t_next < 0).flatten().tolist())
 
     def state(self) -> dict[str, torch.Tensor]:
-        """See `Source.state`."""
-        assert self.embeddings is not None
+        """See `Source.state`; what follows from a trajectory's number is left out."""
         return {
-            "z_t": self.z_t,
-            "stride": self.stride,
+            "z_t": self.share.gather(self.z_t),
+            "x_previous": self.share.gather(self.x_previous),
+            "number": self.number,
             "position": self.position,
-            "embeddings": self.embeddings,
+            "t_previous": self.t_previous,
             "started": torch.tensor(self.started),
         }
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """See `Source.restore`."""
-        where = self.z_t.device
-        self.z_t, self.embeddings = state["z_t"].to(where), state["embeddings"].to(where)
-        self.stride, self.position = state["stride"], state["position"]
+        for member, number in enumerate(state["number"].tolist()):
+            self._begin(member, number)
+        own, where = self.share.members, self.z_t.device
+        rows = slice(own.start, own.stop)
+        self.z_t, self.x_previous = state["z_t"][rows].to(where), state["x_previous"][rows].to(where)
+        self.position, self.t_previous = state["position"], state["t_previous"]
         self.started = int(state["started"])
 
 
@@ -190,10 +302,15 @@ class CaptionedImages(Source):
         pairs: list[tuple[Path, str]],
         schedule: NoiseSchedule,
         *,
-        batch_size: int,
+        share: Share,
         seed: int,
+        guidance: tuple[float, float],
+        negative_prompt: str = "",
     ) -> None:
-        self.model, self.schedule, self.batch_size, self.seed = model, schedule, batch_size, seed
+        self.model, self.schedule, self.share, self.seed = model, schedule, share, seed
+        self.guidance_bounds = guidance
+        self.embed = TextCache(model)
+        self.unconditional = model.family.embed_negative(model.pipeline, negative_prompt).to(torch.float32)
         columns = {"image": [str(path) for path, _ in pairs], "caption": [caption for _, caption in pairs]}
         self.rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
         self.paths = [path for path, _ in pairs]
@@ -204,17 +321,27 @@ class CaptionedImages(Source):
         Raises:
             InputError: an image can't be decoded.
         """
-        random = np.random.default_rng([self.seed, update])
-        generator = torch.Generator().manual_seed((self.seed << 32) + update)
-        chosen = [self._row(update * self.batch_size + i) for i in range(self.batch_size)]
+        own = self.share.members
+        chosen = [self._row(update * self.share.batch_size + i) for i in own]
         images = torch.stack([self._pixels(index) for index in chosen]).to(self.model.device)
-        text = self.model.family.encode(self.model.pipeline, self.rows.select(chosen)["caption"])
+        captions = self.rows.select(chosen)["caption"]
         vae = self.model.pipeline.vae
         with torch.no_grad():
             x = vae.encode(images.to(vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
-        t = torch.from_numpy(random.integers(len(self.schedule), size=self.batch_size)).to(x.device)
-        noise = torch.randn(x.shape, generator=generator).to(x.device)
-        return Batch(z_t=self.schedule.add_noise(x, noise, t), t=t, text=text.to(torch.float32))
+        timesteps, scales, noise = [], [], []
+        for member in own:
+            number = update * self.share.batch_size + member
+            random = np.random.default_rng([self.seed, number])
+            timesteps.append(int(random.integers(len(self.schedule))))
+            scales.append(draw_guidance(random, self.guidance_bounds))
+            noise.append(torch.randn(x.shape[1:], generator=torch.Generator().manual_seed((self.seed << 32) + number)))
+        t = torch.tensor(timesteps, device=x.device)
+        return Batch(
+            z_t=self.schedule.add_noise(x, torch.stack(noise).to(x.device), t),
+            t=t,
+            text=TextEmbeddings(conditional=self.embed(captions), unconditional=self.unconditional),
+            guidance=torch.tensor(scales, device=x.device),
+        )
 
     def _row(self, position: int) -> int:
         epoch, index = divmod(position, len(self.rows))
@@ -225,10 +352,14 @@ class CaptionedImages(Source):
             image = self.rows[index]["image"].convert("RGB")
         except (OSError, UnidentifiedImageError, ValueError) as error:
             raise InputError(f"can't decode the image {self.paths[index]}: {error}") from None
-        vae = self.model.pipeline.vae
-        scale = 2 ** (len(vae.config.block_out_channels) - 1)
-        _, height, width = self.model.latent_shape
-        return pixels_of(image, height * scale, width * scale)
+        return pixels_of(image, *image_size(self.model))
+
+
+def image_size(model: Model) -> tuple[int, int]:
+    """Height and width in pixels of the images that a model makes."""
+    scale = 2 ** (len(model.pipeline.vae.config.block_out_channels) - 1)
+    _, height, width = model.latent_shape
+    return height * scale, width * scale
 
 
 def pixels_of(image: Image.Image, height: int, width: int) -> torch.Tensor:

@@ -60,6 +60,10 @@ class NoiseSchedule:
             torch.where(clean, 0.0, sigma[:, None, None, None]),
         )
 
+    def log_snr(self, *timesteps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Half of λ, log(α / σ), at each of several timesteps `(B,)`, as `(B, 1, 1, 1)`."""
+        return tuple((alpha / sigma).log() for alpha, sigma in (self.at(t.clamp(min=0)) for t in timesteps))
+
     def add_noise(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """z_t = α x + σ ε."""
         alpha, sigma = self.at(t)
@@ -95,10 +99,19 @@ def x_from_prediction(
     raise ValueError(f"unknown prediction type {prediction_type!r}")
 
 
+SMALLEST_EXCESS = 0.5
+"""Guidance nearer to 1 than this counts as this far from it, or the weight of a range's lower end would explode."""
+
+
+def guidance_weight(guidance: torch.Tensor) -> torch.Tensor:
+    """1 / (w − 1)² for scales `(B,)`: what the student must learn, x̂_w − x̂_1, grows as w − 1."""
+    return (guidance - 1).clamp(min=SMALLEST_EXCESS).square().reciprocal()
+
+
 def distillation_loss(
     student_x: torch.Tensor, teacher_x: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, weight: str
 ) -> torch.Tensor:
-    """Equation (4): the batch mean of ω(λ_t) ‖x̂_{θ+Δθ}(z_t, c) − x̂_w(z_t)‖², the norm as a mean over elements.
+    """Equation (4) for each sample: ω(λ_t) ‖x̂_{θ+Δθ}(z_t, c) − x̂_w(z_t)‖², the norm as a mean over elements.
 
     Args:
         student_x: `(B, C, H, W)`, carries the gradient.
@@ -108,11 +121,11 @@ def distillation_loss(
         weight: a key of `LOSS_WEIGHTS`.
 
     Returns:
-        A scalar.
+        `(B,)`; the expectation of equation (4) is its mean.
     """
     snr = (alpha / sigma).square()
     squared = (student_x - teacher_x).square().mean(dim=(1, 2, 3), keepdim=True)
-    return (LOSS_WEIGHTS[weight](snr) * squared).mean()
+    return (LOSS_WEIGHTS[weight](snr) * squared)[:, 0, 0, 0]
 
 
 def ddim_step(
@@ -129,3 +142,25 @@ def ddim_step(
         z at the next timestep: α' x̂ + σ' ε̂ with ε̂ = (z_t − α x̂) / σ.
     """
     return alpha_next * x + sigma_next * (z_t - alpha * x) / sigma
+
+
+def dpm_solver_2m(
+    x: torch.Tensor,
+    x_previous: torch.Tensor,
+    half_log_snr_previous: torch.Tensor,
+    half_log_snr: torch.Tensor,
+    half_log_snr_next: torch.Tensor,
+) -> torch.Tensor:
+    """DPM-Solver++(2M)'s estimate of x̂ over the coming step (Lu et al. 2022, "DPM-Solver++", algorithm 2).
+
+    A DDIM step with it in place of x̂ is a step of the second-order multistep solver.
+
+    Args:
+        x: `(B, C, H, W)` the prediction at the current timestep.
+        x_previous: the same at the timestep before.
+        half_log_snr_previous: log(α / σ) there, `(B, 1, 1, 1)`.
+        half_log_snr: at the current timestep.
+        half_log_snr_next: at the next.
+    """
+    ratio = (half_log_snr - half_log_snr_previous) / (half_log_snr_next - half_log_snr)
+    return x + (x - x_previous) / (2 * ratio)

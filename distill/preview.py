@@ -12,36 +12,39 @@ from ..engine.pictures import labelled_grid
 from ..engine.runners import TorchRunner
 from ..engine.samplers import make_scheduler
 from .adapters import Adapter
+from .config import DistillConfig
 
 PREVIEW_STEPS = 20
 
 
-def write_preview(
-    model: Model, adapter: Adapter, folder: Path, *, prompts: list[str], guidance: float, method: str
-) -> None:
-    """Write `grid.png` into a folder: one row a prompt, by DDIM in `PREVIEW_STEPS` steps.
+def write_preview(model: Model, adapter: Adapter, path: Path, *, prompts: list[str], config: DistillConfig) -> None:
+    """Write a grid as a PNG: one row a prompt, by DDIM in `PREVIEW_STEPS` steps.
 
     Args:
         model: with the trained adapter on.
         adapter: that adapter, switched off for the teacher's columns.
-        folder: where to write.
+        path: where to write.
         prompts: a handful.
-        guidance: w of the guided column.
-        method: names the student's column.
+        config: names the method and the guidance; of a range both ends are drawn.
     """
     runner = TorchRunner(model.unet)
     draw = partial(
         generate,
         model,
-        text=model.family.encode(model.pipeline, prompts),
+        text=model.family.encode(model.pipeline, prompts, negative_prompt=config.negative_prompt),
         make_scheduler=partial(make_scheduler, "ddim", model.pipeline.scheduler.config),
         steps=PREVIEW_STEPS,
         seed=0,
         batch_size=8,
     )
-    guided: Denoiser = GuidedDenoiser(runner, guidance)
     single: Denoiser = SinglePassDenoiser(runner)
+    scales = sorted(set(config.guidance_bounds))
+    columns = {}
     with adapter.disabled():
-        columns = {f"teacher w={guidance:g}": to_uint8(draw(guided)), "teacher w=1": to_uint8(draw(single))}
-    columns[f"student {method}"] = to_uint8(draw(single))
-    labelled_grid(columns, prompts).save(folder / "grid.png")
+        columns["teacher w=1"] = to_uint8(draw(single))
+        for scale in scales:
+            columns[f"teacher w={scale:g}"] = to_uint8(draw(GuidedDenoiser(runner, scale)))
+    for scale in scales:
+        student: Denoiser = SinglePassDenoiser(runner, scale if config.takes_guidance else None)
+        columns[f"{config.method} w={scale:g}"] = to_uint8(draw(student))
+    labelled_grid(columns, prompts).save(path)

@@ -1,19 +1,27 @@
-"""The training loop of `boostdiff distill`."""
+"""The training loop of `boostdiff distill`, on one process or many.
+
+Every process holds the model and works on its share of each batch; the adapter is small, so one all-reduce of its
+gradients an update is all that they exchange, and no wrapper comes between the loop and the UNet.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import broadcast_object_list
+from diffusers.training_utils import EMAModel
 
 from ..engine.errors import BoostDiffError, InputError
 from ..engine.files import prepare_output, publish, read_json, sha256_of, write_json
@@ -23,103 +31,81 @@ from ..engine.prompts import read_prompts
 from ..engine.runners import TorchRunner
 from ..engine.student import StudentInfo
 from ..engine.versions import versions
-from .adapters import METHODS, Adapter, make_adapter
-from .checkpoint import CheckpointError, load_training_state, save_training_state
-from .data import CaptionedImages, Source, Trajectories, find_captioned_images
-from .objective import LOSS_WEIGHTS, NoiseSchedule, distillation_loss, x_from_prediction
+from .adapters import Adapter, PeftAdapter, make_adapter
+from .checkpoint import CheckpointError, TrainingState, load_training_state, save_training_state
+from .config import DistillConfig, learning_rate_at
+from .data import Batch, CaptionedImages, Share, Source, Trajectories, find_captioned_images
+from .objective import NoiseSchedule, distillation_loss, guidance_weight, x_from_prediction
 from .preview import write_preview
+from .watch import DivergenceWatch, StopRequest, peak_memory, stop_request
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 CONFIG_FILE = "config.json"
-LOG_FILE = "train.jsonl"
+LOG_FILE = "log.jsonl"
 PREVIEW_ROWS = 6
+TRACKERS = ("tensorboard", "trackio", "wandb")
+FORMATS = ("diffusers", "kohya")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """Everything that determines the trained adapter.
+class UpdateReport:
+    """What `distil` reports after each update.
 
     Attributes:
-        method: a name in `METHODS`.
-        rank: of LoRA.
-        guidance: the guidance scale w to distil in, at least 1.
-        prompts: one prompt a line; the source is then online trajectories.
-        images: a folder of captioned images; the source is then diffused images.
-        updates: optimizer steps.
-        batch_size: states an update.
-        learning_rate: peak of AdamW's; linear warm-up over 5% of the updates, then a cosine decay to zero.
-        loss_weight: a key of `LOSS_WEIGHTS`.
-        seed: of everything random.
-        precision: of the forward passes: "fp32", "bf16" or "fp16" (autocast); adapters are float32 always.
-        checkpoint_every: updates between checkpoints.
+        update: how many are done.
+        loss: of this one, over all processes.
+        images_per_second: states trained on, over all processes.
+        peak_memory: bytes, of this process.
     """
 
-    method: str = "lora"
-    rank: int = 8
-    guidance: float = 3.0
-    prompts: Path | None = None
-    images: Path | None = None
-    updates: int = 300
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    loss_weight: str = "snr"
-    seed: int = 0
-    precision: str = "fp32"
-    checkpoint_every: int = 50
+    update: int
+    loss: float
+    images_per_second: float
+    peak_memory: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observers:
+    """What watches a run; nothing here changes the adapter.
+
+    Attributes:
+        on_start: called with the update that the run begins at.
+        on_update: called after each update.
+        preview: draw `grid.png` at the end.
+        preview_every: draw one into `previews/` so often.
+        log_with: one of `TRACKERS`, through accelerate; it writes beside the student.
+    """
+
+    on_start: Callable[[int], None] | None = None
+    on_update: Callable[[UpdateReport], None] | None = None
+    preview: bool = True
+    preview_every: int | None = None
+    log_with: str | None = None
 
     def __post_init__(self) -> None:
         """Validate.
 
         Raises:
-            InputError: a value can't be used.
+            InputError: a tracker is unknown or not installed, or an interval is not positive.
         """
-        if self.method not in METHODS:
-            raise InputError(f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}")
-        if self.loss_weight not in LOSS_WEIGHTS:
-            raise InputError(f"unknown loss weight {self.loss_weight!r}: choose one of {', '.join(LOSS_WEIGHTS)}")
-        if self.precision not in {"fp32", "bf16", "fp16"}:
-            raise InputError(f"unknown precision {self.precision!r}: choose fp32, bf16 or fp16")
-        if not self.guidance >= 1 or math.isinf(self.guidance):
-            raise InputError(f"--guidance {self.guidance:g} can't be distilled: it must be at least 1")
-        for name in ("rank", "updates", "batch_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1")
-        if not 0 < self.learning_rate < 1:
-            raise InputError("--learning-rate must lie between 0 and 1")
-        if self.prompts and self.images:
-            raise InputError("pass --prompts FILE or --images DIR, not both")
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpdateReport:
-    """What `distil` reports after each update."""
-
-    update: int
-    loss: float
-    seconds_per_update: float
+        if self.preview_every is not None and self.preview_every < 1:
+            raise InputError("--preview-every must be at least 1")
+        if self.log_with is None:
+            return
+        if self.log_with not in TRACKERS:
+            raise InputError(f"unknown tracker {self.log_with!r}: choose one of {', '.join(TRACKERS)}")
+        if self.log_with not in {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}:
+            raise InputError(f"{self.log_with} is not installed: pip install {self.log_with}")
 
 
 def count_parameters(files: ModelFiles, config: DistillConfig) -> dict[str, int]:
     """Parameters that would be trained, and those of the UNet without an adapter, from its configuration alone."""
-    unet = files.empty_unet()
+    unet = files.empty_unet().requires_grad_(False)
     total = sum(p.numel() for p in unet.parameters())
     with torch.device("meta"):
-        adapter = make_adapter(config.method, unet, rank=config.rank)
+        adapter = _adapter(unet, config)
     trainable = sum(p.numel() for p in adapter.parameters().values())
     return {"trainable_parameters": trainable, "total_parameters": total}
-
-
-def learning_rate_at(update: int, config: DistillConfig) -> float:
-    """Linear warm-up over 5% of the updates, then a cosine decay to zero."""
-    warmup = max(1, config.updates // 20)
-    if update < warmup:
-        return config.learning_rate * (update + 1) / warmup
-    done = (update - warmup) / max(1, config.updates - warmup)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def work_folder(output: Path) -> Path:
@@ -134,13 +120,13 @@ def distil(
     output: Path,
     device: str = "auto",
     resume: bool = False,
-    on_start: Callable[[int], None] | None = None,
-    on_update: Callable[[UpdateReport], None] | None = None,
-    preview: bool = True,
+    formats: tuple[str, ...] = ("diffusers",),
+    observers: Observers | None = None,
 ) -> StudentInfo:
     """Train an adapter that makes one conditional pass predict what guided sampling predicts.
 
-    The run works in `work_folder(output)`, which takes the name `output` only when all is there.
+    The run works in `work_folder(output)`, which takes the name `output` only when all is there. Under
+    `accelerate launch` every process calls this with the same arguments.
 
     Args:
         files: the model.
@@ -148,157 +134,342 @@ def distil(
         output: the student's folder.
         device: "auto", "cpu", "cuda", …
         resume: go on from the unfinished run's checkpoint.
-        on_start: called with the update that the run begins at.
-        on_update: called after each update.
-        preview: draw `grid.png` at the end.
+        formats: of `FORMATS`; "diffusers" (or peft's own, for other tuners) is always written.
+        observers: what is told of the run's course.
 
     Returns:
         What `student.json` says.
 
     Raises:
         InputError: the model, the data or the output can't be used, or there is nothing to resume.
-        BoostDiffError: the loss is no longer finite.
+        BoostDiffError: the loss is no longer finite or diverges, or the run was asked to stop.
     """
+    observers = observers or Observers()
     # Checked before the weights are read: they can take minutes.
     if config.prompts is None and config.images is None:
         raise InputError("there is nothing to train on: pass --prompts FILE or --images DIR")
+    if "kohya" in formats and config.method != "lora":
+        raise InputError(f"--format kohya is for --method lora, not {config.method}")
+    if config.takes_guidance and files.unet_config.get("time_cond_proj_dim") is not None:
+        raise InputError(f"{files.name} takes guidance as an input already: it is distilled")
     prompts = read_prompts(config.prompts) if config.prompts else []
     pairs = find_captioned_images(config.images) if config.images else []
     prepare_output(output)
     folder = work_folder(output)
     resolved = config.as_json() | {"unet_sha256": files.unet_sha256()}
+
+    accelerator, target = _accelerator(config, device, folder, observers.log_with)
+    share = Share(batch_size=config.batch_size, index=accelerator.process_index, count=accelerator.num_processes)
+    if config.batch_size < share.count:
+        raise InputError(f"--batch-size {config.batch_size} is too small for {share.count} processes")
     state = _resumable_state(folder, resolved) if resume else None
 
-    target = resolve_device(device)
-    # accelerate keeps one state a process; a second run in it may use another precision.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(
-        mixed_precision="no" if config.precision == "fp32" else config.precision, cpu=target.type == "cpu"
-    )
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
     model = load(files, device=target, dtype=torch.float32 if target.type == "cpu" else dtype)
     torch.manual_seed(config.seed)
-    adapter = make_adapter(config.method, model.unet, rank=config.rank)
-    parameters = list(adapter.parameters().values())
-    optimizer = accelerator.prepare(
-        torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0), device_placement=[False]
-    )
+    adapter = _adapter(model.unet, config)
+    if config.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
     schedule = NoiseSchedule.of(model.pipeline.scheduler, target)
-    common = {"batch_size": config.batch_size, "seed": config.seed}
+    common: dict[str, Any] = {
+        "share": share,
+        "seed": config.seed,
+        "guidance": config.guidance_bounds,
+        "negative_prompt": config.negative_prompt,
+    }
     source: Source
     if pairs:
         source = CaptionedImages(model, pairs, schedule, **common)
     else:
         source = Trajectories(model, prompts, schedule, **common)
-
-    start = 0
+    run = _Run(accelerator, model, adapter, source, schedule, config, folder)
     if state is not None:
-        start = state.step
-        adapter.load(state.weights)
-        optimizer.load_state_dict(state.optimizer)
-        source.restore(state.data)
-    else:
+        run.restore(state)
+    elif accelerator.is_main_process:
         folder.mkdir(exist_ok=True)
         (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
         write_json(folder / CONFIG_FILE, resolved)
-    if on_start:
-        on_start(start)
+    accelerator.wait_for_everyone()
+    if observers.on_start:
+        observers.on_start(run.done)
+    if observers.log_with:
+        accelerator.init_trackers("boostdiff", {key: value for key, value in resolved.items() if value is not None})
 
-    with _open_log(folder / LOG_FILE, start) as log:
-        result = _train(accelerator, model, adapter, source, schedule, optimizer, config, folder, log, start, on_update)
-    path = adapter.save(folder, model.pipeline)
-    info = StudentInfo(
-        method=config.method,
-        guidance=config.guidance,
-        model=files.name,
-        unet_sha256=resolved["unet_sha256"],
-        adapter_sha256=sha256_of(path),
-        trainable_parameters=sum(p.numel() for p in parameters),
-        settings=config.as_json(),
-        versions=versions(),
-        result=result,
-    )
-    info.write(folder)
-    if preview:
-        # Prompts that stand far apart show more than the first few of a sorted list.
-        shown = prompts or [caption for _, caption in pairs]
-        shown = shown[:: max(1, len(shown) // PREVIEW_ROWS)][:PREVIEW_ROWS]
-        with accelerator.autocast():
-            write_preview(model, adapter, folder, prompts=shown, guidance=config.guidance, method=config.method)
-    (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
-    publish(folder, output)
+    # Prompts that stand far apart show more than the first few of a sorted list.
+    shown = prompts or [caption for _, caption in pairs]
+    shown = shown[:: max(1, len(shown) // PREVIEW_ROWS)][:PREVIEW_ROWS]
+
+    def draw(path: Path) -> None:
+        with accelerator.autocast(), torch.no_grad():
+            write_preview(model, adapter, path, prompts=shown, config=config)
+
+    result = run.train(observers, draw)
+    info = None
+    if accelerator.is_main_process:
+        run.keep_average()
+        paths = adapter.save(folder, model.pipeline)
+        if "kohya" in formats:
+            inner = getattr(adapter, "inner", adapter)
+            assert isinstance(inner, PeftAdapter)
+            inner.save_kohya(folder)
+        low, high = config.guidance_bounds
+        info = StudentInfo(
+            method=config.method,
+            guidance=(low + high) / 2,
+            guidance_range=(low, high) if config.takes_guidance else None,
+            negative_prompt=config.negative_prompt,
+            model=files.name,
+            unet_sha256=resolved["unet_sha256"],
+            adapter_files={path.name: sha256_of(path) for path in paths},
+            trainable_parameters=sum(p.numel() for p in run.parameters),
+            settings=config.as_json(),
+            versions=versions(),
+            result=result,
+        )
+        info.write(folder)
+        if observers.preview:
+            draw(folder / "grid.png")
+        (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+        publish(folder, output)
+    if observers.log_with:
+        accelerator.end_training()
+    accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        (info,) = broadcast_object_list([info])
+    assert info is not None
     return info
 
 
-def _train(
-    accelerator: Accelerator,
-    model: Model,
-    adapter: Adapter,
-    source: Source,
-    schedule: NoiseSchedule,
-    optimizer: torch.optim.Optimizer,
-    config: DistillConfig,
-    folder: Path,
-    log: TextIO,
-    start: int,
-    on_update: Callable[[UpdateReport], None] | None,
-) -> dict[str, Any]:
-    runner = TorchRunner(model.unet)
-    teacher, student = GuidedDenoiser(runner, config.guidance), SinglePassDenoiser(runner)
-    prediction_type = model.pipeline.scheduler.config.prediction_type
-    autocast = accelerator.autocast if config.precision != "fp32" else nullcontext
-    parameters = list(adapter.parameters().values())
-    dtype = model.unet.dtype
-    began = time.monotonic()
-    losses: list[float] = []
-    for update in range(start, config.updates):
-        batch = source.batch(update)
-        alpha, sigma = schedule.at(batch.t)
+@dataclass
+class _Run:
+    """One training run's moving parts."""
+
+    accelerator: Accelerator
+    model: Model
+    adapter: Adapter
+    source: Source
+    schedule: NoiseSchedule
+    config: DistillConfig
+    folder: Path
+    done: int = 0
+    watch: DivergenceWatch = field(default_factory=DivergenceWatch)
+
+    def __post_init__(self) -> None:
+        self.runner = TorchRunner(self.model.unet)
+        self.prediction_type = self.model.pipeline.scheduler.config.prediction_type
+        self.parameters = list(self.adapter.parameters().values())
+        self.optimizer = self.accelerator.prepare(
+            torch.optim.AdamW(self.parameters, lr=self.config.learning_rate, weight_decay=0.0),
+            device_placement=[False],
+        )
+        decay = self.config.ema
+        self.average = None if decay is None else EMAModel(self.parameters, decay=decay)
+        self.good = [parameter.detach().clone() for parameter in self.parameters]
+
+    def restore(self, state: TrainingState) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            InputError: it is of another adapter.
+        """
+        weights = dict(state.weights)
+        average = [weights.pop(f"ema.{index}", None) for index in range(len(self.parameters))]
+        try:
+            self.adapter.load(weights)
+        except ValueError as error:
+            raise InputError(f"can't resume: {error}; run without --resume") from None
+        self.optimizer.load_state_dict(state.optimizer)
+        self.source.restore(state.data)
+        self.done = state.step
+        self.watch.losses = state.header.get("losses", [])
+        self.good = [parameter.detach().clone() for parameter in self.parameters]
+        if self.average is not None:
+            self.average.shadow_params = [
+                tensor.to(p.device) for tensor, p in zip(average, self.parameters, strict=True)
+            ]
+            self.average.optimization_step = self.done
+        if self.accelerator.scaler is not None and state.header.get("scaler"):
+            self.accelerator.scaler.load_state_dict(state.header["scaler"])
+
+    def checkpoint(self) -> None:
+        """Write all that a run needs to go on, from the main process; called in every one."""
+        data = self.source.state()
+        if not self.accelerator.is_main_process:
+            return
+        weights: dict[str, torch.Tensor] = dict(self.adapter.parameters())
+        if self.average is not None:
+            weights |= {f"ema.{index}": tensor for index, tensor in enumerate(self.average.shadow_params)}
+        scaler = self.accelerator.scaler
+        save_training_state(
+            self.folder / CHECKPOINT_FILE,
+            step=self.done,
+            weights=weights,
+            optimizer=self.optimizer,
+            data=data,
+            header={"losses": self.watch.losses, "scaler": None if scaler is None else scaler.state_dict()},
+        )
+
+    def keep_average(self) -> None:
+        """Let the average take the adapter's place, if one was kept."""
+        if self.average is not None:
+            self.average.copy_to(self.parameters)
+
+    def train(self, observers: Observers, draw: Callable[[Path], None]) -> dict[str, Any]:
+        """Do the updates that are left; what `student.json` says of them."""
+        start, began = self.done, time.monotonic()
+        main = self.accelerator.is_main_process
+        with _open_log(self.folder / LOG_FILE, start, main) as log, stop_request() as request:
+            for update in range(start, self.config.updates):
+                loss, stop = self.update(update, request)
+                rate = learning_rate_at(update, self.config)
+                log.write(json.dumps({"update": update, "loss": loss, "lr": rate}) + "\n")
+                pace = self.config.batch_size * (self.done - start) / (time.monotonic() - began)
+                if observers.log_with:
+                    self.accelerator.log({"loss": loss, "lr": rate, "images/s": pace}, step=update)
+                last = self.done == self.config.updates
+                if (self.done % self.config.checkpoint_every == 0 or stop) and not last:
+                    log.flush()
+                    self.checkpoint()
+                    self.good = [parameter.detach().clone() for parameter in self.parameters]
+                if observers.on_update:
+                    peak = peak_memory(self.model.device)
+                    observers.on_update(
+                        UpdateReport(update=self.done, loss=loss, images_per_second=pace, peak_memory=peak)
+                    )
+                if observers.preview_every and self.done % observers.preview_every == 0 and main:
+                    (self.folder / "previews").mkdir(exist_ok=True)
+                    draw(self.folder / "previews" / f"{self.done:06}.png")
+                if stop and not last:
+                    raise BoostDiffError(
+                        f"stopped by {request.name or 'another process'} after update {self.done}, saved: "
+                        "the same command with --resume goes on from there"
+                    )
+        tail = self.watch.losses[-max(1, len(self.watch.losses) // 10) :]
+        return {
+            "updates": self.config.updates,
+            "resumed_at": start,
+            "seconds": round(time.monotonic() - began, 1),
+            "final_loss": sum(tail) / len(tail),
+            "processes": self.accelerator.num_processes,
+            "peak_memory": peak_memory(self.model.device),
+        }
+
+    def update(self, update: int, request: StopRequest) -> tuple[float, bool]:
+        """One optimizer step: the loss over all processes, and whether any was asked to stop.
+
+        Raises:
+            BoostDiffError: see `_refuse`.
+        """
+        batch = self.source.batch(update)
+        targets, total = [], torch.zeros((), device=self.model.device)
+        for part in batch.split(self.config.gradient_accumulation_steps):
+            teacher_x, losses = self.losses(part)
+            targets.append(teacher_x)
+            # The sum over shares and parts is the mean over the whole batch.
+            loss = losses.sum() / self.config.batch_size
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        loss_value, stop = self.reduce(total, request)
+        if not math.isfinite(loss_value):
+            self.refuse(f"the loss is {loss_value} at update {update}")
+        norm = self.accelerator.clip_grad_norm_(self.parameters, 1.0)
+        # In FP16 the gradient scaler skips such a step and goes on with a smaller scale.
+        if self.config.precision != "fp16" and not torch.isfinite(norm):
+            self.refuse(f"the gradient is {norm.item()} at update {update}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(update, self.config)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.step(self.parameters)
+        self.source.advance(torch.cat(targets))
+        self.done = update + 1
+        if self.watch.diverges(loss_value):
+            self.refuse(f"the loss diverges: {loss_value:.3g} at update {update}")
+        return loss_value, stop
+
+    def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The teacher's x̂_w `(B, C, H, W)` and equation (4) for each sample, `(B,)`."""
+        dtype = self.model.unet.dtype
+        alpha, sigma = self.schedule.at(batch.t)
         z_t, text = batch.z_t.to(dtype), batch.text.to(dtype)
+        guidance = batch.guidance if self.config.takes_guidance else None
+        teacher = GuidedDenoiser(self.runner, self.config.guidance if guidance is None else guidance)
+        student = SinglePassDenoiser(self.runner, guidance)
+        autocast = self.accelerator.autocast if self.config.precision != "fp32" else nullcontext
 
-        with torch.no_grad(), adapter.disabled(), autocast():
-            teacher_prediction = teacher(z_t, batch.t, text).float()
-        teacher_x = x_from_prediction(teacher_prediction, batch.z_t, alpha, sigma, prediction_type)
+        with torch.no_grad(), self.adapter.disabled(), autocast():
+            prediction = teacher(z_t, batch.t, text).float()
+        teacher_x = x_from_prediction(prediction, batch.z_t, alpha, sigma, self.prediction_type)
         with autocast():
-            student_prediction = student(z_t, batch.t, text).float()
-        student_x = x_from_prediction(student_prediction, batch.z_t, alpha, sigma, prediction_type)
-        loss = distillation_loss(student_x, teacher_x, alpha, sigma, config.loss_weight)
+            prediction = student(z_t, batch.t, text).float()
+        student_x = x_from_prediction(prediction, batch.z_t, alpha, sigma, self.prediction_type)
+        losses = distillation_loss(student_x, teacher_x, alpha, sigma, self.config.loss_weight)
+        if guidance is not None:
+            losses = losses * guidance_weight(guidance)
+        return teacher_x, losses
 
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(parameters, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(update, config)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        source.advance(teacher_x)
+    def reduce(self, loss: torch.Tensor, request: StopRequest) -> tuple[float, bool]:
+        """Sum gradients, loss and requests to stop over all processes, in one exchange."""
+        if self.accelerator.num_processes == 1:
+            return loss.item(), request.name is not None
+        gradients = [parameter.grad for parameter in self.parameters]
+        assert all(gradient is not None for gradient in gradients)
+        asked = loss.new_tensor([loss.item(), float(request.name is not None)])
+        flat = torch.cat([gradient.flatten() for gradient in gradients if gradient is not None] + [asked])
+        flat = self.accelerator.reduce(flat, reduction="sum")
+        pieces = flat.split([parameter.numel() for parameter in self.parameters] + [2])
+        for parameter, piece in zip(self.parameters, pieces[:-1], strict=True):
+            parameter.grad = piece.view_as(parameter)
+        loss_sum, stops = pieces[-1].tolist()
+        return loss_sum, stops > 0
 
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise BoostDiffError(f"the loss is {losses[-1]} at update {update}: lower --learning-rate")
-        log.write(json.dumps({"update": update, "loss": losses[-1], "lr": learning_rate_at(update, config)}) + "\n")
-        done = update + 1
-        if done % config.checkpoint_every == 0 and done < config.updates:
-            log.flush()
-            save_training_state(
-                folder / CHECKPOINT_FILE,
-                step=done,
-                weights=dict(adapter.parameters()),
-                optimizer=optimizer,
-                data=source.state(),
-            )
-        if on_update:
-            pace = (time.monotonic() - began) / (done - start)
-            on_update(UpdateReport(update=done, loss=losses[-1], seconds_per_update=pace))
-    tail = losses[-max(1, len(losses) // 10) :]
-    return {
-        "updates": config.updates,
-        "resumed_at": start,
-        "seconds": round(time.monotonic() - began, 1),
-        "final_loss": sum(tail) / len(tail),
-    }
+    def refuse(self, reason: str) -> None:
+        """Stop, and leave the last good adapter in the unfinished run's folder.
+
+        Raises:
+            BoostDiffError: always.
+        """
+        with torch.no_grad():
+            for parameter, good in zip(self.parameters, self.good, strict=True):
+                parameter.copy_(good)
+        if self.accelerator.is_main_process:
+            self.adapter.save(self.folder, self.model.pipeline)
+        raise BoostDiffError(
+            f"{reason}: lower --learning-rate and run again; the last good adapter is kept in {self.folder}"
+        )
 
 
-def _resumable_state(folder: Path, resolved: dict[str, Any]) -> Any:
+def _adapter(unet: Any, config: DistillConfig) -> Adapter:
+    return make_adapter(
+        config.method,
+        unet,
+        rank=config.rank,
+        alpha=config.alpha,
+        targets=config.targets,
+        tokens=config.tokens,
+        guidance_input=config.takes_guidance,
+    )
+
+
+def _accelerator(
+    config: DistillConfig, device: str, folder: Path, log_with: str | None
+) -> tuple[Accelerator, torch.device]:
+    target = resolve_device(device)
+    # accelerate keeps one state a process; a second run in it may use another precision.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(
+        mixed_precision="no" if config.precision == "fp32" else config.precision,
+        cpu=target.type == "cpu",
+        log_with=log_with,
+        project_dir=folder,
+    )
+    # Under a launcher each process has an accelerator of its own.
+    return accelerator, accelerator.device if accelerator.num_processes > 1 else target
+
+
+def _resumable_state(folder: Path, resolved: dict[str, Any]) -> TrainingState | None:
+    """What the checkpoint holds; None if none was written yet. Every process reads it."""
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"there is nothing to resume in {folder}: run without --resume")
     before = read_json(folder / CONFIG_FILE)
@@ -314,8 +485,10 @@ def _resumable_state(folder: Path, resolved: dict[str, Any]) -> Any:
         raise InputError(f"can't resume: {error}; run without --resume") from None
 
 
-def _open_log(path: Path, start: int) -> TextIO:
+def _open_log(path: Path, start: int, main: bool) -> TextIO:
     """Open the log for appending after its first `start` lines, which are those of the checkpoint."""
+    if not main:
+        return Path(os.devnull).open("w", encoding="utf-8")
     kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:start] if start and path.exists() else []
     path.write_text("".join(kept), encoding="utf-8")
     return path.open("a", encoding="utf-8")

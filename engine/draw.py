@@ -20,7 +20,7 @@ from .manifest import read_manifest
 from .model import Model, ModelFiles, load, resolve_device
 from .runners import Runner, TorchRunner, open_exported
 from .samplers import make_scheduler
-from .student import apply_student, read_student
+from .student import ADAPTER_NAME, LORA_METHODS, apply_student, read_student
 
 RUNNERS = ("torch", "onnx", "tensorrt")
 DEFAULT_GUIDANCE = 3.0
@@ -35,7 +35,9 @@ class DrawConfig:
         student: its folder; None draws with the teacher.
         engine: what `export` wrote, for the runners that need it.
         runner: a name in `RUNNERS`.
-        guidance: of the teacher; a student has the guidance that it was distilled at.
+        guidance: of the teacher, or of a student that takes it as an input; others have the one they learnt.
+        negative_prompt: of the teacher; a student has the one that it was distilled with.
+        dial: weight of the student's LoRA, from 0 (no guidance) to 1 (the guidance that it was distilled at).
         sampler: a name in `samplers.SAMPLERS`.
         steps: sampling steps.
         seed: see `prompts`.
@@ -47,6 +49,8 @@ class DrawConfig:
     engine: Path
     runner: str = "torch"
     guidance: float | None = None
+    negative_prompt: str | None = None
+    dial: float | None = None
     sampler: str = "ddim"
     steps: int = 20
     seed: int = 0
@@ -68,6 +72,11 @@ class DrawConfig:
             raise InputError("--steps must be at least 1")
         if self.guidance is not None and not 1 <= self.guidance < float("inf"):
             raise InputError(f"--guidance {self.guidance:g} can't be used: it must be at least 1")
+        if self.dial is not None:
+            if not 0 <= self.dial <= 1:
+                raise InputError("--dial must lie between 0 and 1")
+            if self.student is None or self.runner != "torch":
+                raise InputError("--dial is for a student on the torch runner: elsewhere its weights are merged")
         if not all(prompt.strip() for prompt in self.prompts):
             raise InputError("a prompt is empty")
         make_scheduler(self.sampler, {})
@@ -79,19 +88,23 @@ class DrawConfig:
 
 
 @contextmanager
-def _open_runner(model: Model, config: DrawConfig) -> Iterator[Runner]:
+def _open_denoiser(model: Model, config: DrawConfig) -> Iterator[tuple[Denoiser, Runner]]:
     if config.student is None:
-        yield TorchRunner(model.unet)
+        runner: Runner = TorchRunner(model.unet)
+        guidance = DEFAULT_GUIDANCE if config.guidance is None else config.guidance
+        yield GuidedDenoiser(runner, guidance) if guidance > 1 else SinglePassDenoiser(runner), runner
         return
     info = read_student(config.student, model.files)
-    if config.guidance not in (None, info.guidance):
-        raise InputError(
-            f"this student was distilled at guidance {info.guidance:g} and can't give {config.guidance:g}: "
-            "leave --guidance out, distil another, or pass --teacher"
-        )
+    guidance_input = info.choose_guidance(config.guidance)
+    info.check_negative_prompt(config.negative_prompt)
     if config.runner == "torch":
         apply_student(model, config.student)
-        yield TorchRunner(model.unet)
+        if config.dial is not None:
+            if info.method not in LORA_METHODS:
+                raise InputError(f"--dial is the weight of a LoRA: a {info.method} student has none")
+            model.unet.set_adapters(ADAPTER_NAME, config.dial)
+        runner = TorchRunner(model.unet)
+        yield SinglePassDenoiser(runner, guidance_input), runner
         return
     manifest = read_manifest(config.engine)
     if manifest.inputs.get("adapter") != info.adapter_sha256:
@@ -100,7 +113,7 @@ def _open_runner(model: Model, config: DrawConfig) -> Iterator[Runner]:
             "run `boostdiff export` again"
         )
     with open_exported(config.runner, folder=config.engine, manifest=manifest, device=model.device) as runner:
-        yield runner
+        yield SinglePassDenoiser(runner, guidance_input), runner
 
 
 def draw(
@@ -125,14 +138,13 @@ def draw(
     """
     prepare_output(output)
     if config.student is not None:
-        read_student(config.student, files)
+        info = read_student(config.student, files)
+        info.choose_guidance(config.guidance)
+        info.check_negative_prompt(config.negative_prompt)
     model = load(files, device=resolve_device(device))
-    with _open_runner(model, config) as runner:
-        denoiser: Denoiser = SinglePassDenoiser(runner)
-        guidance = DEFAULT_GUIDANCE if config.guidance is None else config.guidance
-        if config.student is None and guidance > 1:
-            denoiser = GuidedDenoiser(runner, guidance)
-        text = model.family.encode(model.pipeline, config.prompts, unconditional=isinstance(denoiser, GuidedDenoiser))
+    with _open_denoiser(model, config) as (denoiser, runner):
+        away_from = (config.negative_prompt or "") if isinstance(denoiser, GuidedDenoiser) else None
+        text = model.family.encode(model.pipeline, config.prompts, negative_prompt=away_from)
         images = generate(
             model,
             denoiser,

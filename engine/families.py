@@ -6,27 +6,83 @@ A new family is a subclass of `Family` and a row in `FAMILIES`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from .errors import InputError
+
+ENCODED_TOGETHER = 64
+"""Prompts that the text encoder takes at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptEmbeds:
+    """What the UNet is told of B prompts, by the names that diffusers gives its inputs.
+
+    Attributes:
+        encoder_hidden_states: `(B, L, D)`, one vector a token.
+        text_embeds: `(B, P)`, one vector a prompt; SDXL only.
+        time_ids: `(B, 6)`, original size, crop and target size in pixels; SDXL only.
+    """
+
+    encoder_hidden_states: torch.Tensor
+    text_embeds: torch.Tensor | None = None
+    time_ids: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.encoder_hidden_states)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all tensors."""
+        return self.encoder_hidden_states.dtype
+
+    def __getitem__(self, index: slice | torch.Tensor) -> PromptEmbeds:
+        return self.map(lambda tensor: tensor[index])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those that this family has, by name."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> PromptEmbeds:
+        """The function's result for every tensor."""
+        return PromptEmbeds(**{name: function(tensor) for name, tensor in self.tensors().items()})
+
+    def to(self, *args: Any, **kwargs: Any) -> PromptEmbeds:
+        """As `torch.Tensor.to`, for all."""
+        return self.map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def expand(self, count: int) -> PromptEmbeds:
+        """One prompt's embeddings for `count` images, without a copy."""
+        return self.map(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
+
+    def unet_arguments(self) -> dict[str, Any]:
+        """As keyword arguments of `UNet2DConditionModel.forward`."""
+        added = {name: tensor for name, tensor in self.tensors().items() if name != "encoder_hidden_states"}
+        arguments: dict[str, Any] = {"encoder_hidden_states": self.encoder_hidden_states}
+        return arguments | ({"added_cond_kwargs": added} if added else {})
+
+    @classmethod
+    def cat(cls, parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
+        """Several in one batch."""
+        return cls(**{name: torch.cat([part.tensors()[name] for part in parts]) for name in parts[0].tensors()})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextEmbeddings:
-    """Embeddings of B prompts and, for guidance, of the empty prompt.
+    """Embeddings of B prompts and, for guidance, of what it leads away from.
 
     Attributes:
-        conditional: `(B, L, D)` for the prompts (c).
-        unconditional: `(1, L, D)` for the empty prompt (∅); None where no guidance will need it.
+        conditional: of the prompts (c), a batch of B.
+        unconditional: of the empty or a negative prompt (∅), a batch of 1; None where no guidance will need it.
     """
 
-    conditional: torch.Tensor
-    unconditional: torch.Tensor | None
+    conditional: PromptEmbeds
+    unconditional: PromptEmbeds | None
 
     def __len__(self) -> int:
         return len(self.conditional)
@@ -34,10 +90,10 @@ class TextEmbeddings:
     def __getitem__(self, index: slice | torch.Tensor) -> TextEmbeddings:
         return TextEmbeddings(conditional=self.conditional[index], unconditional=self.unconditional)
 
-    def both(self) -> torch.Tensor:
-        """`(2B, L, D)`: the empty prompt B times, then the prompts."""
-        assert self.unconditional is not None, "encoded without the empty prompt"
-        return torch.cat([self.unconditional.expand_as(self.conditional), self.conditional])
+    def both(self) -> PromptEmbeds:
+        """A batch of 2B: ∅ B times, then the prompts."""
+        assert self.unconditional is not None, "encoded without the unconditional prompt"
+        return PromptEmbeds.cat([self.unconditional.expand(len(self)), self.conditional])
 
     def to(self, *args: Any, **kwargs: Any) -> TextEmbeddings:
         """As `torch.Tensor.to`, for both."""
@@ -52,68 +108,128 @@ class Family(ABC):
 
     name: str
     pipeline_class: type[DiffusionPipeline]
+    upcast_vae = False
+    """Whether the VAE overflows in FP16 and is run in FP32."""
+    text_encoders: tuple[str, ...]
+    """The pipeline's attributes that hold them."""
+    load_options: dict[str, Any]
+    """Arguments of the pipeline's `from_pretrained` that this class alone takes."""
 
     @abstractmethod
+    def embed(self, pipeline: DiffusionPipeline, prompts: list[str]) -> PromptEmbeds:
+        """Embeddings of a few prompts, as the stock pipeline computes them."""
+
     def encode(
-        self, pipeline: DiffusionPipeline, prompts: Sequence[str], *, unconditional: bool = True
+        self, pipeline: DiffusionPipeline, prompts: Sequence[str], *, negative_prompt: str | None = ""
     ) -> TextEmbeddings:
         """Text embeddings of the prompts, on the pipeline's device and in its dtype.
 
         Args:
-            pipeline: its tokenizer and text encoder are used.
+            pipeline: its tokenizers and text encoders are used.
             prompts: B of them.
-            unconditional: encode the empty prompt too.
+            negative_prompt: what guidance leads away from; None leaves the unconditional embedding out.
         """
+        chunks = [
+            self.embed(pipeline, list(prompts[i : i + ENCODED_TOGETHER]))
+            for i in range(0, len(prompts), ENCODED_TOGETHER)
+        ]
+        return TextEmbeddings(
+            conditional=PromptEmbeds.cat(chunks),
+            unconditional=None if negative_prompt is None else self.embed_negative(pipeline, negative_prompt),
+        )
+
+    def embed_negative(self, pipeline: DiffusionPipeline, prompt: str) -> PromptEmbeds:
+        """The unconditional embedding, a batch of 1."""
+        return self.embed(pipeline, [prompt])
 
     @abstractmethod
+    def prompt_shapes(self, pipeline: DiffusionPipeline) -> dict[str, tuple[int, ...]]:
+        """Shapes of `PromptEmbeds`' tensors by name, without the batch."""
+
     def example_inputs(self, pipeline: DiffusionPipeline, batch: int) -> dict[str, torch.Tensor]:
-        """Random denoiser inputs by name, in the order in which the UNet takes them; used to trace and compare."""
+        """Random denoiser inputs by name, in the order in which a runner takes them; used to trace and compare."""
+        unet = pipeline.unet
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"sample": self.latent_shape(unet.config), **self.prompt_shapes(pipeline)}
+        if unet.config.time_cond_proj_dim is not None:
+            shapes["timestep_cond"] = (unet.config.time_cond_proj_dim,)
+        inputs = {}
+        for name, shape in shapes.items():
+            inputs[name] = torch.randn(batch, *shape, generator=generator).to(unet.device, unet.dtype)
+            if name == "sample":
+                inputs["timestep"] = torch.full((batch,), 501, device=unet.device, dtype=torch.int64)
+        return inputs
 
-    @abstractmethod
     def latent_shape(self, unet_config: dict[str, Any]) -> tuple[int, int, int]:
         """(channels, height, width) of one image's latents at the model's own size."""
+        size = unet_config["sample_size"]
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return unet_config["in_channels"], height, width
 
 
 class StableDiffusion(Family):
-    """Stable Diffusion 1.x and 2.x: one text encoder, `(sample, timestep, encoder_hidden_states)`."""
+    """Stable Diffusion 1.x and 2.x: one text encoder."""
 
     name = "stable-diffusion"
     pipeline_class = StableDiffusionPipeline
+    text_encoders = ("text_encoder",)
+    load_options = {"safety_checker": None, "requires_safety_checker": False}  # noqa: RUF012
 
-    @torch.no_grad()
-    def encode(
-        self, pipeline: DiffusionPipeline, prompts: Sequence[str], *, unconditional: bool = True
-    ) -> TextEmbeddings:
-        """See `Family.encode`; the encoding is the stock pipeline's own."""
+    def embed(self, pipeline: DiffusionPipeline, prompts: list[str]) -> PromptEmbeds:
+        """See `Family.embed`."""
+        embeddings, _ = pipeline.encode_prompt(prompts, pipeline.device, 1, False)
+        return PromptEmbeds(encoder_hidden_states=embeddings)
 
-        def embed(texts: list[str]) -> torch.Tensor:
-            embeddings, _ = pipeline.encode_prompt(texts, pipeline.device, 1, False)
-            return embeddings
+    def prompt_shapes(self, pipeline: DiffusionPipeline) -> dict[str, tuple[int, ...]]:
+        """See `Family.prompt_shapes`."""
+        tokens = pipeline.tokenizer.model_max_length
+        return {"encoder_hidden_states": (tokens, pipeline.unet.config.cross_attention_dim)}
 
-        chunks = [embed(list(prompts[i : i + 64])) for i in range(0, len(prompts), 64)]
-        return TextEmbeddings(conditional=torch.cat(chunks), unconditional=embed([""]) if unconditional else None)
 
-    def example_inputs(self, pipeline: DiffusionPipeline, batch: int) -> dict[str, torch.Tensor]:
-        """See `Family.example_inputs`."""
-        unet = pipeline.unet
-        generator = torch.Generator().manual_seed(0)
-        where = {"device": unet.device, "dtype": unet.dtype}
+class StableDiffusionXL(Family):
+    """Stable Diffusion XL's base model: two text encoders, pooled embeddings and size conditions."""
+
+    name = "stable-diffusion-xl"
+    pipeline_class = StableDiffusionXLPipeline
+    text_encoders = ("text_encoder", "text_encoder_2")
+    upcast_vae = True
+    load_options = {"add_watermarker": False}  # noqa: RUF012
+
+    def embed(self, pipeline: DiffusionPipeline, prompts: list[str]) -> PromptEmbeds:
+        """See `Family.embed`."""
+        hidden, _, pooled, _ = pipeline.encode_prompt(
+            prompts, device=pipeline.device, do_classifier_free_guidance=False
+        )
+        return self._with_sizes(pipeline, hidden, pooled)
+
+    def embed_negative(self, pipeline: DiffusionPipeline, prompt: str) -> PromptEmbeds:
+        """See `Family.embed_negative`; an empty one is all zeros where the pipeline's configuration says so."""
+        _, hidden, _, pooled = pipeline.encode_prompt(
+            "", device=pipeline.device, do_classifier_free_guidance=True, negative_prompt=prompt or None
+        )
+        return self._with_sizes(pipeline, hidden, pooled)
+
+    def _with_sizes(self, pipeline: DiffusionPipeline, hidden: torch.Tensor, pooled: torch.Tensor) -> PromptEmbeds:
+        _, height, width = self.latent_shape(pipeline.unet.config)
+        size = (height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor)
+        # As the stock pipeline: the original and the target size are the image's own, without a crop.
+        time_ids = torch.tensor([[*size, 0, 0, *size]], device=hidden.device, dtype=hidden.dtype)
+        return PromptEmbeds(encoder_hidden_states=hidden, text_embeds=pooled, time_ids=time_ids.repeat(len(hidden), 1))
+
+    def prompt_shapes(self, pipeline: DiffusionPipeline) -> dict[str, tuple[int, ...]]:
+        """See `Family.prompt_shapes`."""
         tokens = pipeline.tokenizer.model_max_length
         return {
-            "sample": torch.randn(batch, *self.latent_shape(unet.config), generator=generator).to(**where),
-            "timestep": torch.full((batch,), 501, device=unet.device, dtype=torch.int64),
-            "encoder_hidden_states": torch.randn(
-                batch, tokens, unet.config.cross_attention_dim, generator=generator
-            ).to(**where),
+            "encoder_hidden_states": (tokens, pipeline.unet.config.cross_attention_dim),
+            "text_embeds": (pipeline.text_encoder_2.config.projection_dim,),
+            "time_ids": (6,),
         }
 
-    def latent_shape(self, unet_config: dict[str, Any]) -> tuple[int, int, int]:
-        """See `Family.latent_shape`."""
-        size = unet_config["sample_size"]
-        return unet_config["in_channels"], size, size
 
-
-FAMILIES: dict[str, Family] = {"StableDiffusionPipeline": StableDiffusion()}
+FAMILIES: dict[str, Family] = {
+    "StableDiffusionPipeline": StableDiffusion(),
+    "StableDiffusionXLPipeline": StableDiffusionXL(),
+}
 """By the `_class_name` of a folder's `model_index.json`."""
 
 

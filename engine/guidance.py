@@ -6,6 +6,7 @@ scheduler steps on. Teacher and student differ in nothing else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -30,36 +31,67 @@ class Denoiser(Protocol):
         """
 
 
-def combine(unconditional: torch.Tensor, conditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+def combine(
+    unconditional: torch.Tensor, conditional: torch.Tensor, guidance_scale: float | torch.Tensor
+) -> torch.Tensor:
     """Equation (3) of the BoostDiff paper, x̂_w = x̂(∅) + w (x̂(c) − x̂(∅)) (Ho & Salimans 2022, eq. 6).
 
-    It is affine in the predictions, so it is the same equation for x̂, ε̂ and v̂ at one z_t.
+    It is affine in the predictions, so it is the same equation for x̂, ε̂ and v̂ at one z_t. A scale for each sample
+    is a tensor `(B, 1, 1, 1)`.
     """
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
-class GuidedDenoiser:
-    """The teacher: one pass over a batch of 2B, unconditional half first, as stock pipelines order it."""
+def guidance_embedding(guidance_scale: torch.Tensor, width: int) -> torch.Tensor:
+    """The embedding `(B, width)` of guidance scales `(B,)` that a UNet with `time_cond_proj_dim` takes.
 
-    def __init__(self, runner: Callable[..., Any], guidance_scale: float) -> None:
+    Sines and cosines of w − 1, as stock pipelines feed them
+    (`StableDiffusionPipeline.get_guidance_scale_embedding`; Meng et al. 2023, §3).
+    """
+    half = width // 2
+    rates = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1)))
+    angles = 1000.0 * (guidance_scale.float() - 1)[:, None] * rates.to(guidance_scale.device)
+    return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
+
+
+class GuidedDenoiser:
+    """The teacher: one pass over a batch of 2B, unconditional half first, as stock pipelines order it.
+
+    `guidance_scale` is one number, or `(B,)` for a scale a sample.
+    """
+
+    def __init__(self, runner: Callable[..., Any], guidance_scale: float | torch.Tensor) -> None:
         self.runner = runner
         self.guidance_scale = guidance_scale
 
     def __call__(self, z_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
         """See `Denoiser`."""
         t_both = torch.cat([t, t]) if t.ndim else t
-        (prediction,) = self.runner(torch.cat([z_t, z_t]), t_both, encoder_hidden_states=text.both(), return_dict=False)
+        arguments = text.both().unet_arguments()
+        (prediction,) = self.runner(torch.cat([z_t, z_t]), t_both, **arguments, return_dict=False)
         unconditional, conditional = prediction.chunk(2)
-        return combine(unconditional, conditional, self.guidance_scale)
+        scale = self.guidance_scale
+        if isinstance(scale, torch.Tensor):
+            scale = scale.to(prediction)[:, None, None, None]
+        return combine(unconditional, conditional, scale)
 
 
 class SinglePassDenoiser:
-    """The student (and the teacher without guidance): one pass over a batch of B."""
+    """The student (and the teacher without guidance): one pass over a batch of B.
 
-    def __init__(self, runner: Callable[..., Any]) -> None:
+    `guidance_scale`, a number or `(B,)`, goes to a student that takes it as an input; other UNets have none.
+    """
+
+    def __init__(self, runner: Callable[..., Any], guidance_scale: float | torch.Tensor | None = None) -> None:
         self.runner = runner
+        self.guidance_scale = guidance_scale
 
     def __call__(self, z_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
         """See `Denoiser`."""
-        (prediction,) = self.runner(z_t, t, encoder_hidden_states=text.conditional, return_dict=False)
+        arguments = text.conditional.unet_arguments()
+        if self.guidance_scale is not None:
+            scale = torch.as_tensor(self.guidance_scale, device=z_t.device).expand(len(z_t))
+            width = self.runner.config["time_cond_proj_dim"]
+            arguments["timestep_cond"] = guidance_embedding(scale, width).to(z_t.dtype)
+        (prediction,) = self.runner(z_t, t, **arguments, return_dict=False)
         return prediction

@@ -180,8 +180,7 @@ def load(files: ModelFiles, *, device: torch.device, dtype: torch.dtype | None =
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=True,
-            safety_checker=None,
-            requires_safety_checker=False,
+            **files.family.load_options,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -189,8 +188,10 @@ def load(files: ModelFiles, *, device: torch.device, dtype: torch.dtype | None =
     pipeline.set_progress_bar_config(disable=True)
     # The VAE is all convolutions, which run faster on this layout (by a third on a CPU).
     pipeline.vae.to(memory_format=torch.channels_last)
-    for component in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+    for component in (pipeline.unet, pipeline.vae, *(getattr(pipeline, name) for name in files.family.text_encoders)):
         component.requires_grad_(False).eval()
+    if dtype == torch.float16 and files.family.upcast_vae:
+        pipeline.vae.float()
     if dtype == torch.float16 and pipeline.unet.config.upcast_attention:
         # diffusers' default processor ignores upcast_attention; SD 2.1-v overflows in FP16 without it.
         pipeline.unet.set_attn_processor(AttnProcessor())

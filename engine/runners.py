@@ -11,7 +11,7 @@ import importlib.util
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -37,12 +37,14 @@ class Runner(ABC):
         config: the UNet's configuration.
         dtype: of `sample`, `encoder_hidden_states` and the prediction.
         device: where they lie.
+        input_names: what an exported graph takes.
     """
 
     name: str
     config: FrozenDict
     dtype: torch.dtype
     device: torch.device
+    input_names: Set[str]
 
     def __enter__(self) -> Self:
         return self
@@ -56,19 +58,30 @@ class Runner(ABC):
         """Free what the runner holds."""
 
     @abstractmethod
-    def predict(
-        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
-    ) -> torch.Tensor:
-        """Run once: `(B, C, H, W)` latents, `(B,)` timesteps, `(B, L, D)` text give `(B, C, H, W)`."""
+    def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Run once.
 
-    def feeds(
-        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """The inputs of an exported graph by name, contiguous and in its dtypes."""
+        Args:
+            inputs: `sample` `(B, C, H, W)`, `timestep` `(B,)`, `encoder_hidden_states` `(B, L, D)`; for a student that
+                takes its guidance as an input `timestep_cond` `(B, E)`; for SDXL `text_embeds` and `time_ids`.
+
+        Returns:
+            `(B, C, H, W)`.
+        """
+
+    def feeds(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inputs of an exported graph, contiguous and in its dtypes.
+
+        Raises:
+            InputError: the graph lacks one of them, or needs another.
+        """
+        if inputs.keys() != self.input_names:
+            unknown, missing = sorted(inputs.keys() - self.input_names), sorted(self.input_names - inputs.keys())
+            reason = f"can't take {', '.join(unknown)}" if unknown else f"needs {', '.join(missing)}"
+            raise InputError(f"the {self.name} runner {reason}: its graph was exported from another kind of student")
         return {
-            "sample": sample.to(self.dtype).contiguous(),
-            "timestep": timestep.to(torch.int64).contiguous(),
-            "encoder_hidden_states": encoder_hidden_states.to(self.dtype).contiguous(),
+            name: tensor.to(torch.int64 if name == "timestep" else self.dtype).contiguous()
+            for name, tensor in inputs.items()
         }
 
     def __call__(
@@ -77,6 +90,8 @@ class Runner(ABC):
         timestep: torch.Tensor | float,
         encoder_hidden_states: torch.Tensor,
         *,
+        timestep_cond: torch.Tensor | None = None,
+        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
         return_dict: bool = True,
         **unsupported: Any,
     ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
@@ -89,8 +104,24 @@ class Runner(ABC):
         if given:
             raise InputError(f"the {self.name} runner can't take {', '.join(given)}")
         t = torch.as_tensor(timestep, device=self.device)
-        prediction = self.predict(sample, t.expand(len(sample)), encoder_hidden_states)
+        inputs = {
+            "sample": sample,
+            "timestep": t.expand(len(sample)),
+            "encoder_hidden_states": encoder_hidden_states,
+            **(added_cond_kwargs or {}),
+        }
+        if timestep_cond is not None:
+            inputs["timestep_cond"] = timestep_cond
+        prediction = self.predict(inputs)
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
+
+
+def unet_forward(unet: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Call a diffusers UNet with a runner's inputs, see `Runner.predict`."""
+    plain = ("sample", "timestep", "encoder_hidden_states", "timestep_cond")
+    arguments: dict[str, Any] = {name: inputs[name] for name in plain if name in inputs}
+    added = {name: tensor for name, tensor in inputs.items() if name not in plain}
+    return unet(**arguments, added_cond_kwargs=added or None, return_dict=False)[0]
 
 
 class TorchRunner(Runner):
@@ -102,11 +133,9 @@ class TorchRunner(Runner):
         self.unet = unet
         self.config, self.dtype, self.device = unet.config, unet.dtype, unet.device
 
-    def predict(
-        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
-    ) -> torch.Tensor:
+    def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """See `Runner.predict`."""
-        return self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+        return unet_forward(self.unet, inputs)
 
 
 class OnnxRunner(Runner):
@@ -147,6 +176,7 @@ class OnnxRunner(Runner):
         self.config, self.device = FrozenDict(unet_config), device
         types = {item.name: item.type for item in self.session.get_inputs()}
         self.dtype = torch.float16 if types["sample"] == "tensor(float16)" else torch.float32
+        self.input_names = set(types)
         self._binding = self.session.io_binding()
 
     def close(self) -> None:
@@ -157,11 +187,9 @@ class OnnxRunner(Runner):
         element_type = np.dtype(str(tensor.dtype).removeprefix("torch.")).type
         bind(name, self.device.type, self.device.index or 0, element_type, tuple(tensor.shape), tensor.data_ptr())
 
-    def predict(
-        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
-    ) -> torch.Tensor:
+    def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """See `Runner.predict`."""
-        feeds = self.feeds(sample, timestep, encoder_hidden_states)
+        feeds = self.feeds(inputs)
         prediction = torch.empty_like(feeds["sample"])
         for name, tensor in feeds.items():
             self._bind(self._binding.bind_input, name, tensor)
@@ -197,16 +225,15 @@ class TensorRTRunner(Runner):
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._runner = TrtRunner(engine_from_bytes(bytes_from_path(str(path))))
         self._runner.activate()
+        self.input_names = set(self._runner.get_input_metadata())
 
     def close(self) -> None:
         """See `Runner.close`."""
         self._runner.deactivate()
 
-    def predict(
-        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
-    ) -> torch.Tensor:
+    def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """See `Runner.predict`."""
-        feeds = self.feeds(sample, timestep, encoder_hidden_states)
+        feeds = self.feeds(inputs)
         torch.cuda.current_stream(self.device).synchronize()
         outputs = self._runner.infer(feeds, copy_outputs_to_host=False, check_inputs=False)
         # polygraphy hands out its own buffer, which the next call overwrites.

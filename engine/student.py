@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import json
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
+from diffusers import UNet2DConditionModel
+from peft.utils import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -16,8 +20,17 @@ from .model import Model, ModelFiles
 
 INFO_FILE = "student.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "kohya.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
 BITFIT_FILE = "bitfit.safetensors"
+SOFT_PROMPT_FILE = "soft_prompt.safetensors"
+GUIDANCE_FILE = "guidance_embedding.safetensors"
 ADAPTER_NAME = "boostdiff"
+LORA_METHODS = ("lora", "dora")
+"""Methods whose file diffusers' `load_lora_weights` reads."""
+
+GUIDANCE_WIDTH = 256
+"""Width of the guidance embedding, as in latent consistency models (Luo et al. 2023) and diffusers' examples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +38,13 @@ class StudentInfo:
     """What `student.json` records.
 
     Attributes:
-        method: "lora" or "bitfit".
-        guidance: the guidance scale w that was distilled in.
+        method: "lora", "bitfit", ….
+        guidance: the guidance scale w that was distilled in; of a range its middle.
+        guidance_range: smallest and largest w of a student that takes w as an input, else None.
+        negative_prompt: what guidance leads away from.
         model: what the user called the model.
         unet_sha256: of the UNet weights that the adapter belongs to.
-        adapter_sha256: of the adapter's file.
+        adapter_files: SHA-256 by file name.
         trainable_parameters: their number.
         settings: the resolved training configuration.
         versions: of boostdiff and the libraries that matter.
@@ -38,18 +53,58 @@ class StudentInfo:
 
     method: str
     guidance: float
+    guidance_range: tuple[float, float] | None = None
+    negative_prompt: str = ""
     model: str
     unet_sha256: str
-    adapter_sha256: str
+    adapter_files: dict[str, str]
     trainable_parameters: int
     settings: dict[str, Any]
     versions: dict[str, str]
-    result: dict[str, Any]
+    result: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def adapter_file(self) -> str:
-        """The file's name beside `student.json`."""
-        return LORA_FILE if self.method == "lora" else BITFIT_FILE
+    def adapter_sha256(self) -> str:
+        """One hash for all of the adapter's files."""
+        return "-".join(self.adapter_files[name] for name in sorted(self.adapter_files))
+
+    def choose_guidance(self, guidance: float | None) -> float | None:
+        """What to hand to the UNet as guidance: a number for a student that takes it as an input, else None.
+
+        Args:
+            guidance: what the user asked for, or None for the student's own.
+
+        Raises:
+            InputError: the student was not trained for it.
+        """
+        if self.guidance_range is None:
+            if guidance not in (None, self.guidance):
+                raise InputError(
+                    f"this student was distilled at guidance {self.guidance:g} and can't give {guidance:g}: "
+                    "leave --guidance out, distil another, or pass --teacher"
+                )
+            return None
+        low, high = self.guidance_range
+        wanted = self.guidance if guidance is None else guidance
+        if not low <= wanted <= high:
+            raise InputError(
+                f"this student was distilled for guidance {low:g} to {high:g} and can't give {wanted:g}: "
+                "choose one in between, distil another, or pass --teacher"
+            )
+        return wanted
+
+    def check_negative_prompt(self, negative_prompt: str | None) -> None:
+        """Refuse a negative prompt that the student was not trained for.
+
+        Raises:
+            InputError: it is another.
+        """
+        if negative_prompt not in (None, self.negative_prompt):
+            own = f"the negative prompt {self.negative_prompt!r}" if self.negative_prompt else "no negative prompt"
+            raise InputError(
+                f"this student was distilled with {own}, and one pass can't follow another: "
+                "leave --negative-prompt out, distil with it, or pass --teacher"
+            )
 
     def write(self, folder: Path) -> None:
         """Write `student.json`."""
@@ -69,15 +124,16 @@ def read_student(folder: Path, files: ModelFiles | None = None) -> StudentInfo:
     if not (folder / INFO_FILE).is_file():
         raise InputError(f"there is no student in {folder}: run `boostdiff distill` first, or pass --student DIR")
     values = read_json(folder / INFO_FILE)
-    names = {field.name for field in fields(StudentInfo)}
-    if not names <= set(values) or values["method"] not in {"lora", "bitfit"}:
-        raise InputError(f"{folder / INFO_FILE} is not a student's description")
+    names = {item.name for item in fields(StudentInfo)}
+    if not names <= set(values) or not isinstance(values["adapter_files"], dict):
+        raise InputError(f"{folder / INFO_FILE} is not a student's description; distil again")
     info = StudentInfo(**{name: values[name] for name in names})
-    path = folder / info.adapter_file
-    if not path.is_file():
-        raise InputError(f"the student in {folder} is incomplete: {info.adapter_file} is missing")
-    if sha256_of(path) != info.adapter_sha256:
-        raise InputError(f"{path} is damaged: its SHA-256 is not the one in {INFO_FILE}; distil again")
+    for name, expected in info.adapter_files.items():
+        path = folder / Path(name).name
+        if not path.is_file():
+            raise InputError(f"the student in {folder} is incomplete: {name} is missing")
+        if sha256_of(path) != expected:
+            raise InputError(f"{path} is damaged: its SHA-256 is not the one in {INFO_FILE}; distil again")
     if files is not None and files.unet_sha256() != info.unet_sha256:
         raise InputError(
             f"the student in {folder} belongs to another model ({info.model}), not to {files.name}: "
@@ -94,14 +150,29 @@ def apply_student(model: Model, folder: Path) -> StudentInfo:
     """
     info = read_student(folder, model.files)
     try:
-        if info.method == "lora":
-            model.pipeline.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name=ADAPTER_NAME)
-        else:
-            load_biases(model.unet, folder / BITFIT_FILE)
+        apply_adapter(model.unet, folder, info)
     except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"the adapter in {folder} does not fit {model.files.name}: {reason}") from None
     return info
+
+
+def apply_adapter(unet: UNet2DConditionModel, folder: Path, info: StudentInfo) -> None:
+    """Put an adapter that was checked by `read_student` onto a UNet.
+
+    Raises:
+        SafetensorError, RuntimeError, ValueError, KeyError: its tensors don't fit.
+    """
+    if info.method in LORA_METHODS:
+        unet.load_lora_adapter(load_file(folder / LORA_FILE), prefix="unet", adapter_name=ADAPTER_NAME)
+    elif info.method == "bitfit":
+        load_biases(unet, folder / BITFIT_FILE)
+    elif info.method == "soft-prompt":
+        load_soft_prompt(unet, folder / SOFT_PROMPT_FILE)
+    else:
+        load_peft_adapter(unet, folder)
+    if info.guidance_range is not None:
+        load_guidance_embedding(unet, folder / GUIDANCE_FILE)
 
 
 @torch.no_grad()
@@ -124,3 +195,96 @@ def load_biases(unet: torch.nn.Module, path: Path) -> None:
         if parameter.shape != biases[name].shape:
             raise ValueError(f"{name} has shape {tuple(biases[name].shape)}, not {tuple(parameter.shape)}")
         parameter.copy_(biases[name])
+
+
+def load_peft_adapter(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Put a tuner that peft saved (`adapter_config.json`, `adapter_model.safetensors`) onto a UNet.
+
+    Raises:
+        ValueError: the configuration is of no known tuner, or the tensors are not those of this UNet.
+    """
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+    except (TypeError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"adapter_config.json is unusable: {error}") from None
+    dtype = unet.dtype
+    unet.add_adapter(config, adapter_name=ADAPTER_NAME)
+    outcome = set_peft_model_state_dict(unet, load_file(folder / PEFT_FILE), adapter_name=ADAPTER_NAME)
+    if outcome is not None and outcome.unexpected_keys:
+        raise ValueError(f"{PEFT_FILE} has tensors that fit no layer: {outcome.unexpected_keys[0]}")
+    unet.to(dtype).requires_grad_(False)
+
+
+class SoftPromptHook(torch.nn.Module):
+    """Appends learnt tokens `(k, D)` to the UNet's text embedding as long as it is enabled."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        super().__init__()
+        self.tokens = torch.nn.Parameter(tokens)
+        self.enabled = True
+
+    def __call__(self, unet: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As a forward pre-hook: `encoder_hidden_states` `(B, L, D)` becomes `(B, L + k, D)`."""
+        if not self.enabled:
+            return None
+        args, kwargs = list(args), dict(kwargs)
+        hidden = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
+        longer = torch.cat([hidden, self.tokens.to(hidden).expand(len(hidden), -1, -1)], dim=1)
+        if len(args) > 2:
+            args[2] = longer
+        else:
+            kwargs["encoder_hidden_states"] = longer
+        return tuple(args), kwargs
+
+
+def add_soft_prompt(unet: UNet2DConditionModel, tokens: torch.Tensor) -> SoftPromptHook:
+    """Make a UNet see `tokens` `(k, D)` behind every text embedding."""
+    hook = SoftPromptHook(tokens.to(unet.device))
+    unet.register_forward_pre_hook(hook, with_kwargs=True)
+    return hook
+
+
+def load_soft_prompt(unet: UNet2DConditionModel, path: Path) -> None:
+    """Put a learnt soft prompt onto a UNet; the one call that it needs in stock diffusers.
+
+    Raises:
+        KeyError: the file holds no soft prompt.
+        ValueError: its tokens are of another width.
+    """
+    tokens = load_file(path)["tokens"]
+    if tokens.ndim != 2 or tokens.shape[1] != unet.config.cross_attention_dim:
+        raise ValueError(f"its tokens have shape {tuple(tokens.shape)}, not (k, {unet.config.cross_attention_dim})")
+    add_soft_prompt(unet, tokens).requires_grad_(False)
+
+
+def add_guidance_embedding(unet: UNet2DConditionModel, width: int = GUIDANCE_WIDTH) -> torch.nn.Linear:
+    """Give a UNet the input `timestep_cond`, through which a stock pipeline hands it any `guidance_scale`.
+
+    The projection is float32 and starts at zero, so that nothing changes before it is trained: diffusers' own
+    (`TimestepEmbedding.cond_proj`) starts at random.
+
+    Raises:
+        ValueError: the UNet has one already.
+    """
+    if unet.config.time_cond_proj_dim is not None:
+        raise ValueError("the UNet takes guidance as an input already")
+    projection = torch.nn.Linear(width, unet.time_embedding.linear_1.in_features, bias=False, device=unet.device)
+    torch.nn.init.zeros_(projection.weight)
+    unet.time_embedding.cond_proj = projection
+    unet.register_to_config(time_cond_proj_dim=width)
+    return projection
+
+
+@torch.no_grad()
+def load_guidance_embedding(unet: UNet2DConditionModel, path: Path) -> None:
+    """Give a UNet the guidance input that a range student was trained with.
+
+    Raises:
+        KeyError: the file holds no guidance embedding.
+        ValueError: it is for another UNet.
+    """
+    weight = load_file(path)["time_embedding.cond_proj.weight"]
+    projection = add_guidance_embedding(unet, weight.shape[1]).to(unet.dtype).requires_grad_(False)
+    if weight.shape != projection.weight.shape:
+        raise ValueError(f"its guidance embedding has shape {tuple(weight.shape)}")
+    projection.weight.copy_(weight)

@@ -15,7 +15,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from ..engine.errors import BoostDiffError
-from ..engine.runners import Runner
+from ..engine.families import PromptEmbeds
+from ..engine.runners import Runner, unet_forward
 
 FP32_TOLERANCE = 1e-4
 FP16_TOLERANCE = 3e-2
@@ -34,9 +35,23 @@ class _TensorOutput(torch.nn.Module):
         self.unet = unet
 
     def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        text_embeds: torch.Tensor | None = None,
+        time_ids: torch.Tensor | None = None,
+        timestep_cond: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+        inputs = {
+            "sample": sample,
+            "timestep": timestep,
+            "encoder_hidden_states": encoder_hidden_states,
+            "text_embeds": text_embeds,
+            "time_ids": time_ids,
+            "timestep_cond": timestep_cond,
+        }
+        return unet_forward(self.unet, {name: tensor for name, tensor in inputs.items() if tensor is not None})
 
 
 @contextlib.contextmanager
@@ -111,7 +126,7 @@ def compare(
     *,
     reference: UNet2DConditionModel,
     inputs: dict[str, torch.Tensor],
-    text: torch.Tensor,
+    text: PromptEmbeds,
     batches: tuple[int, ...],
     timesteps: tuple[int, ...],
     tolerance: float,
@@ -121,8 +136,8 @@ def compare(
     Args:
         runner: executes the exported graph.
         reference: the merged UNet in float32.
-        inputs: example inputs; latents are cycled to each batch size.
-        text: `(N, L, D)` real text embeddings, cycled likewise.
+        inputs: example inputs, cycled to each batch size.
+        text: real embeddings of N prompts, cycled likewise.
         batches: batch sizes to run.
         timesteps: timesteps to run each batch at.
         tolerance: on the largest difference relative to the reference's largest value.
@@ -135,15 +150,14 @@ def compare(
     """
     worst = {"max_abs": 0.0, "mean_abs": 0.0, "relative": 0.0, "cosine": 1.0}
     for batch in batches:
-        repeats = -(-batch // len(inputs["sample"]))
-        sample = inputs["sample"].repeat(repeats, 1, 1, 1)[:batch]
-        hidden = text.repeat(-(-batch // len(text)), 1, 1)[:batch]
+        cycled = {
+            name: tensor[torch.arange(batch, device=tensor.device) % len(tensor)]
+            for name, tensor in (inputs | text.tensors()).items()
+        }
         for t in timesteps:
-            timestep = torch.full((batch,), t, device=sample.device)
-            expected = reference(sample.float(), timestep, hidden.float(), return_dict=False)[0].double().cpu()
-            got = runner.predict(
-                sample.to(runner.device, runner.dtype), timestep.to(runner.device), hidden.to(runner.device)
-            )
+            cycled["timestep"] = torch.full((batch,), t, device=cycled["sample"].device)
+            expected = unet_forward(reference, cycled).double().cpu()
+            got = runner.predict({name: tensor.to(runner.device) for name, tensor in cycled.items()})
             got = got.double().cpu()
             where = f"batch {batch}, timestep {t}"
             if not torch.isfinite(got).all():

@@ -8,11 +8,21 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 
 from ..engine.errors import BoostDiffError, InputError
+from ..engine.guidance import guidance_embedding
 from ..engine.model import Model
-from ..engine.student import BITFIT_FILE, LORA_FILE, StudentInfo, apply_student, load_biases
+from ..engine.runners import unet_forward
+from ..engine.student import (
+    GUIDANCE_FILE,
+    LORA_FILE,
+    StudentInfo,
+    apply_adapter,
+    apply_student,
+    load_guidance_embedding,
+)
 
 TIMESTEPS = (1, 250, 500, 750, 981)
 TOLERANCE = 1e-4
@@ -38,11 +48,11 @@ class MergeProof:
 
 @torch.no_grad()
 def merge_lora(unet: UNet2DConditionModel, path: Path) -> UNet2DConditionModel:
-    """A copy of the UNet with W + (α / r) B A in place of W (Hu et al. 2021, eq. 3), computed in float32.
+    """A copy of the UNet with W + B A in place of W (Hu et al. 2021, eq. 3), computed in float32.
 
     Args:
         unet: the base, without adapters.
-        path: a LoRA file as diffusers writes it.
+        path: a LoRA file as `distill` writes it: of linear layers or convolutions, its scale α / r folded into B.
 
     Raises:
         InputError: a tensor of the file fits no layer.
@@ -52,11 +62,12 @@ def merge_lora(unet: UNet2DConditionModel, path: Path) -> UNet2DConditionModel:
         tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     downs = {n.removesuffix(".lora_A.weight"): t for n, t in tensors.items() if n.endswith(".lora_A.weight")}
     if len(tensors) != 2 * len(downs) or not downs:
-        raise InputError(f"{path} is not a LoRA of linear layers: it has {len(tensors)} tensors")
+        raise InputError(f"{path} is no LoRA: it has {len(tensors)} tensors, {len(downs)} of them lora_A")
     for name, down in downs.items():
         try:
             layer = merged.get_submodule(name.removeprefix("unet."))
-            delta = tensors[f"{name}.lora_B.weight"] @ down
+            # A convolution's B is 1 by 1, so that flattened the product is the same.
+            delta = (tensors[f"{name}.lora_B.weight"].flatten(1) @ down.flatten(1)).view_as(layer.weight)
             weight = layer.weight.float() + delta.to(layer.weight.device)
         except (AttributeError, KeyError, RuntimeError):
             raise InputError(f"{path} does not fit this UNet: {name}") from None
@@ -64,19 +75,43 @@ def merge_lora(unet: UNet2DConditionModel, path: Path) -> UNet2DConditionModel:
     return merged
 
 
+def merge_tuner(unet: UNet2DConditionModel) -> None:
+    """Fold the active tuner of each layer into its weights, by peft's own merge, and put the bare layers back.
+
+    Raises:
+        BoostDiffError: the tuner can't be merged.
+    """
+    for name, layer in [item for item in unet.named_modules() if isinstance(item[1], BaseTunerLayer)]:
+        try:
+            layer.merge(safe_merge=True)
+        except (ValueError, NotImplementedError) as error:
+            raise BoostDiffError(f"{name} can't be merged: {error}") from None
+        parent, _, attribute = name.rpartition(".")
+        setattr(unet.get_submodule(parent), attribute, layer.get_base_layer())
+
+
 def merge(model: Model, folder: Path, info: StudentInfo) -> UNet2DConditionModel:
-    """The student as a plain UNet of the base's architecture.
+    """The student as a plain UNet: of the base's architecture, but for what a method must add.
+
+    A range student keeps its guidance input, a soft prompt is appended by a hook that graphs take with them.
 
     Args:
         model: the base model in float32, without adapters; left as it is.
         folder: the student's folder.
         info: its description.
+
+    Raises:
+        InputError: the adapter does not fit.
+        BoostDiffError: the tuner can't be merged.
     """
     if info.method == "lora":
-        # Training sets alpha to the rank, so the scale α / r is one.
-        return merge_lora(model.unet, folder / LORA_FILE)
+        merged = merge_lora(model.unet, folder / LORA_FILE)
+        if info.guidance_range is not None:
+            load_guidance_embedding(merged, folder / GUIDANCE_FILE)
+        return merged
     merged = copy.deepcopy(model.unet)
-    load_biases(merged, folder / BITFIT_FILE)
+    apply_adapter(merged, folder, info)
+    merge_tuner(merged)
     return merged
 
 
@@ -88,14 +123,18 @@ def prove_merge(model: Model, folder: Path, merged: UNet2DConditionModel) -> Mer
         BoostDiffError: they differ by more than `TOLERANCE`, or the adapter changes nothing.
     """
     inputs = model.family.example_inputs(model.pipeline, batch=2)
+    conditioned = dict(inputs)
+    if merged.config.time_cond_proj_dim is not None:
+        scales = torch.tensor([2.0, 5.0], device=model.device)
+        conditioned["timestep_cond"] = guidance_embedding(scales, merged.config.time_cond_proj_dim)
 
-    def predictions(unet: UNet2DConditionModel) -> torch.Tensor:
-        outputs = [unet(**inputs | {"timestep": torch.full_like(inputs["timestep"], t)}).sample for t in TIMESTEPS]
+    def predictions(unet: UNet2DConditionModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        outputs = [unet_forward(unet, inputs | {"timestep": torch.full_like(inputs["timestep"], t)}) for t in TIMESTEPS]
         return torch.stack(outputs).double()
 
-    base = predictions(model.unet)
+    base = predictions(model.unet, inputs)
     apply_student(model, folder)
-    adapted, got = predictions(model.unet), predictions(merged)
+    adapted, got = predictions(model.unet, conditioned), predictions(merged, conditioned)
     max_abs = (got - adapted).abs().max().item()
     proof = MergeProof(
         max_abs=max_abs,

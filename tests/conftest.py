@@ -7,7 +7,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from pathlib import Path
 
 import pytest
-from boostdiff.distill.train import DistillConfig, distil
+from boostdiff.distill.config import DistillConfig
+from boostdiff.distill.train import distil
 from boostdiff.engine.model import Model, ModelFiles, load, locate
 from tiny import CPU, PROMPTS, make_pipeline
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from boostdiff.distill.data import (
     CaptionedImages,
+    Share,
     Trajectories,
     epoch_order,
     find_captioned_images,
@@ -35,12 +36,12 @@ def run(source: Trajectories, schedule: NoiseSchedule, updates: range) -> list[t
         batch = source.batch(update)
         prediction = teacher(batch.z_t, batch.t, batch.text)
         source.advance(x_from_prediction(prediction, batch.z_t, *schedule.at(batch.t), "epsilon"))
-        seen.append(batch.t)
+        seen.append(source.t.clone())
     return seen
 
 
 def test_trajectories_descend_and_start_again(tiny: Model, schedule: NoiseSchedule) -> None:
-    source = Trajectories(tiny, list(PROMPTS), schedule, batch_size=6, seed=0)
+    source = Trajectories(tiny, list(PROMPTS), schedule, share=Share(batch_size=6), seed=0, guidance=(3, 3))
     timesteps = torch.stack(run(source, schedule, range(60)))
     assert timesteps.min() >= 0
     assert timesteps.max() <= 999
@@ -55,7 +56,8 @@ def test_trajectories_descend_and_start_again(tiny: Model, schedule: NoiseSchedu
 
 def test_a_trajectory_is_the_teachers_own_sampling(tiny: Model, schedule: NoiseSchedule) -> None:
     """Followed alone with diffusers' arithmetic in float64, a member visits the same latents."""
-    source = Trajectories(tiny, list(PROMPTS), schedule, batch_size=1, seed=4)
+    source = Trajectories(tiny, list(PROMPTS), schedule, share=Share(batch_size=1), seed=4, guidance=(3, 3))
+    source.multistep[:] = False
     teacher = GuidedDenoiser(TorchRunner(tiny.unet), 3.0)
     z = source.z_t.double().clone()
     alphas_cumprod = tiny.pipeline.scheduler.alphas_cumprod.double()
@@ -72,11 +74,11 @@ def test_a_trajectory_is_the_teachers_own_sampling(tiny: Model, schedule: NoiseS
 
 
 def test_a_restored_pool_goes_on_identically(tiny: Model, schedule: NoiseSchedule) -> None:
-    source = Trajectories(tiny, list(PROMPTS), schedule, batch_size=3, seed=0)
+    source = Trajectories(tiny, list(PROMPTS), schedule, share=Share(batch_size=3), seed=0, guidance=(3, 3))
     run(source, schedule, range(15))
     state = {name: tensor.clone() for name, tensor in source.state().items()}
     expected = run(source, schedule, range(15, 40))
-    other = Trajectories(tiny, list(PROMPTS), schedule, batch_size=3, seed=0)
+    other = Trajectories(tiny, list(PROMPTS), schedule, share=Share(batch_size=3), seed=0, guidance=(3, 3))
     other.restore(state)
     assert all(map(torch.equal, run(other, schedule, range(15, 40)), expected))
     assert torch.equal(other.z_t, source.z_t)
@@ -127,7 +129,9 @@ def test_folders_without_captioned_images(tmp_path: Path) -> None:
 
 def test_captioned_images_are_encoded_and_diffused(tiny: Model, schedule: NoiseSchedule, tmp_path: Path) -> None:
     save_images(tmp_path)
-    source = CaptionedImages(tiny, find_captioned_images(tmp_path), schedule, batch_size=3, seed=0)
+    source = CaptionedImages(
+        tiny, find_captioned_images(tmp_path), schedule, share=Share(batch_size=3), seed=0, guidance=(3, 3)
+    )
     batch, again = source.batch(2), source.batch(2)
     assert batch.z_t.shape == (3, *tiny.latent_shape)
     assert torch.equal(batch.z_t, again.z_t)
@@ -139,7 +143,9 @@ def test_captioned_images_are_encoded_and_diffused(tiny: Model, schedule: NoiseS
 def test_a_corrupt_image_is_named(tiny: Model, schedule: NoiseSchedule, tmp_path: Path) -> None:
     save_images(tmp_path, count=1)
     (tmp_path / "0.png").write_bytes(b"no image")
-    source = CaptionedImages(tiny, find_captioned_images(tmp_path), schedule, batch_size=1, seed=0)
+    source = CaptionedImages(
+        tiny, find_captioned_images(tmp_path), schedule, share=Share(batch_size=1), seed=0, guidance=(3, 3)
+    )
     with pytest.raises(InputError, match=r"can't decode the image .*0\.png"):
         source.batch(0)
 

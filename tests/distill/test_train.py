@@ -8,16 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from boostdiff.distill.config import DistillConfig, learning_rate_at
 from boostdiff.distill.presets import resolve_config
-from boostdiff.distill.train import CHECKPOINT_FILE, DistillConfig, distil, learning_rate_at, work_folder
+from boostdiff.distill.train import CHECKPOINT_FILE, Observers, distil, work_folder
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.model import ModelFiles
 from boostdiff.engine.student import LORA_FILE, read_student
 from tiny import save_images
 
+SILENT = Observers(preview=False)
+
 
 def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "train.jsonl").read_text().splitlines()]
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("method", ["lora", "bitfit"])
@@ -31,10 +34,10 @@ def test_training_brings_the_student_to_the_teacher(
     assert sum(seen[-10:]) < 0.5 * sum(seen[:10])
     assert info == read_student(tmp_path / "s", tiny_files)
     assert {path.name for path in (tmp_path / "s").iterdir()} == {
-        info.adapter_file,
+        *info.adapter_files,
         "student.json",
         "config.json",
-        "train.jsonl",
+        "log.jsonl",
         "grid.png",
     }
     assert not work_folder(tmp_path / "s").exists()
@@ -43,14 +46,14 @@ def test_training_brings_the_student_to_the_teacher(
 def test_training_on_images(tiny_files: ModelFiles, tmp_path: Path) -> None:
     save_images(tmp_path / "images", count=6)
     config = DistillConfig(images=tmp_path / "images", updates=40, batch_size=4, learning_rate=0.01)
-    distil(tiny_files, config, output=tmp_path / "s", device="cpu", preview=False)
+    distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
     seen = losses(tmp_path / "s")
     assert sum(seen[-10:]) < sum(seen[:10])
 
 
 def test_half_precision_trains(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
     config = DistillConfig(prompts=prompt_file, updates=30, batch_size=4, learning_rate=0.01, precision="bf16")
-    distil(tiny_files, config, output=tmp_path / "s", device="cpu", preview=False)
+    distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
     seen = losses(tmp_path / "s")
     assert sum(seen[-5:]) < sum(seen[:5])
 
@@ -88,7 +91,7 @@ def test_sigkill_and_resume_give_the_same_bytes(
     subprocess.run(command(tmp_path / "cut", "--resume"), check=True, env=environment, capture_output=True)
     info = read_student(tmp_path / "cut", tiny_files)
     assert 20 <= info.result["resumed_at"] < 400
-    whole, cut = (tmp_path / name / info.adapter_file for name in ("whole", "cut"))
+    whole, cut = (tmp_path / name / next(iter(info.adapter_files)) for name in ("whole", "cut"))
     assert whole.read_bytes() == cut.read_bytes()
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
@@ -105,7 +108,7 @@ def test_resume_refuses_other_settings_and_nothing(tiny_files: ModelFiles, promp
         raise Stop
 
     with pytest.raises(Stop):
-        distil(tiny_files, config, output=tmp_path / "s", device="cpu", on_update=stop)
+        distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=Observers(on_update=stop))
     changed = DistillConfig(prompts=prompt_file, updates=4, batch_size=2, checkpoint_every=1, guidance=5.0)
     with pytest.raises(InputError, match=r"guidance was 3\.0, is 5\.0"):
         distil(tiny_files, changed, output=tmp_path / "s", device="cpu", resume=True)
@@ -128,9 +131,9 @@ def test_an_earlier_student_stays_until_the_new_one_is_whole(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        distil(tiny_files, diverging, output=output, device="cpu", on_update=stop)
+        distil(tiny_files, diverging, output=output, device="cpu", observers=Observers(on_update=stop))
     assert (output / LORA_FILE).read_bytes() == before
-    distil(tiny_files, diverging, output=output, device="cpu", preview=False)
+    distil(tiny_files, diverging, output=output, device="cpu", observers=SILENT)
     assert (output / LORA_FILE).read_bytes() != before
 
 

@@ -19,9 +19,7 @@ def test_guided_denoiser_equals_two_separate_passes(tiny: Model) -> None:
     z_t, t = torch.randn(2, *tiny.latent_shape), torch.tensor([10, 700])
     with torch.no_grad():
         conditional = SinglePassDenoiser(runner)(z_t, t, text)
-        empty = TextEmbeddings(
-            conditional=text.unconditional.expand_as(text.conditional), unconditional=text.unconditional
-        )
+        empty = TextEmbeddings(conditional=text.unconditional.expand(len(text)), unconditional=text.unconditional)
         unconditional = SinglePassDenoiser(runner)(z_t, t, empty)
         guided = GuidedDenoiser(runner, 3.0)(z_t, t, text)
     assert (conditional - unconditional).abs().max() > 1e-4

@@ -7,6 +7,7 @@ import onnx
 import pytest
 import torch
 from boostdiff.engine.errors import BoostDiffError, InputError
+from boostdiff.engine.families import PromptEmbeds
 from boostdiff.engine.files import sha256_of
 from boostdiff.engine.manifest import read_manifest, verified_file
 from boostdiff.engine.model import Model, ModelFiles
@@ -91,7 +92,7 @@ def test_graphs_are_valid_and_take_any_batch(engine: Path, tiny: Model, students
 def test_compare_refuses_another_network(engine: Path, tiny: Model) -> None:
     """The base is not the merged student: the gate must see that."""
     inputs = tiny.family.example_inputs(tiny.pipeline, 2)
-    text = inputs["encoder_hidden_states"]
+    text = PromptEmbeds(encoder_hidden_states=inputs["encoder_hidden_states"])
     with OnnxRunner(engine / "unet/model.onnx", unet_config=dict(tiny.unet.config), device=CPU) as runner:
         with pytest.raises(BoostDiffError, match=r"differs from torch by .* at batch 1, timestep 500"):
             compare(
@@ -101,11 +102,11 @@ def test_compare_refuses_another_network(engine: Path, tiny: Model) -> None:
 
 def test_compare_refuses_nan(tiny: Model) -> None:
     class Broken(TorchRunner):
-        def predict(self, *tensors: torch.Tensor) -> torch.Tensor:
-            return super().predict(*tensors) * float("nan")
+        def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+            return super().predict(inputs) * float("nan")
 
     inputs = tiny.family.example_inputs(tiny.pipeline, 2)
-    text = inputs["encoder_hidden_states"]
+    text = PromptEmbeds(encoder_hidden_states=inputs["encoder_hidden_states"])
     with pytest.raises(BoostDiffError, match="NaN or Inf"):
         compare(
             Broken(tiny.unet),

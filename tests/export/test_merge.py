@@ -45,7 +45,7 @@ def test_a_lora_of_another_architecture(tiny: Model, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not fit this UNet"):
         merge_lora(tiny.unet, tmp_path / "l")
     save_file({"conv.weight": torch.zeros(1)}, tmp_path / "none")
-    with pytest.raises(InputError, match="not a LoRA"):
+    with pytest.raises(InputError, match="is no LoRA"):
         merge_lora(tiny.unet, tmp_path / "none")
 
 

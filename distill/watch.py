@@ -1,0 +1,78 @@
+"""What a training run watches besides its loss: requests to stop, divergence, memory."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+
+
+class StopRequest:
+    """Set by SIGINT or SIGTERM, to be honoured between two updates.
+
+    Attributes:
+        name: of the signal, or None while there was none.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Turn the first SIGINT or SIGTERM into a request; a second one acts as usual."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        # Only the main thread may handle signals; a run elsewhere is stopped by its owner.
+        yield request
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        request.name = signal.Signals(number).name
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class DivergenceWatch:
+    """Tells when a loss has left the range that it began in.
+
+    The loss of an update depends much on the noise levels drawn, so windows are compared: the mean of the newest
+    `WINDOW` losses with `FACTOR` times the mean of the first.
+    """
+
+    WINDOW = 10
+    FACTOR = 10.0
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def diverges(self, loss: float) -> bool:
+        """Take in one more loss."""
+        self.losses.append(loss)
+        if len(self.losses) < 2 * self.WINDOW:
+            return False
+        first, newest = self.losses[: self.WINDOW], self.losses[-self.WINDOW :]
+        return sum(newest) > self.FACTOR * sum(first)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak memory in bytes: what was allocated on a GPU, else the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Kilobytes on Linux, bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,200 @@
+"""Several processes, several passes, and runs that are stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from boostdiff.distill import train
+from boostdiff.distill.config import DistillConfig
+from boostdiff.distill.data import Share, Trajectories
+from boostdiff.distill.objective import NoiseSchedule
+from boostdiff.distill.train import CHECKPOINT_FILE, Observers, distil, work_folder
+from boostdiff.distill.watch import DivergenceWatch
+from boostdiff.engine.errors import BoostDiffError, InputError
+from boostdiff.engine.model import Model, ModelFiles
+from boostdiff.engine.student import LORA_FILE
+from safetensors.torch import load_file
+from tiny import CPU, PROMPTS, save_images
+
+SILENT = Observers(preview=False)
+
+
+def run(files: ModelFiles, output: Path, **changes: object) -> dict[str, torch.Tensor]:
+    settings = {"updates": 12, "batch_size": 6, "learning_rate": 0.01} | changes
+    distil(files, DistillConfig(**settings), output=output, device="cpu", observers=SILENT)
+    return load_file(output / LORA_FILE)
+
+
+def assert_same_adapter(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, atol=2e-4, rtol=1e-2)
+
+
+def test_shares_make_up_the_batch() -> None:
+    for count in (1, 2, 3, 5):
+        shares = [Share(batch_size=7, index=i, count=count).members for i in range(count)]
+        assert [member for share in shares for member in share] == list(range(7))
+
+
+def test_a_share_of_the_pool_is_a_slice_of_the_whole(tiny: Model) -> None:
+    schedule = NoiseSchedule.of(tiny.pipeline.scheduler, CPU)
+
+    def source(index: int, count: int) -> Trajectories:
+        share = Share(batch_size=5, index=index, count=count)
+        return Trajectories(tiny, list(PROMPTS), schedule, share=share, seed=0, guidance=(1, 7))
+
+    whole, parts = source(0, 1), [source(i, 2) for i in range(2)]
+    for update in range(70):
+        batch, pieces = whole.batch(update), [part.batch(update) for part in parts]
+        for name in ("z_t", "t", "guidance"):
+            torch.testing.assert_close(torch.cat([getattr(piece, name) for piece in pieces]), getattr(batch, name))
+        hidden = [piece.text.conditional.encoder_hidden_states for piece in pieces]
+        torch.testing.assert_close(torch.cat(hidden), batch.text.conditional.encoder_hidden_states)
+        for one in (whole, *parts):
+            one.advance(0.5 * one.z_t)
+    assert whole.started > 5
+
+
+@pytest.mark.parametrize("data", ["prompts", "images"])
+def test_two_processes_train_the_same_adapter_as_one(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, data: str
+) -> None:
+    save_images(tmp_path / "images")
+    path = prompt_file if data == "prompts" else tmp_path / "images"
+    expected = run(tiny_files, tmp_path / "one", **{data: path})
+    command = [
+        # On GPUs `accelerate launch` does this; on CPUs it starts several processes through MPI only.
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "boostdiff"),
+        *("distill", "--model", str(tiny_files.folder), f"--{data}", str(path), "--updates", "12"),
+        *("--batch-size", "6", "--learning-rate", "0.01", "--device", "cpu", "--output", str(tmp_path / "two")),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "two" / "student.json").read_text())["result"]["processes"] == 2
+    assert_same_adapter(load_file(tmp_path / "two" / LORA_FILE), expected)
+
+
+def test_gradient_accumulation_and_checkpointing_change_nothing_but_memory(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path
+) -> None:
+    expected = run(tiny_files, tmp_path / "one", prompts=prompt_file)
+    parts = run(tiny_files, tmp_path / "parts", prompts=prompt_file, gradient_accumulation_steps=4)
+    assert_same_adapter(parts, expected)
+    again = run(tiny_files, tmp_path / "again", prompts=prompt_file, gradient_checkpointing=True)
+    assert_same_adapter(again, expected)
+
+
+def test_an_average_is_saved_in_place_of_the_last_weights(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path
+) -> None:
+    last = run(tiny_files, tmp_path / "last", prompts=prompt_file)
+    average = run(tiny_files, tmp_path / "average", prompts=prompt_file, ema=0.9)
+    first, second = (
+        torch.cat([tensor.flatten() for name, tensor in x.items() if ".lora_B." in name]) for x in (last, average)
+    )
+    assert 0.01 < (first - second).norm() / first.norm() < 0.5
+
+
+@pytest.mark.parametrize("changes", [{"ema": 0.9}, {"guidance": 1.5, "guidance_max": 7.5}, {"precision": "bf16"}])
+def test_a_run_cut_short_and_resumed_gives_the_same_bytes(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    config = DistillConfig(
+        **{"prompts": prompt_file, "updates": 14, "batch_size": 3, "checkpoint_every": 4, "learning_rate": 0.01}
+        | changes
+    )
+
+    class Cut(Exception):
+        pass
+
+    def cut(report: train.UpdateReport) -> None:
+        if report.update == 10:
+            raise Cut
+
+    distil(tiny_files, config, output=tmp_path / "whole", device="cpu", observers=SILENT)
+    with pytest.raises(Cut):
+        distil(tiny_files, config, output=tmp_path / "cut", device="cpu", observers=Observers(on_update=cut))
+    info = distil(tiny_files, config, output=tmp_path / "cut", device="cpu", resume=True, observers=SILENT)
+    assert info.result["resumed_at"] == 8
+    for name in info.adapter_files:
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves_with_a_message(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "boostdiff",
+            "distill",
+            "--model",
+            str(tiny_files.folder),
+            "--prompts",
+            str(prompt_file),
+        ),
+        *("--updates", "5000", "--batch-size", "2", "--device", "cpu", "--output", str(tmp_path / "s")),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    log = work_folder(tmp_path / "s") / CHECKPOINT_FILE
+    deadline = time.monotonic() + 120
+    while not log.exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    last = stderr.strip().splitlines()[-1]
+    assert last.startswith(f"boostdiff: error: stopped by {number.name} after update")
+    done = int(last.split("after update ")[1].split(",")[0])
+    header = train.load_training_state(log)
+    assert header.step == done
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_adapter(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poisoned(*arguments: object) -> torch.Tensor:
+        calls.append(1)
+        loss = original(*arguments)
+        return loss * float("nan") if len(calls) == 8 else loss
+
+    calls: list[int] = []
+    original = train.distillation_loss
+    monkeypatch.setattr(train, "distillation_loss", poisoned)
+    config = DistillConfig(prompts=prompt_file, updates=20, batch_size=2, checkpoint_every=5)
+    with pytest.raises(BoostDiffError, match=r"the loss is nan at update 7: lower --learning-rate"):
+        distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
+    kept = load_file(work_folder(tmp_path / "s") / LORA_FILE)
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+    assert train.load_training_state(work_folder(tmp_path / "s") / CHECKPOINT_FILE).step == 5
+    assert not (tmp_path / "s").exists()
+
+
+def test_divergence_is_seen() -> None:
+    watch = DivergenceWatch()
+    assert not any(watch.diverges(loss) for loss in [1.0, 3.0] * 30)
+    assert any(watch.diverges(30.0) for _ in range(10))
+
+
+def test_trackers(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="unknown tracker"):
+        Observers(log_with="paper")
+
+
+def test_previews_on_the_way(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
+    config = DistillConfig(prompts=prompt_file, updates=4, batch_size=2)
+    observers = Observers(preview=False, preview_every=2)
+    distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=observers)
+    assert sorted(path.name for path in (tmp_path / "s" / "previews").iterdir()) == ["000002.png", "000004.png"]

@@ -1,0 +1,157 @@
+"""Every family against the stock pipeline: what it encodes, what the teacher predicts, what a student draws."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from boostdiff.distill.config import DistillConfig
+from boostdiff.distill.train import Observers, distil
+from boostdiff.engine.draw import DrawConfig, draw
+from boostdiff.engine.errors import InputError
+from boostdiff.engine.families import family_of
+from boostdiff.engine.generate import generate, to_uint8
+from boostdiff.engine.guidance import GuidedDenoiser
+from boostdiff.engine.model import Model, load, locate
+from boostdiff.engine.runners import OnnxRunner, TorchRunner
+from boostdiff.engine.samplers import make_scheduler
+from boostdiff.engine.student import LORA_FILE, read_student
+from boostdiff.export.export import export
+from boostdiff.export.merge import merge
+from diffusers import DDIMScheduler, DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import CPU, PROMPTS, make_pipeline, make_xl_pipeline
+
+KINDS = ("sd", "sd-v", "sdxl")
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    pipelines = {
+        "sd": make_pipeline(),
+        "sd-v": make_pipeline(prediction_type="v_prediction"),
+        "sdxl": make_xl_pipeline(),
+    }
+    for name, pipeline in pipelines.items():
+        pipeline.save_pretrained(root / name)
+    return {name: root / name for name in pipelines}
+
+
+@pytest.fixture(scope="session")
+def family_students(
+    folders: dict[str, Path], prompt_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("family-students")
+    for kind, folder in folders.items():
+        config = DistillConfig(prompts=prompt_file, updates=10, batch_size=4, learning_rate=0.02)
+        observers = Observers(preview=kind == "sdxl")
+        distil(locate(str(folder)), config, output=root / kind, device="cpu", observers=observers)
+    return {kind: root / kind for kind in folders}
+
+
+def stock(folder: Path) -> DiffusionPipeline:
+    pipeline = DiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def ours(model: Model, negative_prompt: str) -> np.ndarray:
+    images = generate(
+        model,
+        GuidedDenoiser(TorchRunner(model.unet), 4.0),
+        text=model.family.encode(model.pipeline, PROMPTS[:2], negative_prompt=negative_prompt),
+        make_scheduler=lambda: make_scheduler("ddim", model.pipeline.scheduler.config),
+        steps=4,
+        seed=5,
+    )
+    return to_uint8(images).permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize("negative_prompt", ["", "a white fish"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_teacher_is_the_stock_pipelines_own_guidance(
+    folders: dict[str, Path], kind: str, negative_prompt: str
+) -> None:
+    model = load(locate(str(folders[kind])), device=CPU)
+    expected = stock(folders[kind])(
+        list(PROMPTS[:2]),
+        negative_prompt=[negative_prompt] * 2 if negative_prompt else None,
+        guidance_scale=4.0,
+        num_inference_steps=4,
+        generator=[torch.Generator().manual_seed(5 + i) for i in range(2)],
+    ).images
+    got = ours(model, negative_prompt)
+    assert np.abs(got.astype(int) - np.stack([np.asarray(image) for image in expected])).max() <= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_student_draws_the_same_in_the_stock_pipeline(
+    folders: dict[str, Path], family_students: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
+    config = DrawConfig(prompts=[PROMPTS[0]], student=family_students[kind], engine=tmp_path, steps=3, seed=9)
+    (path,) = draw(locate(str(folders[kind])), config, output=tmp_path / "images", device="cpu")
+    pipeline = stock(folders[kind])
+
+    def image() -> np.ndarray:
+        generator = torch.Generator().manual_seed(9)
+        output = pipeline(PROMPTS[0], guidance_scale=1.0, num_inference_steps=3, generator=generator)
+        return np.asarray(output.images[0]).astype(int)
+
+    before = image()
+    pipeline.load_lora_weights(family_students[kind], weight_name=LORA_FILE)
+    assert np.abs(np.asarray(Image.open(path)).astype(int) - image()).max() <= 1
+    assert np.abs(before - image()).max() > 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_export_of_every_family(
+    folders: dict[str, Path], family_students: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
+    files = locate(str(folders[kind]))
+    manifest = export(files, student=family_students[kind], output=tmp_path / "engine", device="cpu")
+    names = set(manifest.artefacts["unet/model.onnx"]["inputs"])
+    common = {"sample", "timestep", "encoder_hidden_states"}
+    assert names == common | ({"text_embeds", "time_ids"} if kind == "sdxl" else set())
+    model = load(files, device=CPU)
+    merged = merge(model, family_students[kind], read_student(family_students[kind]))
+    with OnnxRunner(tmp_path / "engine/unet/model.onnx", unet_config=manifest.unet_config, device=CPU) as runner:
+        inputs = model.family.example_inputs(model.pipeline, 3)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                runner.predict(inputs), TorchRunner(merged).predict(inputs), atol=1e-4, rtol=1e-3
+            )
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_two_loras_together_add_both_deltas(
+    folders: dict[str, Path], family_students: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
+    """The student's LoRA and a style's LoRA active in one stock pipeline: base + both."""
+    torch.manual_seed(1)
+    tensors = load_file(family_students[kind] / LORA_FILE)
+    save_file({name: 0.1 * torch.randn_like(t) for name, t in tensors.items()}, tmp_path / LORA_FILE)
+    name = next(name for name in tensors if name.endswith("attn2.to_v.lora_A.weight")).removesuffix(".lora_A.weight")
+
+    def weight(*loras: Path) -> torch.Tensor:
+        pipeline = stock(folders[kind])
+        for index, folder in enumerate(loras):
+            pipeline.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name=f"lora{index}")
+        if loras:
+            pipeline.set_adapters([f"lora{index}" for index in range(len(loras))])
+            pipeline.fuse_lora(components=["unet"])
+        layer = pipeline.unet.get_submodule(name.removeprefix("unet."))
+        return getattr(layer, "base_layer", layer).weight.detach().clone()
+
+    base = weight()
+    student, style = weight(family_students[kind]) - base, weight(tmp_path) - base
+    assert student.abs().max() > 1e-5
+    assert style.abs().max() > 1e-5
+    torch.testing.assert_close(weight(family_students[kind], tmp_path), base + student + style, atol=1e-6, rtol=1e-5)
+
+
+def test_an_unknown_family() -> None:
+    with pytest.raises(InputError, match="models of class FluxPipeline are not supported"):
+        family_of({"_class_name": "FluxPipeline"})
