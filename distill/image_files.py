@@ -66,7 +66,8 @@ def open_images(spec: str) -> Rows:
 
     Returns:
         A function from (seed, epoch, rows to skip) to an epoch's rows: a full permutation of folders; shuffled
-        shards and a shuffle buffer of `SHUFFLE_BUFFER` rows for the rest.
+        shards and a shuffle buffer of `SHUFFLE_BUFFER` rows for the rest, as `datasets.IterableDataset.shuffle` does
+        it: that order holds for one version of `datasets`.
 
     Raises:
         InputError: there is nothing there, or nothing of these kinds.
@@ -229,6 +230,9 @@ def _parquet_rows(shards: list[str]) -> Iterator[dict[str, Any]]:
                     for image_cell, caption_cell in zip(batch[image], batch[caption], strict=True):
                         yield _parquet_row(f"{shard} row {number}", image_cell, caption_cell)
                         number += 1
+        # Left half-read at the interpreter's end, when the modules named below are gone.
+        except GeneratorExit:
+            raise
         except (OSError, ValueError, pa.ArrowException) as error:
             # pyarrow tells of damaged pages by an OSError too, without a number. A failing disk or network is no
             # bad sample: skipping would part the processes.
@@ -285,6 +289,8 @@ def _tar_rows(shards: list[str]) -> Iterator[dict[str, Any]]:
                     found[extension] = content.read() if content else b""
                 if found:
                     yield _tar_row(shard, key, found)
+        except GeneratorExit:  # as above
+            raise
         except tarfile.TarError as error:
             yield {"name": shard, "error": f"the rest of the archive can't be read: {error}"}
         except OSError as error:

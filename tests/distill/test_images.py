@@ -1,6 +1,8 @@
 import io
 import json
 import pickle
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -173,6 +175,20 @@ def test_a_resumed_stream_goes_on_identically(tmp_path: Path, write: Callable[[P
     assert again == captions
     assert torch.equal(same, pixels)
     assert other.bad == stream.bad
+
+
+@pytest.mark.parametrize("write", [tar_folder, parquet_folder])
+def test_an_unfinished_stream_ends_quietly(tmp_path: Path, write: Callable[[Path], str]) -> None:
+    """Shards left open at the interpreter's end say nothing; and another process sees the same order."""
+    spec = write(tmp_path / "data")
+    code = (
+        "from boostdiff.distill.image_files import open_images; from boostdiff.distill.images import ImageStream\n"
+        f"stream = ImageStream(open_images({spec!r}), height=8, width=8, batch_size=4, seed=0)\n"
+        "print('|'.join(stream.next_batch(range(4))[0]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Exception ignored" not in done.stderr
+    assert done.stdout.strip().split("|") == take(stream_of(spec), 1)[0]
 
 
 @pytest.mark.parametrize("processes", [2, 3])
