@@ -146,9 +146,12 @@ def distill(
         typer.Option("--prompts", help="One prompt a line, or a COCO captions JSON: trains on online trajectories."),
     ] = None,
     images: Annotated[
-        Path | None,
-        typer.Option("--images", help="Captioned images (metadata.jsonl, or a .txt beside each)."),
+        str | None,
+        typer.Option("--images", help="Captioned images: a folder, WebDataset tars, Parquet, or or a dataset id."),
     ] = None,
+    max_bad_samples: Annotated[
+        int, typer.Option("--max-bad-samples", help="Unreadable images that are skipped before the run stops.")
+    ] = 0,
     updates: Annotated[
         int | None, typer.Option("--updates", help="Optimizer updates.  [default: lora 260, bitfit 300]")
     ] = None,
@@ -233,6 +236,7 @@ def distill(
         negative_prompt=negative_prompt,
         prompts=prompts,
         images=images,
+        max_bad_samples=max_bad_samples,
         seed=seed,
         gradient_accumulation_steps=gradient_accumulation_steps,
         gradient_checkpointing=gradient_checkpointing,
@@ -262,6 +266,8 @@ def distill(
         )
     if not _is_main_process():
         return
+    if skipped := info.result["bad_samples"]:
+        console.print(f"{len(skipped)} unreadable samples were skipped; student.json lists them")
     if as_json:
         _print_json({"output": str(output), **asdict(info)})
         return

@@ -244,7 +244,8 @@ class GuidanceConditioned(Adapter):
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """See `Adapter.parameters`."""
-        return {**self.inner.parameters(), "time_embedding.cond_proj.weight": self.projection.weight}
+        name = "time_embedding.cond_proj.weight"
+        return {**self.inner.parameters(), name: self.unet.get_parameter(name)}
 
     def disabled(self) -> AbstractContextManager[None]:
         """See `Adapter.disabled`."""

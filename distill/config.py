@@ -28,7 +28,7 @@ class DistillConfig:
         guidance_max: the other end of a range that begins at `guidance`; the student then takes w as an input.
         negative_prompt: what guidance leads away from.
         prompts: one prompt a line; the source is then online trajectories.
-        images: captioned images; the source is then diffused images.
+        images: captioned images as `image_files.open_images` takes them; the source is then diffused images.
         max_bad_samples: unreadable ones that are skipped before the run stops.
         updates: optimizer steps.
         batch_size: states an update, over all processes.
@@ -51,7 +51,7 @@ class DistillConfig:
     guidance_max: float | None = None
     negative_prompt: str = ""
     prompts: Path | None = None
-    images: Path | None = None
+    images: str | None = None
     max_bad_samples: int = 0
     updates: int = 300
     batch_size: int = 32

@@ -9,23 +9,16 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
-from accelerate.utils import gather_object
-from PIL import Image, UnidentifiedImageError
 
-from ..engine.errors import InputError
 from ..engine.families import PromptEmbeds, TextEmbeddings
-from ..engine.files import json_lines
 from ..engine.model import Model
-from ..engine.prompts import read_prompts
+from .image_files import Rows
+from .images import BadSample, ImageStream
 from .objective import NoiseSchedule, ddim_step, dpm_solver_2m
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+from .order import Share, epoch_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,31 +54,6 @@ class Batch:
         ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Share:
-    """Which members of each batch a process works on.
-
-    Attributes:
-        batch_size: states an update, over all processes.
-        index: this process.
-        count: processes.
-    """
-
-    batch_size: int
-    index: int = 0
-    count: int = 1
-
-    @property
-    def members(self) -> range:
-        """This process's members, consecutive, sizes differing by one at most."""
-        bounds = [self.batch_size * i // self.count for i in (self.index, self.index + 1)]
-        return range(*bounds)
-
-    def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """All processes' rows in the batch's order, on the CPU."""
-        return torch.cat(gather_object([rows.detach().cpu()])) if self.count > 1 else rows
-
-
 class Source(ABC):
     """A supply of batches. What it gives depends on seeds and on the share's batch size, not on the processes."""
 
@@ -103,11 +71,10 @@ class Source(ABC):
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from `state()`."""
 
-
-@lru_cache(maxsize=1)
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of `count` items, drawn from (seed, epoch) alone."""
-    return np.random.default_rng([seed, count, epoch]).permutation(count)
+    @property
+    def bad(self) -> Sequence[BadSample]:
+        """Samples that were skipped."""
+        return ()
 
 
 class TextCache:
@@ -259,77 +226,48 @@ class Trajectories(Source):
         self.started = int(state["started"])
 
 
-def find_captioned_images(folder: Path) -> list[tuple[Path, str]]:
-    """Pairs of image and caption in a folder, sorted by path.
-
-    Captions stand in `metadata.jsonl` (`{"file_name": …, "text": …}` a line, the imagefolder convention of
-    `datasets`) or in a `.txt` beside each image.
-
-    Raises:
-        InputError: the folder is missing, or holds no captioned image.
-    """
-    if not folder.is_dir():
-        raise InputError(f"there is no image folder {folder}")
-    metadata = folder / "metadata.jsonl"
-    pairs = []
-    if metadata.is_file():
-        for number, row in enumerate(json_lines(metadata), start=1):
-            name, text = row.get("file_name"), row.get("text")
-            if not isinstance(name, str) or not isinstance(text, str):
-                raise InputError(f"{metadata} line {number} lacks file_name or text")
-            path = folder / name
-            if not path.resolve().is_relative_to(folder.resolve()):
-                raise InputError(f"{metadata} line {number} points outside the folder: {name}")
-            if not path.is_file():
-                raise InputError(f"{metadata} line {number} names a missing image: {name}")
-            pairs.append((path, text.strip()))
-    else:
-        for path in folder.rglob("*"):
-            caption = path.with_suffix(".txt")
-            if path.suffix.lower() in IMAGE_SUFFIXES and caption.is_file():
-                pairs.append((path, read_prompts(caption)[0]))
-    if not pairs:
-        raise InputError(f"{folder} holds no captioned images: add metadata.jsonl, or a .txt beside each image")
-    return sorted(pairs)
-
-
 class CaptionedImages(Source):
     """The paper's source: images encoded by the VAE, diffused to a uniformly random timestep."""
 
     def __init__(
         self,
         model: Model,
-        pairs: list[tuple[Path, str]],
+        rows: Rows,
         schedule: NoiseSchedule,
         *,
         share: Share,
         seed: int,
         guidance: tuple[float, float],
         negative_prompt: str = "",
+        max_bad_samples: int = 0,
     ) -> None:
         self.model, self.schedule, self.share, self.seed = model, schedule, share, seed
         self.guidance_bounds = guidance
         self.embed = TextCache(model)
         self.unconditional = model.family.embed_negative(model.pipeline, negative_prompt).to(torch.float32)
-        columns = {"image": [str(path) for path, _ in pairs], "caption": [caption for _, caption in pairs]}
-        self.rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
-        self.paths = [path for path, _ in pairs]
+        height, width = image_size(model)
+        self.stream = ImageStream(
+            rows,
+            height=height,
+            width=width,
+            batch_size=share.batch_size,
+            seed=seed,
+            max_bad_samples=max_bad_samples,
+        )
 
     def batch(self, update: int) -> Batch:
         """See `Source.batch`.
 
         Raises:
-            InputError: an image can't be decoded.
+            InputError: more samples are unreadable than allowed.
         """
-        own = self.share.members
-        chosen = [self._row(update * self.share.batch_size + i) for i in own]
-        images = torch.stack([self._pixels(index) for index in chosen]).to(self.model.device)
-        captions = self.rows.select(chosen)["caption"]
+        captions, images = self.stream.next_batch(self.share.members)
         vae = self.model.pipeline.vae
         with torch.no_grad():
-            x = vae.encode(images.to(vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
+            encoded = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
+            x = encoded.float() * vae.config.scaling_factor
         timesteps, scales, noise = [], [], []
-        for member in own:
+        for member in self.share.members:
             number = update * self.share.batch_size + member
             random = np.random.default_rng([self.seed, number])
             timesteps.append(int(random.integers(len(self.schedule))))
@@ -343,16 +281,18 @@ class CaptionedImages(Source):
             guidance=torch.tensor(scales, device=x.device),
         )
 
-    def _row(self, position: int) -> int:
-        epoch, index = divmod(position, len(self.rows))
-        return int(epoch_order(len(self.rows), self.seed, epoch)[index])
+    @property
+    def bad(self) -> list[BadSample]:
+        """See `Source.bad`."""
+        return self.stream.bad
 
-    def _pixels(self, index: int) -> torch.Tensor:
-        try:
-            image = self.rows[index]["image"].convert("RGB")
-        except (OSError, UnidentifiedImageError, ValueError) as error:
-            raise InputError(f"can't decode the image {self.paths[index]}: {error}") from None
-        return pixels_of(image, *image_size(self.model))
+    def state(self) -> dict[str, torch.Tensor]:
+        """See `Source.state`."""
+        return self.stream.state()
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """See `Source.restore`."""
+        self.stream.restore(state)
 
 
 def image_size(model: Model) -> tuple[int, int]:
@@ -360,13 +300,3 @@ def image_size(model: Model) -> tuple[int, int]:
     scale = 2 ** (len(model.pipeline.vae.config.block_out_channels) - 1)
     _, height, width = model.latent_shape
     return height * scale, width * scale
-
-
-def pixels_of(image: Image.Image, height: int, width: int) -> torch.Tensor:
-    """Resize the shorter side, crop the centre: `(3, height, width)` float32 in [-1, 1]."""
-    factor = max(height / image.height, width / image.width)
-    size = (max(width, round(image.width * factor)), max(height, round(image.height * factor)))
-    image = image.resize(size, Image.Resampling.LANCZOS)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    image = image.crop((left, top, left + width, top + height))
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1

@@ -25,7 +25,7 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from ..engine.errors import InputError
 from ..engine.files import json_lines
-from .data import epoch_order
+from .order import epoch_order
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
 CAPTION_COLUMNS = ("text", "caption", "prompt", "TEXT", "txt")

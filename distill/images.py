@@ -14,7 +14,6 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..engine.errors import InputError
-from .data import pixels_of
 from .image_files import Row, Rows, one_line
 
 # Pillow's other decoders are rarely wanted and more easily attacked; EPS would even start Ghostscript.
@@ -34,13 +33,6 @@ class BadSample:
 
 class _BadSampleError(Exception):
     """A sample can't be used; the text says why."""
-
-
-def members_of(batch_size: int, index: int, count: int) -> range:
-    """The slots of a batch that process `index` of `count` fills, as `numpy.array_split` divides them."""
-    small, larger = divmod(batch_size, count)
-    start = index * small + min(index, larger)
-    return range(start, start + small + (index < larger))
 
 
 class ImageStream:
@@ -82,7 +74,7 @@ class ImageStream:
         """Advance by one update.
 
         Args:
-            members: the slots of the batch wanted here, from `members_of`; at least one.
+            members: the slots of the batch wanted here, as `order.Share` divides them; at least one.
 
         Returns:
             b captions and their pixels, `(b, 3, height, width)` float32 in [-1, 1].
@@ -231,3 +223,13 @@ def rgb_of(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def pixels_of(image: Image.Image, height: int, width: int) -> torch.Tensor:
+    """Resize the shorter side, crop the centre: `(3, height, width)` float32 in [-1, 1]."""
+    factor = max(height / image.height, width / image.width)
+    size = (max(width, round(image.width * factor)), max(height, round(image.height * factor)))
+    image = image.resize(size, Image.Resampling.LANCZOS)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    image = image.crop((left, top, left + width, top + height))
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1

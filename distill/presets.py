@@ -30,7 +30,7 @@ def resolve_config(
     embedded: bool,
     method: str,
     prompts: Path | None,
-    images: Path | None,
+    images: str | None,
     **options: Any,
 ) -> DistillConfig:
     """Fill in what the user left out.

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -34,8 +34,10 @@ from ..engine.versions import versions
 from .adapters import Adapter, PeftAdapter, make_adapter
 from .checkpoint import CheckpointError, TrainingState, load_training_state, save_training_state
 from .config import DistillConfig, learning_rate_at
-from .data import Batch, CaptionedImages, Share, Source, Trajectories, find_captioned_images
+from .data import Batch, CaptionedImages, Source, Trajectories
+from .image_files import open_images
 from .objective import NoiseSchedule, distillation_loss, guidance_weight, x_from_prediction
+from .order import Share
 from .preview import write_preview
 from .watch import DivergenceWatch, StopRequest, peak_memory, stop_request
 
@@ -153,7 +155,7 @@ def distil(
     if config.takes_guidance and files.unet_config.get("time_cond_proj_dim") is not None:
         raise InputError(f"{files.name} takes guidance as an input already: it is distilled")
     prompts = read_prompts(config.prompts) if config.prompts else []
-    pairs = find_captioned_images(config.images) if config.images else []
+    rows = open_images(config.images) if config.images else None
     prepare_output(output)
     folder = work_folder(output)
     resolved = config.as_json() | {"unet_sha256": files.unet_sha256()}
@@ -178,10 +180,13 @@ def distil(
         "negative_prompt": config.negative_prompt,
     }
     source: Source
-    if pairs:
-        source = CaptionedImages(model, pairs, schedule, **common)
+    if rows is not None:
+        source = CaptionedImages(model, rows, schedule, max_bad_samples=config.max_bad_samples, **common)
+        shown = source.stream.captions(PREVIEW_ROWS)
     else:
         source = Trajectories(model, prompts, schedule, **common)
+        # Prompts that stand far apart show more than the first few of a sorted list.
+        shown = prompts[:: max(1, len(prompts) // PREVIEW_ROWS)][:PREVIEW_ROWS]
     run = _Run(accelerator, model, adapter, source, schedule, config, folder)
     if state is not None:
         run.restore(state)
@@ -194,10 +199,6 @@ def distil(
         observers.on_start(run.done)
     if observers.log_with:
         accelerator.init_trackers("boostdiff", {key: value for key, value in resolved.items() if value is not None})
-
-    # Prompts that stand far apart show more than the first few of a sorted list.
-    shown = prompts or [caption for _, caption in pairs]
-    shown = shown[:: max(1, len(shown) // PREVIEW_ROWS)][:PREVIEW_ROWS]
 
     def draw(path: Path) -> None:
         with accelerator.autocast(), torch.no_grad():
@@ -272,8 +273,8 @@ class _Run:
         Raises:
             InputError: it is of another adapter.
         """
-        weights = dict(state.weights)
-        average = [weights.pop(f"ema.{index}", None) for index in range(len(self.parameters))]
+        weights = {name: tensor for name, tensor in state.weights.items() if not name.startswith("ema.")}
+        average = {int(name[4:]): tensor for name, tensor in state.weights.items() if name.startswith("ema.")}
         try:
             self.adapter.load(weights)
         except ValueError as error:
@@ -284,9 +285,7 @@ class _Run:
         self.watch.losses = state.header.get("losses", [])
         self.good = [parameter.detach().clone() for parameter in self.parameters]
         if self.average is not None:
-            self.average.shadow_params = [
-                tensor.to(p.device) for tensor, p in zip(average, self.parameters, strict=True)
-            ]
+            self.average.shadow_params = [average[index].to(p.device) for index, p in enumerate(self.parameters)]
             self.average.optimization_step = self.done
         if self.accelerator.scaler is not None and state.header.get("scaler"):
             self.accelerator.scaler.load_state_dict(state.header["scaler"])
@@ -352,6 +351,7 @@ class _Run:
             "final_loss": sum(tail) / len(tail),
             "processes": self.accelerator.num_processes,
             "peak_memory": peak_memory(self.model.device),
+            "bad_samples": [asdict(sample) for sample in self.source.bad],
         }
 
     def update(self, update: int, request: StopRequest) -> tuple[float, bool]:

@@ -82,7 +82,7 @@ class SinglePassDenoiser:
     `guidance_scale`, a number or `(B,)`, goes to a student that takes it as an input; other UNets have none.
     """
 
-    def __init__(self, runner: Callable[..., Any], guidance_scale: float | torch.Tensor | None = None) -> None:
+    def __init__(self, runner: Any, guidance_scale: float | torch.Tensor | None = None) -> None:
         self.runner = runner
         self.guidance_scale = guidance_scale
 

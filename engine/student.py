@@ -227,14 +227,11 @@ class SoftPromptHook(torch.nn.Module):
         """As a forward pre-hook: `encoder_hidden_states` `(B, L, D)` becomes `(B, L + k, D)`."""
         if not self.enabled:
             return None
-        args, kwargs = list(args), dict(kwargs)
         hidden = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
         longer = torch.cat([hidden, self.tokens.to(hidden).expand(len(hidden), -1, -1)], dim=1)
         if len(args) > 2:
-            args[2] = longer
-        else:
-            kwargs["encoder_hidden_states"] = longer
-        return tuple(args), kwargs
+            return (*args[:2], longer, *args[3:]), kwargs
+        return args, kwargs | {"encoder_hidden_states": longer}
 
 
 def add_soft_prompt(unet: UNet2DConditionModel, tokens: torch.Tensor) -> SoftPromptHook:

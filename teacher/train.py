@@ -22,7 +22,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 
 from ..distill.checkpoint import load_training_state, save_training_state
-from ..distill.data import epoch_order
+from ..distill.order import epoch_order
 from . import MODEL_DIR
 from .architecture import (
     BETAS,

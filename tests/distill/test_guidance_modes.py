@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from boostdiff.distill.config import DistillConfig, parse_guidance
-from boostdiff.distill.data import Share, Trajectories
+from boostdiff.distill.data import Trajectories
 from boostdiff.distill.objective import NoiseSchedule, guidance_weight
+from boostdiff.distill.order import Share
 from boostdiff.distill.train import Observers, distil
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.guidance import SinglePassDenoiser, combine, guidance_embedding

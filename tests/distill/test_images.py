@@ -16,7 +16,8 @@ import pytest
 import torch
 from boostdiff.distill import image_files
 from boostdiff.distill.image_files import open_images
-from boostdiff.distill.images import ImageStream, members_of, rgb_of
+from boostdiff.distill.images import ImageStream, rgb_of
+from boostdiff.distill.order import Share
 from boostdiff.engine.errors import InputError
 from PIL import Image
 from tiny import save_images
@@ -198,19 +199,16 @@ def test_batches_do_not_depend_on_the_number_of_processes(tmp_path: Path, proces
     together = [stream_of(spec, max_bad_samples=3) for _ in range(processes)]
     for _ in range(8):
         captions, pixels = alone.next_batch(range(4))
-        parts = [stream.next_batch(members_of(4, i, processes)) for i, stream in enumerate(together)]
+        parts = [
+            stream.next_batch(Share(batch_size=4, index=i, count=processes).members)
+            for i, stream in enumerate(together)
+        ]
         assert [caption for part, _ in parts for caption in part] == captions
         assert torch.equal(torch.cat([part for _, part in parts]), pixels)
         assert len({(stream.epoch, stream.position) for stream in together} | {(alone.epoch, alone.position)}) == 1
     assert {sample.name for stream in together for sample in stream.bad} == {sample.name for sample in alone.bad}
     with pytest.raises(ValueError, match="without members"):
         alone.next_batch(range(0))
-
-
-def test_members_are_split_as_numpy_does() -> None:
-    for count in (1, 2, 3, 5, 7):
-        split = [list(members_of(5, i, count)) for i in range(count)]
-        assert split == [part.tolist() for part in np.array_split(np.arange(5), count)]
 
 
 def test_bad_samples_are_skipped_and_listed(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from boostdiff.distill import train
 from boostdiff.distill.config import DistillConfig
-from boostdiff.distill.data import Share, Trajectories
+from boostdiff.distill.data import Trajectories
 from boostdiff.distill.objective import NoiseSchedule
+from boostdiff.distill.order import Share
 from boostdiff.distill.train import CHECKPOINT_FILE, Observers, distil, work_folder
 from boostdiff.distill.watch import DivergenceWatch
 from boostdiff.engine.errors import BoostDiffError, InputError
@@ -68,7 +69,7 @@ def test_two_processes_train_the_same_adapter_as_one(
 ) -> None:
     save_images(tmp_path / "images")
     path = prompt_file if data == "prompts" else tmp_path / "images"
-    expected = run(tiny_files, tmp_path / "one", **{data: path})
+    expected = run(tiny_files, tmp_path / "one", **{data: path if data == "prompts" else str(path)})
     command = [
         # On GPUs `accelerate launch` does this; on CPUs it starts several processes through MPI only.
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "boostdiff"),

@@ -45,7 +45,7 @@ def test_training_brings_the_student_to_the_teacher(
 
 def test_training_on_images(tiny_files: ModelFiles, tmp_path: Path) -> None:
     save_images(tmp_path / "images", count=6)
-    config = DistillConfig(images=tmp_path / "images", updates=40, batch_size=4, learning_rate=0.01)
+    config = DistillConfig(images=str(tmp_path / "images"), updates=40, batch_size=4, learning_rate=0.01)
     distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
     seen = losses(tmp_path / "s")
     assert sum(seen[-10:]) < sum(seen[:10])
