@@ -29,6 +29,7 @@ from rich.progress import (
 
 from . import __version__, teacher
 from .engine.errors import BoostDiffError, InputError
+from .engine.files import is_full_disk
 
 app = typer.Typer(
     name="boostdiff",
@@ -248,7 +249,8 @@ def distill(
         return
     with _progress(f"distilling {method}", config.updates) as advance:
         observers = Observers(
-            on_start=advance,
+            # Wrong data shows in the first update: no bar before it.
+            on_start=lambda done: advance(done) if done else None,
             on_update=lambda done: advance(
                 note=f"loss {done.loss:.4f}, {done.images_per_second:.1f} images/s, {done.peak_memory / 2**30:.1f} GB"
             ),
@@ -466,6 +468,8 @@ def _report(error: Exception) -> int:
     elif isinstance(error, _UsageError):
         # `boostdiff` without arguments ends here too, with the help printed and no message.
         message, code = error.format_message(), 2
+    elif is_full_disk(error):
+        message, code = f"the disk is full: free some space, or choose another --output ({error})", 2
     elif isinstance(error, typer.Abort):
         message, code = "interrupted", 130
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -204,7 +205,13 @@ def distil(
         with accelerator.autocast(), torch.no_grad():
             write_preview(model, adapter, path, prompts=shown, config=config)
 
-    result = run.train(observers, draw)
+    try:
+        result = run.train(observers, draw)
+    except InputError:
+        if accelerator.is_main_process and not (folder / CHECKPOINT_FILE).exists():
+            # Data that can't be used from the start leaves nothing to go on from.
+            shutil.rmtree(folder)
+        raise
     info = None
     if accelerator.is_main_process:
         run.keep_average()

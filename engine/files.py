@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -61,6 +63,14 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error says that no more can be written; safetensors wraps the system's in one of its own."""
+    number = getattr(error, "errno", None)
+    if number is None and (found := re.search(r"os error (\d+)", str(error))):
+        number = int(found[1])
+    return number in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def prepare_output(path: Path) -> None:

@@ -1,13 +1,16 @@
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 from boostdiff import __version__
 from boostdiff.cli import main
+from tiny import save_images
 
 SD21 = Path(__file__).parents[1] / "benchmarks" / "configs" / "sd21-base"
 
@@ -103,6 +106,19 @@ def broken(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, students
     weights.write_bytes(weights.read_bytes()[:5000])
     (folder / "empty.txt").write_text("\n")
     (folder / "a-file").write_text("x")
+    (folder / "latin1.txt").write_bytes("déjà vu".encode("latin-1"))
+    (folder / "empty-images").mkdir()
+    save_images(folder / "no-captions")
+    for path in (folder / "no-captions").glob("*.txt"):
+        path.unlink()
+    save_images(folder / "corrupt-images")
+    (folder / "corrupt-images/3.png").write_bytes(b"no image")
+    with tarfile.open(folder / "cut.tar", "w") as archive:
+        archive.add(folder / "no-captions/0.png", "0.png")
+    whole = (folder / "cut.tar").read_bytes()
+    (folder / "cut.tar").write_bytes(whole[: len(whole) // 20])
+    (folder / "other-settings.unfinished").mkdir()
+    (folder / "other-settings.unfinished/config.json").write_text('{"updates": 1}')
     shutil.copytree(students["lora"], folder / "outputs/student")
     return folder
 
@@ -120,6 +136,23 @@ def broken(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, students
         ("distill --output a-file", "is a file"),
         ("distill --device teapot", "can't use the device"),
         ("distill --updates many", "--updates"),
+        ("distill --rank 0", "--rank must be at least 1"),
+        ("distill --guidance 7.5:1.5", "is no range"),
+        ("distill --guidance high", "neither a number nor a range"),
+        ("distill --prompts latin1.txt", "not UTF-8"),
+        ("distill --format magic", "unknown format 'magic'"),
+        ("distill --format kohya --method bitfit", "is for --method lora"),
+        ("distill --log-with paper", "unknown tracker 'paper'"),
+        ("distill --targets to_nowhere", "lora can't be put on this UNet"),
+        ("distill --model {tiny} --images nowhere/at/all", "nowhere/at/all"),
+        ("distill --model {tiny} --images empty-images", "empty-images"),
+        ("distill --model {tiny} --images no-captions", "no-captions"),
+        ("distill --model {tiny} --images corrupt-images", "--max-bad-samples"),
+        ("distill --model {tiny} --images cut.tar", "cut.tar"),
+        ("distill --model {tiny} --prompts {prompts} --resume --output other-settings", "under other settings"),
+        ("generate --model {tiny} --negative-prompt blurry x", "no negative prompt"),
+        ("generate --model {tiny} --dial 2 x", "--dial must lie between 0 and 1"),
+        ("generate --teacher --dial 1 x", "--dial is for a student"),
         ("distill --resume --output elsewhere", "nothing to resume"),
         ("distill --model {tiny}", "pass --prompts FILE or --images DIR"),
         ("export --student nowhere", "run `boostdiff distill` first"),
@@ -146,7 +179,7 @@ def test_wrong_input_ends_in_one_line_and_code_2(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    before = {path: path.stat().st_mtime_ns for path in broken.rglob("*")}
+    before = {path: path.is_file() and path.stat().st_mtime_ns for path in broken.rglob("*")}
     words = [word.format(tiny=tiny_folder, prompts=prompt_file) for word in arguments.split()]
     monkeypatch.chdir(broken)
     monkeypatch.setattr(sys, "argv", ["boostdiff", *words])
@@ -158,7 +191,25 @@ def test_wrong_input_ends_in_one_line_and_code_2(
     assert shown.err.startswith("boostdiff: error: ")
     assert shown.err.count("\n") == 1
     assert says in shown.err
-    assert {path: path.stat().st_mtime_ns for path in broken.rglob("*")} == before
+    assert {path: path.is_file() and path.stat().st_mtime_ns for path in broken.rglob("*")} == before
+
+
+def test_a_full_disk(tmp_path: Path, tiny_folder: Path, prompt_file: Path, students: dict[str, Path]) -> None:
+    """A limit on file sizes gives the error of a full disk, at the checkpoint; the earlier student stays."""
+    shutil.copytree(students["lora"], tmp_path / "outputs/student")
+    before = {path: path.read_bytes() for path in (tmp_path / "outputs/student").iterdir()}
+    command = [sys.executable, "-m", "boostdiff", "distill", "--model", str(tiny_folder), "--prompts", str(prompt_file)]
+    command += ["--updates", "4", "--batch-size", "2", "--checkpoint-every", "1", "--device", "cpu"]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000)),
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("boostdiff: error: the disk is full")
+    assert {path: path.read_bytes() for path in (tmp_path / "outputs/student").iterdir()} == before
 
 
 def test_a_traceback_only_under_debug(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from boostdiff.distill.watch import DivergenceWatch
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.model import Model, ModelFiles
 from boostdiff.engine.student import LORA_FILE
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import CPU, PROMPTS, save_images
 
 SILENT = Observers(preview=False)
@@ -127,6 +128,23 @@ def test_a_run_cut_short_and_resumed_gives_the_same_bytes(
     assert info.result["resumed_at"] == 8
     for name in info.adapter_files:
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
+    config = DistillConfig(prompts=prompt_file, updates=4, batch_size=2, checkpoint_every=1)
+
+    def cut(report: train.UpdateReport) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=Observers(on_update=cut))
+    path = work_folder(tmp_path / "s") / CHECKPOINT_FILE
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    name = next(name for name in tensors if ".lora_A" in name and name.startswith("weights/"))
+    save_file(tensors | {name: tensors[name][:-1]}, path, metadata)
+    with pytest.raises(InputError, match=r"can't resume: .* has shape"):
+        distil(tiny_files, config, output=tmp_path / "s", device="cpu", resume=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
