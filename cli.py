@@ -268,6 +268,10 @@ def bench(
         Path | None,
         typer.Option("--reference", help="Folder of real images.  [default: emoji64's own features]"),
     ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--compare", metavar="A.json B.json", help="Show what differs between two reports; measure none."),
+    ] = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -276,12 +280,20 @@ def bench(
     _quiet_libraries()
     from .benchmarks.bench import BenchConfig, bench_random, parse_batch_sizes
     from .benchmarks.bench import bench as run
+    from .benchmarks.compare import compare_reports
     from .benchmarks.random_weights import locate_configs
-    from .benchmarks.report import terminal_report, write_report
+    from .benchmarks.report import terminal_comparison, terminal_report, write_report
     from .engine.files import prepare_output, staged_folder
     from .engine.model import locate
     from .engine.prompts import read_prompts
 
+    if compare:
+        differences = compare_reports(*compare)
+        if as_json:
+            _print_json(asdict(differences))
+        else:
+            console.print(terminal_comparison(differences))
+        return
     config = BenchConfig(
         steps=steps,
         sampler=sampler,

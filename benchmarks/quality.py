@@ -14,7 +14,7 @@ from ..engine.generate import generate, to_uint8
 from ..engine.guidance import Denoiser
 from ..engine.model import Model
 from ..teacher.palette import background_of, named_background
-from .features import Reference, features_of, frechet_distance, kernel_distance, paired_distance
+from .features import DISTANCE_NAME, Reference, features_of, frechet_distance, kernel_distance, paired_distance
 from .intervals import left_out_distances, precision_recall, recovered_interval
 from .stats import Estimate, jackknifed
 
@@ -82,6 +82,7 @@ class Quality:
             "images": self.images,
             "reference_images": self.reference_images,
             "floor": self.floor,
+            "features": DISTANCE_NAME,
         }
 
 
@@ -177,7 +178,7 @@ def judge(
             # Where guidance gains nothing (tiny N, say), there is nothing to recover.
             if contestant.seed_offset == 0 and len(rows) >= 2 and guided < unguided:
                 recovered = (unguided - distance) / (unguided - guided)
-                recovered_within = recovered_interval(recovered, *without[:2], left_out) if left_out else None
+                recovered_within = recovered_interval(recovered, without[0], without[1], left_out) if left_out else None
         rows.append(
             QualityRow(
                 name=contestant.name,

@@ -14,6 +14,7 @@ from ..engine.files import write_json
 from ..engine.pictures import labelled_grid
 from . import tables
 from .bench import BenchResult
+from .compare import Comparison
 from .page import GRID_ROWS, html_report
 from .plots import quality_plot, rendered, speed_plot
 
@@ -41,6 +42,15 @@ def terminal_report(result: BenchResult) -> RenderableType:
         parts.append(Text(tables.quality_note(result), style="dim"))
     parts += [Text(f"{name} was left out: {reason}", style="dim") for name, reason in result.skipped.items()]
     parts.append(Text(f"\n{result.verdict()}", style="bold"))
+    return Group(*parts)
+
+
+def terminal_comparison(comparison: Comparison) -> RenderableType:
+    """Two reports side by side for rich, and the settings that differ."""
+    parts: list[RenderableType] = [terminal_table("A against B", comparison.table())]
+    parts += [Text(f"{name}: {a} in A, {b} in B", style="dim") for name, (a, b) in comparison.settings.items()]
+    if comparison.only:
+        parts.append(Text(f"in one report alone: {', '.join(comparison.only)}", style="dim"))
     return Group(*parts)
 
 

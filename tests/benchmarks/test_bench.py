@@ -7,42 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from boostdiff.benchmarks.bench import BenchConfig, BenchResult, bench, parse_batch_sizes
-from boostdiff.benchmarks.features import EfficientNetLite0Features, Reference, features_of
 from boostdiff.benchmarks.quality import background_accuracy
 from boostdiff.benchmarks.report import write_report
 from boostdiff.engine.errors import InputError
-from boostdiff.engine.model import ModelFiles, locate
-from boostdiff.export.export import export
+from boostdiff.engine.model import ModelFiles
 from tiny import PROMPTS
 
 MANY = [f"{prompt} on a red background" for prompt in PROMPTS] * 6
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_folder: Path, students: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("engines") / "engine"
-    export(locate(str(tiny_folder)), student=students["lora"], output=folder, device="cpu")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def result(
-    tiny_folder: Path, students: dict[str, Path], engine: Path, tmp_path_factory: pytest.TempPathFactory
-) -> BenchResult:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=generator)
-    features = features_of(EfficientNetLite0Features(), images)
-    reference = tmp_path_factory.mktemp("reference") / "r.safetensors"
-    Reference.of(features[:16], features[16:]).save(reference)
-    return bench(
-        locate(str(tiny_folder)),
-        BenchConfig(steps=3, batch_sizes=(2, 1), runs=3, samples=20),
-        students=[students["lora"], students["bitfit"]],
-        engine=engine,
-        prompts=MANY,
-        reference=reference,
-        device="cpu",
-    )
 
 
 def test_every_runner_here_is_timed(result: BenchResult) -> None:
