@@ -14,6 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from ..engine.errors import BoostDiffError, InputError
+from ..engine.files import sha256_of
 from ..engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
 from ..engine.manifest import Manifest, read_manifest
 from ..engine.model import Model, ModelFiles, load, resolve_device
@@ -261,9 +262,13 @@ def bench(
                 runner = opened.enter_context(open_exported(name, folder=engine, manifest=manifest, device=target))
                 entrants += [Entrant(way=way, runner=runner) for way in WAYS]
         speed = _speed(model, config, entrants, guidance, prompts, report)
-    quality = None
+    quality, hashes = None, dict(manifest.inputs)
     if config.samples:
-        quality = _quality(model, taking_part, config, guidance, prompts, reference, scheduler, report, on_images)
+        network = EfficientNetLite0Features().to(model.device)
+        hashes["features"] = sha256_of(network.weights_path)
+        quality = _quality(
+            model, network, taking_part, config, guidance, prompts, reference, scheduler, report, on_images
+        )
     students_used = {str(s.folder): {"method": s.info.method, "settings": s.info.settings} for s in taking_part}
     return BenchResult(
         speed=speed,
@@ -271,7 +276,7 @@ def bench(
         quality=quality,
         prompts=prompts[: config.samples],
         provenance=_provenance(files, config, guidance, target)
-        | {"students": students_used, "hashes": manifest.inputs, "weights": "trained"},
+        | {"students": students_used, "hashes": hashes, "weights": "trained"},
     )
 
 
@@ -348,6 +353,7 @@ def _speed(
 
 def _quality(
     model: Model,
+    network: torch.nn.Module,
     students: list[Student],
     config: BenchConfig,
     guidance: float,
@@ -357,7 +363,6 @@ def _quality(
     report: Callable[[str], None],
     on_images: Callable[[str, int], None],
 ) -> Quality:
-    network = EfficientNetLite0Features().to(model.device)
     statistics = None
     if reference is not None:
         from_folder = reference.is_dir() or not reference.exists()

@@ -10,7 +10,7 @@ from ..engine.errors import InputError
 from ..engine.files import read_json
 from .bench import SCHEMA_VERSION
 from .stats import Estimate
-from .tables import NOTHING, WAY_NAMES, Table, within
+from .tables import NOTHING, WAY_NAMES, Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,18 +47,14 @@ class Comparison:
     only: list[str]
 
     def table(self) -> Table:
-        """Headings and cells."""
-
-        def shown(estimate: Estimate, apart: bool | None) -> str:
-            return f"{estimate.value:.4g}" if apart is None else within(estimate, "{:.4g}")
-
-        headings = ["", "A [95%]", "B [95%]", "change", "beyond noise"]
+        """Headings and cells; the intervals, for which a terminal has no room, show in the last column alone."""
+        headings = ["", "A", "B", "change", "beyond noise"]
         verdicts = {True: "yes", False: "no", None: NOTHING}
         cells = [
             [
                 row.name,
-                shown(row.a, row.apart),
-                shown(row.b, row.apart),
+                f"{row.a.value:.4g}",
+                f"{row.b.value:.4g}",
                 NOTHING if row.change is None else f"{row.change:+.1%}",
                 verdicts[row.apart],
             ]

@@ -22,7 +22,8 @@ THUMBNAIL = 256
 _STYLE = """
 :root{--ink:#1e1e24;--soft:#5a5f6a;--line:#dcdfe4;--accent:#2f6fed}
 *{box-sizing:border-box}
-body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:0 auto;padding:1.5rem 1rem 3rem;color:var(--ink)}
+body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:0 auto;padding:1.5rem 1rem 3rem;color:var(--ink);
+  overflow-wrap:anywhere}
 h1{font-size:1.5rem;line-height:1.25}h2{font-size:1.2rem;margin:2.2rem 0 .5rem}
 .verdict{font-size:1.15rem;background:#eef3fe;border-left:5px solid var(--accent);padding:.8rem 1rem;margin:0}
 .facts{display:flex;flex-wrap:wrap;gap:.75rem;margin:1rem 0 0;padding:0;list-style:none}
@@ -44,7 +45,7 @@ th[aria-sort=ascending] button::after{content:" ↑"}th[aria-sort=descending] bu
 pre{overflow-x:auto;background:#f6f6f8;padding:.8rem;font-size:.8rem}summary{cursor:pointer}
 """
 
-# Cells sort by the first number in them, else as text.
+# Cells sort by the number that they begin with, else as text; what has no figure comes last in either order.
 _SCRIPT = """
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
@@ -57,8 +58,9 @@ for (const table of document.querySelectorAll("table.sortable")) {
     heads.forEach(other => other.removeAttribute("aria-sort"));
     head.setAttribute("aria-sort", down ? "descending" : "ascending");
     const rows = [...body.rows].sort((a, b) => {
-      const x = value(a, i), y = value(b, i);
-      const order = typeof x === "number" && typeof y === "number" ? x - y : String(x).localeCompare(String(y));
+      const x = value(a, i), y = value(b, i), known = typeof x === "number";
+      if (known !== (typeof y === "number")) return known ? -1 : 1;
+      const order = known ? x - y : x.localeCompare(y);
       return down ? -order : order;
     });
     body.append(...rows);

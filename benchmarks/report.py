@@ -48,6 +48,7 @@ def terminal_report(result: BenchResult) -> RenderableType:
 def terminal_comparison(comparison: Comparison) -> RenderableType:
     """Two reports side by side for rich, and the settings that differ."""
     parts: list[RenderableType] = [terminal_table("A against B", comparison.table())]
+    parts.append(Text("Beyond noise: the two 95% intervals share no point.", style="dim"))
     parts += [Text(f"{name}: {a} in A, {b} in B", style="dim") for name, (a, b) in comparison.settings.items()]
     if comparison.only:
         parts.append(Text(f"in one report alone: {', '.join(comparison.only)}", style="dim"))

@@ -42,7 +42,7 @@ def test_differences_and_settings(report: dict[str, Any], tmp_path: Path) -> Non
     other["provenance"] |= {"hardware": {"cpu": "two"}, "students": {"b": {}}}
     comparison = compare_reports(*written(tmp_path, report, other))
     headings, cells = comparison.table()
-    assert headings[1:3] == ["A [95%]", "B [95%]"]
+    assert headings[1:3] == ["A", "B"]
     assert [row[3:] for row in cells] == [["+5.6%", "no"], ["+100.0%", "yes"], ["+5.0%", "–"]]
     assert cells[2] == ["student lora, distance", "220", "231", "+5.0%", "–"]
     assert comparison.settings == {"hardware.cpu": ("one", "two")}
