@@ -51,7 +51,7 @@ def terminal_comparison(comparison: Comparison) -> RenderableType:
     parts.append(Text("Beyond noise: the two 95% intervals share no point.", style="dim"))
     parts += [Text(f"{name}: {a} in A, {b} in B", style="dim") for name, (a, b) in comparison.settings.items()]
     if comparison.only:
-        parts.append(Text(f"in one report alone: {', '.join(comparison.only)}", style="dim"))
+        parts.append(Text(f"{len(comparison.only)} figures are in one report alone: --json names them.", style="dim"))
     return Group(*parts)
 
 

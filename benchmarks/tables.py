@@ -6,7 +6,7 @@ from .bench import BenchResult
 from .features import DISTANCE_NAME
 from .intervals import GROUPS, NEIGHBOURS
 from .quality import QualityRow
-from .stats import Estimate
+from .stats import CONFIDENCE, Estimate
 from .throughput import Speed, SpeedRatio
 
 Table = tuple[list[str], list[list[str]]]
@@ -30,6 +30,11 @@ def within(estimate: Estimate | None, pattern: str = "{:.1f}", unit: str = "") -
     return f"{value}{unit} [{low}, {high}]"
 
 
+def _coverage(speed: Speed) -> str:
+    """What the intervals of speed may be called: 95%, or less where too few runs were timed."""
+    return f"[{min(CONFIDENCE, speed.rows[0].images_per_second.coverage):.0%}]"
+
+
 def speed_table(speed: Speed, *, brief: bool = False) -> Table:
     """Every entrant: throughput, latency and its parts; times in milliseconds for the whole batch.
 
@@ -37,7 +42,7 @@ def speed_table(speed: Speed, *, brief: bool = False) -> Table:
         speed: what was measured.
         brief: leave out what a terminal of 80 columns has no room for.
     """
-    headings = ["runner", "sampling", "batch", "images/s [95%]", "p50 ms", "p90 ms", "p99 ms"]
+    headings = ["runner", "sampling", "batch", f"images/s {_coverage(speed)}", "p50 ms", "p90 ms", "p99 ms"]
     headings += ["UNet step ms", "text ms", "VAE ms", "host gap ms", "UNet TFLOP/s"]
     cells = []
     for row in speed.rows:
@@ -58,7 +63,7 @@ def speed_table(speed: Speed, *, brief: bool = False) -> Table:
 
 def ratio_table(speed: Speed) -> Table:
     """How many times as fast: whole images beside the ceiling of the counted operations, and the UNet's step."""
-    headings = ["", "batch", "whole images [95%]", "ceiling", "UNet step [95%]"]
+    headings = ["", "batch", f"whole images {_coverage(speed)}", "ceiling", f"UNet step {_coverage(speed)}"]
     pairs: dict[tuple[str, str, int], dict[str, SpeedRatio]] = {}
     for ratio in speed.ratios:
         pairs.setdefault((ratio.slower, ratio.faster, ratio.batch_size), {})[ratio.part] = ratio
