@@ -315,11 +315,25 @@ def bench(
     engine: EngineOption = Path("outputs/engine"),
     output: Annotated[Path, typer.Option("--output", help="Folder to write.")] = Path("outputs/bench"),
     steps: StepsOption = 20,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", help="Of a range student.  [default: what the student has learnt]")
+    ] = None,
     sampler: SamplerOption = "ddim",
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Images made together for speed.")] = 8,
-    runs: Annotated[int, typer.Option("--runs", help="Timed runs of whole images.")] = 9,
+    batch_sizes: Annotated[
+        str | None,
+        typer.Option(
+            "--batch-sizes",
+            "--batch-size",
+            help="Images made together for speed, such as 1,2,4,8,16.  [default: on a CPU 8, else these]",
+        ),
+    ] = None,
+    runs: Annotated[int, typer.Option("--runs", help="Timed batches of each.")] = 9,
     samples: Annotated[int, typer.Option("--samples", help="Images a row for quality (N).")] = 200,
     speed_only: Annotated[bool, typer.Option("--speed-only", help="Leave quality out.")] = False,
+    random_weights: Annotated[
+        bool,
+        typer.Option("--random-weights", help="Speed from a model's configuration alone: no student, no engine."),
+    ] = False,
     prompts: Annotated[
         Path | None,
         typer.Option("--prompts", help="One prompt a line.  [default: emoji64's held-out prompts]"),
@@ -328,49 +342,72 @@ def bench(
         Path | None,
         typer.Option("--reference", help="Folder of real images.  [default: emoji64's own features]"),
     ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--compare", metavar="A.json B.json", help="Show what differs between two reports; measure none."),
+    ] = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Measure the student against the two-pass teacher: speed on every runner here, and image quality."""
     _quiet_libraries()
-    from .benchmarks.bench import BenchConfig
+    from .benchmarks.bench import BenchConfig, bench_random, parse_batch_sizes
     from .benchmarks.bench import bench as run
-    from .benchmarks.report import terminal_report, write_report
+    from .benchmarks.compare import compare_reports
+    from .benchmarks.random_weights import locate_configs
+    from .benchmarks.report import terminal_comparison, terminal_report, write_report
     from .engine.files import prepare_output, staged_folder
     from .engine.model import locate
     from .engine.prompts import read_prompts
 
+    if compare:
+        differences = compare_reports(*compare)
+        if as_json:
+            _print_json(asdict(differences))
+        else:
+            console.print(terminal_comparison(differences))
+        return
     config = BenchConfig(
         steps=steps,
         sampler=sampler,
-        batch_size=batch_size,
+        batch_sizes=parse_batch_sizes(batch_sizes),
         runs=runs,
         samples=0 if speed_only else samples,
         seed=seed,
+        guidance=guidance,
     )
-    files = locate(model)
-    if model == teacher.MODEL_NAME:
-        prompts = prompts or teacher.HELD_OUT_PROMPTS
-        reference = reference or teacher.REFERENCE
-    if prompts is None:
-        raise InputError("pass --prompts FILE: only the embedded model brings prompts of its own")
-    lines = read_prompts(prompts)
-    prepare_output(output)
     students = student or [Path("outputs/student")]
     rows = len(students) + 3
     with _progress("measuring", rows * config.samples * config.steps or 1) as advance:
-        result = run(
-            files,
-            config,
-            students=students,
-            engine=engine,
-            prompts=lines,
-            reference=reference,
-            device=device,
-            report=lambda message: advance(0, note=message),
-            on_images=lambda name, count: advance(count, note=name),
-        )
+
+        def report(message: str) -> None:
+            advance(0, note=message)
+
+        if random_weights:
+            files = locate_configs(model)
+            prepare_output(output)
+            result = bench_random(files, config, device=device, report=report)
+        else:
+            files = locate(model)
+            if model == teacher.MODEL_NAME:
+                prompts = prompts or teacher.HELD_OUT_PROMPTS
+                reference = reference or teacher.REFERENCE
+            if prompts is None:
+                raise InputError("pass --prompts FILE: only the embedded model brings prompts of its own")
+            lines = read_prompts(prompts)
+            prepare_output(output)
+            result = run(
+                files,
+                config,
+                students=students,
+                engine=engine,
+                prompts=lines,
+                reference=reference,
+                device=device,
+                report=report,
+                on_images=lambda name, count: advance(count, note=name),
+            )
     with staged_folder(output) as folder:
         write_report(result, folder)
     if as_json:

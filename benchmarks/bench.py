@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,22 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from ..engine.errors import BoostDiffError, InputError
+from ..engine.files import sha256_of
 from ..engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
 from ..engine.manifest import Manifest, read_manifest
 from ..engine.model import Model, ModelFiles, load, resolve_device
-from ..engine.runners import Runner, TorchRunner, available_runners, open_exported
+from ..engine.runners import TorchRunner, available_runners, open_exported
 from ..engine.samplers import make_scheduler
 from ..engine.student import StudentInfo, read_student
 from ..engine.versions import versions
 from ..export.merge import merge
 from .features import EfficientNetLite0Features, Reference, reference_from_folder
 from .quality import RESEED, Contestant, Quality, judge
-from .throughput import Throughput, measure
+from .random_weights import random_model
+from .throughput import WAYS, Entrant, Speed, SpeedRatio, measure
 
-REPORT_VERSION = 1
+SCHEMA_VERSION = 2
+"""Of `report.json`; the schema lies beside this module in `report.schema.json`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +39,20 @@ class BenchConfig:
     Attributes:
         steps: sampling steps.
         sampler: a name in `engine.samplers.SAMPLERS`.
-        batch_size: images made together when speed is measured.
-        runs: whole-image timings of each.
+        batch_sizes: images made together when speed is measured; None takes 8 on a CPU, else 1, 2, 4, 8, 16.
+        runs: timed batches of each.
         samples: N, images per row when quality is measured; 0 measures speed alone.
         seed: of the initial noise.
+        guidance: of a student that takes it as an input, and of its teacher; None takes the student's own.
     """
 
     steps: int = 20
     sampler: str = "ddim"
-    batch_size: int = 8
+    batch_sizes: tuple[int, ...] | None = None
     runs: int = 9
     samples: int = 200
     seed: int = 0
+    guidance: float | None = None
 
     def __post_init__(self) -> None:
         """Validate.
@@ -54,12 +60,31 @@ class BenchConfig:
         Raises:
             InputError: a value can't be used.
         """
-        for name, least in (("steps", 1), ("batch_size", 1), ("runs", 3), ("samples", 0)):
+        if self.batch_sizes is not None and min(self.batch_sizes, default=0) < 1:
+            raise InputError("--batch-sizes must be at least 1, as in --batch-sizes 1,2,4")
+        for name, least in (("steps", 1), ("runs", 3), ("samples", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"--{name.replace('_', '-')} must be at least {least}")
         if self.samples == 1:
             raise InputError("--samples 1 has no distribution: pass at least 2, or --speed-only")
         make_scheduler(self.sampler, {})
+
+    def batch_sizes_on(self, device: torch.device) -> tuple[int, ...]:
+        """The batch sizes to measure on a device, ascending."""
+        default = (8,) if device.type == "cpu" else (1, 2, 4, 8, 16)
+        return tuple(sorted(set(self.batch_sizes or default)))
+
+
+def parse_batch_sizes(text: str | None) -> tuple[int, ...] | None:
+    """`1,2,4` to numbers; None stays None.
+
+    Raises:
+        InputError: it is no list of whole numbers.
+    """
+    try:
+        return None if text is None else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--batch-sizes {text!r} is no list of whole numbers, such as 1,2,4") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,48 +106,67 @@ class BenchResult:
     """Everything that a report shows.
 
     Attributes:
-        throughputs: one per runner that ran.
-        skipped: the reason against each runner that did not.
+        speed: of every entrant at every batch size.
+        skipped: the reason against each runner, or entrant at a batch size, that did not run.
         quality: None with `samples` 0.
         prompts: of the quality's kept samples.
         provenance: hardware, versions, configuration, hashes.
     """
 
-    throughputs: list[Throughput]
+    speed: Speed
     skipped: dict[str, str]
     quality: Quality | None
     prompts: list[str]
     provenance: dict[str, Any]
 
     @property
-    def best(self) -> Throughput:
-        """The fastest runner by the student's whole-image time."""
-        return min(self.throughputs, key=lambda row: row.image_student.median)
+    def headline(self) -> SpeedRatio:
+        """Teacher over student, whole images, where the student makes most images per second.
+
+        Raises:
+            BoostDiffError: the teacher ran nowhere that the student did.
+        """
+        students = sorted(
+            (row for row in self.speed.rows if row.way == "student"), key=lambda row: -row.images_per_second.value
+        )
+        for row in students:
+            if ratio := self.speed.ratio("images", row):
+                return ratio
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
+        raise BoostDiffError(f"teacher and student could not be timed on one runner ({reasons})")
 
     def verdict(self) -> str:
         """One sentence: how much faster, how close in quality."""
-        best = self.best
+        head = self.headline
+        estimate, runner = head.estimate, head.faster.removesuffix(" student")
         words = (
-            f"The student makes images {best.image_ratio.median:.2f}x as fast as the two-pass teacher "
-            f"({best.runner}, batch {best.batch_size}, {best.steps} steps)"
+            f"The student makes images {estimate.value:.2f}x [{estimate.low:.2f}–{estimate.high:.2f}] as fast as the "
+            f"two-pass teacher ({runner}, batch {head.batch_size}, {self.provenance['steps']} steps; counted "
+            f"operations allow {head.ceiling:.2f}x)"
         )
         if self.quality is None:
             return f"{words}; quality was not measured."
         student = self.quality.rows[2]
         if student.distance is None:
             return f"{words}; there was no reference to measure quality against."
-        if student.recovered is None:
-            return f"{words}; guidance gains nothing at N = {self.quality.images}: judge quality with more --samples."
-        recovered = student.recovered
-        return f"{words} and recovers {recovered:.0%} of the quality that guidance adds (N = {self.quality.images})."
+        recovered, interval = student.recovered, student.recovered_interval
+        if recovered is None or interval is None:
+            return (
+                f"{words}; what guidance gains is within noise at N = {self.quality.images}: "
+                "judge quality with more --samples."
+            )
+        return (
+            f"{words} and recovers {recovered:.0%} [{interval.low:.0%}–{interval.high:.0%}] of the quality that "
+            f"guidance adds (N = {self.quality.images})."
+        )
 
     def as_json(self) -> dict[str, Any]:
-        """The content of `report.json`."""
+        """The content of `report.json`, as `report.schema.json` describes it."""
         return {
-            "report_version": REPORT_VERSION,
+            "schema_version": SCHEMA_VERSION,
             "verdict": self.verdict(),
-            "speed": [row.as_json() for row in self.throughputs],
-            "skipped_runners": self.skipped,
+            "speed": self.speed.as_json(),
+            "skipped": self.skipped,
             "quality": self.quality.as_json() if self.quality else None,
             "provenance": self.provenance,
         }
@@ -194,11 +238,14 @@ def bench(
     manifest = read_manifest(engine)
     infos = [read_student(folder, files) for folder in students]
     _check_engine(manifest, infos[0], engine, students[0])
-    if len({info.guidance for info in infos}) > 1:
+    scales = {info.choose_guidance(config.guidance) or info.guidance for info in infos}
+    if len({info.negative_prompt for info in infos}) > 1:
+        raise InputError("the students were distilled with different negative prompts: compare them one at a time")
+    if len(scales) > 1:
         raise InputError("the students were distilled at different guidance: compare them one at a time")
     if len(prompts) < config.samples:
         raise InputError(f"--samples {config.samples} needs as many prompts: there are {len(prompts)}")
-    guidance = infos[0].guidance
+    (guidance,) = scales
     target = resolve_device(device)
     model = load(files, device=target)
     taking_part = [
@@ -207,57 +254,111 @@ def bench(
     ]
     scheduler = partial(make_scheduler, config.sampler, model.pipeline.scheduler.config)
 
-    throughputs: list[Throughput] = []
     reasons = available_runners(manifest, target)
     for name, reason in reasons.items():
         if reason is not None:
             report(f"{name}: left out, {reason}")
-            continue
-        runner: Runner
-        if name == "torch":
-            runner = TorchRunner(taking_part[0].unet)
-        else:
-            runner = open_exported(name, folder=engine, manifest=manifest, device=target)
-        with runner:
-            row = measure(
-                runner,
-                model,
-                prompts=[prompts[i % len(prompts)] for i in range(config.batch_size)],
-                guidance=guidance,
-                make_scheduler=scheduler,
-                steps=config.steps,
-                runs=config.runs,
-                on_progress=partial(_report_timing, report, name),
-            )
-        throughputs.append(row)
-    quality = None
+    with ExitStack() as opened:
+        # torch has the base's weights at hand for the teacher; an exported graph serves all with the student's.
+        base, merged = (opened.enter_context(TorchRunner(unet)) for unet in (model.unet, taking_part[0].unet))
+        entrants = [Entrant(way=way, runner=merged if way == "student" else base) for way in WAYS]
+        for name, reason in reasons.items():
+            if name != "torch" and reason is None:
+                runner = opened.enter_context(open_exported(name, folder=engine, manifest=manifest, device=target))
+                entrants += [Entrant(way=way, runner=runner) for way in WAYS]
+        speed = _speed(model, config, entrants, guidance, prompts, report)
+    quality, hashes = None, dict(manifest.inputs)
     if config.samples:
-        quality = _quality(model, taking_part, config, guidance, prompts, reference, scheduler, report, on_images)
+        network = EfficientNetLite0Features().to(model.device)
+        hashes["features"] = sha256_of(network.weights_path)
+        quality = _quality(
+            model, network, taking_part, config, guidance, prompts, reference, scheduler, report, on_images
+        )
+    students_used = {str(s.folder): {"method": s.info.method, "settings": s.info.settings} for s in taking_part}
     return BenchResult(
-        throughputs=throughputs,
-        skipped={name: reason for name, reason in reasons.items() if reason},
+        speed=speed,
+        skipped={name: reason for name, reason in reasons.items() if reason} | speed.left_out,
         quality=quality,
         prompts=prompts[: config.samples],
-        provenance={
-            "model": files.name,
-            "guidance": guidance,
-            "sampler": config.sampler,
-            "steps": config.steps,
-            "seed": config.seed,
-            "students": {str(s.folder): {"method": s.info.method, "settings": s.info.settings} for s in taking_part},
-            "hashes": manifest.inputs,
-            "hardware": hardware(target),
-            "versions": versions("torchmetrics", "tensorrt", "tensorrt_rtx"),
-        },
+        provenance=_provenance(files, config, guidance, target)
+        | {"students": students_used, "hashes": hashes, "weights": "trained"},
     )
 
 
-def _report_timing(report: Callable[[str], None], runner: str, stage: str) -> None:
-    report(f"{runner}: timing {stage}")
+def bench_random(
+    files: ModelFiles,
+    config: BenchConfig,
+    *,
+    guidance: float = 3.0,
+    device: str = "auto",
+    report: Callable[[str], None] = lambda message: None,
+) -> BenchResult:
+    """Measure the speed of a model from its configuration alone, with random weights, in torch.
+
+    Args:
+        files: the model's configuration, as `random_weights.locate_configs` finds it.
+        config: what to measure; `samples` must be 0.
+        guidance: of the teacher; it changes no time.
+        device: "auto", "cpu", "cuda", …
+        report: told of each stage in words.
+
+    Raises:
+        InputError: the model can't be built, or images were asked for.
+    """
+    if config.samples:
+        raise InputError("--random-weights draws noise, not pictures: pass --speed-only with it")
+    target = resolve_device(device)
+    report("initialising random weights")
+    model = random_model(files, device=target, seed=config.seed)
+    with TorchRunner(model.unet) as runner:
+        entrants = [Entrant(way=way, runner=runner) for way in WAYS]
+        speed = _speed(model, config, entrants, guidance, ["a photograph of an astronaut"], report)
+    return BenchResult(
+        speed=speed,
+        skipped=speed.left_out,
+        quality=None,
+        prompts=[],
+        provenance=_provenance(files, config, guidance, target) | {"students": {}, "hashes": {}, "weights": "random"},
+    )
+
+
+def _provenance(files: ModelFiles, config: BenchConfig, guidance: float, device: torch.device) -> dict[str, Any]:
+    return {
+        "model": files.name,
+        "guidance": guidance,
+        "sampler": config.sampler,
+        "steps": config.steps,
+        "seed": config.seed,
+        "config": asdict(config) | {"batch_sizes": list(config.batch_sizes_on(device))},
+        "hardware": hardware(device),
+        "versions": versions("torchmetrics", "tensorrt", "tensorrt_rtx"),
+    }
+
+
+def _speed(
+    model: Model,
+    config: BenchConfig,
+    entrants: list[Entrant],
+    guidance: float,
+    prompts: list[str],
+    report: Callable[[str], None],
+) -> Speed:
+    return measure(
+        entrants,
+        model,
+        prompts=prompts,
+        guidance=guidance,
+        make_scheduler=partial(make_scheduler, config.sampler, model.pipeline.scheduler.config),
+        steps=config.steps,
+        batch_sizes=config.batch_sizes_on(model.device),
+        runs=config.runs,
+        on_progress=report,
+    )
 
 
 def _quality(
     model: Model,
+    network: torch.nn.Module,
     students: list[Student],
     config: BenchConfig,
     guidance: float,
@@ -267,7 +368,6 @@ def _quality(
     report: Callable[[str], None],
     on_images: Callable[[str, int], None],
 ) -> Quality:
-    network = EfficientNetLite0Features().to(model.device)
     statistics = None
     if reference is not None:
         from_folder = reference.is_dir() or not reference.exists()
@@ -279,7 +379,8 @@ def _quality(
         return GuidedDenoiser(TorchRunner(model.unet), guidance)
 
     def single(unet: UNet2DConditionModel) -> Denoiser:
-        return SinglePassDenoiser(TorchRunner(unet))
+        conditioned = unet.config.time_cond_proj_dim is not None
+        return SinglePassDenoiser(TorchRunner(unet), guidance if conditioned else None)
 
     contestants = [
         Contestant(name=f"teacher w={guidance:g}", passes=2, open=guided),
@@ -295,6 +396,7 @@ def _quality(
             network=network,
             reference=statistics,
             prompts=prompts[: config.samples],
+            negative_prompt=students[0].info.negative_prompt,
             make_scheduler=scheduler,
             steps=config.steps,
             seed=config.seed,

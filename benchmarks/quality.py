@@ -14,7 +14,9 @@ from ..engine.generate import generate, to_uint8
 from ..engine.guidance import Denoiser
 from ..engine.model import Model
 from ..teacher.palette import background_of, named_background
-from .features import Reference, features_of, frechet_distance, kernel_distance, paired_distance
+from .features import DISTANCE_NAME, Reference, features_of, frechet_distance, kernel_distance, paired_distance
+from .intervals import left_out_distances, precision_recall, recovered_interval
+from .stats import Estimate, jackknifed
 
 RESEED = 1_000_003
 """Added to the seed for the teacher-against-teacher row: the distance that chance alone makes."""
@@ -32,7 +34,12 @@ class QualityRow:
         kid_error: see `kid`.
         paired: mean cosine distance to the guided teacher's image of the same seed.
         background: share of images over the named background; None where prompts name none.
+        distance_interval: of `distance`, over prompts and noise, the reference being as it is; None below N = 4.
+        behind: `distance` less the guided teacher's, on the same prompts; None for the guided teacher itself.
+        precision: share of images that look real, and `recall` of real images that are covered (diversity).
+        recall: see `precision`.
         recovered: (unguided − this) / (unguided − guided) of `distance`; for students, where guided is better.
+        recovered_interval: of `recovered`; None where the gain of guidance itself is not beyond noise.
     """
 
     name: str
@@ -42,7 +49,12 @@ class QualityRow:
     kid_error: float | None
     paired: float
     background: float | None
+    distance_interval: Estimate | None = None
+    behind: Estimate | None = None
+    precision: float | None = None
+    recall: float | None = None
     recovered: float | None = None
+    recovered_interval: Estimate | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +82,7 @@ class Quality:
             "images": self.images,
             "reference_images": self.reference_images,
             "floor": self.floor,
+            "features": DISTANCE_NAME,
         }
 
 
@@ -110,6 +123,7 @@ def judge(
     steps: int,
     seed: int,
     batch_size: int,
+    negative_prompt: str = "",
     keep: int = 12,
     on_images: Callable[[str, int], None] = lambda name, count: None,
 ) -> Quality:
@@ -125,13 +139,15 @@ def judge(
         steps: sampling steps.
         seed: image i starts from the noise of `seed + i`.
         batch_size: images denoised together.
+        negative_prompt: what the guided teacher leads away from.
         keep: images to keep of each row.
         on_images: told of progress: the row's name and how many images took a step.
     """
-    text = model.family.encode(model.pipeline, prompts)
+    text = model.family.encode(model.pipeline, prompts, negative_prompt=negative_prompt)
     rows: list[QualityRow] = []
     samples: dict[str, torch.Tensor] = {}
     guided_features = None
+    without: list[list[float]] = []
     for contestant in contestants:
         denoiser = contestant.open()
         images = to_uint8(
@@ -151,13 +167,20 @@ def judge(
             guided_features = features
         distance = frechet_distance(reference, features) if reference else None
         kid, kid_error = kernel_distance(reference, features) if reference else (None, None)
-        recovered = None
-        if distance is not None and contestant.seed_offset == 0 and len(rows) >= 2:
-            guided, unguided = rows[0].distance, rows[1].distance
+        covered = precision_recall(reference.features, features) if reference else None
+        left_out = left_out_distances(reference, features) if reference and len(features) >= 4 else []
+        without.append(left_out)
+        behind, recovered, recovered_within = None, None, None
+        if distance is not None and rows:
+            guided, unguided = rows[0].distance, rows[min(1, len(rows) - 1)].distance
             assert guided is not None
             assert unguided is not None
+            if left_out:
+                behind = jackknifed(distance - guided, [a - b for a, b in zip(left_out, without[0], strict=True)])
             # Where guidance gains nothing (tiny N, say), there is nothing to recover.
-            recovered = (unguided - distance) / (unguided - guided) if guided < unguided else None
+            if contestant.seed_offset == 0 and len(rows) >= 2 and guided < unguided:
+                recovered = (unguided - distance) / (unguided - guided)
+                recovered_within = recovered_interval(recovered, without[0], without[1], left_out) if left_out else None
         rows.append(
             QualityRow(
                 name=contestant.name,
@@ -167,7 +190,12 @@ def judge(
                 kid_error=kid_error,
                 paired=paired_distance(features, guided_features),
                 background=background_accuracy(prompts, images),
+                distance_interval=jackknifed(distance, left_out) if distance is not None and left_out else None,
+                behind=behind,
+                precision=covered[0] if covered else None,
+                recall=covered[1] if covered else None,
                 recovered=recovered,
+                recovered_interval=recovered_within,
             )
         )
         samples[contestant.name] = images[:keep]

@@ -1,71 +1,134 @@
-"""Speed: teacher and student on one runner, interleaved, after warm-up, as ratios with their spread."""
+"""Speed: every way of sampling on every runner, interleaved in one run, after warm-up."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import SchedulerMixin
 
 from ..engine.generate import decode, initial_noise, sample
-from ..engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
+from ..engine.guidance import GuidedDenoiser, SinglePassDenoiser
 from ..engine.model import Model
 from ..engine.runners import Runner
+from .flops import Flops, count_flops
+from .stats import Estimate, Spread, median_of
+
+WAYS = {"teacher": 2, "student": 1, "unguided": 1}
+"""Ways of sampling and their UNet passes per step: batched CFG, the student, the teacher without guidance (floor)."""
+
+PARTS = ("unet", "text_encoder", "vae_decode")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spread:
-    """Median, p10 and p90 of repeated measurements, and their number."""
-
-    median: float
-    p10: float
-    p90: float
-    runs: int
-
-    @classmethod
-    def of(cls, values: list[float]) -> Spread:
-        """From the measurements themselves."""
-        p10, median, p90 = np.percentile(values, [10, 50, 90]).tolist()
-        return cls(median=median, p10=p10, p90=p90, runs=len(values))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Throughput:
-    """One runner at one batch size.
+class Entrant:
+    """One way of sampling on one runner.
 
     Attributes:
+        way: a key of `WAYS`.
+        runner: executes the UNet.
+    """
+
+    way: str
+    runner: Runner
+
+    @property
+    def name(self) -> str:
+        """For people: "onnx student"."""
+        return f"{self.runner.name} {self.way}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedRow:
+    """One entrant at one batch size; times in seconds.
+
+    Attributes:
+        way: a key of `WAYS`.
         runner: its name.
         device: its device.
         precision: of the UNet.
         batch_size: images made together.
-        steps: sampling steps of a whole image.
-        unet_teacher: seconds of one batched-CFG evaluation (a pass over 2B).
-        unet_student: seconds of one student evaluation (a pass over B).
-        unet_ratio: teacher / student, of neighbouring runs.
-        image_teacher: seconds from prompts to pixels for the batch.
-        image_student: likewise.
-        image_ratio: teacher / student, of neighbouring runs.
+        steps: sampling steps.
+        latency: from prompts to pixels on the host, for the batch.
+        images_per_second: batch size over the median latency.
+        unet_step: one evaluation of the UNet, the mean over a run's steps: over 2B for the teacher, else over B.
+        text_encoder: encoding the prompts, for the batch.
+        vae_decode: decoding the batch, with its way to the host.
+        host_gap: latency less all of the parts: scheduler, guidance arithmetic, Python, idle device.
+        tflops: UNet operations per second of `unet_step`, in 10¹².
     """
 
+    way: str
     runner: str
     device: str
     precision: str
     batch_size: int
     steps: int
-    unet_teacher: Spread
-    unet_student: Spread
-    unet_ratio: Spread
-    image_teacher: Spread
-    image_student: Spread
-    image_ratio: Spread
+    latency: Spread
+    images_per_second: Estimate
+    unet_step: Spread
+    text_encoder: Spread
+    vae_decode: Spread
+    host_gap: Spread
+    tflops: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedRatio:
+    """How many times as fast one entrant is as another, by their times in the same round.
+
+    Attributes:
+        slower: its name, "torch teacher".
+        faster: likewise.
+        part: "images" (prompts to pixels) or "unet" (one step).
+        batch_size: of both.
+        estimate: median of the rounds' ratios.
+        ceiling: the ratio of the counted operations; None where the runners differ.
+    """
+
+    slower: str
+    faster: str
+    part: str
+    batch_size: int
+    estimate: Estimate
+    ceiling: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """All that was measured about speed.
+
+    Attributes:
+        rows: one per entrant and batch size.
+        ratios: see `SpeedRatio`.
+        flops: counted from the model.
+        left_out: reasons by entrant and batch size.
+    """
+
+    rows: list[SpeedRow]
+    ratios: list[SpeedRatio]
+    flops: Flops
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
+
+    @property
+    def fastest(self) -> SpeedRow:
+        """The student's row with the most images per second."""
+        students = [row for row in self.rows if row.way == "student"]
+        return max(students, key=lambda row: row.images_per_second.value)
+
+    def ratio(self, part: str, row: SpeedRow) -> SpeedRatio | None:
+        """Teacher over student where this row was measured; None where the teacher couldn't run."""
+        names = (f"{row.runner} teacher", f"{row.runner} student", part, row.batch_size)
+        matches = [r for r in self.ratios if (r.slower, r.faster, r.part, r.batch_size) == names]
+        return matches[0] if matches else None
 
 
 def synchronise(device: torch.device) -> None:
@@ -74,102 +137,209 @@ def synchronise(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def interleaved(
-    first: Callable[[], object],
-    second: Callable[[], object],
+class Stopwatch:
+    """Times the parts of a run without stopping it: events on CUDA, where work is only queued; else the clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._spans: dict[str, list[Callable[[], float]]] = {name: [] for name in PARTS}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add what runs inside to a part's time."""
+        if self.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record(torch.cuda.current_stream(self.device))
+            yield
+            end.record(torch.cuda.current_stream(self.device))
+            self._spans[name].append(lambda: begin.elapsed_time(end) / 1e3)
+        else:
+            began = time.perf_counter()
+            yield
+            seconds = time.perf_counter() - began
+            self._spans[name].append(lambda: seconds)
+
+    def seconds(self, name: str) -> float:
+        """The part's time so far; on CUDA only after synchronising."""
+        return sum(span() for span in self._spans[name])
+
+
+def in_turn(count: int, rounds: int) -> Iterator[tuple[int, int]]:
+    """Whose turn it is: every round visits all, in alternating order, so that drift falls on all alike.
+
+    Yields:
+        (round, index) pairs: 0 1 2, 2 1 0, 0 1 2, …
+    """
+    for number in range(rounds):
+        order = range(count) if number % 2 == 0 else reversed(range(count))
+        yield from ((number, index) for index in order)
+
+
+def time_batch(
+    entrant: Entrant,
+    model: Model,
     *,
-    device: torch.device,
-    runs: int,
-    warm_up: int,
-) -> tuple[list[float], list[float]]:
-    """Time two functions in turn, A B B A A B …, so that drift of the machine's speed falls on both.
+    prompts: Sequence[str],
+    noise: torch.Tensor,
+    guidance: float,
+    scheduler: SchedulerMixin,
+    steps: int,
+) -> dict[str, float]:
+    """Make one batch of images and time it.
 
     Args:
-        first: timed.
-        second: timed.
-        device: synchronised before and after each.
-        runs: timed calls of each.
-        warm_up: calls of each that are thrown away first.
+        entrant: how.
+        model: text encoder and VAE.
+        prompts: B of them.
+        noise: `(B, C, H, W)` on the CPU.
+        guidance: of the teacher.
+        scheduler: a fresh one.
+        steps: sampling steps.
 
     Returns:
-        Seconds of each call of `first`, and of `second`.
+        Seconds by part, with "total" and "host_gap".
     """
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for run in range(-warm_up, runs):
-        order = ((0, first), (1, second)) if run % 2 == 0 else ((1, second), (0, first))
-        for index, call in order:
-            synchronise(device)
-            began = time.perf_counter()
-            call()
-            synchronise(device)
-            if run >= 0:
-                seconds[index].append(time.perf_counter() - began)
-    return seconds
+    runner, guided = entrant.runner, WAYS[entrant.way] > 1
+    device = runner.device
+    watch = Stopwatch(device)
+
+    width = runner.config.get("time_cond_proj_dim")
+
+    def timed_runner(z_t: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # A range student's graph wants its guidance in every row; the value changes no time.
+        if width is not None:
+            kwargs["timestep_cond"] = z_t.new_zeros(len(z_t), width)
+        with watch.part("unet"):
+            return runner(z_t, *args, **kwargs)
+
+    denoiser = GuidedDenoiser(timed_runner, guidance) if guided else SinglePassDenoiser(timed_runner)
+    synchronise(device)
+    began = time.perf_counter()
+    with watch.part("text_encoder"):
+        text = model.family.encode(model.pipeline, prompts, negative_prompt="" if guided else None).to(
+            device, runner.dtype
+        )
+    latents = sample(denoiser, text=text, noise=noise.to(device, runner.dtype), scheduler=scheduler, steps=steps)
+    with watch.part("vae_decode"):
+        decode(model, latents.to(model.device))
+    synchronise(device)
+    seconds = {"total": time.perf_counter() - began} | {name: watch.seconds(name) for name in PARTS}
+    return seconds | {"host_gap": seconds["total"] - sum(seconds[name] for name in PARTS)}
 
 
 def measure(
-    runner: Runner,
+    entrants: Sequence[Entrant],
     model: Model,
     *,
-    prompts: list[str],
+    prompts: Sequence[str],
     guidance: float,
     make_scheduler: Callable[[], SchedulerMixin],
     steps: int,
+    batch_sizes: Sequence[int],
     runs: int = 9,
-    step_runs: int = 40,
     on_progress: Callable[[str], None] = lambda stage: None,
-) -> Throughput:
-    """Measure teacher and student on one runner.
+) -> Speed:
+    """Measure all entrants at all batch sizes.
 
-    The runner's weights are the student's in both cases: speed does not depend on them, and the teacher is what
-    differs in batch (2B) and arithmetic (equation 3).
+    Weights don't matter to speed: where a runner has one graph, all of its entrants share it, and student and
+    unguided teacher are then the same work, timed twice: how much they differ is the noise of the measurement.
 
     Args:
-        runner: executes the UNet.
+        entrants: see `Entrant`; the ratios need a teacher and a student on the same runner.
         model: text encoder, VAE and latents' shape.
-        prompts: as many as the batch size.
+        prompts: at least one; repeated to fill a batch.
         guidance: of the teacher.
         make_scheduler: gives a fresh scheduler.
         steps: sampling steps.
-        runs: whole images timed, of each.
-        step_runs: UNet evaluations timed, of each.
+        batch_sizes: measured one after the other.
+        runs: timed batches of each entrant, after one that is thrown away.
         on_progress: told what is being measured.
     """
-    batch_size = len(prompts)
-    device = runner.device
-    noise = initial_noise(model.latent_shape, count=batch_size, seed=0).to(device, runner.dtype)
-    text = model.family.encode(model.pipeline, prompts).to(device, runner.dtype)
-    teacher: Denoiser = GuidedDenoiser(runner, guidance)
-    student: Denoiser = SinglePassDenoiser(runner)
-    t = torch.tensor(501, device=device)
+    flops = count_flops(model)
+    speed = Speed(rows=[], ratios=[], flops=flops)
+    for batch_size in batch_sizes:
+        noise = initial_noise(model.latent_shape, count=batch_size, seed=0)
+        batch = [prompts[i % len(prompts)] for i in range(batch_size)]
 
-    def images(denoiser: Denoiser) -> torch.Tensor:
-        encoded = model.family.encode(model.pipeline, prompts, negative_prompt="" if denoiser is teacher else None)
-        encoded = encoded.to(device, runner.dtype)
-        latents = sample(denoiser, text=encoded, noise=noise, scheduler=make_scheduler(), steps=steps)
-        return decode(model, latents.to(model.device))
+        def timed(entrant: Entrant, noise: torch.Tensor = noise, batch: list[str] = batch) -> dict[str, float]:
+            return time_batch(
+                entrant,
+                model,
+                prompts=batch,
+                noise=noise,
+                guidance=guidance,
+                scheduler=make_scheduler(),
+                steps=steps,
+            )
 
-    with torch.inference_mode():
-        on_progress("UNet steps")
-        unet = interleaved(
-            lambda: teacher(noise, t, text),
-            lambda: student(noise, t, text),
-            device=device,
-            runs=step_runs,
-            warm_up=5,
-        )
-        on_progress("whole images")
-        whole = interleaved(lambda: images(teacher), lambda: images(student), device=device, runs=runs, warm_up=1)
-    return Throughput(
-        runner=runner.name,
+        running = []
+        for entrant in entrants:
+            on_progress(f"batch {batch_size}: warming up {entrant.name}")
+            try:
+                timed(entrant)
+                running.append(entrant)
+            except Exception as error:
+                # Out of memory, or a batch beyond an engine's profile: each library raises a type of its own.
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                speed.left_out[f"{entrant.name}, batch {batch_size}"] = reason
+        times: list[list[dict[str, float]]] = [[] for _ in running]
+        for number, index in in_turn(len(running), runs):
+            on_progress(f"batch {batch_size}: round {number + 1} of {runs}, {running[index].name}")
+            times[index].append(timed(running[index]))
+        measured = dict(zip([entrant.name for entrant in running], times, strict=True))
+        for entrant in running:
+            speed.rows.append(_row(entrant, measured[entrant.name], flops, batch_size, steps))
+        speed.ratios.extend(_ratios(measured, flops, batch_size, steps))
+    return speed
+
+
+def _row(entrant: Entrant, times: list[dict[str, float]], flops: Flops, batch_size: int, steps: int) -> SpeedRow:
+    device = entrant.runner.device
+    total = median_of([run["total"] for run in times])
+    step = Spread.of([run["unet"] / steps for run in times])
+    return SpeedRow(
+        way=entrant.way,
+        runner=entrant.runner.name,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        precision=str(runner.dtype).removeprefix("torch."),
+        precision=str(entrant.runner.dtype).removeprefix("torch."),
         batch_size=batch_size,
         steps=steps,
-        unet_teacher=Spread.of(unet[0]),
-        unet_student=Spread.of(unet[1]),
-        unet_ratio=Spread.of([a / b for a, b in zip(*unet, strict=True)]),
-        image_teacher=Spread.of(whole[0]),
-        image_student=Spread.of(whole[1]),
-        image_ratio=Spread.of([a / b for a, b in zip(*whole, strict=True)]),
+        latency=Spread.of([run["total"] for run in times]),
+        images_per_second=Estimate(
+            value=batch_size / total.value,
+            low=batch_size / total.high,
+            high=batch_size / total.low,
+            coverage=total.coverage,
+        ),
+        unet_step=step,
+        text_encoder=Spread.of([run["text_encoder"] for run in times]),
+        vae_decode=Spread.of([run["vae_decode"] for run in times]),
+        host_gap=Spread.of([run["host_gap"] for run in times]),
+        tflops=WAYS[entrant.way] * batch_size * flops.unet / step.median / 1e12,
     )
+
+
+def _ratios(measured: dict[str, list[dict[str, float]]], flops: Flops, batch_size: int, steps: int) -> list[SpeedRatio]:
+    """Teacher over student and floor over student on each runner; torch's teacher over the other runners' students."""
+    ceilings = {"images": flops.ceiling(steps=steps, batch_size=batch_size), "unet": 2.0}
+    ratios = []
+    for faster in (name for name in measured if name.endswith(" student")):
+        runner = faster.removesuffix(" student")
+        pairs = [(f"{runner} teacher", True), (f"{runner} unguided", False)]
+        pairs += [("torch teacher", False)] if runner != "torch" else []
+        for slower, bounded in pairs:
+            if slower not in measured:
+                continue
+            for part, key in (("images", "total"), ("unet", "unet")):
+                rounds = zip(measured[slower], measured[faster], strict=True)
+                ratios.append(
+                    SpeedRatio(
+                        slower=slower,
+                        faster=faster,
+                        part=part,
+                        batch_size=batch_size,
+                        estimate=median_of([one[key] / other[key] for one, other in rounds]),
+                        ceiling=ceilings[part] if bounded else None,
+                    )
+                )
+    return ratios

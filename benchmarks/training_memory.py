@@ -56,7 +56,8 @@ def update(mode: str, configs: Path, batch_size: int, checkpointing: bool) -> di
         if mode == "distil":
             with torch.no_grad(), adapter.disabled():
                 both = unet(torch.cat([z_t, z_t]), torch.cat([t, t]), text, return_dict=False)[0]
-                target = combine(*both.float().chunk(2), 3.0)
+                unconditional, conditional = both.float().chunk(2)
+                target = combine(unconditional, conditional, 3.0)
         prediction = unet(z_t, t, text[batch_size:], return_dict=False)[0]
         distillation_loss(prediction.float(), target, alpha, sigma, "constant").mean().backward()
     optimizer.step()

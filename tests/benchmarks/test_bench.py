@@ -1,54 +1,38 @@
+import html
 import json
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from boostdiff.benchmarks.bench import BenchConfig, BenchResult, bench
-from boostdiff.benchmarks.features import EfficientNetLite0Features, Reference, features_of
+from boostdiff.benchmarks.bench import BenchConfig, BenchResult, bench, parse_batch_sizes
 from boostdiff.benchmarks.quality import background_accuracy
 from boostdiff.benchmarks.report import write_report
+from boostdiff.distill.config import DistillConfig
+from boostdiff.distill.train import Observers, distil
 from boostdiff.engine.errors import InputError
-from boostdiff.engine.model import ModelFiles, locate
+from boostdiff.engine.model import ModelFiles
 from boostdiff.export.export import export
 from tiny import PROMPTS
 
 MANY = [f"{prompt} on a red background" for prompt in PROMPTS] * 6
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_folder: Path, students: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("engines") / "engine"
-    export(locate(str(tiny_folder)), student=students["lora"], output=folder, device="cpu")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def result(
-    tiny_folder: Path, students: dict[str, Path], engine: Path, tmp_path_factory: pytest.TempPathFactory
-) -> BenchResult:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=generator)
-    features = features_of(EfficientNetLite0Features(), images)
-    reference = tmp_path_factory.mktemp("reference") / "r.safetensors"
-    Reference.of(features[:16], features[16:]).save(reference)
-    return bench(
-        locate(str(tiny_folder)),
-        BenchConfig(steps=3, batch_size=2, runs=3, samples=20),
-        students=[students["lora"], students["bitfit"]],
-        engine=engine,
-        prompts=MANY,
-        reference=reference,
-        device="cpu",
-    )
-
-
 def test_every_runner_here_is_timed(result: BenchResult) -> None:
-    assert [row.runner for row in result.throughputs] == ["torch", "onnx"]
+    speed = result.speed
+    entrants = [(row.runner, row.way, row.batch_size) for row in speed.rows]
+    assert sorted(entrants) == sorted(product(("torch", "onnx"), ("teacher", "student", "unguided"), (1, 2)))
     assert "without --trt" in result.skipped["tensorrt"]
-    for row in result.throughputs:
-        assert 0 < row.image_ratio.p10 <= row.image_ratio.median <= row.image_ratio.p90
-        assert row.unet_ratio.runs == 40
+    for row in speed.rows:
+        assert 0 < row.images_per_second.low <= row.images_per_second.value <= row.images_per_second.high
+        assert row.latency.median <= row.latency.p90 <= row.latency.p99
+        assert row.host_gap.median > 0
+        assert 3 * row.unet_step.median < row.latency.median
+    assert len(speed.ratios) == 2 * 2 * (2 + 3)
+    for ratio in speed.ratios:
+        assert (ratio.ceiling is None) == ("unguided" in ratio.slower or ratio.faster[:4] != ratio.slower[:4])
+    assert result.headline.part == "images"
 
 
 def test_rows_are_paired_and_compared(result: BenchResult) -> None:
@@ -72,6 +56,11 @@ def test_rows_are_paired_and_compared(result: BenchResult) -> None:
         assert rows["student lora"].recovered == pytest.approx((unguided - student) / (unguided - guided))
     else:
         assert rows["student lora"].recovered is None
+    for row in result.quality.rows:
+        assert row.distance_interval.low < row.distance < row.distance_interval.high
+        assert 0 <= row.recall <= 1
+    assert rows["teacher w=3"].behind is None
+    assert rows["student lora"].behind.value == pytest.approx(student - guided)
 
 
 def test_the_report_is_one_self_contained_page(result: BenchResult, tmp_path: Path) -> None:
@@ -85,10 +74,9 @@ def test_the_report_is_one_self_contained_page(result: BenchResult, tmp_path: Pa
     }
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
-    assert page.count("<img alt=") == 3
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["verdict"] == result.verdict()
-    assert report["verdict"].split(";")[0].split(" and ")[0] in page
+    assert html.escape(report["verdict"]) in page
     assert report["provenance"]["versions"]["torch"]
     assert len(report["quality"]["rows"]) == 5
 
@@ -122,12 +110,23 @@ def test_more_samples_than_prompts(tiny_files: ModelFiles, students: dict[str, P
 def test_wrong_settings() -> None:
     for changes, message in (
         ({"steps": 0}, "--steps"),
-        ({"batch_size": 0}, "--batch-size"),
+        ({"batch_sizes": (4, 0)}, "--batch-sizes"),
+        ({"batch_sizes": ()}, "--batch-sizes"),
         ({"samples": 1}, "--samples 1"),
         ({"sampler": "x"}, "unknown sampler"),
     ):
         with pytest.raises(InputError, match=message):
             BenchConfig(**changes)
+    assert parse_batch_sizes("8,1") == (8, 1)
+    assert parse_batch_sizes(None) is None
+    with pytest.raises(InputError, match="no list of whole numbers"):
+        parse_batch_sizes("1;2")
+
+
+def test_default_batch_sizes() -> None:
+    assert BenchConfig().batch_sizes_on(torch.device("cpu")) == (8,)
+    assert BenchConfig().batch_sizes_on(torch.device("cuda")) == (1, 2, 4, 8, 16)
+    assert BenchConfig(batch_sizes=(4, 1, 4)).batch_sizes_on(torch.device("cpu")) == (1, 4)
 
 
 def test_background_accuracy() -> None:
@@ -137,3 +136,29 @@ def test_background_accuracy() -> None:
     prompts = ["x on a red background", "x on a blue background", "just x"]
     assert background_accuracy(prompts, images) == 0.5
     assert background_accuracy(["just x"], images[:1]) is None
+
+
+def test_a_range_student_is_judged_at_the_guidance_asked_for(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path
+) -> None:
+    training = DistillConfig(guidance=2.0, guidance_max=6.0, prompts=prompt_file, updates=4, batch_size=2)
+    distil(tiny_files, training, output=tmp_path / "student", device="cpu", observers=Observers(preview=False))
+    export(tiny_files, student=tmp_path / "student", output=tmp_path / "engine", device="cpu")
+
+    def run(guidance: float | None) -> BenchResult:
+        config = BenchConfig(steps=2, runs=3, samples=4, batch_sizes=(2,), guidance=guidance)
+        return bench(
+            tiny_files,
+            config,
+            students=[tmp_path / "student"],
+            engine=tmp_path / "engine",
+            prompts=list(PROMPTS),
+            reference=None,
+            device="cpu",
+        )
+
+    result = run(5.0)
+    assert result.quality is not None
+    assert "teacher w=5" in [row.name for row in result.quality.rows]
+    with pytest.raises(InputError, match="for guidance 2 to 6"):
+        run(7.0)

@@ -1,0 +1,151 @@
+"""A benchmark as headings and cells, for the terminal and the page alike."""
+
+from __future__ import annotations
+
+from .bench import BenchResult
+from .features import DISTANCE_NAME
+from .intervals import GROUPS, NEIGHBOURS
+from .quality import QualityRow
+from .stats import CONFIDENCE, Estimate
+from .throughput import Speed, SpeedRatio
+
+Table = tuple[list[str], list[list[str]]]
+"""Headings and cells."""
+
+NOTHING = "–"
+WAY_NAMES = {"teacher": "teacher, CFG", "student": "student", "unguided": "teacher, no CFG"}
+_PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+def number(value: float | None, pattern: str = "{:.1f}") -> str:
+    """Formatted, or a dash."""
+    return NOTHING if value is None else pattern.format(value)
+
+
+def within(estimate: Estimate | None, pattern: str = "{:.1f}", unit: str = "") -> str:
+    """A value with its interval, or a dash."""
+    if estimate is None:
+        return NOTHING
+    value, low, high = (pattern.format(x) for x in (estimate.value, estimate.low, estimate.high))
+    return f"{value}{unit} [{low}, {high}]"
+
+
+def _coverage(speed: Speed) -> str:
+    """What the intervals of speed may be called: 95%, or less where too few runs were timed."""
+    return f"[{min(CONFIDENCE, speed.rows[0].images_per_second.coverage):.0%}]"
+
+
+def speed_table(speed: Speed, *, brief: bool = False) -> Table:
+    """Every entrant: throughput, latency and its parts; times in milliseconds for the whole batch.
+
+    Args:
+        speed: what was measured.
+        brief: leave out what a terminal of 80 columns has no room for.
+    """
+    headings = ["runner", "sampling", "batch", f"images/s {_coverage(speed)}", "p50 ms", "p90 ms", "p99 ms"]
+    headings += ["UNet step ms", "text ms", "VAE ms", "host gap ms", "UNet TFLOP/s"]
+    cells = []
+    for row in speed.rows:
+        times = (row.latency.median, row.latency.p90, row.latency.p99, row.unet_step.median)
+        parts = (row.text_encoder.median, row.vae_decode.median, row.host_gap.median)
+        cells.append(
+            [
+                f"{row.runner} {_PRECISIONS.get(row.precision, row.precision)}",
+                WAY_NAMES[row.way],
+                str(row.batch_size),
+                within(row.images_per_second, "{:.3g}"),
+                *(f"{seconds * 1e3:.1f}" for seconds in (*times, *parts)),
+                f"{row.tflops:.3g}",
+            ]
+        )
+    return _columns((headings, cells), (0, 1, 2, 3, 4, 7)) if brief else (headings, cells)
+
+
+def ratio_table(speed: Speed) -> Table:
+    """How many times as fast: whole images beside the ceiling of the counted operations, and the UNet's step."""
+    headings = ["", "batch", f"whole images {_coverage(speed)}", "ceiling", f"UNet step {_coverage(speed)}"]
+    pairs: dict[tuple[str, str, int], dict[str, SpeedRatio]] = {}
+    for ratio in speed.ratios:
+        pairs.setdefault((ratio.slower, ratio.faster, ratio.batch_size), {})[ratio.part] = ratio
+    cells = [
+        [
+            f"{faster} over {slower.replace('unguided', 'teacher, no CFG')}",
+            str(batch),
+            within(parts["images"].estimate, "{:.2f}", "x"),
+            number(parts["images"].ceiling, "{:.2f}x"),
+            within(parts["unet"].estimate, "{:.2f}", "x"),
+        ]
+        for (slower, faster, batch), parts in pairs.items()
+    ]
+    return headings, cells
+
+
+def quality_table(rows: list[QualityRow], *, brief: bool = False) -> Table:
+    """Every way of sampling; a dash where nothing was measured.
+
+    Args:
+        rows: what was measured.
+        brief: leave out what a terminal of 80 columns has no room for.
+    """
+    headings = ["sampling", "passes", f"{DISTANCE_NAME} [95%]", "behind CFG [95%]", "KID ×1000", "precision", "recall"]
+    headings += ["paired", "background", "recovered [95%]"]
+    cells = []
+    for row in rows:
+        recovered = (
+            within(row.recovered_interval, "{:.0%}") if row.recovered_interval else number(row.recovered, "{:.0%}")
+        )
+        distance = within(row.distance_interval) if row.distance_interval else number(row.distance)
+        kid = NOTHING
+        if row.kid is not None and row.kid_error is not None:
+            kid = f"{row.kid * 1e3:.1f} ± {row.kid_error * 1e3:.1f}"
+        cells.append(
+            [
+                row.name,
+                str(row.passes),
+                distance,
+                within(row.behind),
+                kid,
+                number(row.precision, "{:.0%}"),
+                number(row.recall, "{:.0%}"),
+                f"{row.paired:.3f}",
+                number(row.background, "{:.0%}"),
+                recovered,
+            ]
+        )
+    if not brief:
+        return headings, cells
+    headings, cells = _columns((headings, cells), (0, 2, 6, 8, 9))
+    return [DISTANCE_NAME if name.startswith(DISTANCE_NAME) else name for name in headings], cells
+
+
+def _columns(table: Table, keep: tuple[int, ...]) -> Table:
+    headings, cells = table
+    return [headings[i] for i in keep], [[row[i] for i in keep] for row in cells]
+
+
+def speed_note(result: BenchResult) -> str:
+    """How the speed was measured."""
+    speed = result.speed
+    runs, coverage = speed.rows[0].latency.runs, speed.rows[0].images_per_second.coverage
+    flops = speed.flops
+    return (
+        f"{result.provenance['steps']} steps; medians of {runs} batches each, all entrants in turn after a discarded "
+        f"batch, prompts to pixels. Intervals: order statistics, coverage {coverage:.0%}. Ratios: of times in the same "
+        f"round. Ceiling: counted operations, {flops.unet / 1e9:.3g} GFLOP for a UNet pass, "
+        f"{flops.vae_decode / 1e9:.3g} for a VAE decode, {flops.text_encoder / 1e9:.2g} for a prompt."
+    )
+
+
+def quality_note(result: BenchResult) -> str:
+    """How the quality was measured."""
+    quality = result.quality
+    assert quality is not None
+    note = f"N = {quality.images} images a row, same prompts, seeds and noise"
+    if quality.floor is not None:
+        note += (
+            f"; real images themselves score {quality.floor:.1f} at this N ({quality.reference_images} in reference)"
+        )
+    return (
+        f"{note}. Intervals: jackknife over {GROUPS} groups of prompts, the same in all rows. Precision and recall: "
+        f"k = {NEIGHBOURS}. Paired: cosine distance of features to the guided teacher's image of the same seed."
+    )

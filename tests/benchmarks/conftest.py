@@ -1,0 +1,55 @@
+"""One benchmark of the tiny model, shared by the tests that look at it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from boostdiff.benchmarks.bench import BenchConfig, BenchResult, bench
+from boostdiff.benchmarks.features import EfficientNetLite0Features, Reference, features_of
+from boostdiff.benchmarks.report import write_report
+from boostdiff.engine.model import locate
+from boostdiff.export.export import export
+from tiny import PROMPTS
+
+MANY = [f"{prompt} on a red background" for prompt in PROMPTS] * 6
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_folder: Path, students: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engines") / "engine"
+    export(locate(str(tiny_folder)), student=students["lora"], output=folder, device="cpu")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def result(
+    tiny_folder: Path, students: dict[str, Path], engine: Path, tmp_path_factory: pytest.TempPathFactory
+) -> BenchResult:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    features = features_of(EfficientNetLite0Features(), images)
+    reference = tmp_path_factory.mktemp("reference") / "r.safetensors"
+    Reference.of(features[:16], features[16:]).save(reference)
+    return bench(
+        locate(str(tiny_folder)),
+        BenchConfig(steps=3, batch_sizes=(2, 1), runs=3, samples=20),
+        students=[students["lora"], students["bitfit"]],
+        engine=engine,
+        prompts=MANY,
+        reference=reference,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="session")
+def report_folder(result: BenchResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    write_report(result, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def written_report(report_folder: Path) -> dict[str, Any]:
+    return json.loads((report_folder / "report.json").read_text(encoding="utf-8"))

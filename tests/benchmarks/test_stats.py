@@ -1,0 +1,37 @@
+import numpy as np
+import pytest
+from boostdiff.benchmarks.stats import Spread, jackknifed, median_of
+
+
+def test_spread() -> None:
+    spread = Spread.of([float(x) for x in range(11)])
+    assert (spread.median, spread.p10, spread.p90, spread.runs) == (5, 1, 9, 11)
+    assert 9 < spread.p99 < 10
+
+
+def test_the_medians_interval_is_the_sign_tests() -> None:
+    """Conover 1999, table A3: for n = 9 the 2nd and the 8th of nine, 96.1%."""
+    estimate = median_of([9, 1, 8, 2, 7, 3, 6, 4, 5])
+    assert (estimate.value, estimate.low, estimate.high) == (5, 2, 8)
+    assert estimate.coverage == pytest.approx(1 - 2 * 10 / 512)
+    few = median_of([3.0, 1.0, 2.0])
+    assert (few.low, few.high, few.coverage) == (1, 3, 0.75)
+    with pytest.raises(ValueError, match="no measurements"):
+        median_of([])
+
+
+def test_the_medians_interval_covers() -> None:
+    draws = np.random.default_rng(0).exponential(size=(2000, 15))
+    estimates = [median_of(row) for row in draws]
+    covered = np.mean([e.low <= np.log(2) <= e.high for e in estimates])
+    assert covered == pytest.approx(estimates[0].coverage, abs=0.02)
+
+
+def test_the_jackknife_of_a_mean_is_the_standard_error() -> None:
+    values = np.random.default_rng(0).normal(size=40)
+    left_out = [np.delete(values, i).mean() for i in range(40)]
+    estimate = jackknifed(values.mean(), left_out)
+    error = values.std(ddof=1) / 40**0.5
+    assert estimate.high - estimate.value == pytest.approx(2.0227 * error, rel=1e-4)
+    with pytest.raises(ValueError, match="two groups"):
+        jackknifed(0, [1])
