@@ -19,6 +19,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from ..engine.errors import InputError
+from ..engine.guidance import smooth_columns
 from ..engine.student import (
     ADAPTER_NAME,
     BITFIT_FILE,
@@ -241,6 +242,9 @@ class GuidanceConditioned(Adapter):
         self.inner = inner
         self.projection = add_guidance_embedding(unet)
         self.projection.requires_grad_(True)
+        # The other columns stay at zero: trained, they add noise at every scale that was not drawn.
+        smooth = smooth_columns(self.projection.in_features).to(self.projection.weight.device)
+        self.projection.weight.register_hook(lambda gradient: gradient * smooth)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """See `Adapter.parameters`."""

@@ -11,12 +11,13 @@ from boostdiff.distill.objective import NoiseSchedule, guidance_weight
 from boostdiff.distill.order import Share
 from boostdiff.distill.train import Observers, distil
 from boostdiff.engine.errors import InputError
-from boostdiff.engine.guidance import SinglePassDenoiser, combine, guidance_embedding
+from boostdiff.engine.guidance import SinglePassDenoiser, combine, guidance_embedding, smooth_columns
 from boostdiff.engine.model import Model, ModelFiles, load, locate
 from boostdiff.engine.runners import TorchRunner
-from boostdiff.engine.student import ADAPTER_NAME, apply_student, read_student
+from boostdiff.engine.student import ADAPTER_NAME, GUIDANCE_FILE, apply_student, read_student
 from boostdiff.export.merge import merge, prove_merge
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 from tiny import CPU, PROMPTS
 
 SILENT = Observers(preview=False)
@@ -147,3 +148,13 @@ def test_guidance_on_the_command_line(text: str, expected: tuple[float, float | 
 def test_a_reversed_range() -> None:
     with pytest.raises(InputError, match="is no range"):
         DistillConfig(guidance=7.5, guidance_max=1.5)
+
+
+def test_only_columns_that_vary_smoothly_with_guidance_are_trained(range_student: Path) -> None:
+    weight = load_file(range_student / GUIDANCE_FILE)["time_embedding.cond_proj.weight"]
+    smooth = smooth_columns(weight.shape[1])
+    assert 0 < smooth.sum() < len(smooth)
+    assert (weight[:, smooth] != 0).any()
+    assert (weight[:, ~smooth] == 0).all()
+    near, far = guidance_embedding(torch.tensor([3.0, 4.0]), weight.shape[1])
+    assert (near - far)[smooth].abs().max() <= 1
