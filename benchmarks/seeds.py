@@ -34,6 +34,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 GUIDANCE = 3.0
 
 
+def _same(denoiser: Denoiser) -> Denoiser:
+    return denoiser
+
+
 def train(work: Path, method: str, seed: int, more: list[str]) -> Path:
     """The student's folder; trained by the command line unless it is there."""
     folder = work / f"{method}-{seed}"
@@ -62,7 +66,7 @@ def distances(work: Path, rows: dict[str, Path | None], sampler: str, steps: int
             denoiser: Denoiser = GuidedDenoiser(runner, scale) if scale > 1 else SinglePassDenoiser(runner)
             quality = judge(
                 model,
-                [Contestant(name=name, passes=1, open=lambda denoiser=denoiser: denoiser)],
+                [Contestant(name=name, passes=1, open=partial(_same, denoiser))],
                 network=network.to(model.device),
                 reference=reference,
                 prompts=prompts,
