@@ -286,6 +286,9 @@ def export(
     student: StudentOption = Path("outputs/student"),
     output: Annotated[Path, typer.Option("--output", help="Folder to write.")] = Path("outputs/engine"),
     trt: Annotated[bool, typer.Option("--trt", help="Also build an FP16 TensorRT engine.")] = False,
+    diffusers: Annotated[
+        bool, typer.Option("--diffusers", help="Also write the merged UNet for UNet2DConditionModel.from_pretrained.")
+    ] = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -296,7 +299,9 @@ def export(
 
     files = locate(model)
     with console.status("exporting"):
-        manifest = run(files, student=student, output=output, trt=trt, device=device, report=console.print)
+        manifest = run(
+            files, student=student, output=output, trt=trt, diffusers=diffusers, device=device, report=console.print
+        )
     if as_json:
         _print_json(asdict(manifest))
         return

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..engine.errors import BoostDiffError
+from ..engine.errors import BoostDiffError, InputError
 from ..engine.files import prepare_output, staged_folder
 from ..engine.manifest import Manifest
 from ..engine.model import ModelFiles, load, resolve_device
@@ -33,6 +33,7 @@ def export(
     student: Path,
     output: Path,
     trt: bool = False,
+    diffusers: bool = False,
     device: str = "auto",
     report: Callable[[str], None] = lambda message: None,
 ) -> Manifest:
@@ -44,6 +45,7 @@ def export(
         output: the engine's folder: `unet/model.onnx`, with `trt` also `unet/model.fp16.onnx` and
             `unet/model.plan`, and `manifest.json`.
         trt: build a TensorRT plan.
+        diffusers: also write the merged UNet as diffusers loads it, `unet/config.json` and safetensors.
         device: where the reference runs.
         report: told of each stage in words.
 
@@ -55,6 +57,8 @@ def export(
         BoostDiffError: a stage failed, or a result is outside its tolerance; nothing was replaced.
     """
     info = read_student(student, files)
+    if diffusers and info.method == "soft-prompt":
+        raise InputError("a soft prompt is no part of the weights: leave --diffusers out, graphs carry its tokens")
     flavour = choose_flavour() if trt else None
     prepare_output(output)
     target = resolve_device(device)
@@ -81,6 +85,9 @@ def export(
 
     with staged_folder(output) as folder:
         (folder / "unet").mkdir()
+        if diffusers:
+            merged.save_pretrained(folder / "unet", safe_serialization=True)
+            manifest.artefacts["unet/diffusion_pytorch_model.safetensors"] = {"precision": "fp32"}
         graph = folder / "unet" / "model.onnx"
         onnx_from_unet(merged, inputs, graph)
         with OnnxRunner(graph, unet_config=manifest.unet_config, device=torch.device("cpu")) as runner:

@@ -19,11 +19,11 @@ from boostdiff.engine.runners import (
     load_tensorrt,
     open_exported,
 )
-from boostdiff.engine.student import read_student
+from boostdiff.engine.student import apply_student, read_student
 from boostdiff.export.export import export
 from boostdiff.export.graph import compare
 from boostdiff.export.merge import merge
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from tiny import CPU, PROMPTS
 
 
@@ -181,3 +181,16 @@ def test_runners_that_can_not_run_say_why(engine: Path) -> None:
     assert reasons["onnx"] is None
     if not torch.cuda.is_available():
         assert "GPU" in (reasons["tensorrt"] or "")
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_a_merged_unet_for_stock_diffusers(
+    tiny: Model, tiny_files: ModelFiles, students: dict[str, Path], tmp_path: Path, method: str
+) -> None:
+    manifest = export(tiny_files, student=students[method], output=tmp_path / "engine", diffusers=True, device="cpu")
+    assert "unet/diffusion_pytorch_model.safetensors" in manifest.files
+    stock = UNet2DConditionModel.from_pretrained(tmp_path / "engine", subfolder="unet")
+    apply_student(tiny, students[method])
+    inputs = tiny.family.example_inputs(tiny.pipeline, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(stock(**inputs).sample, tiny.unet(**inputs).sample, atol=1e-5, rtol=1e-4)
