@@ -1,3 +1,3 @@
 """BoostDiff: classifier-free guidance distilled into a single pass."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

@@ -206,8 +206,9 @@ def distill(
     """Train an adapter that makes one pass predict what guided sampling predicts."""
     _quiet_libraries()
     from .distill.config import parse_guidance
+    from .distill.loop import Observers
     from .distill.presets import resolve_config
-    from .distill.train import FORMATS, Observers, count_parameters, distil
+    from .distill.train import FORMATS, count_parameters, distil
     from .engine.model import locate, resolve_device
 
     low, high = parse_guidance(guidance)

@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..engine.model import Model
+from ..engine.runners import unet_forward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +46,13 @@ def count_flops(model: Model) -> Flops:
     inputs = {name: _meta(tensor) for name, tensor in model.family.example_inputs(pipeline, batch=1).items()}
     encoders = [
         (getattr(pipeline, name), getattr(pipeline, name.replace("text_encoder", "tokenizer")).model_max_length)
-        for name in ("text_encoder", "text_encoder_2")
-        if getattr(pipeline, name, None) is not None
+        for name in model.family.text_encoders
     ]
     with torch.device("meta"):
         unet = type(pipeline.unet).from_config(pipeline.unet.config)
         vae = type(pipeline.vae).from_config(pipeline.vae.config)
         return Flops(
-            unet=_counted(lambda: unet(**inputs)),
+            unet=_counted(lambda: unet_forward(unet, inputs)),
             vae_decode=_counted(lambda: vae.decode(torch.empty(1, *model.latent_shape))),
             text_encoder=sum(_encoder_flops(encoder, tokens) for encoder, tokens in encoders),
         )

@@ -5,9 +5,7 @@ python -m boostdiff.benchmarks.kill_and_resume [--kills 20] [-- more options of 
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -31,7 +29,7 @@ def seconds_to_first_checkpoint(command: list[str], unfinished: Path) -> float:
         if process.poll() is not None:
             raise BoostDiffError("the run ended before its first checkpoint: give it more --updates")
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     return time.monotonic() - began
 
@@ -61,7 +59,7 @@ def main(
             try:
                 process.wait(timeout=start * moments.uniform(0.2, 1.6))
             except subprocess.TimeoutExpired:
-                os.kill(process.pid, signal.SIGKILL)
+                process.kill()
                 process.wait()
                 done += 1
                 log = (unfinished / "log.jsonl").read_text(encoding="utf-8")

@@ -20,7 +20,7 @@ import typer
 
 from .. import teacher
 from ..engine.files import write_json
-from ..engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
+from ..engine.guidance import teacher_denoiser
 from ..engine.model import load, locate, resolve_device
 from ..engine.prompts import read_prompts
 from ..engine.runners import TorchRunner
@@ -32,10 +32,6 @@ from .quality import Contestant, judge
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 GUIDANCE = 3.0
-
-
-def _same(denoiser: Denoiser) -> Denoiser:
-    return denoiser
 
 
 def train(work: Path, method: str, seed: int, more: list[str]) -> Path:
@@ -63,10 +59,9 @@ def distances(work: Path, rows: dict[str, Path | None], sampler: str, steps: int
             if folder is not None:
                 apply_student(model, folder)
             scale = float(name.split()[1]) if folder is None else 1.0
-            denoiser: Denoiser = GuidedDenoiser(runner, scale) if scale > 1 else SinglePassDenoiser(runner)
             quality = judge(
                 model,
-                [Contestant(name=name, passes=1, open=partial(_same, denoiser))],
+                [Contestant(name=name, passes=1, open=partial(teacher_denoiser, runner, scale))],
                 network=network.to(model.device),
                 reference=reference,
                 prompts=prompts,

@@ -1,104 +1,35 @@
-"""The training loop of `boostdiff distill`, on one process or many.
-
-Every process holds the model and works on its share of each batch; the adapter is small, so one all-reduce of its
-gradients an update is all that they exchange, and no wrapper comes between the loop and the UNet.
-"""
+"""`boostdiff distill`: from a model and a configuration to a student's folder."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import shutil
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
-from diffusers.training_utils import EMAModel
 
-from ..engine.errors import BoostDiffError, InputError
+from ..engine.errors import InputError
 from ..engine.files import prepare_output, publish, read_json, sha256_of, write_json
-from ..engine.guidance import GuidedDenoiser, SinglePassDenoiser
-from ..engine.model import Model, ModelFiles, load, resolve_device
+from ..engine.model import ModelFiles, load, resolve_device
 from ..engine.prompts import read_prompts
-from ..engine.runners import TorchRunner
 from ..engine.student import StudentInfo
 from ..engine.versions import versions
 from .adapters import Adapter, PeftAdapter, make_adapter
-from .checkpoint import CheckpointError, TrainingState, load_training_state, save_training_state
-from .config import DistillConfig, learning_rate_at
-from .data import Batch, CaptionedImages, Source, Trajectories
+from .checkpoint import CheckpointError, TrainingState, load_training_state
+from .config import DistillConfig
+from .data import CaptionedImages, Source, Trajectories
 from .image_files import open_images
-from .objective import NoiseSchedule, distillation_loss, guidance_weight, x_from_prediction
+from .loop import CHECKPOINT_FILE, Observers, Run
+from .objective import NoiseSchedule
 from .order import Share
 from .preview import write_preview
-from .watch import DivergenceWatch, StopRequest, peak_memory, stop_request
 
-CHECKPOINT_FILE = "checkpoint.safetensors"
 CONFIG_FILE = "config.json"
-LOG_FILE = "log.jsonl"
 PREVIEW_ROWS = 6
-TRACKERS = ("tensorboard", "trackio", "wandb")
 FORMATS = ("diffusers", "kohya")
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpdateReport:
-    """What `distil` reports after each update.
-
-    Attributes:
-        update: how many are done.
-        loss: of this one, over all processes.
-        images_per_second: states trained on, over all processes.
-        peak_memory: bytes, of this process.
-    """
-
-    update: int
-    loss: float
-    images_per_second: float
-    peak_memory: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Observers:
-    """What watches a run; nothing here changes the adapter.
-
-    Attributes:
-        on_start: called with the update that the run begins at.
-        on_update: called after each update.
-        preview: draw `grid.png` at the end.
-        preview_every: draw one into `previews/` so often.
-        log_with: one of `TRACKERS`, through accelerate; it writes beside the student.
-    """
-
-    on_start: Callable[[int], None] | None = None
-    on_update: Callable[[UpdateReport], None] | None = None
-    preview: bool = True
-    preview_every: int | None = None
-    log_with: str | None = None
-
-    def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            InputError: a tracker is unknown or not installed, or an interval is not positive.
-        """
-        if self.preview_every is not None and self.preview_every < 1:
-            raise InputError("--preview-every must be at least 1")
-        if self.log_with is None:
-            return
-        if self.log_with not in TRACKERS:
-            raise InputError(f"unknown tracker {self.log_with!r}: choose one of {', '.join(TRACKERS)}")
-        if self.log_with not in {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}:
-            raise InputError(f"{self.log_with} is not installed: pip install {self.log_with}")
 
 
 def count_parameters(files: ModelFiles, config: DistillConfig) -> dict[str, int]:
@@ -188,7 +119,7 @@ def distil(
         source = Trajectories(model, prompts, schedule, **common)
         # Prompts that stand far apart show more than the first few of a sorted list.
         shown = prompts[:: max(1, len(prompts) // PREVIEW_ROWS)][:PREVIEW_ROWS]
-    run = _Run(accelerator, model, adapter, source, schedule, config, folder)
+    run = Run(accelerator, model, adapter, source, schedule, config, folder)
     if state is not None:
         run.restore(state)
     elif accelerator.is_main_process:
@@ -248,205 +179,6 @@ def distil(
     return info
 
 
-@dataclass
-class _Run:
-    """One training run's moving parts."""
-
-    accelerator: Accelerator
-    model: Model
-    adapter: Adapter
-    source: Source
-    schedule: NoiseSchedule
-    config: DistillConfig
-    folder: Path
-    done: int = 0
-    watch: DivergenceWatch = field(default_factory=DivergenceWatch)
-
-    def __post_init__(self) -> None:
-        self.runner = TorchRunner(self.model.unet)
-        self.prediction_type = self.model.pipeline.scheduler.config.prediction_type
-        self.parameters = list(self.adapter.parameters().values())
-        self.optimizer = self.accelerator.prepare(
-            torch.optim.AdamW(self.parameters, lr=self.config.learning_rate, weight_decay=0.0),
-            device_placement=[False],
-        )
-        decay = self.config.ema
-        self.average = None if decay is None else EMAModel(self.parameters, decay=decay)
-        self.good = [parameter.detach().clone() for parameter in self.parameters]
-
-    def restore(self, state: TrainingState) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            InputError: it is of another adapter.
-        """
-        weights = {name: tensor for name, tensor in state.weights.items() if not name.startswith("ema.")}
-        average = {int(name[4:]): tensor for name, tensor in state.weights.items() if name.startswith("ema.")}
-        try:
-            self.adapter.load(weights)
-        except ValueError as error:
-            raise InputError(f"can't resume: {error}; run without --resume") from None
-        self.optimizer.load_state_dict(state.optimizer)
-        self.source.restore(state.data)
-        self.done = state.step
-        self.watch.losses = state.header.get("losses", [])
-        self.good = [parameter.detach().clone() for parameter in self.parameters]
-        if self.average is not None:
-            self.average.shadow_params = [average[index].to(p.device) for index, p in enumerate(self.parameters)]
-            self.average.optimization_step = self.done
-        if self.accelerator.scaler is not None and state.header.get("scaler"):
-            self.accelerator.scaler.load_state_dict(state.header["scaler"])
-
-    def checkpoint(self) -> None:
-        """Write all that a run needs to go on, from the main process; called in every one."""
-        data = self.source.state()
-        if not self.accelerator.is_main_process:
-            return
-        weights: dict[str, torch.Tensor] = dict(self.adapter.parameters())
-        if self.average is not None:
-            weights |= {f"ema.{index}": tensor for index, tensor in enumerate(self.average.shadow_params)}
-        scaler = self.accelerator.scaler
-        save_training_state(
-            self.folder / CHECKPOINT_FILE,
-            step=self.done,
-            weights=weights,
-            optimizer=self.optimizer,
-            data=data,
-            header={"losses": self.watch.losses, "scaler": None if scaler is None else scaler.state_dict()},
-        )
-
-    def keep_average(self) -> None:
-        """Let the average take the adapter's place, if one was kept."""
-        if self.average is not None:
-            self.average.copy_to(self.parameters)
-
-    def train(self, observers: Observers, draw: Callable[[Path], None]) -> dict[str, Any]:
-        """Do the updates that are left; what `student.json` says of them."""
-        start, began = self.done, time.monotonic()
-        main = self.accelerator.is_main_process
-        with _open_log(self.folder / LOG_FILE, start, main) as log, stop_request() as request:
-            for update in range(start, self.config.updates):
-                loss, stop = self.update(update, request)
-                rate = learning_rate_at(update, self.config)
-                log.write(json.dumps({"update": update, "loss": loss, "lr": rate}) + "\n")
-                pace = self.config.batch_size * (self.done - start) / (time.monotonic() - began)
-                if observers.log_with:
-                    self.accelerator.log({"loss": loss, "lr": rate, "images/s": pace}, step=update)
-                last = self.done == self.config.updates
-                if (self.done % self.config.checkpoint_every == 0 or stop) and not last:
-                    log.flush()
-                    self.checkpoint()
-                    self.good = [parameter.detach().clone() for parameter in self.parameters]
-                if observers.on_update:
-                    peak = peak_memory(self.model.device)
-                    observers.on_update(
-                        UpdateReport(update=self.done, loss=loss, images_per_second=pace, peak_memory=peak)
-                    )
-                if observers.preview_every and self.done % observers.preview_every == 0 and main:
-                    (self.folder / "previews").mkdir(exist_ok=True)
-                    draw(self.folder / "previews" / f"{self.done:06}.png")
-                if stop and not last:
-                    raise BoostDiffError(
-                        f"stopped by {request.name or 'another process'} after update {self.done}, saved: "
-                        "the same command with --resume goes on from there"
-                    )
-        tail = self.watch.losses[-max(1, len(self.watch.losses) // 10) :]
-        return {
-            "updates": self.config.updates,
-            "resumed_at": start,
-            "seconds": round(time.monotonic() - began, 1),
-            "final_loss": sum(tail) / len(tail),
-            "processes": self.accelerator.num_processes,
-            "peak_memory": peak_memory(self.model.device),
-            "bad_samples": [asdict(sample) for sample in self.source.bad],
-        }
-
-    def update(self, update: int, request: StopRequest) -> tuple[float, bool]:
-        """One optimizer step: the loss over all processes, and whether any was asked to stop.
-
-        Raises:
-            BoostDiffError: see `_refuse`.
-        """
-        batch = self.source.batch(update)
-        targets, total = [], torch.zeros((), device=self.model.device)
-        for part in batch.split(self.config.gradient_accumulation_steps):
-            teacher_x, losses = self.losses(part)
-            targets.append(teacher_x)
-            # The sum over shares and parts is the mean over the whole batch.
-            loss = losses.sum() / self.config.batch_size
-            self.accelerator.backward(loss)
-            total += loss.detach()
-        loss_value, stop = self.reduce(total, request)
-        if not math.isfinite(loss_value):
-            self.refuse(f"the loss is {loss_value} at update {update}")
-        norm = self.accelerator.clip_grad_norm_(self.parameters, 1.0)
-        # In FP16 the gradient scaler skips such a step and goes on with a smaller scale.
-        if self.config.precision != "fp16" and not torch.isfinite(norm):
-            self.refuse(f"the gradient is {norm.item()} at update {update}")
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(update, self.config)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.step(self.parameters)
-        self.source.advance(torch.cat(targets))
-        self.done = update + 1
-        if self.watch.diverges(loss_value):
-            self.refuse(f"the loss diverges: {loss_value:.3g} at update {update}")
-        return loss_value, stop
-
-    def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The teacher's x̂_w `(B, C, H, W)` and equation (4) for each sample, `(B,)`."""
-        dtype = self.model.unet.dtype
-        alpha, sigma = self.schedule.at(batch.t)
-        z_t, text = batch.z_t.to(dtype), batch.text.to(dtype)
-        guidance = batch.guidance if self.config.takes_guidance else None
-        teacher = GuidedDenoiser(self.runner, self.config.guidance if guidance is None else guidance)
-        student = SinglePassDenoiser(self.runner, guidance)
-        autocast = self.accelerator.autocast if self.config.precision != "fp32" else nullcontext
-
-        with torch.no_grad(), self.adapter.disabled(), autocast():
-            prediction = teacher(z_t, batch.t, text).float()
-        teacher_x = x_from_prediction(prediction, batch.z_t, alpha, sigma, self.prediction_type)
-        with autocast():
-            prediction = student(z_t, batch.t, text).float()
-        student_x = x_from_prediction(prediction, batch.z_t, alpha, sigma, self.prediction_type)
-        losses = distillation_loss(student_x, teacher_x, alpha, sigma, self.config.loss_weight)
-        if guidance is not None:
-            losses = losses * guidance_weight(guidance)
-        return teacher_x, losses
-
-    def reduce(self, loss: torch.Tensor, request: StopRequest) -> tuple[float, bool]:
-        """Sum gradients, loss and requests to stop over all processes, in one exchange."""
-        if self.accelerator.num_processes == 1:
-            return loss.item(), request.name is not None
-        gradients = [parameter.grad for parameter in self.parameters]
-        assert all(gradient is not None for gradient in gradients)
-        asked = loss.new_tensor([loss.item(), float(request.name is not None)])
-        flat = torch.cat([gradient.flatten() for gradient in gradients if gradient is not None] + [asked])
-        flat = self.accelerator.reduce(flat, reduction="sum")
-        pieces = flat.split([parameter.numel() for parameter in self.parameters] + [2])
-        for parameter, piece in zip(self.parameters, pieces[:-1], strict=True):
-            parameter.grad = piece.view_as(parameter)
-        loss_sum, stops = pieces[-1].tolist()
-        return loss_sum, stops > 0
-
-    def refuse(self, reason: str) -> None:
-        """Stop, and leave the last good adapter in the unfinished run's folder.
-
-        Raises:
-            BoostDiffError: always.
-        """
-        with torch.no_grad():
-            for parameter, good in zip(self.parameters, self.good, strict=True):
-                parameter.copy_(good)
-        if self.accelerator.is_main_process:
-            self.adapter.save(self.folder, self.model.pipeline)
-        raise BoostDiffError(
-            f"{reason}: lower --learning-rate and run again; the last good adapter is kept in {self.folder}"
-        )
-
-
 def _adapter(unet: Any, config: DistillConfig) -> Adapter:
     return make_adapter(
         config.method,
@@ -490,12 +222,3 @@ def _resumable_state(folder: Path, resolved: dict[str, Any]) -> TrainingState | 
         return load_training_state(folder / CHECKPOINT_FILE)
     except CheckpointError as error:
         raise InputError(f"can't resume: {error}; run without --resume") from None
-
-
-def _open_log(path: Path, start: int, main: bool) -> TextIO:
-    """Open the log for appending after its first `start` lines, which are those of the checkpoint."""
-    if not main:
-        return Path(os.devnull).open("w", encoding="utf-8")
-    kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:start] if start and path.exists() else []
-    path.write_text("".join(kept), encoding="utf-8")
-    return path.open("a", encoding="utf-8")

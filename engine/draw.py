@@ -15,12 +15,12 @@ from PIL.PngImagePlugin import PngInfo
 from .errors import InputError
 from .files import prepare_output
 from .generate import generate, to_pil
-from .guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
+from .guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser, teacher_denoiser
 from .manifest import read_manifest
 from .model import Model, ModelFiles, load, resolve_device
 from .runners import Runner, TorchRunner, open_exported
 from .samplers import make_scheduler
-from .student import ADAPTER_NAME, LORA_METHODS, apply_student, read_student
+from .student import ADAPTER_NAME, LORA_METHODS, StudentInfo, apply_student, read_student
 
 RUNNERS = ("torch", "onnx", "tensorrt")
 DEFAULT_GUIDANCE = 3.0
@@ -88,20 +88,15 @@ class DrawConfig:
 
 
 @contextmanager
-def _open_denoiser(model: Model, config: DrawConfig) -> Iterator[tuple[Denoiser, Runner]]:
-    if config.student is None:
+def _open_denoiser(model: Model, config: DrawConfig, info: StudentInfo | None) -> Iterator[tuple[Denoiser, Runner]]:
+    if config.student is None or info is None:
         runner: Runner = TorchRunner(model.unet)
-        guidance = DEFAULT_GUIDANCE if config.guidance is None else config.guidance
-        yield GuidedDenoiser(runner, guidance) if guidance > 1 else SinglePassDenoiser(runner), runner
+        yield teacher_denoiser(runner, DEFAULT_GUIDANCE if config.guidance is None else config.guidance), runner
         return
-    info = read_student(config.student, model.files)
     guidance_input = info.choose_guidance(config.guidance)
-    info.check_negative_prompt(config.negative_prompt)
     if config.runner == "torch":
-        apply_student(model, config.student)
+        apply_student(model, config.student, info)
         if config.dial is not None:
-            if info.method not in LORA_METHODS:
-                raise InputError(f"--dial is the weight of a LoRA: a {info.method} student has none")
             model.unet.set_adapters(ADAPTER_NAME, config.dial)
         runner = TorchRunner(model.unet)
         yield SinglePassDenoiser(runner, guidance_input), runner
@@ -137,12 +132,16 @@ def draw(
         InputError: the student, the engine or the output can't be used.
     """
     prepare_output(output)
+    info = None
     if config.student is not None:
+        # What the student can't do is said before the weights are read.
         info = read_student(config.student, files)
         info.choose_guidance(config.guidance)
         info.check_negative_prompt(config.negative_prompt)
+        if config.dial is not None and info.method not in LORA_METHODS:
+            raise InputError(f"--dial is the weight of a LoRA: a {info.method} student has none")
     model = load(files, device=resolve_device(device))
-    with _open_denoiser(model, config) as (denoiser, runner):
+    with _open_denoiser(model, config, info) as (denoiser, runner):
         away_from = (config.negative_prompt or "") if isinstance(denoiser, GuidedDenoiser) else None
         text = model.family.encode(model.pipeline, config.prompts, negative_prompt=away_from)
         images = generate(

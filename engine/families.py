@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -112,7 +112,7 @@ class Family(ABC):
     """Whether the VAE overflows in FP16 and is run in FP32."""
     text_encoders: tuple[str, ...]
     """The pipeline's attributes that hold them."""
-    load_options: dict[str, Any]
+    load_options: ClassVar[dict[str, Any]]
     """Arguments of the pipeline's `from_pretrained` that this class alone takes."""
 
     @abstractmethod
@@ -173,7 +173,7 @@ class StableDiffusion(Family):
     name = "stable-diffusion"
     pipeline_class = StableDiffusionPipeline
     text_encoders = ("text_encoder",)
-    load_options = {"safety_checker": None, "requires_safety_checker": False}  # noqa: RUF012
+    load_options: ClassVar = {"safety_checker": None, "requires_safety_checker": False}
 
     def embed(self, pipeline: DiffusionPipeline, prompts: list[str]) -> PromptEmbeds:
         """See `Family.embed`."""
@@ -193,7 +193,7 @@ class StableDiffusionXL(Family):
     pipeline_class = StableDiffusionXLPipeline
     text_encoders = ("text_encoder", "text_encoder_2")
     upcast_vae = True
-    load_options = {"add_watermarker": False}  # noqa: RUF012
+    load_options: ClassVar = {"add_watermarker": False}
 
     def embed(self, pipeline: DiffusionPipeline, prompts: list[str]) -> PromptEmbeds:
         """See `Family.embed`."""

@@ -42,6 +42,11 @@ def combine(
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
+def teacher_denoiser(runner: Callable[..., Any], guidance_scale: float) -> Denoiser:
+    """The teacher at one scale: two passes, or one where w = 1 makes the other idle."""
+    return GuidedDenoiser(runner, guidance_scale) if guidance_scale > 1 else SinglePassDenoiser(runner)
+
+
 def _embedding_rates(width: int) -> torch.Tensor:
     half = width // 2
     return torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1)))

@@ -125,8 +125,10 @@ def read_student(folder: Path, files: ModelFiles | None = None) -> StudentInfo:
         raise InputError(f"there is no student in {folder}: run `boostdiff distill` first, or pass --student DIR")
     values = read_json(folder / INFO_FILE)
     names = {item.name for item in fields(StudentInfo)}
-    if not names <= set(values) or not isinstance(values["adapter_files"], dict):
+    if not names <= set(values) or not isinstance(values["adapter_files"], dict) or not values["adapter_files"]:
         raise InputError(f"{folder / INFO_FILE} is not a student's description; distil again")
+    if values["guidance_range"] is not None:
+        values["guidance_range"] = tuple(values["guidance_range"])
     info = StudentInfo(**{name: values[name] for name in names})
     for name, expected in info.adapter_files.items():
         path = folder / Path(name).name
@@ -142,13 +144,18 @@ def read_student(folder: Path, files: ModelFiles | None = None) -> StudentInfo:
     return info
 
 
-def apply_student(model: Model, folder: Path) -> StudentInfo:
+def apply_student(model: Model, folder: Path, info: StudentInfo | None = None) -> StudentInfo:
     """Put the student's adapter onto the model's UNet, unmerged, as stock diffusers would.
+
+    Args:
+        model: the one it was trained for.
+        folder: what `distill` wrote.
+        info: its description where `read_student` has checked it already: hashing a large UNet takes seconds.
 
     Raises:
         InputError: see `read_student`; or the adapter's tensors don't fit the UNet.
     """
-    info = read_student(folder, model.files)
+    info = info or read_student(folder, model.files)
     try:
         apply_adapter(model.unet, folder, info)
     except (SafetensorError, RuntimeError, ValueError, KeyError) as error:

@@ -66,7 +66,7 @@ def export(
     merged = merge(model, student, info)
     text = model.family.encode(model.pipeline, CHECK_PROMPTS).conditional
     inputs = model.family.example_inputs(model.pipeline, batch=TRACE_BATCH)
-    proof = prove_merge(model, student, merged)
+    proof = prove_merge(model, student, merged, info)
     report(
         f"merged {info.method}: differs from base + adapter by {proof.relative:.1e} of the output's scale "
         f"(cosine {proof.cosine:.7f}), from the base by {proof.change:.2f}"
@@ -74,7 +74,12 @@ def export(
     manifest = Manifest(
         model=files.name,
         inputs={"unet": info.unet_sha256, "adapter": info.adapter_sha256},
-        student={"method": info.method, "guidance": info.guidance},
+        student={
+            "method": info.method,
+            "guidance": info.guidance,
+            "guidance_range": info.guidance_range,
+            "negative_prompt": info.negative_prompt,
+        },
         unet_config={key: value for key, value in dict(merged.config).items() if not key.startswith("_")},
         merge={**asdict(proof), "timesteps": list(TIMESTEPS)},
         versions=versions("tensorrt", "tensorrt_rtx") if trt else versions(),

@@ -116,7 +116,7 @@ def merge(model: Model, folder: Path, info: StudentInfo) -> UNet2DConditionModel
 
 
 @torch.inference_mode()
-def prove_merge(model: Model, folder: Path, merged: UNet2DConditionModel) -> MergeProof:
+def prove_merge(model: Model, folder: Path, merged: UNet2DConditionModel, info: StudentInfo) -> MergeProof:
     """Compare the merged UNet with base + adapter as stock libraries apply it. The model keeps the adapter.
 
     Raises:
@@ -133,7 +133,7 @@ def prove_merge(model: Model, folder: Path, merged: UNet2DConditionModel) -> Mer
         return torch.stack(outputs).double()
 
     base = predictions(model.unet, inputs)
-    apply_student(model, folder)
+    apply_student(model, folder, info)
     adapted, got = predictions(model.unet, conditioned), predictions(merged, conditioned)
     max_abs = (got - adapted).abs().max().item()
     proof = MergeProof(

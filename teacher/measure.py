@@ -13,7 +13,7 @@ import typer
 from ..benchmarks.features import DISTANCE_NAME, EfficientNetLite0Features, Reference, features_of
 from ..benchmarks.quality import Contestant, judge
 from ..engine.files import write_json
-from ..engine.guidance import GuidedDenoiser, SinglePassDenoiser
+from ..engine.guidance import teacher_denoiser
 from ..engine.model import load, locate
 from ..engine.pictures import labelled_grid
 from ..engine.prompts import read_prompts
@@ -77,9 +77,7 @@ def evaluate(
     prompts = read_prompts(HELD_OUT_PROMPTS)[:images]
 
     def contestant(scale: float) -> Contestant:
-        if scale == 1:
-            return Contestant(name="w=1", passes=1, open=lambda: SinglePassDenoiser(runner))
-        return Contestant(name=f"w={scale:g}", passes=2, open=lambda: GuidedDenoiser(runner, scale))
+        return Contestant(name=f"w={scale:g}", passes=1 + (scale > 1), open=partial(teacher_denoiser, runner, scale))
 
     quality = judge(
         model,

@@ -10,7 +10,8 @@ from boostdiff.benchmarks.bench import BenchConfig, BenchResult, bench, parse_ba
 from boostdiff.benchmarks.quality import background_accuracy
 from boostdiff.benchmarks.report import write_report
 from boostdiff.distill.config import DistillConfig
-from boostdiff.distill.train import Observers, distil
+from boostdiff.distill.loop import Observers
+from boostdiff.distill.train import distil
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.model import ModelFiles
 from boostdiff.export.export import export

@@ -4,7 +4,8 @@ import pytest
 import torch
 from boostdiff.distill.adapters import METHODS, PEFT_METHODS, PeftAdapter, make_adapter
 from boostdiff.distill.config import DistillConfig
-from boostdiff.distill.train import Observers, count_parameters, distil
+from boostdiff.distill.loop import Observers
+from boostdiff.distill.train import count_parameters, distil
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.model import Model, ModelFiles, load, locate
 from boostdiff.export.merge import merge, prove_merge
@@ -118,7 +119,7 @@ def test_a_saved_student_is_the_trained_one_and_merges(
     assert info.trainable_parameters == count_parameters(tiny_files, config)["trainable_parameters"]
     base = predict(tiny)
     merged = merge(tiny, tmp_path / "s", info)
-    proof = prove_merge(tiny, tmp_path / "s", merged)
+    proof = prove_merge(tiny, tmp_path / "s", merged, info)
     assert proof.relative < 1e-5
     assert (predict(tiny) - base).abs().max() > 1e-4
     assert {type(module) for module in merged.modules()} <= {

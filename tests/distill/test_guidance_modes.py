@@ -7,9 +7,10 @@ import pytest
 import torch
 from boostdiff.distill.config import DistillConfig, parse_guidance
 from boostdiff.distill.data import Trajectories
+from boostdiff.distill.loop import Observers
 from boostdiff.distill.objective import NoiseSchedule, guidance_weight
 from boostdiff.distill.order import Share
-from boostdiff.distill.train import Observers, distil
+from boostdiff.distill.train import distil
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.guidance import SinglePassDenoiser, combine, guidance_embedding, smooth_columns
 from boostdiff.engine.model import Model, ModelFiles, load, locate
@@ -53,9 +54,9 @@ def test_the_loss_is_normalised_by_the_excess_of_guidance() -> None:
 def test_a_range_student_follows_the_guidance_that_it_is_given(range_student: Path, tiny: Model) -> None:
     """In a stock pipeline, from the merged UNet: `guidance_scale` changes the image and stays one pass a step."""
     info = read_student(range_student, tiny.files)
-    assert info.guidance_range == [1.5, 7.5]
+    assert info.guidance_range == (1.5, 7.5)
     merged = merge(tiny, range_student, info)
-    proof = prove_merge(tiny, range_student, merged)
+    proof = prove_merge(tiny, range_student, merged, info)
     assert proof.relative < 1e-5
     stock = load(tiny.files, device=CPU).pipeline
     stock.unet = merged

@@ -5,6 +5,7 @@ from boostdiff.distill.objective import (
     NoiseSchedule,
     ddim_step,
     distillation_loss,
+    dpm_solver_2m,
     x_from_prediction,
 )
 from boostdiff.engine.samplers import make_scheduler
@@ -74,6 +75,25 @@ def test_ddim_step_is_that_of_diffusers(schedule: NoiseSchedule) -> None:
         x = x_from_prediction(noise, z_t, alpha, sigma, "epsilon")
         got = ddim_step(z_t, x, alpha, sigma, *schedule.at(t_next[None]))
         torch.testing.assert_close(got, scheduler.step(noise, t, z_t).prev_sample, atol=1e-4, rtol=1e-4)
+
+
+def test_a_ddim_step_with_the_two_step_estimate_is_dpm_solver_2m(schedule: NoiseSchedule) -> None:
+    """Against diffusers' own solver, over a whole run on predictions drawn at random."""
+    scheduler = make_scheduler("dpm++", SCHEDULER.config)
+    scheduler.set_timesteps(12)
+    timesteps = scheduler.timesteps
+    z_t, x_previous = torch.randn(1, 4, 8, 8), None
+    for before, t, after in zip([None, *timesteps[:-2]], timesteps[:-1], timesteps[1:], strict=True):
+        noise = torch.randn_like(z_t)
+        alpha, sigma = schedule.at(t[None])
+        x = x_from_prediction(noise, z_t, alpha, sigma, "epsilon")
+        estimate = x
+        if before is not None and x_previous is not None:
+            estimate = dpm_solver_2m(x, x_previous, *schedule.log_snr(before[None], t[None], after[None]))
+        expected = scheduler.step(noise, t, z_t).prev_sample
+        got = ddim_step(z_t, estimate, alpha, sigma, *schedule.at(after[None]))
+        torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
+        z_t, x_previous = expected, x
 
 
 def test_the_last_step_gives_x(schedule: NoiseSchedule) -> None:

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from boostdiff.distill import train
+from boostdiff.distill import loop
+from boostdiff.distill.checkpoint import load_training_state
 from boostdiff.distill.config import DistillConfig
 from boostdiff.distill.data import Trajectories
+from boostdiff.distill.loop import CHECKPOINT_FILE, Observers, UpdateReport
 from boostdiff.distill.objective import NoiseSchedule
 from boostdiff.distill.order import Share
-from boostdiff.distill.train import CHECKPOINT_FILE, Observers, distil, work_folder
+from boostdiff.distill.train import distil, work_folder
 from boostdiff.distill.watch import DivergenceWatch
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.model import Model, ModelFiles
@@ -117,7 +119,7 @@ def test_a_run_cut_short_and_resumed_gives_the_same_bytes(
     class Cut(Exception):
         pass
 
-    def cut(report: train.UpdateReport) -> None:
+    def cut(report: UpdateReport) -> None:
         if report.update == 10:
             raise Cut
 
@@ -133,7 +135,7 @@ def test_a_run_cut_short_and_resumed_gives_the_same_bytes(
 def test_a_checkpoint_of_another_shape_is_refused(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
     config = DistillConfig(prompts=prompt_file, updates=4, batch_size=2, checkpoint_every=1)
 
-    def cut(report: train.UpdateReport) -> None:
+    def cut(report: UpdateReport) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -177,7 +179,7 @@ def test_a_signal_saves_and_leaves_with_a_message(
     last = stderr.strip().splitlines()[-1]
     assert last.startswith(f"boostdiff: error: stopped by {number.name} after update")
     done = int(last.split("after update ")[1].split(",")[0])
-    header = train.load_training_state(log)
+    header = load_training_state(log)
     assert header.step == done
 
 
@@ -190,14 +192,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_adapter
         return loss * float("nan") if len(calls) == 8 else loss
 
     calls: list[int] = []
-    original = train.distillation_loss
-    monkeypatch.setattr(train, "distillation_loss", poisoned)
+    original = loop.distillation_loss
+    monkeypatch.setattr(loop, "distillation_loss", poisoned)
     config = DistillConfig(prompts=prompt_file, updates=20, batch_size=2, checkpoint_every=5)
     with pytest.raises(BoostDiffError, match=r"the loss is nan at update 7: lower --learning-rate"):
         distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
     kept = load_file(work_folder(tmp_path / "s") / LORA_FILE)
     assert all(tensor.isfinite().all() for tensor in kept.values())
-    assert train.load_training_state(work_folder(tmp_path / "s") / CHECKPOINT_FILE).step == 5
+    assert load_training_state(work_folder(tmp_path / "s") / CHECKPOINT_FILE).step == 5
     assert not (tmp_path / "s").exists()
 
 
@@ -207,7 +209,7 @@ def test_divergence_is_seen() -> None:
     assert any(watch.diverges(30.0) for _ in range(10))
 
 
-def test_trackers(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
+def test_an_unknown_tracker() -> None:
     with pytest.raises(InputError, match="unknown tracker"):
         Observers(log_with="paper")
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from boostdiff.distill.config import DistillConfig, learning_rate_at
+from boostdiff.distill.loop import CHECKPOINT_FILE, Observers
 from boostdiff.distill.presets import resolve_config
-from boostdiff.distill.train import CHECKPOINT_FILE, Observers, distil, work_folder
+from boostdiff.distill.train import distil, work_folder
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.model import ModelFiles
 from boostdiff.engine.student import LORA_FILE, read_student

@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from boostdiff.benchmarks.throughput import Entrant, measure
 from boostdiff.distill.config import DistillConfig
-from boostdiff.distill.train import Observers, distil
+from boostdiff.distill.loop import Observers
+from boostdiff.distill.train import distil
 from boostdiff.engine.draw import DrawConfig, draw
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.families import family_of
@@ -123,6 +125,22 @@ def test_export_of_every_family(
             torch.testing.assert_close(
                 runner.predict(inputs), TorchRunner(merged).predict(inputs), atol=1e-4, rtol=1e-3
             )
+
+
+def test_speed_of_sdxl(folders: dict[str, Path]) -> None:
+    model = load(locate(str(folders["sdxl"])), device=CPU)
+    speed = measure(
+        [Entrant(way=way, runner=TorchRunner(model.unet)) for way in ("teacher", "student")],
+        model,
+        prompts=PROMPTS[:1],
+        guidance=3.0,
+        make_scheduler=lambda: make_scheduler("ddim", model.pipeline.scheduler.config),
+        steps=2,
+        batch_sizes=(1,),
+        runs=3,
+    )
+    assert [row.way for row in speed.rows] == ["teacher", "student"], speed.left_out
+    assert speed.flops.text_encoder > 0
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])

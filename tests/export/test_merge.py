@@ -26,7 +26,7 @@ def test_merged_equals_base_plus_adapter(
         expected, got, unchanged = (unet(**inputs).sample for unet in (adapted.unet, merged, tiny.unet))
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
     assert (got - unchanged).abs().max() > 1e-3
-    proof = prove_merge(tiny, folder, merged)
+    proof = prove_merge(tiny, folder, merged, read_student(folder))
     assert proof.relative < 1e-5
     assert proof.cosine > 0.99999
     assert proof.change > 1e-3
@@ -37,7 +37,7 @@ def test_the_proof_fails_for_a_wrong_merge(tiny: Model, students: dict[str, Path
     with torch.no_grad():
         merged.conv_out.bias.add_(0.1)
     with pytest.raises(BoostDiffError, match="differs from base"):
-        prove_merge(tiny, students["lora"], merged)
+        prove_merge(tiny, students["lora"], merged, read_student(students["lora"]))
 
 
 def test_a_lora_of_another_architecture(tiny: Model, tmp_path: Path) -> None:
