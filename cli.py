@@ -286,23 +286,61 @@ def export(
     model: ModelOption = teacher.MODEL_NAME,
     student: StudentOption = Path("outputs/student"),
     output: Annotated[Path, typer.Option("--output", help="Folder to write.")] = Path("outputs/engine"),
-    trt: Annotated[bool, typer.Option("--trt", help="Also build an FP16 TensorRT engine.")] = False,
+    trt: Annotated[bool, typer.Option("--trt", help="Also build FP16 TensorRT engines.")] = False,
+    trt_flavour: Annotated[
+        str | None,
+        typer.Option(
+            "--trt-flavour",
+            help="[bold]tensorrt[/] builds on the GPU that will run it, [bold]tensorrt_rtx[/] anywhere.  "
+            "[default: what this machine has]",
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            "--precision",
+            help="Of the ONNX graphs: fp32, fp16 or both.  [default: fp32; with --trt both, of large models fp16]",
+        ),
+    ] = None,
+    batch: Annotated[
+        str, typer.Option("--batch", help="Batch of the TensorRT engines: one, or smallest:best:largest.")
+    ] = "1:4:16",
+    size: Annotated[
+        str | None,
+        typer.Option("--size", help="Pixels: one, or smallest:best:largest if it may vary.  [default: the model's]"),
+    ] = None,
+    refittable: Annotated[
+        bool, typer.Option("--refittable", help="Engines whose weights can be replaced; may be a little slower.")
+    ] = False,
+    workspace: Annotated[
+        float | None, typer.Option("--workspace", help="Limit of TensorRT's scratch memory in GB.")
+    ] = None,
     diffusers: Annotated[
         bool, typer.Option("--diffusers", help="Also write the merged UNet for UNet2DConditionModel.from_pretrained.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Export again even if nothing has changed.")] = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Merge the student into the UNet and export it to ONNX and TensorRT, compared with torch before use."""
+    """Merge the student into the UNet and export the pipeline to ONNX and TensorRT, compared with torch before use."""
     _quiet_libraries()
     from .engine.model import locate
+    from .export.config import ExportConfig, parse_profile
     from .export.export import export as run
 
+    config = ExportConfig(
+        precision=precision,
+        trt=trt,
+        trt_flavour=trt_flavour,
+        batch=parse_profile(batch, "--batch"),
+        size=None if size is None else parse_profile(size, "--size"),
+        refittable=refittable,
+        workspace_gb=workspace,
+        diffusers=diffusers,
+    )
     files = locate(model)
     with console.status("exporting"):
-        manifest = run(
-            files, student=student, output=output, trt=trt, diffusers=diffusers, device=device, report=console.print
-        )
+        manifest = run(files, config, student=student, output=output, device=device, force=force, report=console.print)
     if as_json:
         _print_json(asdict(manifest))
         return
@@ -443,6 +481,10 @@ def generate(
         typer.Option("--dial", help="Weight of the student's LoRA: 0 is no guidance, 1 all that it learnt."),
     ] = None,
     runner: Annotated[str, typer.Option("--runner", help="torch, or an exported engine: onnx, tensorrt.")] = "torch",
+    precision: Annotated[
+        str | None,
+        typer.Option("--precision", help="Of the onnx runner: fp32 or fp16.  [default: what the device is faster at]"),
+    ] = None,
     sampler: SamplerOption = "ddim",
     steps: StepsOption = 20,
     count: Annotated[int, typer.Option("--count", min=1, help="Images of each prompt.")] = 1,
@@ -460,6 +502,7 @@ def generate(
         student=None if use_teacher else student,
         engine=engine,
         runner=runner,
+        precision=precision,
         guidance=guidance,
         negative_prompt=negative_prompt,
         dial=dial,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +54,7 @@ def random_model(files: ModelFiles, *, device: torch.device, seed: int = 0) -> M
             if name in {"safety_checker", "feature_extractor", "image_encoder"}:
                 continue
             components[name] = _component(files.folder / name, library, class_name)
-    optional = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-    accepted = inspect.signature(files.family.pipeline_class.__init__).parameters
-    settings: dict[str, Any] = {name: value for name, value in optional.items() if name in accepted}
-    if "requires_safety_checker" in accepted:
-        settings["requires_safety_checker"] = False
-    pipeline = files.family.pipeline_class(**components, **settings)
+    pipeline = files.family.assemble(components)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.vae.to(memory_format=torch.channels_last)
     for part in components.values():

@@ -12,13 +12,15 @@ from pathlib import Path
 
 from PIL.PngImagePlugin import PngInfo
 
+from .engine import Engine
 from .errors import InputError
+from .families import TextEmbeddings
 from .files import prepare_output
 from .generate import generate, to_pil
 from .guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser, teacher_denoiser
 from .manifest import read_manifest
 from .model import Model, ModelFiles, load, resolve_device
-from .runners import Runner, TorchRunner, open_exported
+from .runners import TorchRunner
 from .samplers import make_scheduler
 from .student import ADAPTER_NAME, LORA_METHODS, StudentInfo, apply_student, read_student
 
@@ -35,6 +37,7 @@ class DrawConfig:
         student: its folder; None draws with the teacher.
         engine: what `export` wrote, for the runners that need it.
         runner: a name in `RUNNERS`.
+        precision: "fp32" or "fp16" of the onnx runner's graphs; None takes what the device is faster at.
         guidance: of the teacher, or of a student that takes it as an input; others have the one they learnt.
         negative_prompt: of the teacher; a student has the one that it was distilled with.
         dial: weight of the student's LoRA, from 0 (no guidance) to 1 (the guidance that it was distilled at).
@@ -48,6 +51,7 @@ class DrawConfig:
     student: Path | None
     engine: Path
     runner: str = "torch"
+    precision: str | None = None
     guidance: float | None = None
     negative_prompt: str | None = None
     dial: float | None = None
@@ -64,6 +68,10 @@ class DrawConfig:
         """
         if self.runner not in RUNNERS:
             raise InputError(f"unknown runner {self.runner!r}: choose one of {', '.join(RUNNERS)}")
+        if self.precision not in (None, "fp32", "fp16"):
+            raise InputError(f"unknown precision {self.precision!r}: choose fp32 or fp16")
+        if self.precision and self.runner != "onnx":
+            raise InputError("--precision is for the onnx runner: pass --runner onnx with it")
         if self.runner != "torch" and self.student is None:
             raise InputError(
                 f"--teacher runs on torch only: an engine holds the student, leave --runner {self.runner} out"
@@ -87,28 +95,44 @@ class DrawConfig:
         return len(self.prompts) * self.steps
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Drawing:
+    model: Model
+    denoiser: Denoiser
+    text: TextEmbeddings
+
+
 @contextmanager
-def _open_denoiser(model: Model, config: DrawConfig, info: StudentInfo | None) -> Iterator[tuple[Denoiser, Runner]]:
-    if config.student is None or info is None:
-        runner: Runner = TorchRunner(model.unet)
-        yield teacher_denoiser(runner, DEFAULT_GUIDANCE if config.guidance is None else config.guidance), runner
+def _opened(files: ModelFiles, config: DrawConfig, info: StudentInfo | None, device: str) -> Iterator[_Drawing]:
+    if info is not None and config.runner != "torch":
+        _check_engine(config, info)
+        engine = Engine.load(config.engine, runner=config.runner, device=device, precision=config.precision)
+        with engine:
+            yield _Drawing(
+                model=engine.model, denoiser=engine.denoiser(config.guidance), text=engine.encode(config.prompts)
+            )
         return
-    guidance_input = info.choose_guidance(config.guidance)
-    if config.runner == "torch":
+    model = load(files, device=resolve_device(device))
+    runner = TorchRunner(model.unet)
+    away_from = None
+    if config.student is None or info is None:
+        denoiser = teacher_denoiser(runner, DEFAULT_GUIDANCE if config.guidance is None else config.guidance)
+        away_from = (config.negative_prompt or "") if isinstance(denoiser, GuidedDenoiser) else None
+    else:
         apply_student(model, config.student, info)
         if config.dial is not None:
             model.unet.set_adapters(ADAPTER_NAME, config.dial)
-        runner = TorchRunner(model.unet)
-        yield SinglePassDenoiser(runner, guidance_input), runner
-        return
-    manifest = read_manifest(config.engine)
-    if manifest.inputs.get("adapter") != info.adapter_sha256:
+        denoiser = SinglePassDenoiser(runner, info.choose_guidance(config.guidance))
+    text = model.family.encode(model.pipeline, config.prompts, negative_prompt=away_from)
+    yield _Drawing(model=model, denoiser=denoiser, text=text)
+
+
+def _check_engine(config: DrawConfig, info: StudentInfo) -> None:
+    if read_manifest(config.engine).inputs.get("adapter") != info.adapter_sha256:
         raise InputError(
             f"the engine in {config.engine} was exported from another student than {config.student}: "
             "run `boostdiff export` again"
         )
-    with open_exported(config.runner, folder=config.engine, manifest=manifest, device=model.device) as runner:
-        yield SinglePassDenoiser(runner, guidance_input), runner
 
 
 def draw(
@@ -140,15 +164,12 @@ def draw(
         info.check_negative_prompt(config.negative_prompt)
         if config.dial is not None and info.method not in LORA_METHODS:
             raise InputError(f"--dial is the weight of a LoRA: a {info.method} student has none")
-    model = load(files, device=resolve_device(device))
-    with _open_denoiser(model, config, info) as (denoiser, runner):
-        away_from = (config.negative_prompt or "") if isinstance(denoiser, GuidedDenoiser) else None
-        text = model.family.encode(model.pipeline, config.prompts, negative_prompt=away_from)
+    with _opened(files, config, info, device) as drawing:
         images = generate(
-            model,
-            denoiser,
-            text=text.to(runner.dtype),
-            make_scheduler=partial(make_scheduler, config.sampler, model.pipeline.scheduler.config),
+            drawing.model,
+            drawing.denoiser,
+            text=drawing.text,
+            make_scheduler=partial(make_scheduler, config.sampler, drawing.model.pipeline.scheduler.config),
             steps=config.steps,
             seed=config.seed,
             batch_size=config.batch_size,

@@ -5,6 +5,7 @@ A new family is a subclass of `Family` and a row in `FAMILIES`.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -115,6 +116,19 @@ class Family(ABC):
     load_options: ClassVar[dict[str, Any]]
     """Arguments of the pipeline's `from_pretrained` that this class alone takes."""
 
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """The pipeline's attributes that hold the tokenizer of each text encoder."""
+        return tuple(name.replace("text_encoder", "tokenizer") for name in self.text_encoders)
+
+    def assemble(self, components: dict[str, Any]) -> DiffusionPipeline:
+        """A pipeline of parts, real or exported, by their names in `model_index.json`; without a safety checker."""
+        parameters = inspect.signature(self.pipeline_class.__init__).parameters
+        optional = {"feature_extractor": None, "image_encoder": None, **self.load_options}
+        return self.pipeline_class(
+            **{name: value for name, value in optional.items() if name in parameters} | components
+        )
+
     @abstractmethod
     def embed(self, pipeline: DiffusionPipeline, prompts: list[str]) -> PromptEmbeds:
         """Embeddings of a few prompts, as the stock pipeline computes them."""
@@ -157,7 +171,8 @@ class Family(ABC):
         for name, shape in shapes.items():
             inputs[name] = torch.randn(batch, *shape, generator=generator).to(unet.device, unet.dtype)
             if name == "sample":
-                inputs["timestep"] = torch.full((batch,), 501, device=unet.device, dtype=torch.int64)
+                # A float: some schedulers' timesteps are fractional.
+                inputs["timestep"] = torch.full((batch,), 501.0, device=unet.device)
         return inputs
 
     def latent_shape(self, unet_config: dict[str, Any]) -> tuple[int, int, int]:

@@ -10,11 +10,16 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def sha256_of(path: Path) -> str:
@@ -84,11 +89,13 @@ def prepare_output(path: Path) -> None:
             raise InputError(f"the output {path} is a file: choose another --output")
         parent = path.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
-        for folder in (parent, path) if path.is_dir() else (parent,):
-            if not os.access(folder, os.W_OK):
-                raise PermissionError(13, "Permission denied", str(folder))
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+        # Under the lock no other process is just replacing the folder.
+        with locked(parent):
+            for folder in (parent, path) if path.is_dir() else (parent,):
+                if not os.access(folder, os.W_OK):
+                    raise PermissionError(13, "Permission denied", str(folder))
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"can't write to {path}: {reason}; choose another --output") from None
@@ -96,11 +103,51 @@ def prepare_output(path: Path) -> None:
 
 def publish(staged: Path, final: Path) -> None:
     """Give a finished folder its final name; a folder that had the name goes away only then."""
-    replaced = final.with_name(f".{final.name}.replaced-{os.getpid()}")
-    if final.exists():
-        final.replace(replaced)
-    staged.replace(final)
-    shutil.rmtree(replaced, ignore_errors=True)
+    parent = final.absolute().parent
+    with locked(parent):
+        replaced = Path(tempfile.mkdtemp(prefix=f".{final.name}.replaced-", dir=parent))
+        if final.exists():
+            final.replace(replaced)
+        staged.replace(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a folder's advisory lock against other processes of this program; yields whether it was had.
+
+    The system lets go of it when the process ends, however it ends. Where there are no such locks (Windows), none is
+    waited for.
+    """
+    if fcntl is None:
+        yield wait
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
+
+
+def _clear_abandoned(final: Path) -> None:
+    """Remove what killed processes left beside `final`; what one of them had just moved away gets its name back.
+
+    The caller holds the parent's lock.
+    """
+    parent = final.absolute().parent
+    for replaced in sorted(parent.glob(f".{final.name}.replaced-*")):
+        if not final.exists() and any(replaced.iterdir()):
+            replaced.replace(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+    for staged in parent.glob(f".{final.name}.partial-*"):
+        with locked(staged, wait=False) as abandoned:
+            if abandoned:
+                shutil.rmtree(staged, ignore_errors=True)
 
 
 @contextmanager
@@ -111,10 +158,13 @@ def staged_folder(final: Path) -> Iterator[Path]:
         InputError: nothing can be written there.
     """
     prepare_output(final)
-    staged = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=final.absolute().parent))
-    staged.chmod(0o755)
-    try:
+    parent = final.absolute().parent
+    with ExitStack() as held:
+        with locked(parent):
+            _clear_abandoned(final)
+            staged = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=parent))
+            held.callback(shutil.rmtree, staged, ignore_errors=True)
+            held.enter_context(locked(staged))
+        staged.chmod(0o755)
         yield staged
         publish(staged, final)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from diffusers import SchedulerMixin
@@ -26,6 +26,29 @@ def initial_noise(shape: tuple[int, int, int], *, count: int, seed: int) -> torc
 
 
 @torch.inference_mode()
+def sampling(
+    denoiser: Denoiser, *, text: TextEmbeddings, noise: torch.Tensor, scheduler: SchedulerMixin, steps: int
+) -> Iterator[torch.Tensor]:
+    """Denoise from z_T to z_0, one step an item.
+
+    Args:
+        denoiser: teacher or student.
+        text: embeddings of B prompts.
+        noise: `(B, C, H, W)` standard normal.
+        scheduler: a fresh one; its state is changed.
+        steps: sampling steps.
+
+    Yields:
+        `(B, C, H, W)` latents after each step; the last are z_0.
+    """
+    scheduler.set_timesteps(steps, device=noise.device)
+    z_t = noise * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        prediction = denoiser(scheduler.scale_model_input(z_t, t), t, text)
+        z_t = scheduler.step(prediction, t, z_t, return_dict=False)[0]
+        yield z_t
+
+
 def sample(
     denoiser: Denoiser,
     *,
@@ -35,24 +58,9 @@ def sample(
     steps: int,
     on_step: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
-    """Denoise from z_T to z_0.
-
-    Args:
-        denoiser: teacher or student.
-        text: embeddings of B prompts.
-        noise: `(B, C, H, W)` standard normal.
-        scheduler: a fresh one; its state is changed.
-        steps: sampling steps.
-        on_step: called after each step with its index.
-
-    Returns:
-        `(B, C, H, W)` latents.
-    """
-    scheduler.set_timesteps(steps, device=noise.device)
-    z_t = noise * scheduler.init_noise_sigma
-    for index, t in enumerate(scheduler.timesteps):
-        prediction = denoiser(scheduler.scale_model_input(z_t, t), t, text)
-        z_t = scheduler.step(prediction, t, z_t, return_dict=False)[0]
+    """The last latents of `sampling`, `(B, C, H, W)`; `on_step` is called after each step with its index."""
+    z_t = noise
+    for index, z_t in enumerate(sampling(denoiser, text=text, noise=noise, scheduler=scheduler, steps=steps)):  # noqa: B007
         if on_step:
             on_step(index)
     return z_t

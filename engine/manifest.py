@@ -5,6 +5,8 @@ A TensorRT plan is executable code: nothing in an engine folder is opened unless
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from .errors import InputError
 from .files import read_json, sha256_of, write_json
 
 MANIFEST_FILE = "manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 
 
 @dataclass(kw_only=True)
@@ -23,7 +25,8 @@ class Manifest:
     Attributes:
         version: of this format.
         model: what the user called the model.
-        inputs: SHA-256 by name of what went in ("unet", "adapter").
+        inputs: SHA-256 by name of what went in ("unet", "adapter", "text_encoder", …).
+        options: what the user asked for, as far as it changes what is written.
         files: SHA-256 by path relative to the engine folder of what came out.
         student: method and guidance of the student.
         unet_config: the UNet's configuration, for whoever runs the graph.
@@ -31,17 +34,40 @@ class Manifest:
         artefacts: by path: precision, inputs, outputs, checks; for plans also flavour, version, compute
             capabilities and profiles.
         versions: of boostdiff and the libraries that matter.
+        hardware: the GPU that plans were built on, if any.
     """
 
     version: int = MANIFEST_VERSION
     model: str
     inputs: dict[str, str]
+    options: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     student: dict[str, Any]
     unet_config: dict[str, Any]
     merge: dict[str, Any] = field(default_factory=dict)
     artefacts: dict[str, dict[str, Any]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    hardware: dict[str, Any] = field(default_factory=dict)
+
+    def configurations(self) -> list[str]:
+        """The files that are neither graphs nor plans: what stands around them, down to the tokenizers' words."""
+        return [name for name in self.files if not any(name == a or name.startswith(f"{a}.") for a in self.artefacts)]
+
+    def decoder_batch(self) -> int:
+        """How many images the VAE decoder takes at once."""
+        profile = self.artefacts.get("vae_decoder/model.plan", {}).get("profile")
+        return profile["latent_sample"][2][0] if profile else 64
+
+    def made_from(self) -> dict[str, Any]:
+        """What decides about an export's result: if it is the same, so is the result."""
+        return {
+            "version": self.version,
+            "inputs": self.inputs,
+            "options": self.options,
+            "student": self.student,
+            "versions": self.versions,
+            "hardware": self.hardware,
+        }
 
     def write(self, folder: Path) -> None:
         """Hash every file in the folder and write `manifest.json` last."""
@@ -50,14 +76,20 @@ class Manifest:
             for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name != MANIFEST_FILE
         }
-        write_json(folder / MANIFEST_FILE, asdict(self))
+        values = asdict(self)
+        write_json(folder / MANIFEST_FILE, values | {"sha256": _digest(values)})
+
+
+def _digest(values: dict[str, Any]) -> str:
+    """Of the manifest's own content, so that a damaged one is seen."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Read an engine folder's manifest.
 
     Raises:
-        InputError: there is no engine, or its manifest is unreadable or of another version.
+        InputError: there is no engine, or its manifest is unreadable, damaged or of another version.
     """
     path = folder / MANIFEST_FILE
     if not path.is_file():
@@ -66,6 +98,8 @@ def read_manifest(folder: Path) -> Manifest:
     names = {item.name for item in fields(Manifest)}
     if values.get("version") != MANIFEST_VERSION or not names <= set(values):
         raise InputError(f"{path} is not a manifest of this version of boostdiff: export again")
+    if _digest({name: value for name, value in values.items() if name != "sha256"}) != values.get("sha256"):
+        raise InputError(f"{path} is damaged (its own SHA-256 differs): export again")
     return Manifest(**{name: values[name] for name in names})
 
 

@@ -17,6 +17,9 @@ from .errors import InputError
 from .families import Family, family_of
 from .files import read_json, sha256_of
 
+HASHED = {".json", ".txt", ".safetensors"}
+"""Suffixes of the files that make a model."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
@@ -58,6 +61,14 @@ class ModelFiles:
         """One hash for the UNet's weight files."""
         _, files = self.unet_weights()
         return "-".join(sha256_of(path) for path in files)
+
+    def other_sha256(self) -> dict[str, str]:
+        """One hash for each part but the UNet's weights: its configuration, words and safetensors files."""
+        hashes = {"unet_config": sha256_of(self.folder / "unet" / "config.json")}
+        for part in ("vae", "scheduler", *self.family.text_encoders, *self.family.tokenizers):
+            files = sorted(path for path in (self.folder / part).glob("*") if path.suffix in HASHED)
+            hashes[part] = "-".join(sha256_of(path) for path in files)
+        return hashes
 
     def empty_unet(self) -> UNet2DConditionModel:
         """The UNet on the meta device: shapes without memory."""

@@ -1,22 +1,17 @@
 """Runners: one UNet, several ways to execute it, one call signature.
 
 Each is a context manager and can be set as `pipe.unet` in a stock diffusers pipeline. To add one, subclass
-`Runner` and give it a row in `available_runners`.
+`Runner`, or `sessions.Session` for an exported graph, and give it a row in `available_runners`.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import os
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Set
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
@@ -24,9 +19,10 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from .errors import BoostDiffError, InputError
 from .manifest import Manifest, verified_file
+from .sessions import OnnxSession, Session, TensorRTSession, check_plan
 
-TENSORRT_FLAVOURS = ("tensorrt", "tensorrt_rtx")
-"""Each is also the name of the Python module that carries it."""
+UNET_OUTPUT = "out_sample"
+"""Name of the prediction in an exported UNet, as Optimum's pipelines look for it."""
 
 
 class Runner(ABC):
@@ -37,14 +33,12 @@ class Runner(ABC):
         config: the UNet's configuration.
         dtype: of `sample`, `encoder_hidden_states` and the prediction.
         device: where they lie.
-        input_names: what an exported graph takes.
     """
 
     name: str
     config: FrozenDict
     dtype: torch.dtype
     device: torch.device
-    input_names: Set[str]
 
     def __enter__(self) -> Self:
         return self
@@ -68,21 +62,6 @@ class Runner(ABC):
         Returns:
             `(B, C, H, W)`.
         """
-
-    def feeds(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The inputs of an exported graph, contiguous and in its dtypes.
-
-        Raises:
-            InputError: the graph lacks one of them, or needs another.
-        """
-        if inputs.keys() != self.input_names:
-            unknown, missing = sorted(inputs.keys() - self.input_names), sorted(self.input_names - inputs.keys())
-            reason = f"can't take {', '.join(unknown)}" if unknown else f"needs {', '.join(missing)}"
-            raise InputError(f"the {self.name} runner {reason}: its graph was exported from another kind of student")
-        return {
-            name: tensor.to(torch.int64 if name == "timestep" else self.dtype).contiguous()
-            for name, tensor in inputs.items()
-        }
 
     def __call__(
         self,
@@ -138,163 +117,88 @@ class TorchRunner(Runner):
         return unet_forward(self.unet, inputs)
 
 
-class OnnxRunner(Runner):
-    """ONNX Runtime, on the CPU or through CUDA, with inputs and outputs bound to torch memory."""
+class GraphRunner(Runner):
+    """An exported graph, executed by a session."""
 
-    name = "onnx"
-
-    def __init__(self, path: Path, *, unet_config: dict[str, Any], device: torch.device) -> None:
-        """Open a graph.
+    def __init__(self, session: Session, *, unet_config: dict[str, Any]) -> None:
+        """Take over a session.
 
         Args:
-            path: `unet/model.onnx`, already verified.
+            session: of a UNet's graph; closed with the runner.
             unet_config: the UNet's configuration.
-            device: "cpu" or "cuda".
-
-        Raises:
-            BoostDiffError: ONNX Runtime is missing, can't use the device, or can't load the graph.
         """
-        try:
-            import onnxruntime
-        except ImportError:
-            raise BoostDiffError("ONNX Runtime is not installed: pip install 'boostdiff[cpu]' or [gpu]") from None
-        provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device.type)
-        if provider not in onnxruntime.get_available_providers():
-            raise BoostDiffError(f"this ONNX Runtime can't run on {device.type}: pip install onnxruntime-gpu")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        try:
-            self.session = onnxruntime.InferenceSession(
-                path,
-                options,
-                providers=[(provider, {"device_id": device.index or 0} if device.type == "cuda" else {})],
-            )
-        except Exception as error:
-            # The C++ side raises its own types, none of them exported under a common base.
-            raise BoostDiffError(f"ONNX Runtime can't load {path}: {str(error).splitlines()[0]}") from None
-        self.config, self.device = FrozenDict(unet_config), device
-        types = {item.name: item.type for item in self.session.get_inputs()}
-        self.dtype = torch.float16 if types["sample"] == "tensor(float16)" else torch.float32
-        self.input_names = set(types)
-        self._binding = self.session.io_binding()
+        self.session = session
+        self.name, self.device = session.kind, session.device
+        self.config, self.dtype = FrozenDict(unet_config), session.input_types["sample"]
 
     def close(self) -> None:
         """See `Runner.close`."""
-        del self._binding, self.session
-
-    def _bind(self, bind: Callable[..., None], name: str, tensor: torch.Tensor) -> None:
-        element_type = np.dtype(str(tensor.dtype).removeprefix("torch.")).type
-        bind(name, self.device.type, self.device.index or 0, element_type, tuple(tensor.shape), tensor.data_ptr())
+        self.session.close()
 
     def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """See `Runner.predict`."""
-        feeds = self.feeds(inputs)
-        prediction = torch.empty_like(feeds["sample"])
-        for name, tensor in feeds.items():
-            self._bind(self._binding.bind_input, name, tensor)
-        self._bind(self._binding.bind_output, "noise_pred", prediction)
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-        self.session.run_with_iobinding(self._binding)
-        return prediction
+        """See `Runner.predict`; in the dtype of `sample`, whatever the graph's own is."""
+        sample = inputs["sample"]
+        prediction = torch.empty(sample.shape, dtype=self.dtype, device=self.device)
+        self.session.run(inputs, {UNET_OUTPUT: prediction})
+        return prediction.to(sample.dtype)
 
 
-class TensorRTRunner(Runner):
-    """A TensorRT plan of either flavour, through polygraphy, on CUDA tensors without host copies."""
+def open_session(
+    kind: str, part: str, *, folder: Path, manifest: Manifest, device: torch.device, precision: str | None = None
+) -> Session:
+    """Open one part of an exported engine, after checking it against its manifest.
 
-    name = "tensorrt"
-
-    def __init__(self, path: Path, *, artefact: dict[str, Any], unet_config: dict[str, Any]) -> None:
-        """Deserialise a plan.
-
-        Args:
-            path: `unet/model.plan`, already verified against its manifest.
-            artefact: the plan's entry in the manifest.
-            unet_config: the UNet's configuration.
-
-        Raises:
-            BoostDiffError: no GPU, the flavour is not installed, or the plan is for other hardware.
-        """
-        check_plan(artefact)
-        load_tensorrt(artefact["flavour"])
-        from polygraphy.backend.common import bytes_from_path
-        from polygraphy.backend.trt import TrtRunner, engine_from_bytes
-
-        self.config, self.dtype = FrozenDict(unet_config), torch.float16
-        self.device = torch.device("cuda", torch.cuda.current_device())
-        self._runner = TrtRunner(engine_from_bytes(bytes_from_path(str(path))))
-        self._runner.activate()
-        self.input_names = set(self._runner.get_input_metadata())
-
-    def close(self) -> None:
-        """See `Runner.close`."""
-        self._runner.deactivate()
-
-    def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """See `Runner.predict`."""
-        feeds = self.feeds(inputs)
-        torch.cuda.current_stream(self.device).synchronize()
-        outputs = self._runner.infer(feeds, copy_outputs_to_host=False, check_inputs=False)
-        # polygraphy hands out its own buffer, which the next call overwrites.
-        return outputs["noise_pred"].clone()
-
-
-def load_tensorrt(flavour: str) -> Any:
-    """Import one TensorRT flavour and point polygraphy at it; never both in one process.
+    Args:
+        kind: "onnx" or "tensorrt".
+        part: "unet", "text_encoder", "text_encoder_2" or "vae_decoder".
+        folder: the engine folder.
+        manifest: its manifest.
+        device: for ONNX Runtime.
+        precision: "fp32" or "fp16", of an ONNX graph; None takes what the device is faster at, if it is there.
 
     Raises:
-        BoostDiffError: it is not installed, or the other flavour is loaded already.
+        InputError: a file is missing or was changed, or the engine has no such precision.
+        BoostDiffError: this machine can't run it.
     """
-    (other,) = set(TENSORRT_FLAVOURS) - {flavour}
-    if other in sys.modules:
-        raise BoostDiffError(f"{other} is loaded already: {flavour} needs a process of its own")
-    if importlib.util.find_spec(flavour) is None:
-        package = "tensorrt-rtx-cu13" if flavour == "tensorrt_rtx" else "tensorrt"
-        raise BoostDiffError(f"{flavour} is not installed: pip install {package}")
-    # polygraphy reads this when it is first imported.
-    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(flavour == "tensorrt_rtx"))
-    from polygraphy.logger import G_LOGGER
-
-    G_LOGGER.module_severity = G_LOGGER.ERROR
-    return importlib.import_module(flavour)
-
-
-def check_plan(artefact: dict[str, Any]) -> None:
-    """Refuse a plan that this machine can't run, before it is deserialised.
-
-    Raises:
-        BoostDiffError: no NVIDIA GPU, another TensorRT version, or another compute capability.
-    """
-    if not torch.cuda.is_available():
-        raise BoostDiffError("a TensorRT engine needs an NVIDIA GPU, and there is none here")
-    module = load_tensorrt(artefact["flavour"])
-    here = "{}.{}".format(*torch.cuda.get_device_capability())
-    built = f"built by {artefact['flavour']} {artefact['version']} for {', '.join(artefact['compute_capabilities'])}"
-    if module.__version__ != artefact["version"]:
-        raise BoostDiffError(f"the plan was {built}; here is {module.__version__}: export again with --trt")
-    if here not in artefact["compute_capabilities"]:
-        raise BoostDiffError(f"the plan was {built}; this GPU has {here}: export again with --trt")
+    if kind == "tensorrt":
+        name = f"{part}/model.plan"
+        path = verified_file(folder, manifest, name)
+        return TensorRTSession(path, artefact=manifest.artefacts[name])
+    graphs = {
+        about["precision"]: name
+        for name, about in manifest.artefacts.items()
+        if name.startswith(f"{part}/") and name.endswith(".onnx")
+    }
+    wanted = [precision] if precision else ["fp32", "fp16"] if device.type == "cpu" else ["fp16", "fp32"]
+    found = next((graphs[name] for name in wanted if name in graphs), None)
+    if found is None:
+        if not precision or not graphs:
+            raise InputError(f"the engine in {folder} has no ONNX graph of the {part}: export again")
+        raise InputError(
+            f"the engine in {folder} has the {part} in {', '.join(sorted(graphs))} alone: "
+            f"`boostdiff export --precision both` makes {precision}, too"
+        )
+    return OnnxSession(verified_file(folder, manifest, found), device=device)
 
 
-def open_exported(name: str, *, folder: Path, manifest: Manifest, device: torch.device) -> Runner:
-    """Open a runner on an exported engine, after checking it against its manifest.
+def open_exported(
+    name: str, *, folder: Path, manifest: Manifest, device: torch.device, precision: str | None = None
+) -> Runner:
+    """Open a runner on an exported engine's UNet, see `open_session`.
 
     Args:
         name: "onnx" or "tensorrt".
         folder: the engine folder.
         manifest: its manifest.
         device: for ONNX Runtime.
+        precision: of the ONNX graph.
 
     Raises:
         InputError: a file is missing or was changed.
         BoostDiffError: this machine can't run it.
     """
-    if name == "onnx":
-        path = verified_file(folder, manifest, "unet/model.onnx")
-        return OnnxRunner(path, unet_config=manifest.unet_config, device=device)
-    path = verified_file(folder, manifest, "unet/model.plan")
-    return TensorRTRunner(path, artefact=manifest.artefacts["unet/model.plan"], unet_config=manifest.unet_config)
+    session = open_session(name, "unet", folder=folder, manifest=manifest, device=device, precision=precision)
+    return GraphRunner(session, unet_config=manifest.unet_config)
 
 
 def available_runners(manifest: Manifest, device: torch.device) -> dict[str, str | None]:

@@ -77,21 +77,7 @@ class StudentInfo:
         Raises:
             InputError: the student was not trained for it.
         """
-        if self.guidance_range is None:
-            if guidance not in (None, self.guidance):
-                raise InputError(
-                    f"this student was distilled at guidance {self.guidance:g} and can't give {guidance:g}: "
-                    "leave --guidance out, distil another, or pass --teacher"
-                )
-            return None
-        low, high = self.guidance_range
-        wanted = self.guidance if guidance is None else guidance
-        if not low <= wanted <= high:
-            raise InputError(
-                f"this student was distilled for guidance {low:g} to {high:g} and can't give {wanted:g}: "
-                "choose one in between, distil another, or pass --teacher"
-            )
-        return wanted
+        return choose_guidance(guidance, own=self.guidance, guidance_range=self.guidance_range)
 
     def check_negative_prompt(self, negative_prompt: str | None) -> None:
         """Refuse a negative prompt that the student was not trained for.
@@ -109,6 +95,34 @@ class StudentInfo:
     def write(self, folder: Path) -> None:
         """Write `student.json`."""
         write_json(folder / INFO_FILE, asdict(self))
+
+
+def choose_guidance(guidance: float | None, *, own: float, guidance_range: tuple[float, float] | None) -> float | None:
+    """What to hand to the UNet as guidance: a number for a student that takes it as an input, else None.
+
+    Args:
+        guidance: what the user asked for, or None for the student's own.
+        own: the scale that it was distilled at, or its default.
+        guidance_range: lowest and highest scale that it was distilled for; None for a student of one scale.
+
+    Raises:
+        InputError: the student was not trained for it.
+    """
+    if guidance_range is None:
+        if guidance not in (None, own):
+            raise InputError(
+                f"this student was distilled at guidance {own:g} and can't give {guidance:g}: "
+                "leave --guidance out, distil another, or pass --teacher"
+            )
+        return None
+    low, high = guidance_range
+    wanted = own if guidance is None else guidance
+    if not low <= wanted <= high:
+        raise InputError(
+            f"this student was distilled for guidance {low:g} to {high:g} and can't give {wanted:g}: "
+            "choose one in between, distil another, or pass --teacher"
+        )
+    return wanted
 
 
 def read_student(folder: Path, files: ModelFiles | None = None) -> StudentInfo:

@@ -2,51 +2,51 @@
 
 from __future__ import annotations
 
-import copy
+import gc
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..engine.errors import BoostDiffError, InputError
-from ..engine.files import prepare_output, staged_folder
-from ..engine.manifest import Manifest
-from ..engine.model import ModelFiles, load, resolve_device
-from ..engine.runners import OnnxRunner, TensorRTRunner, check_plan
-from ..engine.student import read_student
+from ..engine.files import prepare_output, read_json, staged_folder, write_json
+from ..engine.manifest import Manifest, read_manifest, verified_file
+from ..engine.model import Model, ModelFiles, load, resolve_device
+from ..engine.sessions import OnnxSession, TensorRTSession, check_plan
+from ..engine.student import StudentInfo, read_student
 from ..engine.versions import versions
-from .graph import FP16_TOLERANCE, FP32_TOLERANCE, TRACE_BATCH, compare, graph_signature, onnx_from_unet
-from .merge import TIMESTEPS, merge, prove_merge
-from .plan import choose_flavour, plan_from_onnx
-
-BATCHES = (1, 4, 16)
-"""Smallest, best and largest batch of a plan's profile. A batched-CFG teacher at batch 8 needs 16."""
+from .config import ExportConfig
+from .graph import FP16_TOLERANCE, FP32_TOLERANCE, compare, graph_signature, onnx_from_part
+from .merge import TIMESTEPS, merge_in_place
+from .parts import Part, keep_attention_in_fp32, latent_sizes, text_encoder_part, unet_part, vae_decoder_part
+from .plan import Flavour, choose_flavour, plan_from_onnx
 
 CHECK_PROMPTS = ("a photo of a red apple on a table", "noto emoji of octopus on a light blue background")
 
 
 def export(
     files: ModelFiles,
+    config: ExportConfig | None = None,
     *,
     student: Path,
     output: Path,
-    trt: bool = False,
-    diffusers: bool = False,
     device: str = "auto",
+    force: bool = False,
     report: Callable[[str], None] = lambda message: None,
 ) -> Manifest:
     """Merge, export, compare, and only then give the folder its name.
 
     Args:
         files: the model.
+        config: precisions, shapes and plans.
         student: what `distill` wrote.
-        output: the engine's folder: `unet/model.onnx`, with `trt` also `unet/model.fp16.onnx` and
-            `unet/model.plan`, and `manifest.json`.
-        trt: build a TensorRT plan.
-        diffusers: also write the merged UNet as diffusers loads it, `unet/config.json` and safetensors.
+        output: the engine's folder, laid out as Optimum does: `unet`, `text_encoder` (SDXL: and `text_encoder_2`) and
+            `vae_decoder`, each with `model.onnx` and, with plans, `model.plan`; tokenizers, scheduler,
+            `model_index.json`; and `manifest.json`.
         device: where the reference runs.
+        force: export again even if nothing has changed.
         report: told of each stage in words.
 
     Returns:
@@ -56,79 +56,186 @@ def export(
         InputError: the student or the output can't be used.
         BoostDiffError: a stage failed, or a result is outside its tolerance; nothing was replaced.
     """
+    config = config or ExportConfig()
     info = read_student(student, files)
-    if diffusers and info.method == "soft-prompt":
+    if config.diffusers and info.method == "soft-prompt":
         raise InputError("a soft prompt is no part of the weights: leave --diffusers out, graphs carry its tokens")
-    flavour = choose_flavour() if trt else None
+    flavour = choose_flavour(config.trt_flavour) if config.trt else None
     prepare_output(output)
     target = resolve_device(device)
+    manifest = _intended(files, info, config, flavour)
+    if not force and (standing := standing_engine(output, manifest)):
+        report(f"nothing has changed since the export in {output}")
+        return standing
+
     model = load(files, device=target, dtype=torch.float32)
-    merged = merge(model, student, info)
-    text = model.family.encode(model.pipeline, CHECK_PROMPTS).conditional
-    inputs = model.family.example_inputs(model.pipeline, batch=TRACE_BATCH)
-    proof = prove_merge(model, student, merged, info)
+    latent_sizes(model, config)
+    proof = merge_in_place(model, student, info)
     report(
         f"merged {info.method}: differs from base + adapter by {proof.relative:.1e} of the output's scale "
         f"(cosine {proof.cosine:.7f}), from the base by {proof.change:.2f}"
     )
-    manifest = Manifest(
+    manifest.merge = {**asdict(proof), "timesteps": list(TIMESTEPS)}
+    height, width = latent_sizes(model, config)[1]
+    model.unet.register_to_config(sample_size=height if height == width else (height, width))
+    manifest.unet_config = {key: value for key, value in dict(model.unet.config).items() if not key.startswith("_")}
+    with staged_folder(output) as folder:
+        _write_surroundings(model, manifest, folder, diffusers=config.diffusers)
+        precisions = config.precisions(sum(p.numel() for p in model.unet.parameters()))
+        for part in _parts(model, config, precisions):
+            _export_part(part, folder, manifest, precisions, report)
+            if flavour is not None:
+                _export_plan(part, folder, manifest, config, flavour, report)
+        manifest.write(folder)
+    return manifest
+
+
+def _intended(files: ModelFiles, info: StudentInfo, config: ExportConfig, flavour: Flavour | None) -> Manifest:
+    """The manifest as far as it is known before any work."""
+    gpu = flavour is not None and flavour.name == "tensorrt"
+    return Manifest(
         model=files.name,
-        inputs={"unet": info.unet_sha256, "adapter": info.adapter_sha256},
+        inputs={"unet": info.unet_sha256, "adapter": info.adapter_sha256, **files.other_sha256()},
+        options=config.as_json() | {"flavour": flavour.name if flavour else None},
         student={
             "method": info.method,
             "guidance": info.guidance,
-            "guidance_range": info.guidance_range,
+            "guidance_range": list(info.guidance_range) if info.guidance_range else None,
             "negative_prompt": info.negative_prompt,
         },
-        unet_config={key: value for key, value in dict(merged.config).items() if not key.startswith("_")},
-        merge={**asdict(proof), "timesteps": list(TIMESTEPS)},
-        versions=versions("tensorrt", "tensorrt_rtx") if trt else versions(),
+        unet_config={},
+        versions=versions("tensorrt", "tensorrt_rtx") if flavour else versions(),
+        hardware={"gpu": torch.cuda.get_device_name(), "driver": _driver()} if gpu else {},
     )
-    # Large models are compared at the batches that a small machine can afford.
-    batches = (1, 2, 8) if sum(p.numel() for p in merged.parameters()) < 100e6 else (1, 2)
-    check_against = partial(compare, reference=merged, inputs=inputs, text=text, batches=batches, timesteps=TIMESTEPS)
 
-    with staged_folder(output) as folder:
-        (folder / "unet").mkdir()
-        if diffusers:
-            merged.save_pretrained(folder / "unet", safe_serialization=True)
-            manifest.artefacts["unet/diffusion_pytorch_model.safetensors"] = {"precision": "fp32"}
-        graph = folder / "unet" / "model.onnx"
-        onnx_from_unet(merged, inputs, graph)
-        with OnnxRunner(graph, unet_config=manifest.unet_config, device=torch.device("cpu")) as runner:
-            check = check_against(runner, tolerance=FP32_TOLERANCE)
-        manifest.artefacts["unet/model.onnx"] = {
-            "precision": "fp32",
-            "check": check,
-            **graph_signature(graph),
+
+def _driver() -> str:
+    """The NVIDIA driver's version, where NVML's Python package tells it."""
+    try:
+        import pynvml
+    except ImportError:
+        return "unknown"
+    pynvml.nvmlInit()
+    try:
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def standing_engine(output: Path, intended: Manifest) -> Manifest | None:
+    """The engine that stands in `output`, if it is whole and an export would only make it again."""
+    try:
+        standing = read_manifest(output)
+    except InputError:
+        return None
+    if standing.made_from() != intended.made_from():
+        return None
+    try:
+        for name in standing.files:
+            verified_file(output, standing, name)
+    except InputError:
+        return None
+    return standing
+
+
+def _write_surroundings(model: Model, manifest: Manifest, folder: Path, *, diffusers: bool) -> None:
+    """Everything that is no graph: configurations, tokenizers, scheduler, and on request the merged weights."""
+    pipeline = model.pipeline
+    index = read_json(model.files.folder / "model_index.json")
+    absent = dict.fromkeys(index.keys() & {"safety_checker", "feature_extractor", "image_encoder"}, (None, None))
+    write_json(folder / "model_index.json", index | absent)
+    for name, tokenizer in zip(model.family.text_encoders, model.family.tokenizers, strict=True):
+        getattr(pipeline, tokenizer).save_pretrained(folder / tokenizer)
+        getattr(pipeline, name).config.save_pretrained(folder / name)
+    if diffusers:
+        model.unet.save_pretrained(folder / "unet", safe_serialization=True)
+        for path in (folder / "unet").glob("*.safetensors*"):
+            manifest.artefacts[f"unet/{path.name}"] = {"precision": "fp32"}
+    configs = {"scheduler/scheduler_config": pipeline.scheduler, "vae_decoder/config": pipeline.vae}
+    for name, component in (configs | {"unet/config": model.unet}).items():
+        path = folder / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        # diffusers would add the path that the model was loaded from.
+        write_json(path, {key: value for key, value in dict(component.config).items() if key != "_name_or_path"})
+
+
+def _parts(model: Model, config: ExportConfig, precisions: tuple[str, ...]) -> list[Part]:
+    """Every part with what its cases expect. The model's own references go: a part is freed once it is exported."""
+    pipeline = model.pipeline
+    text = model.family.encode(pipeline, CHECK_PROMPTS, negative_prompt=None).conditional
+    parts = [text_encoder_part(model, name, CHECK_PROMPTS, config) for name in model.family.text_encoders]
+    parts += [vae_decoder_part(model, config), unet_part(model, model.unet, text, config, TIMESTEPS)]
+    for part in parts:
+        part.settle()
+        if part.half and precisions == ("fp16",):
+            part.to_half()
+    for name in ("unet", "vae", *model.family.text_encoders):
+        setattr(pipeline, name, None)
+    # The largest last: by then the others are gone.
+    return parts
+
+
+def _export_part(
+    part: Part, folder: Path, manifest: Manifest, precisions: tuple[str, ...], report: Callable[[str], None]
+) -> None:
+    (folder / part.name).mkdir(exist_ok=True)
+    graphs: dict[str, Path] = {}
+    for precision in precisions if part.half else ("fp32",):
+        islands = False
+        if precision == "fp16":
+            part.to_half()
+            islands = keep_attention_in_fp32(part.module.children())
+        graphs[precision] = folder / part.name / ("model.fp16.onnx" if graphs else "model.onnx")
+        onnx_from_part(part, graphs[precision])
+        manifest.artefacts[f"{part.name}/{graphs[precision].name}"] = {
+            "precision": precision,
+            "fp32_islands": ["attention scores"] if islands else [],
+            **graph_signature(graphs[precision]),
         }
-        report(f"ONNX FP32: differs from torch by {check['relative']:.1e} of the output's scale")
+    # Sessions and builders of large models need the memory.
+    del part.module
+    gc.collect()
+    for precision, path in graphs.items():
+        with OnnxSession(path, device=torch.device("cpu")) as session:
+            check = compare(session, part, tolerance=FP16_TOLERANCE if precision == "fp16" else FP32_TOLERANCE)
+        manifest.artefacts[f"{part.name}/{path.name}"]["check"] = check
+        report(
+            f"{part.name}: ONNX {precision.upper()} differs from torch by {check['relative']:.1e} of the output's scale"
+        )
 
-        if flavour is not None:
-            half = folder / "unet" / "model.fp16.onnx"
-            half_inputs = {k: v.half() if v.is_floating_point() else v for k, v in inputs.items()}
-            onnx_from_unet(copy.deepcopy(merged).half(), half_inputs, half)
-            with OnnxRunner(half, unet_config=manifest.unet_config, device=torch.device("cpu")) as runner:
-                check = check_against(runner, tolerance=FP16_TOLERANCE)
-            manifest.artefacts["unet/model.fp16.onnx"] = {
-                "precision": "fp16",
-                "check": check,
-                **graph_signature(half),
-            }
-            report(f"ONNX FP16: differs from torch by {check['relative']:.1e} of the output's scale")
-            report(f"building with {flavour.name}: {flavour.reason}")
-            plan = folder / "unet" / "model.plan"
-            shapes = {name: tuple(tensor.shape[1:]) for name, tensor in inputs.items()}
-            entry = plan_from_onnx(half, plan, flavour=flavour, shapes=shapes, batches=BATCHES)
-            manifest.artefacts["unet/model.plan"] = entry
-            try:
-                check_plan(entry)
-            except BoostDiffError as reason:
-                entry["check"] = f"built, not run: {reason}"
-                report(f"plan: {plan.stat().st_size / 1e6:.1f} MB, built, not run ({reason})")
-            else:
-                with TensorRTRunner(plan, artefact=entry, unet_config=manifest.unet_config) as runner:
-                    entry["check"] = check_against(runner, tolerance=FP16_TOLERANCE)
-                report(f"plan: differs from torch by {entry['check']['relative']:.1e} of the output's scale")
-        manifest.write(folder)
-    return manifest
+
+def _export_plan(
+    part: Part,
+    folder: Path,
+    manifest: Manifest,
+    config: ExportConfig,
+    flavour: Flavour,
+    report: Callable[[str], None],
+) -> None:
+    if part.name == "unet":
+        report(f"building with {flavour.name}: {flavour.reason}")
+    graphs = [folder / name for name in manifest.artefacts if name.startswith(f"{part.name}/model.")]
+    graph = graphs[-1]
+    plan = graph.with_name("model.plan")
+    entry: dict[str, Any] = {
+        "precision": manifest.artefacts[f"{part.name}/{graph.name}"]["precision"],
+        **plan_from_onnx(
+            graph,
+            plan,
+            flavour=flavour,
+            profile=part.profile,
+            refittable=config.refittable,
+            workspace_gb=config.workspace_gb,
+        ),
+    }
+    manifest.artefacts[f"{part.name}/{plan.name}"] = entry
+    size = f"{part.name}: plan of {plan.stat().st_size / 1e6:.1f} MB"
+    try:
+        check_plan(entry)
+    except BoostDiffError as reason:
+        entry["check"] = f"built, not run: {reason}"
+        report(f"{size}, built, not run ({reason})")
+    else:
+        with TensorRTSession(plan, artefact=entry) as session:
+            entry["check"] = compare(session, part, tolerance=FP16_TOLERANCE)
+        report(f"{size}, differs from torch by {entry['check']['relative']:.1e} of the output's scale")

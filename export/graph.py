@@ -1,4 +1,4 @@
-"""ONNX graphs of a UNet, straight from torch, and their comparison with the network that they came from."""
+"""ONNX graphs, straight from torch, and their comparison with the modules that they came from."""
 
 from __future__ import annotations
 
@@ -11,47 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir
 import torch
-from diffusers import UNet2DConditionModel
 
 from ..engine.errors import BoostDiffError
-from ..engine.families import PromptEmbeds
-from ..engine.runners import Runner, unet_forward
+from ..engine.files import is_full_disk
+from ..engine.sessions import Session
+from .parts import Part
 
 FP32_TOLERANCE = 1e-4
 FP16_TOLERANCE = 3e-2
 """Largest absolute difference allowed, relative to the reference's largest value."""
-
-OUTPUT_NAME = "noise_pred"
-TRACE_BATCH = 2
-"""A batch of one would be frozen into the graph."""
-
-
-class _TensorOutput(torch.nn.Module):
-    """The UNet with positional inputs and a plain tensor as its output."""
-
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        text_embeds: torch.Tensor | None = None,
-        time_ids: torch.Tensor | None = None,
-        timestep_cond: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        inputs = {
-            "sample": sample,
-            "timestep": timestep,
-            "encoder_hidden_states": encoder_hidden_states,
-            "text_embeds": text_embeds,
-            "time_ids": time_ids,
-            "timestep_cond": timestep_cond,
-        }
-        return unet_forward(self.unet, {name: tensor for name, tensor in inputs.items() if tensor is not None})
 
 
 @contextlib.contextmanager
@@ -70,37 +40,48 @@ def quiet_exporter() -> Iterator[None]:
                 logging.getLogger(name).setLevel(level)
 
 
-def onnx_from_unet(unet: UNet2DConditionModel, inputs: dict[str, torch.Tensor], path: Path) -> None:
-    """Write `path` (and `path.data` beside it): dynamic batch, FP32 or FP16 as the UNet is.
+def _strip_traces(model: onnx_ir.Model) -> None:
+    """Drop the exporter's notes of which source line made each node: they hold paths, and are most of the file."""
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        for node in graph.all_nodes():
+            node.metadata_props.clear()
+            for value in node.outputs:
+                value.metadata_props.clear()
+    model.metadata_props.clear()
+
+
+def onnx_from_part(part: Part, path: Path) -> None:
+    """Write `path` (and `path.data` beside it) with dynamic shapes, FP32 or FP16 as the part's module is.
 
     Args:
-        unet: merged, in eval mode, on any device.
-        inputs: example inputs with a batch of `TRACE_BATCH`, in the UNet's dtype.
+        part: what to export, in eval mode, on any device.
         path: "…/model.onnx".
 
     Raises:
         BoostDiffError: the graph can't be exported, or the ONNX checker refuses it.
     """
-    batch = torch.export.Dim("batch", min=1, max=256)
     try:
         with quiet_exporter():
             program = torch.onnx.export(
-                _TensorOutput(unet).eval(),
-                kwargs=inputs,
-                input_names=list(inputs),
-                output_names=[OUTPUT_NAME],
-                dynamic_shapes={name: {0: batch} for name in inputs},
+                part.module.eval(),
+                kwargs=part.inputs,
+                input_names=list(part.inputs),
+                output_names=list(part.outputs),
+                dynamic_shapes=part.dynamic,
                 dynamo=True,
                 external_data=True,
                 optimize=True,
             )
             assert program is not None
+            _strip_traces(program.model)
             program.save(path, external_data=True)
         onnx.checker.check_model(path)
     except Exception as error:
+        if is_full_disk(error):
+            raise
         # The exporter's and the checker's exceptions share no base class.
         reason = str(error).strip().splitlines()[0]
-        raise BoostDiffError(f"can't export the UNet to ONNX: {type(error).__name__}: {reason}") from error
+        raise BoostDiffError(f"can't export the {part.name} to ONNX: {type(error).__name__}: {reason}") from error
 
 
 def graph_signature(path: Path) -> dict[str, dict[str, Any]]:
@@ -121,57 +102,41 @@ def graph_signature(path: Path) -> dict[str, dict[str, Any]]:
 
 
 @torch.inference_mode()
-def compare(
-    runner: Runner,
-    *,
-    reference: UNet2DConditionModel,
-    inputs: dict[str, torch.Tensor],
-    text: PromptEmbeds,
-    batches: tuple[int, ...],
-    timesteps: tuple[int, ...],
-    tolerance: float,
-) -> dict[str, Any]:
-    """Compare an exported UNet with the merged torch UNet.
+def compare(session: Session, part: Part, *, tolerance: float) -> dict[str, Any]:
+    """Compare an exported graph with the module that it came from, on the part's settled cases.
 
     Args:
-        runner: executes the exported graph.
-        reference: the merged UNet in float32.
-        inputs: example inputs, cycled to each batch size.
-        text: real embeddings of N prompts, cycled likewise.
-        batches: batch sizes to run.
-        timesteps: timesteps to run each batch at.
-        tolerance: on the largest difference relative to the reference's largest value.
+        session: executes the graph.
+        part: its cases know what torch gives in float32.
+        tolerance: on the largest difference relative to the output's largest value.
 
     Returns:
-        max_abs, mean_abs, relative and cosine, the worst over all runs, and what was run.
+        max_abs, mean_abs, relative and cosine, the worst over all cases, and the cases.
 
     Raises:
-        BoostDiffError: a value is not finite or beyond the tolerance; says at which batch and timestep.
+        BoostDiffError: a value is not finite or beyond the tolerance; says where.
     """
     worst = {"max_abs": 0.0, "mean_abs": 0.0, "relative": 0.0, "cosine": 1.0}
-    for batch in batches:
-        cycled = {
-            name: tensor[torch.arange(batch, device=tensor.device) % len(tensor)]
-            for name, tensor in (inputs | text.tensors()).items()
+    for case in part.cases:
+        results = {
+            name: torch.empty(x.shape, dtype=session.output_types[name], device=session.device)
+            for name, x in case.expected.items()
         }
-        for t in timesteps:
-            cycled["timestep"] = torch.full((batch,), t, device=cycled["sample"].device)
-            expected = unet_forward(reference, cycled).double().cpu()
-            got = runner.predict({name: tensor.to(runner.device) for name, tensor in cycled.items()})
-            got = got.double().cpu()
-            where = f"batch {batch}, timestep {t}"
+        session.run(case.inputs, results)
+        for name, expected in case.expected.items():
+            got = results[name].cpu().double()
+            where = f"the {part.name}'s {session.kind} graph, {name} at {case.where},"
             if not torch.isfinite(got).all():
-                raise BoostDiffError(f"the {runner.name} engine gives NaN or Inf at {where}")
-            difference = (got - expected).abs()
+                raise BoostDiffError(f"{where} gives NaN or Inf")
+            difference = (got - expected.double()).abs()
             relative = (difference.max() / expected.abs().max()).item()
-            if relative > tolerance:
+            if not relative <= tolerance:
                 raise BoostDiffError(
-                    f"the {runner.name} engine differs from torch by {relative:.2e} of its scale at {where} "
-                    f"(allowed: {tolerance:.0e})"
+                    f"{where} differs from torch by {relative:.2e} of its scale (allowed: {tolerance:.0e})"
                 )
             worst["max_abs"] = max(worst["max_abs"], difference.max().item())
             worst["mean_abs"] = max(worst["mean_abs"], difference.mean().item())
             worst["relative"] = max(worst["relative"], relative)
-            cosine = torch.cosine_similarity(got.flatten(), expected.flatten(), dim=0).item()
+            cosine = torch.cosine_similarity(got.flatten(), expected.double().flatten(), dim=0).item()
             worst["cosine"] = min(worst["cosine"], cosine)
-    return {**worst, "tolerance": tolerance, "batches": list(batches), "timesteps": list(timesteps)}
+    return {**worst, "tolerance": tolerance, "cases": [case.where for case in part.cases]}

@@ -27,6 +27,8 @@ from ..engine.student import (
 TIMESTEPS = (1, 250, 500, 750, 981)
 TOLERANCE = 1e-4
 """Largest difference between merged and adapted predictions, relative to their largest value, in float32."""
+LARGE = 100e6
+"""Parameters from which predictions are compared at a quarter of the height and width."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +49,8 @@ class MergeProof:
 
 
 @torch.no_grad()
-def merge_lora(unet: UNet2DConditionModel, path: Path) -> UNet2DConditionModel:
-    """A copy of the UNet with W + B A in place of W (Hu et al. 2021, eq. 3), computed in float32.
+def fold_lora(unet: UNet2DConditionModel, path: Path) -> None:
+    """Put W + B A in place of W (Hu et al. 2021, eq. 3), computed in float32.
 
     Args:
         unet: the base, without adapters.
@@ -57,7 +59,6 @@ def merge_lora(unet: UNet2DConditionModel, path: Path) -> UNet2DConditionModel:
     Raises:
         InputError: a tensor of the file fits no layer.
     """
-    merged = copy.deepcopy(unet)
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     downs = {n.removesuffix(".lora_A.weight"): t for n, t in tensors.items() if n.endswith(".lora_A.weight")}
@@ -65,14 +66,13 @@ def merge_lora(unet: UNet2DConditionModel, path: Path) -> UNet2DConditionModel:
         raise InputError(f"{path} is no LoRA: it has {len(tensors)} tensors, {len(downs)} of them lora_A")
     for name, down in downs.items():
         try:
-            layer = merged.get_submodule(name.removeprefix("unet."))
+            layer = unet.get_submodule(name.removeprefix("unet."))
             # A convolution's B is 1 by 1, so that flattened the product is the same.
             delta = (tensors[f"{name}.lora_B.weight"].flatten(1) @ down.flatten(1)).view_as(layer.weight)
             weight = layer.weight.float() + delta.to(layer.weight.device)
         except (AttributeError, KeyError, RuntimeError):
             raise InputError(f"{path} does not fit this UNet: {name}") from None
         layer.weight.copy_(weight)
-    return merged
 
 
 def merge_tuner(unet: UNet2DConditionModel) -> None:
@@ -96,7 +96,7 @@ def merge(model: Model, folder: Path, info: StudentInfo) -> UNet2DConditionModel
     A range student keeps its guidance input, a soft prompt is appended by a hook that graphs take with them.
 
     Args:
-        model: the base model in float32, without adapters; left as it is.
+        model: the base model, without adapters; left as it is.
         folder: the student's folder.
         info: its description.
 
@@ -104,43 +104,70 @@ def merge(model: Model, folder: Path, info: StudentInfo) -> UNet2DConditionModel
         InputError: the adapter does not fit.
         BoostDiffError: the tuner can't be merged.
     """
+    merged = copy.deepcopy(model.unet)
     if info.method == "lora":
-        merged = merge_lora(model.unet, folder / LORA_FILE)
+        fold_lora(merged, folder / LORA_FILE)
         if info.guidance_range is not None:
             load_guidance_embedding(merged, folder / GUIDANCE_FILE)
         return merged
-    merged = copy.deepcopy(model.unet)
     apply_adapter(merged, folder, info)
     merge_tuner(merged)
     return merged
 
 
 @torch.inference_mode()
-def prove_merge(model: Model, folder: Path, merged: UNet2DConditionModel, info: StudentInfo) -> MergeProof:
-    """Compare the merged UNet with base + adapter as stock libraries apply it. The model keeps the adapter.
+def merge_in_place(model: Model, folder: Path, info: StudentInfo) -> MergeProof:
+    """Turn the model's own UNet into the student's, and prove it: at any time one UNet is in memory.
+
+    Args:
+        model: the base model in float32, without adapters.
+        folder: the student's folder.
+        info: its description.
+
+    Returns:
+        How the merged UNet compares with base + adapter as stock libraries apply it.
 
     Raises:
-        BoostDiffError: they differ by more than `TOLERANCE`, or the adapter changes nothing.
+        InputError: the adapter does not fit.
+        BoostDiffError: see `proof_of`; or the tuner can't be merged.
     """
+    unet = model.unet
     inputs = model.family.example_inputs(model.pipeline, batch=2)
-    conditioned = dict(inputs)
-    if merged.config.time_cond_proj_dim is not None:
-        scales = torch.tensor([2.0, 5.0], device=model.device)
-        conditioned["timestep_cond"] = guidance_embedding(scales, merged.config.time_cond_proj_dim)
+    if sum(p.numel() for p in unet.parameters()) > LARGE:
+        # The weights are the same at any size, and at the full one this would take minutes.
+        inputs["sample"] = inputs["sample"][..., : inputs["sample"].shape[2] // 4, : inputs["sample"].shape[3] // 4]
 
-    def predictions(unet: UNet2DConditionModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        outputs = [unet_forward(unet, inputs | {"timestep": torch.full_like(inputs["timestep"], t)}) for t in TIMESTEPS]
+    def predictions() -> torch.Tensor:
+        given = dict(inputs)
+        if unet.config.time_cond_proj_dim is not None:
+            scales = torch.tensor([2.0, 5.0], device=model.device)
+            given["timestep_cond"] = guidance_embedding(scales, unet.config.time_cond_proj_dim)
+        outputs = [unet_forward(unet, given | {"timestep": torch.full_like(given["timestep"], t)}) for t in TIMESTEPS]
         return torch.stack(outputs).double()
 
-    base = predictions(model.unet, inputs)
+    base = predictions()
     apply_student(model, folder, info)
-    adapted, got = predictions(model.unet, conditioned), predictions(merged, conditioned)
-    max_abs = (got - adapted).abs().max().item()
+    adapted = predictions()
+    if info.method == "lora":
+        unet.unload_lora()
+        fold_lora(unet, folder / LORA_FILE)
+    else:
+        merge_tuner(unet)
+    return proof_of(base=base, adapted=adapted, merged=predictions())
+
+
+def proof_of(*, base: torch.Tensor, adapted: torch.Tensor, merged: torch.Tensor) -> MergeProof:
+    """Compare predictions of the base, of base + adapter and of the merged UNet, each `(TIMESTEPS, B, C, H, W)`.
+
+    Raises:
+        BoostDiffError: merged differs from base + adapter by more than `TOLERANCE`, or the adapter changes nothing.
+    """
+    max_abs = (merged - adapted).abs().max().item()
     proof = MergeProof(
         max_abs=max_abs,
         relative=max_abs / adapted.abs().max().item(),
-        cosine=torch.cosine_similarity(got.flatten(1), adapted.flatten(1)).min().item(),
-        change=(got - base).abs().max().item(),
+        cosine=torch.cosine_similarity(merged.flatten(1), adapted.flatten(1)).min().item(),
+        change=(merged - base).abs().max().item(),
     )
     if not proof.relative <= TOLERANCE:
         raise BoostDiffError(f"the merged UNet differs from base + adapter by {proof.relative:.2e} of its scale")

@@ -7,6 +7,8 @@ without a GPU, for the compute capabilities that it is told.
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 
 from ..engine.errors import BoostDiffError
-from ..engine.runners import load_tensorrt
+from ..engine.sessions import TENSORRT_FLAVOURS, load_tensorrt
 from .graph import graph_signature
 
 RTX_COMPUTE_CAPABILITIES = ((8, 0), (8, 6), (8, 9), (12, 0))
@@ -29,14 +31,24 @@ class Flavour:
     reason: str
 
 
-def choose_flavour() -> Flavour:
+def choose_flavour(forced: str | None = None) -> Flavour:
     """TensorRT where there is a GPU and it is installed, else TensorRT for RTX.
 
+    Args:
+        forced: a name in `TENSORRT_FLAVOURS` that the user wants.
+
     Raises:
-        BoostDiffError: neither is installed.
+        BoostDiffError: neither is installed, or the wanted one can't build here.
     """
-    installed = {name: importlib.util.find_spec(name) is not None for name in ("tensorrt", "tensorrt_rtx")}
+    installed = {name: importlib.util.find_spec(name) is not None for name in TENSORRT_FLAVOURS}
     gpu = torch.cuda.is_available()
+    if forced == "tensorrt" and not gpu:
+        raise BoostDiffError(
+            "tensorrt builds on the GPU that will run the plan, and there is none here: use tensorrt_rtx"
+        )
+    if forced:
+        load_tensorrt(forced)
+        return Flavour(name=forced, reason="asked for by --trt-flavour")
     if gpu and installed["tensorrt"]:
         return Flavour(name="tensorrt", reason="this machine has an NVIDIA GPU and TensorRT")
     if installed["tensorrt_rtx"]:
@@ -48,22 +60,31 @@ def choose_flavour() -> Flavour:
     )
 
 
+def timing_cache() -> Path:
+    """Where full TensorRT keeps how fast its kernels were on this GPU, so that later builds are quicker."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    gpu = re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name())
+    return root / "boostdiff" / f"timing-{gpu}.cache"
+
+
 def plan_from_onnx(
     graph: Path,
     plan: Path,
     *,
     flavour: Flavour,
-    shapes: dict[str, tuple[int, ...]],
-    batches: tuple[int, int, int],
+    profile: dict[str, list[tuple[int, ...]]],
+    refittable: bool = False,
+    workspace_gb: float | None = None,
 ) -> dict[str, Any]:
     """Build a strongly typed plan: its precision is the graph's own.
 
     Args:
-        graph: an FP16 ONNX file.
+        graph: an ONNX file.
         plan: where to write.
         flavour: from `choose_flavour`.
-        shapes: input shapes without their batch dimension, by name.
-        batches: smallest, best and largest batch of the profile.
+        profile: smallest, best and largest shape of each input.
+        refittable: let the plan's weights be replaced later; it may be a little slower.
+        workspace_gb: limit of TensorRT's scratch memory.
 
     Returns:
         The plan's entry for the manifest.
@@ -80,28 +101,35 @@ def plan_from_onnx(
     )
     from polygraphy.exception import PolygraphyException
 
-    profile = Profile()
-    for name, shape in shapes.items():
-        profile.add(name, *((batch, *shape) for batch in batches))
+    shapes = Profile()
+    for name, (smallest, best, largest) in profile.items():
+        shapes.add(name, smallest, best, largest)
+    options: dict[str, Any] = {"profiles": [shapes], "refittable": refittable}
+    if workspace_gb is not None:
+        options["memory_pool_limits"] = {module.MemoryPoolType.WORKSPACE: int(workspace_gb * 1e9)}
+    cache = None
     if flavour.name == "tensorrt_rtx":
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
         capabilities = [f"{major}.{minor}" for major, minor in RTX_COMPUTE_CAPABILITIES]
-        config = CreateConfigRTX(use_gpu=False, compute_capabilities=list(RTX_COMPUTE_CAPABILITIES), profiles=[profile])
+        config = CreateConfigRTX(use_gpu=False, compute_capabilities=list(RTX_COMPUTE_CAPABILITIES), **options)
     else:
         capabilities = ["{}.{}".format(*torch.cuda.get_device_capability())]
-        config = CreateConfig(profiles=[profile])
+        cache = timing_cache()
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        config = CreateConfig(load_timing_cache=str(cache) if cache.exists() else None, **options)
     try:
         network = network_from_onnx_path(str(graph), strongly_typed=True)
-        plan.write_bytes(engine_bytes_from_network(network, config=config))
+        engine = engine_bytes_from_network(network, config=config, save_timing_cache=str(cache) if cache else None)
     except PolygraphyException as error:
         raise BoostDiffError(f"{flavour.name} can't build a plan from {graph.name}: {error}") from error
+    plan.write_bytes(engine)
     return {
         "flavour": flavour.name,
         "version": module.__version__,
         "reason": flavour.reason,
         "compute_capabilities": capabilities,
-        "precision": "fp16",
-        "profile": {name: [[batch, *shape] for batch in batches] for name, shape in shapes.items()},
+        "profile": {name: [list(shape) for shape in three] for name, three in profile.items()},
+        "refittable": refittable,
         **graph_signature(graph),
     }

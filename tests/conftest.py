@@ -10,6 +10,8 @@ import pytest
 from boostdiff.distill.config import DistillConfig
 from boostdiff.distill.train import distil
 from boostdiff.engine.model import Model, ModelFiles, load, locate
+from boostdiff.export.config import ExportConfig
+from boostdiff.export.export import export
 from tiny import CPU, PROMPTS, make_pipeline
 
 
@@ -45,3 +47,13 @@ def students(tiny_folder: Path, prompt_file: Path, tmp_path_factory: pytest.Temp
         config = DistillConfig(method=method, prompts=prompt_file, updates=8, batch_size=4, learning_rate=0.02)
         distil(locate(str(tiny_folder)), config, output=folder / method, device="cpu")
     return {method: folder / method for method in ("lora", "bitfit")}
+
+
+@pytest.fixture(scope="session")
+def engines(tiny_folder: Path, students: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Exports of both students, never changed by a test: LoRA in every form, BitFit in FP32 and as a merged UNet."""
+    folder = tmp_path_factory.mktemp("engines")
+    configs = {"lora": ExportConfig(trt=True), "bitfit": ExportConfig(diffusers=True)}
+    for method, config in configs.items():
+        export(locate(str(tiny_folder)), config, student=students[method], output=folder / method, device="cpu")
+    return {method: folder / method for method in configs}

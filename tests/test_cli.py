@@ -212,5 +212,26 @@ def test_a_full_disk(tmp_path: Path, tiny_folder: Path, prompt_file: Path, stude
     assert {path: path.read_bytes() for path in (tmp_path / "outputs/student").iterdir()} == before
 
 
+def test_a_full_disk_while_exporting(
+    tmp_path: Path, tiny_folder: Path, students: dict[str, Path], engines: dict[str, Path]
+) -> None:
+    """The graphs of the new engine don't fit; the standing one stays as it is."""
+    engine = shutil.copytree(engines["lora"], tmp_path / "engine")
+    before = {path: path.read_bytes() for path in engine.rglob("*") if path.is_file()}
+    limit = 60_000
+    assert (engine / "unet/model.onnx.data").stat().st_size > limit
+    command = [sys.executable, "-m", "boostdiff", "export", "--model", str(tiny_folder), "--device", "cpu"]
+    done = subprocess.run(
+        [*command, "--student", str(students["bitfit"]), "--output", str(engine)],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("boostdiff: error: the disk is full")
+    assert {path: path.read_bytes() for path in engine.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+
+
 def test_a_traceback_only_under_debug(tmp_path: Path) -> None:
     assert "Traceback" in boostdiff("--debug", "distill", "--model", "missing", cwd=tmp_path).stderr

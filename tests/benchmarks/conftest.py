@@ -10,17 +10,14 @@ from boostdiff.benchmarks.bench import BenchConfig, BenchResult, bench
 from boostdiff.benchmarks.features import EfficientNetLite0Features, Reference, features_of
 from boostdiff.benchmarks.report import write_report
 from boostdiff.engine.model import locate
-from boostdiff.export.export import export
 from tiny import PROMPTS
 
 MANY = [f"{prompt} on a red background" for prompt in PROMPTS] * 6
 
 
 @pytest.fixture(scope="session")
-def engine(tiny_folder: Path, students: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("engines") / "engine"
-    export(locate(str(tiny_folder)), student=students["lora"], output=folder, device="cpu")
-    return folder
+def engine(engines: dict[str, Path]) -> Path:
+    return engines["lora"]
 
 
 @pytest.fixture(scope="session")

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,53 @@ def test_json_round_trip_and_damage(tmp_path: Path) -> None:
 def test_sha256(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256_of(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from boostdiff.engine import files
+final = Path(sys.argv[1])
+with files.staged_folder(final) as staged:
+    (staged / "half").write_text("written")
+    if sys.argv[2] == "between":
+        final.replace(final.with_name(f".{final.name}.replaced-killed"))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("stage", ["before", "between"])
+def test_what_a_killed_process_left_is_cleared(tmp_path: Path, stage: str) -> None:
+    """Killed while it wrote, or just after it moved the standing folder away."""
+    final = tmp_path / "out"
+    with staged_folder(final) as folder:
+        (folder / "a").write_text("standing")
+    subprocess.run([sys.executable, "-c", KILLED, str(final), stage], check=False)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert final.exists() == (stage == "before")
+    with pytest.raises(RuntimeError), staged_folder(final):
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (final / "a").read_text() == "standing"
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from boostdiff.engine.files import staged_folder
+for turn in range(150):
+    with staged_folder(Path(sys.argv[1])) as folder:
+        for name in "ab":
+            (folder / name).write_text(f"{sys.argv[2]} {turn}")
+"""
+
+
+def test_two_processes_that_write_one_folder(tmp_path: Path) -> None:
+    """Each publishes whole folders, and neither takes the other's unfinished one for abandoned."""
+    final = tmp_path / "out"
+    command = [sys.executable, "-c", WRITER, str(final)]
+    writers = [subprocess.Popen([*command, name]) for name in ("one", "two")]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (final / "a").read_text() == (final / "b").read_text()
+    assert (final / "a").read_text().endswith(" 149")

@@ -1,39 +1,40 @@
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from boostdiff.distill.config import DistillConfig
+from boostdiff.distill.train import distil
+from boostdiff.engine.engine import Engine
 from boostdiff.engine.errors import BoostDiffError, InputError
-from boostdiff.engine.families import PromptEmbeds
 from boostdiff.engine.files import sha256_of
 from boostdiff.engine.manifest import read_manifest, verified_file
-from boostdiff.engine.model import Model, ModelFiles
+from boostdiff.engine.model import Model, ModelFiles, locate
 from boostdiff.engine.runners import (
-    OnnxRunner,
-    TorchRunner,
+    GraphRunner,
     available_runners,
-    check_plan,
-    load_tensorrt,
     open_exported,
 )
+from boostdiff.engine.sessions import OnnxSession, check_plan, load_tensorrt
 from boostdiff.engine.student import apply_student, read_student
-from boostdiff.export.export import export
+from boostdiff.export.config import ExportConfig, parse_profile
+from boostdiff.export.export import export, standing_engine
 from boostdiff.export.graph import compare
 from boostdiff.export.merge import merge
+from boostdiff.export.parts import Part, unet_part
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from tiny import CPU, PROMPTS
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_folder: Path, students: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from boostdiff.engine.model import locate
-
-    folder = tmp_path_factory.mktemp("engines") / "engine"
-    export(locate(str(tiny_folder)), student=students["lora"], output=folder, trt=True, device="cpu")
-    return folder
+@pytest.fixture
+def engine(engines: dict[str, Path]) -> Path:
+    return engines["lora"]
 
 
 @pytest.fixture
@@ -53,7 +54,9 @@ def test_the_manifest_lists_and_hashes_everything(engine: Path) -> None:
 def test_graphs_were_compared_within_tolerance(engine: Path) -> None:
     artefacts = read_manifest(engine).artefacts
     assert artefacts["unet/model.onnx"]["check"]["relative"] <= 1e-4
-    assert artefacts["unet/model.onnx"]["check"]["batches"] == [1, 2, 8]
+    assert artefacts["unet/model.onnx"]["check"]["cases"][0] == "batch 1, timestep 1"
+    assert len(artefacts["unet/model.onnx"]["check"]["cases"]) == 4 * 5 + 1
+    assert all("check" in about for about in artefacts.values())
     assert artefacts["unet/model.fp16.onnx"]["check"]["relative"] <= 3e-2
     assert artefacts["unet/model.fp16.onnx"]["inputs"]["sample"] == {
         "type": "float16",
@@ -69,7 +72,7 @@ def test_the_plan_is_built_but_not_claimed_to_have_run(engine: Path) -> None:
     assert plan["check"].startswith("built, not run")
     assert plan["profile"]["sample"] == [[1, 4, 8, 8], [4, 4, 8, 8], [16, 4, 8, 8]]
     assert set(plan["inputs"]) == {"sample", "timestep", "encoder_hidden_states"}
-    assert set(plan["outputs"]) == {"noise_pred"}
+    assert set(plan["outputs"]) == {"out_sample"}
     with pytest.raises(BoostDiffError, match="needs an NVIDIA GPU"):
         check_plan(plan)
     with pytest.raises(BoostDiffError, match="needs a process of its own"):
@@ -80,43 +83,36 @@ def test_graphs_are_valid_and_take_any_batch(engine: Path, tiny: Model, students
     path = engine / "unet/model.onnx"
     onnx.checker.check_model(path)
     merged = merge(tiny, students["lora"], read_student(students["lora"]))
-    with (
-        OnnxRunner(path, unet_config=read_manifest(engine).unet_config, device=CPU) as runner,
-        torch.no_grad(),
-    ):
+    session = OnnxSession(path, device=CPU)
+    with GraphRunner(session, unet_config=read_manifest(engine).unet_config) as runner, torch.no_grad():
         for batch in (1, 3, 17):
             inputs = tiny.family.example_inputs(tiny.pipeline, batch)
             torch.testing.assert_close(runner(**inputs).sample, merged(**inputs).sample, atol=1e-4, rtol=1e-3)
 
 
+def tiny_part(model: Model, timesteps: tuple[int, ...] = (1, 500, 981)) -> Part:
+    text = model.family.encode(model.pipeline, PROMPTS[:2]).conditional
+    part = unet_part(model, model.unet, text, ExportConfig(), timesteps)
+    part.settle()
+    return part
+
+
 def test_compare_refuses_another_network(engine: Path, tiny: Model) -> None:
     """The base is not the merged student: the gate must see that."""
-    inputs = tiny.family.example_inputs(tiny.pipeline, 2)
-    text = PromptEmbeds(encoder_hidden_states=inputs["encoder_hidden_states"])
-    with OnnxRunner(engine / "unet/model.onnx", unet_config=dict(tiny.unet.config), device=CPU) as runner:
-        with pytest.raises(BoostDiffError, match=r"differs from torch by .* at batch 1, timestep 500"):
-            compare(
-                runner, reference=tiny.unet, inputs=inputs, text=text, batches=(1,), timesteps=(500,), tolerance=1e-4
-            )
+    with OnnxSession(engine / "unet/model.onnx", device=CPU) as session:
+        with pytest.raises(BoostDiffError, match=r"unet's onnx graph, out_sample at batch 1, timestep 1, differs"):
+            compare(session, tiny_part(tiny), tolerance=1e-4)
 
 
-def test_compare_refuses_nan(tiny: Model) -> None:
-    class Broken(TorchRunner):
-        def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-            return super().predict(inputs) * float("nan")
+def test_compare_refuses_nan(engine: Path, tiny: Model) -> None:
+    class Broken(OnnxSession):
+        def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
+            super().run(inputs, outputs)
+            outputs["out_sample"][0, 0, 0, 0] = float("nan")
 
-    inputs = tiny.family.example_inputs(tiny.pipeline, 2)
-    text = PromptEmbeds(encoder_hidden_states=inputs["encoder_hidden_states"])
-    with pytest.raises(BoostDiffError, match="NaN or Inf"):
-        compare(
-            Broken(tiny.unet),
-            reference=tiny.unet,
-            inputs=inputs,
-            text=text,
-            batches=(2,),
-            timesteps=(9,),
-            tolerance=1.0,
-        )
+    with Broken(engine / "unet/model.onnx", device=CPU) as session:
+        with pytest.raises(BoostDiffError, match=r"batch 1, timestep 1, gives NaN or Inf"):
+            compare(session, tiny_part(tiny), tolerance=1.0)
 
 
 def test_the_onnx_runner_drives_a_stock_pipeline(
@@ -183,14 +179,112 @@ def test_runners_that_can_not_run_say_why(engine: Path) -> None:
         assert "GPU" in (reasons["tensorrt"] or "")
 
 
-@pytest.mark.parametrize("method", ["lora", "bitfit"])
-def test_a_merged_unet_for_stock_diffusers(
-    tiny: Model, tiny_files: ModelFiles, students: dict[str, Path], tmp_path: Path, method: str
-) -> None:
-    manifest = export(tiny_files, student=students[method], output=tmp_path / "engine", diffusers=True, device="cpu")
-    assert "unet/diffusion_pytorch_model.safetensors" in manifest.files
-    stock = UNet2DConditionModel.from_pretrained(tmp_path / "engine", subfolder="unet")
-    apply_student(tiny, students[method])
+def test_a_merged_unet_for_stock_diffusers(tiny: Model, students: dict[str, Path], engines: dict[str, Path]) -> None:
+    assert "unet/diffusion_pytorch_model.safetensors" in read_manifest(engines["bitfit"]).files
+    stock = UNet2DConditionModel.from_pretrained(engines["bitfit"], subfolder="unet")
+    apply_student(tiny, students["bitfit"])
     inputs = tiny.family.example_inputs(tiny.pipeline, 2)
     with torch.no_grad():
         torch.testing.assert_close(stock(**inputs).sample, tiny.unet(**inputs).sample, atol=1e-5, rtol=1e-4)
+
+
+def test_exporting_again(copied: Path, tiny_files: ModelFiles, students: dict[str, Path]) -> None:
+    """A stands; A again is instant, then B, then A: its bytes are back, and nothing of B is left."""
+    first = {name: hash_ for name, hash_ in read_manifest(copied).files.items() if not name.endswith(".plan")}
+    told: list[str] = []
+
+    def files_of(method: str, config: ExportConfig) -> dict[str, str]:
+        manifest = export(tiny_files, config, student=students[method], output=copied, device="cpu", report=told.append)
+        return manifest.files
+
+    assert first.items() <= files_of("lora", ExportConfig(trt=True)).items()
+    assert told == [f"nothing has changed since the export in {copied}"]
+    other = files_of("bitfit", ExportConfig())
+    assert other["unet/model.onnx.data"] != first["unet/model.onnx.data"]
+    assert files_of("lora", ExportConfig(precision="both")) == first
+    assert sum(line.startswith("nothing has changed") for line in told) == 1
+
+
+def test_a_damaged_engine_is_exported_again(copied: Path) -> None:
+    manifest = read_manifest(copied)
+    assert standing_engine(copied, manifest) == manifest
+    assert standing_engine(copied, replace(manifest, options={"precision": "fp16"})) is None
+    assert standing_engine(copied, replace(manifest, inputs=manifest.inputs | {"vae": "another"})) is None
+    data = copied / "unet/model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-1] + b"x")
+    assert standing_engine(copied, manifest) is None
+    data.unlink()
+    assert standing_engine(copied, manifest) is None
+
+
+def test_a_size_that_varies(tiny_files: ModelFiles, students: dict[str, Path], tmp_path: Path) -> None:
+    config = ExportConfig(precision="fp16", size=(16, 16, 32))
+    manifest = export(tiny_files, config, student=students["lora"], output=tmp_path / "e", device="cpu")
+    graph = manifest.artefacts["unet/model.onnx"]
+    assert graph["precision"] == "fp16"
+    assert graph["inputs"]["sample"]["shape"] == ["batch", 4, "2*height", "2*width"]
+    assert graph["inputs"]["encoder_hidden_states"]["shape"] == ["batch", "16*chunks", 32]
+    assert {"batch 1, timestep 250, 16x16 latents", "batch 2, timestep 250, 2 chunks of text"} <= set(
+        graph["check"]["cases"]
+    )
+    with pytest.raises(InputError, match="--precision both"):
+        Engine.load(tmp_path / "e", precision="fp32")
+
+
+def test_attention_scores_stay_in_fp32_where_the_model_asks(
+    tiny_folder: Path, prompt_file: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    config = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps(config | {"upcast_attention": True}))
+    files = locate(str(folder))
+    distil(
+        files, DistillConfig(prompts=prompt_file, updates=1, batch_size=2), output=tmp_path / "student", device="cpu"
+    )
+    manifest = export(
+        files, ExportConfig(precision="fp16"), student=tmp_path / "student", output=tmp_path / "e", device="cpu"
+    )
+    assert manifest.artefacts["unet/model.onnx"]["fp32_islands"] == ["attention scores"]
+    model = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "e/unet/model.onnx"))
+    types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+    softmax = [types[node.output[0]] for node in model.graph.node if node.op_type == "Softmax"]
+    assert softmax
+    assert set(softmax) == {onnx.TensorProto.FLOAT}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "int8"}, "unknown precision"),
+        ({"trt": True, "precision": "fp32"}, "builds from FP16"),
+        ({"trt_flavour": "tensorrt_rtx"}, "--trt-flavour is about TensorRT plans"),
+        ({"refittable": True}, "--refittable is about TensorRT plans"),
+        ({"trt": True, "trt_flavour": "tensorflow"}, "unknown flavour"),
+        ({"trt": True, "workspace_gb": -1.0}, "more than 0"),
+    ],
+)
+def test_options_that_can_not_be_used(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ExportConfig(**options)
+
+
+@pytest.mark.parametrize("text", ["", "x", "0", "4:1:16", "1:2", "1:2:3:4", "-1"])
+def test_profiles_that_can_not_be_used(text: str) -> None:
+    with pytest.raises(InputError, match="--batch"):
+        parse_profile(text, "--batch")
+    assert parse_profile("3", "--batch") == (3, 3, 3)
+
+
+def test_large_models_leave_the_fp32_graph_out() -> None:
+    assert ExportConfig().precisions(865_910_724) == ("fp32",)
+    assert ExportConfig(trt=True).precisions(865_910_724) == ("fp16",)
+    assert ExportConfig(trt=True).precisions(6_000_000) == ("fp32", "fp16")
+    assert ExportConfig(trt=True, precision="both").precisions(865_910_724) == ("fp32", "fp16")
+
+
+def test_a_size_that_the_model_can_not_make(tiny_files: ModelFiles, students: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="multiples of 4 pixels"):
+        export(
+            tiny_files, ExportConfig(size=(18, 18, 18)), student=students["lora"], output=tmp_path / "e", device="cpu"
+        )
+    assert not (tmp_path / "e").exists()

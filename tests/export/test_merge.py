@@ -4,8 +4,8 @@ import pytest
 import torch
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.model import Model, ModelFiles, load
-from boostdiff.engine.student import LORA_FILE, apply_student, read_student
-from boostdiff.export.merge import merge, merge_lora, prove_merge
+from boostdiff.engine.student import apply_student, read_student
+from boostdiff.export.merge import fold_lora, merge, merge_in_place, proof_of
 from safetensors.torch import save_file
 from tiny import CPU
 
@@ -26,29 +26,36 @@ def test_merged_equals_base_plus_adapter(
         expected, got, unchanged = (unet(**inputs).sample for unet in (adapted.unet, merged, tiny.unet))
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
     assert (got - unchanged).abs().max() > 1e-3
-    proof = prove_merge(tiny, folder, merged, read_student(folder))
+    proof = merge_in_place(tiny, folder, read_student(folder))
     assert proof.relative < 1e-5
     assert proof.cosine > 0.99999
     assert proof.change > 1e-3
-
-
-def test_the_proof_fails_for_a_wrong_merge(tiny: Model, students: dict[str, Path]) -> None:
-    merged = merge(tiny, students["lora"], read_student(students["lora"]))
     with torch.no_grad():
-        merged.conv_out.bias.add_(0.1)
+        in_place = tiny.unet(**inputs).sample
+    torch.testing.assert_close(in_place, got, atol=0, rtol=0)
+    assert tiny.unet.state_dict().keys() == base.keys()
+
+
+def test_the_proof_fails_for_a_wrong_merge() -> None:
+    base = torch.randn(5, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    adapted = base + 0.1
+    assert proof_of(base=base, adapted=adapted, merged=adapted.clone()).relative == 0
     with pytest.raises(BoostDiffError, match="differs from base"):
-        prove_merge(tiny, students["lora"], merged, read_student(students["lora"]))
+        proof_of(base=base, adapted=adapted, merged=adapted + 0.01)
+    with pytest.raises(BoostDiffError, match="changes nothing"):
+        proof_of(base=base, adapted=base, merged=base)
 
 
 def test_a_lora_of_another_architecture(tiny: Model, tmp_path: Path) -> None:
     save_file({"unet.x.lora_A.weight": torch.zeros(1, 1), "unet.x.lora_B.weight": torch.zeros(1, 1)}, tmp_path / "l")
     with pytest.raises(InputError, match="does not fit this UNet"):
-        merge_lora(tiny.unet, tmp_path / "l")
+        fold_lora(tiny.unet, tmp_path / "l")
     save_file({"conv.weight": torch.zeros(1)}, tmp_path / "none")
     with pytest.raises(InputError, match="is no LoRA"):
-        merge_lora(tiny.unet, tmp_path / "none")
+        fold_lora(tiny.unet, tmp_path / "none")
 
 
 def test_merging_is_repeatable(tiny: Model, students: dict[str, Path]) -> None:
-    one, two = (merge_lora(tiny.unet, students["lora"] / LORA_FILE).state_dict() for _ in range(2))
+    info = read_student(students["lora"])
+    one, two = (merge(tiny, students["lora"], info).state_dict() for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -1,0 +1,83 @@
+"""Exported text encoders and VAE decoders, which stand in for the torch modules of a stock diffusers pipeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.autoencoders.vae import DecoderOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import CLIPTextModelOutput
+
+from .sessions import Session
+
+HIDDEN_STATES = "hidden_states."
+"""Prefix of a text encoder's outputs after each layer, numbered from 0, the embedding, as Optimum names them."""
+
+
+class ExportedTextEncoder(torch.nn.Module):
+    """A CLIP text encoder as a session. A module only so that pipelines see where they run."""
+
+    def __init__(self, session: Session, *, config: dict[str, Any]) -> None:
+        """Take over a session.
+
+        Args:
+            session: of a text encoder's graph.
+            config: the text encoder's `config.json`.
+        """
+        super().__init__()
+        self.session, self.config, self.device = session, FrozenDict(config), session.device
+        self.dtype = session.output_types["last_hidden_state"]
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: None = None, **options: Any) -> Any:
+        """As `CLIPTextModel.forward`, or `CLIPTextModelWithProjection.forward` where the graph has `text_embeds`.
+
+        Args:
+            input_ids: `(B, L)` token numbers.
+            attention_mask: not used by any Stable Diffusion.
+            options: `output_hidden_states`, which are there anyway where the family needs them.
+        """
+        batch, length = input_ids.shape
+        widths = {"pooler_output": (self.config["hidden_size"],), "text_embeds": (self.config.get("projection_dim"),)}
+        hidden = (length, self.config["hidden_size"])
+        results = {
+            name: torch.empty(batch, *widths.get(name, hidden), dtype=self.dtype, device=self.device)
+            for name in self.session.output_types
+        }
+        self.session.run({"input_ids": input_ids}, results)
+        states = sorted(
+            (name for name in results if name.startswith(HIDDEN_STATES)), key=lambda n: int(n.split(".")[1])
+        )
+        hidden_states = tuple(results.pop(name) for name in states) or None
+        if "text_embeds" in results:
+            return CLIPTextModelOutput(**results, hidden_states=hidden_states)
+        return BaseModelOutputWithPooling(**results, hidden_states=hidden_states)
+
+
+class ExportedVaeDecoder:
+    """The decoding half of an `AutoencoderKL` as a session."""
+
+    def __init__(self, session: Session, *, config: dict[str, Any], max_batch: int) -> None:
+        """Take over a session.
+
+        Args:
+            session: of a VAE decoder's graph.
+            config: the whole VAE's `config.json`.
+            max_batch: images decoded at once.
+        """
+        self.max_batch = max_batch
+        self.session, self.config = session, FrozenDict(config)
+        self.device, self.dtype = session.device, session.input_types["latent_sample"]
+
+    def decode(
+        self, latents: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+    ) -> DecoderOutput | tuple[torch.Tensor]:
+        """As `AutoencoderKL.decode`: `(B, C, H, W)` to `(B, 3, f H, f W)`; the generator is not used there either."""
+        factor = 2 ** (len(self.config["block_out_channels"]) - 1)
+        batch, _, height, width = latents.shape
+        shape = (batch, self.config["out_channels"], factor * height, factor * width)
+        image = torch.empty(shape, dtype=self.session.output_types["sample"], device=self.device)
+        for some, decoded in zip(latents.split(self.max_batch), image.split(self.max_batch), strict=True):
+            self.session.run({"latent_sample": some}, {"sample": decoded})
+        return DecoderOutput(sample=image) if return_dict else (image,)

@@ -1,0 +1,305 @@
+"""The parts of a pipeline as graphs: what goes in and out, what varies, and what they are compared on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+
+from ..engine.families import PromptEmbeds
+from ..engine.model import Model
+from ..engine.parts import HIDDEN_STATES
+from ..engine.runners import UNET_OUTPUT, unet_forward
+from .config import ExportConfig
+
+TRACE_BATCH = 2
+"""A batch of one would be frozen into the graph."""
+TEXT_CHUNKS = 3
+"""The longest text that a plan takes, in multiples of the text encoder's own length."""
+VAE_BATCH = 4
+"""The largest batch of a VAE decoder's plan: its activations are the largest of all."""
+SMALL = 100e6
+"""Parameters below which a machine of any size can afford to compare everything."""
+
+
+@dataclass(kw_only=True)
+class Case:
+    """One comparison.
+
+    Attributes:
+        where: the case in words.
+        inputs: by name, float32.
+        expected: outputs by name, float32 on the CPU.
+    """
+
+    where: str
+    inputs: dict[str, torch.Tensor]
+    expected: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class Part:
+    """A module to export.
+
+    Attributes:
+        name: of its folder in the engine.
+        module: takes `inputs` by keyword and gives a tuple of tensors.
+        inputs: example inputs by name, a batch of `TRACE_BATCH`.
+        outputs: names of what it gives.
+        dynamic: the dimensions that vary: by input, axis and `torch.export.Dim`.
+        profile: by input the smallest, best and largest shape of a plan.
+        cases: what its graphs are compared on.
+        half: whether it may run in FP16.
+    """
+
+    name: str
+    module: torch.nn.Module
+    inputs: dict[str, torch.Tensor]
+    outputs: tuple[str, ...]
+    dynamic: dict[str, dict[int, Any]]
+    profile: dict[str, list[tuple[int, ...]]]
+    cases: list[Case]
+    half: bool = True
+
+    @property
+    def parameters(self) -> int:
+        """How many weights it has."""
+        return sum(p.numel() for p in self.module.parameters())
+
+    @torch.inference_mode()
+    def settle(self) -> None:
+        """Compute what every case expects, in float32, before the module is cast or given away."""
+        for case in self.cases:
+            results = self.module(**case.inputs)
+            case.expected = {name: x.float().cpu() for name, x in zip(self.outputs, results, strict=True)}
+
+    def to_half(self) -> None:
+        """Cast weights and inputs to FP16, but for timesteps, which go up to 1000 in fractions."""
+        self.module.half()
+        self.inputs = {
+            name: x.half() if x.is_floating_point() and name != "timestep" else x for name, x in self.inputs.items()
+        }
+
+
+class _Unet(torch.nn.Module):
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        text_embeds: torch.Tensor | None = None,
+        time_ids: torch.Tensor | None = None,
+        timestep_cond: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor]:
+        inputs = {
+            "sample": sample,
+            "timestep": timestep,
+            "encoder_hidden_states": encoder_hidden_states,
+            "text_embeds": text_embeds,
+            "time_ids": time_ids,
+            "timestep_cond": timestep_cond,
+        }
+        return (unet_forward(self.unet, {name: tensor for name, tensor in inputs.items() if tensor is not None}),)
+
+
+class _TextEncoder(torch.nn.Module):
+    def __init__(self, encoder: torch.nn.Module, outputs: Sequence[str]) -> None:
+        super().__init__()
+        self.encoder, self.outputs = encoder, outputs
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        results = self.encoder(input_ids, output_hidden_states=any(n.startswith(HIDDEN_STATES) for n in self.outputs))
+        return tuple(
+            results.hidden_states[int(name.removeprefix(HIDDEN_STATES))]
+            if name.startswith(HIDDEN_STATES)
+            else results[name]
+            for name in self.outputs
+        )
+
+
+class _VaeDecoder(torch.nn.Module):
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latent_sample: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.vae.decode(latent_sample, return_dict=False)[0],)
+
+
+def _cycled(tensor: torch.Tensor, batch: int) -> torch.Tensor:
+    return tensor[torch.arange(batch, device=tensor.device) % len(tensor)]
+
+
+def _batch_dim() -> Any:
+    return torch.export.Dim("batch", min=1, max=256)
+
+
+def latent_factor(model: Model) -> int:
+    """Pixels a latent, along each side."""
+    return 2 ** (len(model.pipeline.vae.config.block_out_channels) - 1)
+
+
+def latent_sizes(model: Model, config: ExportConfig) -> tuple[tuple[int, int], ...]:
+    """Smallest, best and largest (height, width) of the latents to export for.
+
+    Raises:
+        InputError: the model can't make a size that was asked for.
+    """
+    _, *own = model.latent_shape
+    multiple = 2 ** (len(model.unet.config.block_out_channels) - 1)
+    return config.latent_size(factor=latent_factor(model), multiple=multiple, own=(own[0], own[1]))
+
+
+def unet_part(
+    model: Model, merged: UNet2DConditionModel, text: PromptEmbeds, config: ExportConfig, timesteps: Sequence[int]
+) -> Part:
+    """The merged UNet.
+
+    Args:
+        model: for its family and text lengths.
+        merged: the student, in float32.
+        text: real embeddings of a few prompts, which the cases cycle through.
+        config: batches and sizes.
+        timesteps: what a small UNet is compared at; a large one at some of them.
+    """
+    sizes = latent_sizes(model, config)
+    best = sizes[1]
+    inputs = model.family.example_inputs(model.pipeline, batch=TRACE_BATCH)
+    length = inputs["encoder_hidden_states"].shape[1]
+    generator = torch.Generator().manual_seed(0)
+    channels = inputs["sample"].shape[1]
+
+    def noise(batch: int, size: tuple[int, int]) -> torch.Tensor:
+        return torch.randn(batch, channels, *size, generator=generator).to(merged.device)
+
+    inputs["sample"] = noise(TRACE_BATCH, best)
+    # Traced with two chunks of text: a dimension of its smallest size would be frozen.
+    inputs["encoder_hidden_states"] = torch.cat([inputs["encoder_hidden_states"]] * 2, dim=1)
+    batch = _batch_dim()
+    dynamic: dict[str, dict[int, Any]] = {name: {0: batch} for name in inputs}
+    dynamic["encoder_hidden_states"][1] = length * torch.export.Dim("chunks", min=1, max=64)
+    if sizes[0] != sizes[2]:
+        multiple = 2 ** (len(merged.config.block_out_channels) - 1)
+        for axis, side in ((2, "height"), (3, "width")):
+            dynamic["sample"][axis] = multiple * torch.export.Dim(side, min=1, max=1024)
+    profile = {}
+    for name, tensor in inputs.items():
+        shapes = [(b, *tensor.shape[1:]) for b in config.batch]
+        if name == "sample":
+            shapes = [(b, channels, *size) for b, size in zip(config.batch, sizes, strict=True)]
+        if name == "encoder_hidden_states":
+            shapes = [(b, length * n, tensor.shape[2]) for b, n in zip(config.batch, (1, 1, TEXT_CHUNKS), strict=True)]
+        profile[name] = shapes
+
+    def case(count: int, t: int, size: tuple[int, int], chunks: int = 1) -> Case:
+        given = {name: _cycled(tensor, count) for name, tensor in (inputs | text.tensors()).items()}
+        given["sample"] = noise(count, size)
+        given["timestep"] = torch.full((count,), float(t), device=merged.device)
+        given["encoder_hidden_states"] = torch.cat([given["encoder_hidden_states"]] * chunks, dim=1)
+        where = f"batch {count}, timestep {t}"
+        where += f", {size[0]}x{size[1]} latents" if size != best else ""
+        return Case(where=where + (f", {chunks} chunks of text" if chunks > 1 else ""), inputs=given)
+
+    small = sum(p.numel() for p in merged.parameters()) < SMALL
+    if small or merged.device.type != "cpu":
+        batches = sorted({*config.batch, 2})
+        cases = [case(count, t, best) for count in batches for t in timesteps]
+        cases += [case(1, timesteps[1], size) for size in dict.fromkeys(sizes) if size != best]
+        cases += [case(2, timesteps[1], best, chunks=2)]
+    else:
+        cases = [case(1, timesteps[0], best), case(1, timesteps[-1], best), case(2, timesteps[2], best)]
+    return Part(
+        name="unet",
+        module=_Unet(merged),
+        inputs=inputs,
+        outputs=(UNET_OUTPUT,),
+        dynamic=dynamic,
+        profile=profile,
+        cases=cases,
+    )
+
+
+def text_encoder_part(model: Model, name: str, prompts: Sequence[str], config: ExportConfig) -> Part:
+    """One text encoder, compared on the tokens of real prompts."""
+    encoder = getattr(model.pipeline, name)
+    tokenizer = getattr(model.pipeline, name.replace("text_encoder", "tokenizer"))
+    ids = tokenizer(
+        list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+    ).input_ids.to(encoder.device)
+    projected = hasattr(encoder, "text_projection")
+    outputs = ["text_embeds", "last_hidden_state"] if projected else ["last_hidden_state", "pooler_output"]
+    if len(model.family.text_encoders) > 1:
+        outputs += [f"{HIDDEN_STATES}{i}" for i in range(encoder.config.num_hidden_layers + 1)]
+    counts = sorted({1, 2, *config.batch}) if sum(p.numel() for p in encoder.parameters()) < SMALL else [1, 2]
+    return Part(
+        name=name,
+        module=_TextEncoder(encoder, outputs),
+        inputs={"input_ids": _cycled(ids, TRACE_BATCH)},
+        outputs=tuple(outputs),
+        dynamic={"input_ids": {0: _batch_dim()}},
+        profile={"input_ids": [(b, ids.shape[1]) for b in config.batch]},
+        cases=[Case(where=f"batch {count}", inputs={"input_ids": _cycled(ids, count)}) for count in counts],
+    )
+
+
+def vae_decoder_part(model: Model, config: ExportConfig) -> Part:
+    """The VAE's decoder, of any size that the UNet is exported for."""
+    vae = model.pipeline.vae
+    sizes = latent_sizes(model, config)
+    generator = torch.Generator().manual_seed(0)
+    small = sum(p.numel() for p in vae.parameters()) < 10e6
+
+    def latents(batch: int, size: tuple[int, int]) -> torch.Tensor:
+        noise = torch.randn(batch, vae.config.latent_channels, *size, generator=generator)
+        return (noise / vae.config.scaling_factor).to(vae.device)
+
+    batches = [min(b, VAE_BATCH) for b in config.batch]
+    dynamic: dict[int, Any] = {0: _batch_dim()}
+    if sizes[0] != sizes[2]:
+        dynamic |= {2: torch.export.Dim("height", min=2, max=8192), 3: torch.export.Dim("width", min=2, max=8192)}
+    compared = [(count, sizes[1]) for count in (sorted({1, 2, *batches}) if small else [1])]
+    compared += [(1, size) for size in dict.fromkeys(sizes) if size != sizes[1] and small]
+    return Part(
+        name="vae_decoder",
+        module=_VaeDecoder(vae),
+        inputs={"latent_sample": latents(TRACE_BATCH, sizes[1])},
+        outputs=("sample",),
+        dynamic={"latent_sample": dynamic},
+        profile={
+            "latent_sample": [(b, vae.config.latent_channels, *size) for b, size in zip(batches, sizes, strict=True)]
+        },
+        cases=[
+            Case(where=f"batch {count}, {size[0]}x{size[1]} latents", inputs={"latent_sample": latents(count, size)})
+            for count, size in compared
+        ],
+        half=not model.family.upcast_vae,
+    )
+
+
+def keep_attention_in_fp32(modules: Iterable[torch.nn.Module]) -> bool:
+    """Where a configuration asks for it (`upcast_attention`, as Stable Diffusion 2.1 at 768 pixels does), let the
+    attention scores be computed in FP32: they overflow in FP16, and diffusers' default processor does not mind.
+
+    Returns:
+        Whether any does.
+    """
+    wanted = False
+    for module in modules:
+        if isinstance(module, UNet2DConditionModel) and module.config.upcast_attention:
+            module.set_attn_processor(AttnProcessor())
+            wanted = True
+    return wanted
+
+
+def megabytes(part: Part, precision: str) -> float:
+    """Size of its weights."""
+    return math.ceil(part.parameters * (2 if precision == "fp16" else 4) / 1e6)
