@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -157,7 +159,7 @@ def evaluate(
     )
     judges = f"{sha256_of(REFERENCE)[:8]}-{sha256_of(work / STYLE_FILE)[:8]}"
 
-    def row(name: str, make: Any, settings: str, drawn: bool) -> dict[str, Any]:
+    def row(name: str, make: Callable[[], torch.Tensor], settings: str, drawn: bool) -> dict[str, Any]:
         key = f"{name}, N {images}{settings}, judged by {judges}"
         found = remembered(output / RESULTS_FILE, key, lambda: measured(make(), drawn=drawn))
         print(f"{name}: {DISTANCE_NAME} {found['distance']:.1f}", flush=True)
@@ -171,9 +173,15 @@ def evaluate(
         f", {weights}",
         False,
     )
-    with fastest_runner(loaded) as runner:
+    with ExitStack() as stack:
+        # Opened by the first row that isn't known: the export takes half a minute.
+        runner = cache(lambda: stack.enter_context(fastest_runner(loaded)))
+
+        def drawn(scale: float) -> torch.Tensor:
+            return draw(loaded, runner(), prompts, scale=scale, steps=steps, seed=seed, batch_size=batch_size)
+
         for scale in wanted:
-            make = partial(draw, loaded, runner, prompts, scale=scale, steps=steps, seed=seed, batch_size=batch_size)
+            make = partial(drawn, scale)
             rows[f"w={scale:g}"] = row(f"w={scale:g}", make, f", DDIM {steps}, seed {seed}, {weights}", True)
     table = markdown_table(rows)
     (output / TABLE_FILE).write_text(table, encoding="utf-8")
