@@ -272,7 +272,7 @@ def grids(
                 page.save(output / (f"{name}-{number}.png" if len(pages) > 1 else f"{name}.png"))
             if name == "unseen":
                 couples = torch.stack([real, columns[f"w={shown:g}"]], dim=1).flatten(0, 1)
-                contact_sheet(couples, columns=10, cell=96).save(output / "unseen-pairs.png")
+                contact_sheet(couples, columns=10).save(output / "unseen-pairs.png")
     print(f"grids: {len(sets['seen'])} seen captions, {len(combinations)} unseen combinations in {output}")
 
 
