@@ -2,80 +2,37 @@
 
     python -m boostdiff.benchmarks.seeds --work DIR [--seeds 5] [--samples 1000]
 
-On `emoji64` and its held-out prompts, on torch. Students that are in DIR already are kept, and so are results: a run
-that was interrupted goes on. Writes `DIR/seeds.json` and prints a Markdown table.
+On `emoji64` and its held-out prompts. Students that are in DIR already are kept, and so are their images' features and
+distances: a run that was interrupted goes on. Prints a Markdown table.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from .. import teacher
-from ..engine.files import write_json
-from ..engine.guidance import teacher_denoiser
-from ..engine.model import load, locate, resolve_device
-from ..engine.prompts import read_prompts
-from ..engine.runners import TorchRunner
-from ..engine.samplers import make_scheduler
-from ..engine.student import apply_student
-from .features import DISTANCE_NAME, EfficientNetLite0Features, Reference
-from .quality import Contestant, judge
+from ..engine.guidance import SinglePassDenoiser
+from ..engine.student import read_student
+from .features import DISTANCE_NAME
+from .held_out import HeldOut, student_model, trained
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 GUIDANCE = 3.0
 
 
-def train(work: Path, method: str, seed: int, more: list[str]) -> Path:
-    """The student's folder; trained by the command line unless it is there."""
-    folder = work / f"{method}-{seed}"
-    if not folder.exists():
-        command = [sys.executable, "-m", "boostdiff", "distill", "--method", method, "--seed", str(seed)]
-        command += ["--guidance", str(GUIDANCE), "--output", str(folder), *more]
-        subprocess.run(command, check=True)  # noqa: S603
-    return folder
-
-
-def distances(work: Path, rows: dict[str, Path | None], sampler: str, steps: int, samples: int) -> dict[str, float]:
-    """The distance to real images of each row: a student's folder, or None for a teacher "teacher W"."""
-    stored = work / "seeds.json"
-    known: dict[str, float] = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
-    network, reference = EfficientNetLite0Features(), Reference.load(teacher.REFERENCE)
-    prompts = read_prompts(teacher.HELD_OUT_PROMPTS)[:samples]
-    found = {}
-    for name, folder in rows.items():
-        key = f"{name}, {sampler} {steps}, N {samples}"
-        if key not in known:
-            model = load(locate(teacher.MODEL_NAME), device=resolve_device("auto"))
-            runner = TorchRunner(model.unet)
-            if folder is not None:
-                apply_student(model, folder)
-            scale = float(name.split()[1]) if folder is None else 1.0
-            quality = judge(
-                model,
-                [Contestant(name=name, passes=1, open=partial(teacher_denoiser, runner, scale))],
-                network=network.to(model.device),
-                reference=reference,
-                prompts=prompts,
-                make_scheduler=partial(make_scheduler, sampler, model.pipeline.scheduler.config),
-                steps=steps,
-                seed=0,
-                batch_size=50,
-            )
-            distance = quality.rows[0].distance
-            assert distance is not None
-            known[key] = distance
-            write_json(stored, known)
-        found[name] = known[key]
-        print(f"{key}: {found[name]:.1f}", file=sys.stderr, flush=True)
+def distances(held_out: HeldOut, students: list[Path], samples: int) -> dict[str, float]:
+    """The distance to real images of the teacher, as "guided" and "unguided", and of each student by its folder."""
+    teachers = held_out.teachers([GUIDANCE, 1.0], samples)
+    found = {"guided": held_out.distance(*teachers[GUIDANCE]), "unguided": held_out.distance(*teachers[1.0])}
+    for folder in students:
+        name = f"{folder.name} {read_student(folder).adapter_sha256[:12]}"
+        features = held_out.features({name: SinglePassDenoiser}, samples, open_model=partial(student_model, folder))
+        found[folder.name] = held_out.distance(name, features[name])
     return found
 
 
@@ -92,15 +49,21 @@ def main(
     """Measure; options after `--` go to `boostdiff distill`."""
     work.mkdir(parents=True, exist_ok=True)
     students = {
-        method: [train(work, method, seed, context.args) for seed in range(seeds)] for method in methods.split(",")
+        method: [
+            trained(
+                work / f"{method}-{seed}",
+                ["--method", method, "--seed", str(seed), "--guidance", str(GUIDANCE), *context.args],
+            )
+            for seed in range(seeds)
+        ]
+        for method in methods.split(",")
     }
     print(f"| sampler, {steps} steps | student | {DISTANCE_NAME} | teacher w={GUIDANCE:g} | teacher w=1 | recovered |")
     print("|---|---|---|---|---|---|")
     for sampler in samplers.split(","):
-        rows: dict[str, Any] = {f"teacher {GUIDANCE:g}": None, "teacher 1": None}
-        rows |= {folder.name: folder for folders in students.values() for folder in folders}
-        found = distances(work, rows, sampler, steps, samples)
-        guided, unguided = found[f"teacher {GUIDANCE:g}"], found["teacher 1"]
+        held_out = HeldOut(work=work, sampler=sampler, steps=steps)
+        found = distances(held_out, [folder for folders in students.values() for folder in folders], samples)
+        guided, unguided = found["guided"], found["unguided"]
         for method, folders in students.items():
             values = [found[folder.name] for folder in folders]
             recovered = [(unguided - value) / (unguided - guided) for value in values]

@@ -69,6 +69,10 @@ class Adapter(ABC):
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """The trained parameters by name, in a fixed order."""
 
+    def count(self) -> int:
+        """How many numbers are trained."""
+        return sum(parameter.numel() for parameter in self.parameters().values())
+
     @abstractmethod
     def disabled(self) -> AbstractContextManager[None]:
         """A context in which the UNet is the teacher, bit for bit."""
@@ -250,6 +254,11 @@ class GuidanceConditioned(Adapter):
         """See `Adapter.parameters`."""
         name = "time_embedding.cond_proj.weight"
         return {**self.inner.parameters(), name: self.unet.get_parameter(name)}
+
+    def count(self) -> int:
+        """See `Adapter.count`: the projection's smooth columns alone."""
+        columns = int(smooth_columns(self.projection.in_features).sum())
+        return self.inner.count() + columns * self.projection.out_features
 
     def disabled(self) -> AbstractContextManager[None]:
         """See `Adapter.disabled`."""

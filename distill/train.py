@@ -38,8 +38,7 @@ def count_parameters(files: ModelFiles, config: DistillConfig) -> dict[str, int]
     total = sum(p.numel() for p in unet.parameters())
     with torch.device("meta"):
         adapter = _adapter(unet, config)
-    trainable = sum(p.numel() for p in adapter.parameters().values())
-    return {"trainable_parameters": trainable, "total_parameters": total}
+    return {"trainable_parameters": adapter.count(), "total_parameters": total}
 
 
 def work_folder(output: Path) -> Path:
@@ -160,7 +159,7 @@ def distil(
             model=files.name,
             unet_sha256=resolved["unet_sha256"],
             adapter_files={path.name: sha256_of(path) for path in paths},
-            trainable_parameters=sum(p.numel() for p in run.parameters),
+            trainable_parameters=adapter.count(),
             settings=config.as_json(),
             versions=versions(),
             result=result,

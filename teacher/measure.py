@@ -1,26 +1,21 @@
-"""Two stages of the recipe: what quality is measured against, and the shipped model's own figures."""
+"""What quality is measured against: real images, and what the autoencoder alone makes of them."""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
 import typer
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from ..benchmarks.features import DISTANCE_NAME, EfficientNetLite0Features, Reference, features_of
-from ..benchmarks.quality import Contestant, judge
-from ..engine.files import write_json
-from ..engine.guidance import teacher_denoiser
-from ..engine.model import load, locate
-from ..engine.pictures import labelled_grid
-from ..engine.prompts import read_prompts
-from ..engine.runners import TorchRunner
-from ..engine.samplers import make_scheduler
-from . import HELD_OUT_PROMPTS, MODEL_NAME, REFERENCE, TRAIN_PROMPTS
-from .dataset import compose, draw_prompts, load_artworks
+from ..benchmarks.features import EfficientNetLite0Features, Reference, features_of
+from . import HELD_OUT_PROMPTS, REFERENCE, TRAIN_PROMPTS
+from .architecture import make_vae
+from .dataset import Artworks, compose, draw_prompts, load_artworks
 from .palette import BACKGROUNDS
 
 Work = Annotated[Path, typer.Option(help="Folder for downloads, checkpoints and intermediate files.")]
@@ -38,6 +33,47 @@ def device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
+def training_log(work: Path, name: str) -> Path:
+    """Where a training stage logs each step's loss."""
+    return work / f"{name}.log.jsonl"
+
+
+def load_vae(work: Path) -> AutoencoderKL:
+    """The autoencoder that the `vae` stage left in `work`."""
+    model = make_vae()
+    model.load_state_dict(load_file(work / "vae.safetensors"))
+    return model.eval().requires_grad_(False)
+
+
+def real_images(artworks: Artworks, pairs: list[tuple[int, str]]) -> torch.Tensor:
+    """Artworks over named backgrounds, uint8 `(N, 3, 64, 64)`."""
+    colours = np.array([BACKGROUNDS[name] for _, name in pairs])
+    images = compose(artworks.rgba[[artwork for artwork, _ in pairs]], colours[:, None, None])
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+@torch.inference_mode()
+def reconstructed(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """uint8 images `(N, 3, H, W)` through encoder and decoder, on the CPU: what a perfect denoiser would draw."""
+    chunks = []
+    for chunk in images.split(50):
+        pixels = (chunk.float() / 127.5 - 1).to(vae.device, vae.dtype)
+        decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.float().clamp(-1, 1)
+        chunks.append(((decoded + 1) * 127.5).round().to(torch.uint8).cpu())
+    return torch.cat(chunks)
+
+
+def held_out_psnr(vae: AutoencoderKL, artworks: Artworks) -> float:
+    """Mean over the held-out artworks, each on one background in turn, of the reconstruction's PSNR in dB."""
+    names = list(BACKGROUNDS)
+    images = real_images(
+        artworks, [(int(i), names[n % len(names)]) for n, i in enumerate(np.flatnonzero(artworks.held_out))]
+    )
+    return peak_signal_noise_ratio(
+        reconstructed(vae, images).float(), images.float(), data_range=255.0, dim=(1, 2, 3)
+    ).item()
+
+
 def reference(work: Work = Path("teacher-work"), seed: Seed = 0) -> None:
     """Write the prompt lists, and the features of real images that quality is measured against.
 
@@ -52,55 +88,10 @@ def reference(work: Work = Path("teacher-work"), seed: Seed = 0) -> None:
     network = EfficientNetLite0Features().to(device())
 
     def features(pairs: list[tuple[int, str]]) -> torch.Tensor:
-        indices = [artwork for artwork, _ in pairs]
-        colours = np.array([BACKGROUNDS[name] for _, name in pairs])
-        images = compose(artworks.rgba[indices], colours[:, None, None])
-        return features_of(network, torch.from_numpy(images).permute(0, 3, 1, 2))
+        return features_of(network, real_images(artworks, pairs))
 
     random = np.random.default_rng([seed, 3])
     names = list(BACKGROUNDS)
     training = [(int(i), names[random.integers(len(names))]) for i in np.flatnonzero(~artworks.held_out)]
     Reference.of(features(training), features(pairs[:FLOOR_IMAGES])).save(REFERENCE)
     print(f"reference: {len(training)} images, {FLOOR_IMAGES} apart, {REFERENCE.stat().st_size / 1e6:.1f} MB")
-
-
-def evaluate(
-    output: Annotated[Path, typer.Option(help="Folder for guidance.json and guidance.png.")] = Path("teacher-work"),
-    images: Annotated[int, typer.Option(min=2, help="Images at each guidance scale (N).")] = 1000,
-    scales: Annotated[str, typer.Option(help="Guidance scales, comma-separated; 1 must be among them.")] = "1,2,3,5",
-    steps: Annotated[int, typer.Option(min=1, help="DDIM steps.")] = 20,
-    seed: Seed = 0,
-) -> None:
-    """Measure the shipped model over guidance scales, on held-out prompts, and draw the grid of its card."""
-    model = load(locate(MODEL_NAME), device=device())
-    runner = TorchRunner(model.unet)
-    prompts = read_prompts(HELD_OUT_PROMPTS)[:images]
-
-    def contestant(scale: float) -> Contestant:
-        return Contestant(name=f"w={scale:g}", passes=1 + (scale > 1), open=partial(teacher_denoiser, runner, scale))
-
-    quality = judge(
-        model,
-        [contestant(float(scale)) for scale in scales.split(",")],
-        network=EfficientNetLite0Features().to(model.device),
-        reference=Reference.load(REFERENCE),
-        prompts=prompts,
-        make_scheduler=partial(make_scheduler, "ddim", model.pipeline.scheduler.config),
-        steps=steps,
-        seed=seed,
-        batch_size=50,
-    )
-    assert quality.floor is not None
-    unguided = next(row.distance for row in quality.rows if row.name == "w=1")
-    assert unguided is not None
-    print(f"N = {quality.images}, DDIM {steps} steps; real images (the floor): {quality.floor:.1f}")
-    print(f"| guidance | {DISTANCE_NAME} | above the floor, as a share of w=1's | KID x1000 | background as named |")
-    print("|---|---|---|---|---|")
-    for row in quality.rows:
-        assert row.distance is not None
-        assert row.kid is not None
-        share = (row.distance - quality.floor) / (unguided - quality.floor)
-        print(f"| {row.name} | {row.distance:.1f} | {share:.0%} | {row.kid * 1e3:.2f} | {row.background:.1%} |")
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "guidance.json", quality.as_json())
-    labelled_grid({name: x[:8] for name, x in quality.samples.items()}, prompts[:8]).save(output / "guidance.png")

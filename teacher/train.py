@@ -1,12 +1,14 @@
 """Make `emoji64` again: `python -m boostdiff.teacher.train all --work DIR`.
 
-Stages, in order: `vae`, `latents`, `diffusion`, `save`, `reference`, `evaluate`; `all` runs them one after the
-other. The two that train go on from their checkpoint when they are run again. All randomness of a step is drawn from
-(seed, step), so a resumed run takes the same steps as an uninterrupted one.
+Stages, in order: `vae`, `latents`, `diffusion`, `save`, `reference`, and to judge what came out `style`, `vae-quality`,
+`evaluate`, `grids`, `curve`; `all` runs them one after the other. The two that train go on from their checkpoint when
+they are run again, `evaluate` from its last scale. All randomness of a step is drawn from (seed, step), so a resumed
+run takes the same steps as an uninterrupted one.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -33,7 +35,8 @@ from .architecture import (
     save_pipeline,
 )
 from .dataset import Artworks, compose, load_artworks, to_model_range
-from .measure import Seed, Work, device, evaluate, reference
+from .judge import curve, evaluate, grids, style, vae_quality
+from .measure import Seed, Work, device, held_out_psnr, load_vae, reference, training_log
 from .palette import BACKGROUNDS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
@@ -70,6 +73,8 @@ def optimise(
 ) -> None:
     """AdamW with warm-up, decay and an EMA; resumes from `checkpoint`, and leaves the EMA in the modules.
 
+    Each step's loss goes to `NAME.log.jsonl` beside the checkpoint; a resumed run cuts off what the checkpoint lacks.
+
     Args:
         name: what the log lines are headed with.
         modules: the trained modules by name.
@@ -97,12 +102,20 @@ def optimise(
         optimizer.load_state_dict(state.optimizer)
         print(f"{name}: goes on from step {start}", flush=True)
 
+    log_path = training_log(checkpoint.parent, name)
+    log_path.write_text("".join(_logged(log_path, start)), encoding="utf-8")
+
     def save(step: int) -> None:
+        # Lines first: a log may run ahead of its checkpoint, never behind.
+        with log_path.open("a", encoding="utf-8") as log:
+            log.writelines(lines)
+        lines.clear()
         weights = named | {f"ema.{path}": tensor for path, tensor in ema.items()}
         save_training_state(checkpoint, step=step, weights=weights, optimizer=optimizer)
 
     saved_at = began = time.monotonic()
     running = 0.0
+    lines: list[str] = []
     for step in range(start, steps):
         loss = loss_of(step)
         loss.backward()
@@ -115,6 +128,7 @@ def optimise(
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.values()), list(named.values()), 1 - decay)
         running += loss.item()
+        lines.append(json.dumps({"step": step + 1, "loss": loss.item(), "lr": optimizer.param_groups[0]["lr"]}) + "\n")
         if (step + 1) % 50 == 0:
             pace = (time.monotonic() - began) / (step + 1 - start)
             left = pace * (steps - step - 1) / 60
@@ -129,6 +143,19 @@ def optimise(
     with torch.no_grad():
         for path, parameter in named.items():
             parameter.copy_(ema[path])
+
+
+def _logged(path: Path, steps: int) -> list[str]:
+    """The log's lines up to a step; a last line that was cut short is left out."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
+        try:
+            step = json.loads(line)["step"]
+        except ValueError:
+            break
+        if step <= steps:
+            kept.append(line)
+    return kept
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -187,22 +214,10 @@ def vae(
         checkpoint_minutes=checkpoint_minutes,
     )
     model.eval()
-    held_out = np.flatnonzero(artworks.held_out)
-    colours = np.array(list(BACKGROUNDS.values()))[np.arange(len(held_out)) % len(BACKGROUNDS)]
-    images = to_model_range(compose(artworks.rgba[held_out], colours[:, None, None]))
-    with torch.inference_mode():
-        pairs = [(x, model(x.to(where)).sample.clamp(-1, 1).cpu()) for x in images.split(50)]
-        mse = torch.cat([((x - y) ** 2).mean(dim=(1, 2, 3)) for x, y in pairs])
-    print(f"vae: held-out PSNR {(10 * torch.log10(4 / mse)).mean():.2f} dB over {len(mse)} artworks")
+    psnr = held_out_psnr(model, artworks)
+    print(f"vae: held-out PSNR {psnr:.2f} dB over {artworks.held_out.sum()} artworks")
     weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, work / "vae.safetensors")
-
-
-def load_vae(work: Path) -> AutoencoderKL:
-    """The autoencoder that the `vae` stage left in `work`."""
-    model = make_vae()
-    model.load_state_dict(load_file(work / "vae.safetensors"))
-    return model.eval().requires_grad_(False)
 
 
 @app.command()
@@ -310,8 +325,8 @@ def save(
     print(f"save: step {state.step}, {size / 1e6:.1f} MB in {output}")
 
 
-app.command()(reference)
-app.command()(evaluate)
+for stage in (reference, style, vae_quality, evaluate, grids, curve):
+    app.command()(stage)
 
 
 @app.command(name="all")
@@ -322,7 +337,11 @@ def everything(work: Work = Path("teacher-work"), seed: Seed = 0) -> None:
     diffusion(work, seed=seed)
     save(work)
     reference(work, seed=seed)
-    evaluate(work, seed=seed)
+    style(work, seed=seed)
+    vae_quality(work)
+    evaluate(work)
+    grids(work)
+    curve(work)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from boostdiff.distill.data import Trajectories
 from boostdiff.distill.loop import Observers
 from boostdiff.distill.objective import NoiseSchedule, guidance_weight
 from boostdiff.distill.order import Share
-from boostdiff.distill.train import distil
+from boostdiff.distill.train import count_parameters, distil
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.guidance import SinglePassDenoiser, combine, guidance_embedding, smooth_columns
 from boostdiff.engine.model import Model, ModelFiles, load, locate
@@ -151,11 +151,17 @@ def test_a_reversed_range() -> None:
         DistillConfig(guidance=7.5, guidance_max=1.5)
 
 
-def test_only_columns_that_vary_smoothly_with_guidance_are_trained(range_student: Path) -> None:
+def test_only_columns_that_vary_smoothly_with_guidance_are_trained(
+    range_student: Path, students: dict[str, Path], tiny_files: ModelFiles
+) -> None:
     weight = load_file(range_student / GUIDANCE_FILE)["time_embedding.cond_proj.weight"]
     smooth = smooth_columns(weight.shape[1])
     assert 0 < smooth.sum() < len(smooth)
     assert (weight[:, smooth] != 0).any()
     assert (weight[:, ~smooth] == 0).all()
+    ranged, fixed = (read_student(folder).trainable_parameters for folder in (range_student, students["lora"]))
+    assert ranged == fixed + weight[:, smooth].numel()
+    config = DistillConfig(guidance=1.5, guidance_max=7.5)
+    assert count_parameters(tiny_files, config)["trainable_parameters"] == ranged
     near, far = guidance_embedding(torch.tensor([3.0, 4.0]), weight.shape[1])
     assert (near - far)[smooth].abs().max() <= 1
