@@ -11,8 +11,12 @@ from typing import TypeVar
 
 from ..engine.files import read_json, write_json
 from ..engine.model import Model
-from ..engine.runners import OnnxRunner, Runner, TorchRunner
-from ..export.graph import TRACE_BATCH, onnx_from_unet
+from ..engine.runners import GraphRunner, Runner, TorchRunner
+from ..engine.sessions import OnnxSession
+from ..export.config import ExportConfig
+from ..export.graph import onnx_from_part
+from ..export.merge import TIMESTEPS
+from ..export.parts import unet_part
 
 T = TypeVar("T")
 
@@ -47,6 +51,8 @@ def fastest_runner(model: Model) -> Iterator[Runner]:
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        onnx_from_unet(model.unet, model.family.example_inputs(model.pipeline, TRACE_BATCH), path)
-        with OnnxRunner(path, unet_config=dict(model.unet.config), device=model.device) as runner:
+        text = model.family.encode(model.pipeline, [""], negative_prompt=None).conditional
+        onnx_from_part(unet_part(model, model.unet, text, ExportConfig(), TIMESTEPS), path)
+        session = OnnxSession(path, device=model.device)
+        with GraphRunner(session, unet_config=dict(model.unet.config)) as runner:
             yield runner
