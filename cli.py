@@ -340,6 +340,10 @@ def bench(
         bool,
         typer.Option("--random-weights", help="Speed from a model's configuration alone: no student, no engine."),
     ] = False,
+    compile_: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Also time torch.compile: minutes.  [default: on CUDA alone]"),
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option("--prompts", help="One prompt a line.  [default: emoji64's held-out prompts]"),
@@ -382,6 +386,7 @@ def bench(
         samples=0 if speed_only else samples,
         seed=seed,
         guidance=guidance,
+        compile=compile_,
     )
     students = student or [Path("outputs/student")]
     rows = len(students) + 3

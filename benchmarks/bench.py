@@ -23,12 +23,13 @@ from ..engine.samplers import make_scheduler
 from ..engine.student import StudentInfo, read_student
 from ..engine.versions import versions
 from ..export.merge import merge
+from .baselines import CompiledRunner, StockEntrant, stock_pipeline
 from .features import EfficientNetLite0Features, Reference, reference_from_folder
 from .quality import RESEED, Contestant, Quality, judge
 from .random_weights import random_model
 from .throughput import WAYS, Entrant, Speed, SpeedRatio, measure
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Of `report.json`; the schema lies beside this module in `report.schema.json`."""
 
 
@@ -44,6 +45,7 @@ class BenchConfig:
         samples: N, images per row when quality is measured; 0 measures speed alone.
         seed: of the initial noise.
         guidance: of a student that takes it as an input, and of its teacher; None takes the student's own.
+        compile: also time teacher and student through `torch.compile`; None does so on CUDA, as it takes minutes.
     """
 
     steps: int = 20
@@ -53,6 +55,7 @@ class BenchConfig:
     samples: int = 200
     seed: int = 0
     guidance: float | None = None
+    compile: bool | None = None
 
     def __post_init__(self) -> None:
         """Validate.
@@ -68,6 +71,10 @@ class BenchConfig:
         if self.samples == 1:
             raise InputError("--samples 1 has no distribution: pass at least 2, or --speed-only")
         make_scheduler(self.sampler, {})
+
+    def compiles_on(self, device: torch.device) -> bool:
+        """Whether to time `torch.compile` on a device."""
+        return device.type == "cuda" if self.compile is None else self.compile
 
     def batch_sizes_on(self, device: torch.device) -> tuple[int, ...]:
         """The batch sizes to measure on a device, ascending."""
@@ -144,6 +151,8 @@ class BenchResult:
             f"two-pass teacher ({runner}, batch {head.batch_size}, {self.provenance['steps']} steps; counted "
             f"operations allow {head.ceiling:.2f}x)"
         )
+        if stock := self.speed.over_baseline("stock diffusers", self.speed.fastest):
+            words += f", {stock.estimate.value:.2f}x as fast as stock diffusers with guidance"
         if self.quality is None:
             return f"{words}; quality was not measured."
         student = self.quality.rows[2]
@@ -262,6 +271,7 @@ def bench(
         # torch has the base's weights at hand for the teacher; an exported graph serves all with the student's.
         base, merged = (opened.enter_context(TorchRunner(unet)) for unet in (model.unet, taking_part[0].unet))
         entrants = [Entrant(way=way, runner=merged if way == "student" else base) for way in WAYS]
+        entrants += _baselines(model, config, opened, student=taking_part[0].unet)
         for name, reason in reasons.items():
             if name != "torch" and reason is None:
                 runner = opened.enter_context(open_exported(name, folder=engine, manifest=manifest, device=target))
@@ -310,8 +320,10 @@ def bench_random(
     target = resolve_device(device)
     report("initialising random weights")
     model = random_model(files, device=target, seed=config.seed)
-    with TorchRunner(model.unet) as runner:
+    with ExitStack() as opened:
+        runner = opened.enter_context(TorchRunner(model.unet))
         entrants = [Entrant(way=way, runner=runner) for way in WAYS]
+        entrants += _baselines(model, config, opened, student=model.unet)
         speed = _speed(model, config, entrants, guidance, ["a photograph of an astronaut"], report)
     return BenchResult(
         speed=speed,
@@ -320,6 +332,18 @@ def bench_random(
         prompts=[],
         provenance=_provenance(files, config, guidance, target) | {"students": {}, "hashes": {}, "weights": "random"},
     )
+
+
+def _baselines(model: Model, config: BenchConfig, opened: ExitStack, *, student: UNet2DConditionModel) -> list[Entrant]:
+    """Stock diffusers with guidance, and `torch.compile` where it is wanted."""
+    entrants: list[Entrant] = []
+    if model.unet.config.time_cond_proj_dim is None:
+        # Otherwise a stock pipeline makes one pass, whatever its guidance.
+        entrants.append(StockEntrant(way="teacher", runner=TorchRunner(model.unet), pipeline=stock_pipeline(model)))
+    if config.compiles_on(model.device):
+        for way, unet in (("teacher", model.unet), ("student", student)):
+            entrants.append(Entrant(way=way, runner=opened.enter_context(CompiledRunner(unet))))
+    return entrants
 
 
 def _provenance(files: ModelFiles, config: BenchConfig, guidance: float, device: torch.device) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 
 COLOURS = {"teacher": "#8a8f98", "student": "#2f6fed", "unguided": "#c9cdd3"}
 _INK = "#1e1e24"
-_STYLES = ("-", "--", ":", "-.")
+_STYLES = ("-", "--", ":", "-.", (0, (1, 3)))
 _LEGEND: dict[str, Any] = {"frameon": False, "loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2}
 """Above the plot, where no bar reaches."""
 
@@ -66,6 +66,8 @@ def _throughput_lines(speed: Speed) -> plt.Figure:
     for runner, style in zip(runners, _STYLES, strict=False):
         for way in WAY_NAMES:
             rows = sorted((r for r in speed.rows if (r.runner, r.way) == (runner, way)), key=lambda r: r.batch_size)
+            if not rows:
+                continue
             rates = [row.images_per_second for row in rows]
             axes.errorbar(
                 [row.batch_size for row in rows],

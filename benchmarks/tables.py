@@ -43,19 +43,22 @@ def speed_table(speed: Speed, *, brief: bool = False) -> Table:
         brief: leave out what a terminal of 80 columns has no room for.
     """
     headings = ["runner", "sampling", "batch", f"images/s {_coverage(speed)}", "p50 ms", "p90 ms", "p99 ms"]
-    headings += ["UNet step ms", "text ms", "VAE ms", "host gap ms", "UNet TFLOP/s"]
+    headings += ["UNet step ms", "text ms", "VAE ms", "host gap ms", "UNet TFLOP/s", "of GEMM peak", "J/image"]
     cells = []
     for row in speed.rows:
         times = (row.latency.median, row.latency.p90, row.latency.p99, row.unet_step.median)
-        parts = (row.text_encoder.median, row.vae_decode.median, row.host_gap.median)
+        parts = (row.text_encoder, row.vae_decode, row.host_gap)
         cells.append(
             [
                 f"{row.runner} {_PRECISIONS.get(row.precision, row.precision)}",
                 WAY_NAMES[row.way],
                 str(row.batch_size),
                 within(row.images_per_second, "{:.3g}"),
-                *(f"{seconds * 1e3:.1f}" for seconds in (*times, *parts)),
+                *(f"{seconds * 1e3:.1f}" for seconds in times),
+                *(NOTHING if part is None else f"{part.median * 1e3:.1f}" for part in parts),
                 f"{row.tflops:.3g}",
+                number(row.peak_share, "{:.0%}"),
+                number(row.joules_per_image, "{:.3g}"),
             ]
         )
     return _columns((headings, cells), (0, 1, 2, 3, 4, 7)) if brief else (headings, cells)
@@ -128,11 +131,13 @@ def speed_note(result: BenchResult) -> str:
     speed = result.speed
     runs, coverage = speed.rows[0].latency.runs, speed.rows[0].images_per_second.coverage
     flops = speed.flops
+    peaks = ", ".join(f"{_PRECISIONS.get(name, name)} {peak:.3g} TFLOP/s" for name, peak in speed.peaks.items())
     return (
         f"{result.provenance['steps']} steps; medians of {runs} batches each, all entrants in turn after a discarded "
         f"batch, prompts to pixels. Intervals: order statistics, coverage {coverage:.0%}. Ratios: of times in the same "
         f"round. Ceiling: counted operations, {flops.unet / 1e9:.3g} GFLOP for a UNet pass, "
-        f"{flops.vae_decode / 1e9:.3g} for a VAE decode, {flops.text_encoder / 1e9:.2g} for a prompt."
+        f"{flops.vae_decode / 1e9:.3g} for a VAE decode, {flops.text_encoder / 1e9:.2g} for a prompt. Peak of matrix "
+        f"multiplication, same run: {peaks}. Stock diffusers: its own pipeline's call, eager, with guidance."
     )
 
 

@@ -23,14 +23,27 @@ MANY = [f"{prompt} on a red background" for prompt in PROMPTS] * 6
 def test_every_runner_here_is_timed(result: BenchResult) -> None:
     speed = result.speed
     entrants = [(row.runner, row.way, row.batch_size) for row in speed.rows]
-    assert sorted(entrants) == sorted(product(("torch", "onnx"), ("teacher", "student", "unguided"), (1, 2)))
+    ours = product(("torch", "onnx"), ("teacher", "student", "unguided"), (1, 2))
+    assert sorted(entrants) == sorted([*ours, ("stock diffusers", "teacher", 1), ("stock diffusers", "teacher", 2)])
     assert "without --trt" in result.skipped["tensorrt"]
     for row in speed.rows:
         assert 0 < row.images_per_second.low <= row.images_per_second.value <= row.images_per_second.high
         assert row.latency.median <= row.latency.p90 <= row.latency.p99
-        assert row.host_gap.median > 0
+        assert 0 < row.tflops == pytest.approx(row.peak_share * speed.peaks["float32"])
+        # No GPU, no figures of one.
+        assert row.joules_per_image is row.memory_in_use is None
+        stock = row.runner == "stock diffusers"
+        assert (row.host_gap is None) == (row.text_encoder is None) == (row.vae_decode is None) == stock
         assert 3 * row.unet_step.median < row.latency.median
-    assert len(speed.ratios) == 2 * 2 * (2 + 3)
+    assert speed.peaks.keys() == {"bfloat16", "float32"}
+    assert len(speed.ratios) == 2 * 2 * (2 + 3 + 1)
+    for batch_size in (1, 2):
+        rates = {
+            r.runner: r.images_per_second.value for r in speed.rows if r.way == "student" and r.batch_size == batch_size
+        }
+        (over_stock,) = {r.faster for r in speed.ratios if r.slower[:5] == "stock" and r.batch_size == batch_size}
+        assert over_stock == f"{max(rates, key=rates.get)} student"
+    assert "as fast as stock diffusers with guidance" in result.verdict()
     for ratio in speed.ratios:
         assert (ratio.ceiling is None) == ("unguided" in ratio.slower or ratio.faster[:4] != ratio.slower[:4])
     assert result.headline.part == "images"

@@ -87,7 +87,7 @@ def test_every_picture_has_its_own_alternative_text(page: Page, result: BenchRes
 def test_tables_sort_by_buttons(page: Page) -> None:
     sortable = [table for table in page.all("table") if table.get("class") == "sortable"]
     assert len(sortable) == 3
-    assert len(page.all("button")) == 5 + 12 + 10
+    assert len(page.all("button")) == 5 + 14 + 10
     assert all(text.strip() for text in page.text["button"])
     assert len(page.all("th")) == len(page.all("button")) + 5
 
