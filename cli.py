@@ -346,12 +346,30 @@ def bench(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option("--prompts", help="One prompt a line.  [default: emoji64's held-out prompts]"),
+        typer.Option(
+            "--prompts",
+            "--captions",
+            help="One prompt a line, or a COCO captions JSON.  [default: emoji64's held-out prompts]",
+        ),
     ] = None,
     reference: Annotated[
         Path | None,
         typer.Option("--reference", help="Folder of real images.  [default: emoji64's own features]"),
     ] = None,
+    reference_size: Annotated[
+        int | None,
+        typer.Option("--reference-size", help="Cut real images of mixed sizes to one square of so many pixels."),
+    ] = None,
+    inception_weights: Annotated[
+        Path | None,
+        typer.Option("--inception-weights", help="Weights of torch-fidelity's InceptionV3: FID in place of FD."),
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option("--clip", help="CLIP model, a folder or a hub id: adds CLIP scores.")
+    ] = None,
+    alternatives: Annotated[
+        bool, typer.Option("--alternatives", help="Also judge what saves passes without training.")
+    ] = False,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option("--compare", metavar="A.json B.json", help="Show what differs between two reports; measure none."),
@@ -362,12 +380,20 @@ def bench(
 ) -> None:
     """Measure the student against the two-pass teacher: speed on every runner here, and image quality."""
     _quiet_libraries()
-    from .benchmarks.bench import BenchConfig, bench_random, parse_batch_sizes
     from .benchmarks.bench import bench as run
+    from .benchmarks.bench import bench_random
     from .benchmarks.compare import compare_reports
+    from .benchmarks.config import BenchConfig, parse_batch_sizes
+    from .benchmarks.judging import Metrics
     from .benchmarks.random_weights import locate_configs
-    from .benchmarks.report import terminal_comparison, terminal_report, write_report
-    from .engine.files import prepare_output, staged_folder
+    from .benchmarks.report import (
+        REPORT_FILES,
+        replaced_files,
+        terminal_comparison,
+        terminal_report,
+        write_report,
+    )
+    from .engine.files import prepare_output
     from .engine.model import locate
     from .engine.prompts import read_prompts
 
@@ -387,10 +413,10 @@ def bench(
         seed=seed,
         guidance=guidance,
         compile=compile_,
+        alternatives=alternatives,
     )
     students = student or [Path("outputs/student")]
-    rows = len(students) + 3
-    with _progress("measuring", rows * config.samples * config.steps or 1) as advance:
+    with _progress("measuring", config.denoised(len(students)) or 1) as advance:
 
         def report(message: str) -> None:
             advance(0, note=message)
@@ -403,23 +429,32 @@ def bench(
             files = locate(model)
             if model == teacher.MODEL_NAME:
                 prompts = prompts or teacher.HELD_OUT_PROMPTS
-                reference = reference or teacher.REFERENCE
+                # Its statistics are of EfficientNet's features.
+                reference = reference or (None if inception_weights else teacher.REFERENCE)
             if prompts is None:
                 raise InputError("pass --prompts FILE: only the embedded model brings prompts of its own")
             lines = read_prompts(prompts)
+            metrics = Metrics(
+                reference=reference, reference_size=reference_size, inception_weights=inception_weights, clip=clip
+            )
             prepare_output(output)
-            result = run(
+            measured = run(
                 files,
                 config,
                 students=students,
                 engine=engine,
                 prompts=lines,
-                reference=reference,
+                metrics=metrics,
+                cache=output / "cache",
                 device=device,
                 report=report,
                 on_images=lambda name, count: advance(count, note=name),
             )
-    with staged_folder(output) as folder:
+            if measured is None:
+                # One of several processes that were launched: the first of them goes on.
+                return
+            result = measured
+    with replaced_files(output, REPORT_FILES) as folder:
         write_report(result, folder)
     if as_json:
         _print_json(result.as_json())

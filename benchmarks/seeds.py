@@ -27,7 +27,8 @@ from ..engine.runners import TorchRunner
 from ..engine.samplers import make_scheduler
 from ..engine.student import apply_student
 from .features import DISTANCE_NAME, EfficientNetLite0Features, Reference
-from .quality import Contestant, judge
+from .quality import judge
+from .sampling import Campaign, Contestant
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -59,17 +60,17 @@ def distances(work: Path, rows: dict[str, Path | None], sampler: str, steps: int
             if folder is not None:
                 apply_student(model, folder)
             scale = float(name.split()[1]) if folder is None else 1.0
-            quality = judge(
-                model,
-                [Contestant(name=name, passes=1, open=partial(teacher_denoiser, runner, scale))],
-                network=network.to(model.device),
-                reference=reference,
-                prompts=prompts,
-                make_scheduler=partial(make_scheduler, sampler, model.pipeline.scheduler.config),
+            contestant = Contestant(
+                name=name,
+                kind="student",
                 steps=steps,
-                seed=0,
-                batch_size=50,
+                cost=steps * (1 + (scale > 1)),
+                open=partial(teacher_denoiser, runner, scale),
+                make_scheduler=partial(make_scheduler, sampler, model.pipeline.scheduler.config),
             )
+            network = network.to(model.device)
+            campaign = Campaign(model=model, network=network, prompts=prompts, seed=0, batch_size=50)
+            quality = judge(campaign, [contestant], reference=reference)
             distance = quality.rows[0].distance
             assert distance is not None
             known[key] = distance

@@ -11,7 +11,8 @@ import torch
 import typer
 
 from ..benchmarks.features import DISTANCE_NAME, EfficientNetLite0Features, Reference, features_of
-from ..benchmarks.quality import Contestant, judge
+from ..benchmarks.quality import judge
+from ..benchmarks.sampling import Campaign, Contestant
 from ..engine.files import write_json
 from ..engine.guidance import teacher_denoiser
 from ..engine.model import load, locate
@@ -77,18 +78,20 @@ def evaluate(
     prompts = read_prompts(HELD_OUT_PROMPTS)[:images]
 
     def contestant(scale: float) -> Contestant:
-        return Contestant(name=f"w={scale:g}", passes=1 + (scale > 1), open=partial(teacher_denoiser, runner, scale))
+        return Contestant(
+            name=f"w={scale:g}",
+            kind="teacher",
+            steps=steps,
+            cost=steps * (1 + (scale > 1)),
+            open=partial(teacher_denoiser, runner, scale),
+            make_scheduler=partial(make_scheduler, "ddim", model.pipeline.scheduler.config),
+        )
 
+    network = EfficientNetLite0Features().to(model.device)
     quality = judge(
-        model,
+        Campaign(model=model, network=network, prompts=prompts, seed=seed, batch_size=50),
         [contestant(float(scale)) for scale in scales.split(",")],
-        network=EfficientNetLite0Features().to(model.device),
         reference=Reference.load(REFERENCE),
-        prompts=prompts,
-        make_scheduler=partial(make_scheduler, "ddim", model.pipeline.scheduler.config),
-        steps=steps,
-        seed=seed,
-        batch_size=50,
     )
     assert quality.floor is not None
     unguided = next(row.distance for row in quality.rows if row.name == "w=1")

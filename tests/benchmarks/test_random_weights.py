@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from boostdiff.benchmarks.bench import BenchConfig, bench_random
+from boostdiff.benchmarks.bench import bench_random
+from boostdiff.benchmarks.config import BenchConfig
 from boostdiff.benchmarks.random_weights import CONFIGS, locate_configs, random_model
 from boostdiff.engine.errors import InputError
 from diffusers import AutoencoderKL, UNet2DConditionModel
