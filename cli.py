@@ -374,6 +374,13 @@ def bench(
         tuple[Path, Path] | None,
         typer.Option("--compare", metavar="A.json B.json", help="Show what differs between two reports; measure none."),
     ] = None,
+    table1: Annotated[
+        bool, typer.Option("--table1", help="The paper's Table 1 in place of the report: distances, no speed.")
+    ] = False,
+    table1_samplers: Annotated[str, typer.Option("--table1-samplers", help="Its samplers.")] = "ddim,dpm++,unipc,euler",
+    sweep: Annotated[
+        str | None, typer.Option("--sweep", help="Guidance scales, as 1,2,3,5: distances at each, no speed.")
+    ] = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -384,6 +391,7 @@ def bench(
     from .benchmarks.bench import bench_random
     from .benchmarks.compare import compare_reports
     from .benchmarks.config import BenchConfig, parse_batch_sizes
+    from .benchmarks.grid_report import terminal_grids, write_grids
     from .benchmarks.judging import Metrics
     from .benchmarks.random_weights import locate_configs
     from .benchmarks.report import (
@@ -393,6 +401,7 @@ def bench(
         terminal_report,
         write_report,
     )
+    from .benchmarks.table1 import GridConfig, measure_grids, parse_sweep
     from .engine.files import prepare_output
     from .engine.model import locate
     from .engine.prompts import read_prompts
@@ -416,7 +425,22 @@ def bench(
         alternatives=alternatives,
     )
     students = student or [Path("outputs/student")]
-    with _progress("measuring", config.denoised(len(students)) or 1) as advance:
+    metrics = Metrics(
+        # The embedded model's own statistics are of EfficientNet's features.
+        reference=reference or (teacher.REFERENCE if model == teacher.MODEL_NAME and not inception_weights else None),
+        reference_size=reference_size,
+        inception_weights=inception_weights,
+        clip=clip,
+    )
+    grids = None
+    if table1 or sweep:
+        if random_weights or alternatives:
+            raise InputError("--table1 and --sweep go neither with --random-weights nor with --alternatives")
+        samplers = tuple(table1_samplers.split(","))
+        grids = GridConfig(table1=table1, samplers=samplers, sweep=parse_sweep(sweep))
+    result, tables = None, None
+    total = grids.denoised(config, len(students)) if grids else config.denoised(len(students))
+    with _progress("measuring", total or 1) as advance:
 
         def report(message: str) -> None:
             advance(0, note=message)
@@ -429,38 +453,38 @@ def bench(
             files = locate(model)
             if model == teacher.MODEL_NAME:
                 prompts = prompts or teacher.HELD_OUT_PROMPTS
-                # Its statistics are of EfficientNet's features.
-                reference = reference or (None if inception_weights else teacher.REFERENCE)
             if prompts is None:
                 raise InputError("pass --prompts FILE: only the embedded model brings prompts of its own")
             lines = read_prompts(prompts)
-            metrics = Metrics(
-                reference=reference, reference_size=reference_size, inception_weights=inception_weights, clip=clip
-            )
             prepare_output(output)
-            measured = run(
-                files,
-                config,
-                students=students,
-                engine=engine,
-                prompts=lines,
-                metrics=metrics,
-                cache=output / "cache",
-                device=device,
-                report=report,
-                on_images=lambda name, count: advance(count, note=name),
-            )
-            if measured is None:
-                # One of several processes that were launched: the first of them goes on.
-                return
-            result = measured
-    with replaced_files(output, REPORT_FILES) as folder:
-        write_report(result, folder)
-    if as_json:
-        _print_json(result.as_json())
-        return
-    console.print(terminal_report(result))
-    console.print(f"Report: [bold]{output / 'report.html'}[/]")
+            shared: dict[str, Any] = {
+                "students": students,
+                "prompts": lines,
+                "metrics": metrics,
+                "cache": output / "cache",
+                "device": device,
+                "on_images": lambda name, count: advance(count, note=name),
+            }
+            if grids:
+                tables = measure_grids(files, grids, config, **shared)
+            else:
+                result = run(files, config, engine=engine, report=report, **shared)
+    # Of several processes that were launched, all but the first have neither.
+    if tables:
+        write_grids(tables, output)
+        if as_json:
+            _print_json({table.name: table.as_json() for table in tables})
+            return
+        console.print(terminal_grids(tables))
+        console.print(f"Tables: [bold]{', '.join(str(output / f'{table.name}.html') for table in tables)}[/]")
+    if result:
+        with replaced_files(output, REPORT_FILES) as folder:
+            write_report(result, folder)
+        if as_json:
+            _print_json(result.as_json())
+            return
+        console.print(terminal_report(result))
+        console.print(f"Report: [bold]{output / 'report.html'}[/]")
 
 
 @app.command()

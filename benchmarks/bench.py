@@ -201,7 +201,7 @@ def bench(
         skipped={name: reason for name, reason in reasons.items() if reason} | speed.left_out,
         quality=quality,
         prompts=prompts[: config.samples],
-        provenance=_provenance(files, config, guidance, target)
+        provenance=provenance_of(files, config, guidance, target)
         | {"students": students_used, "hashes": hashes, "weights": "trained"},
     )
 
@@ -241,7 +241,7 @@ def bench_random(
         skipped=speed.left_out,
         quality=None,
         prompts=[],
-        provenance=_provenance(files, config, guidance, target) | {"students": {}, "hashes": {}, "weights": "random"},
+        provenance=provenance_of(files, config, guidance, target) | {"students": {}, "hashes": {}, "weights": "random"},
     )
 
 
@@ -257,7 +257,8 @@ def _baselines(model: Model, config: BenchConfig, opened: ExitStack, *, student:
     return entrants
 
 
-def _provenance(files: ModelFiles, config: BenchConfig, guidance: float, device: torch.device) -> dict[str, Any]:
+def provenance_of(files: ModelFiles, config: BenchConfig, guidance: float, device: torch.device) -> dict[str, Any]:
+    """Model, settings, hardware and versions, for a report."""
     return {
         "model": files.name,
         "guidance": guidance,

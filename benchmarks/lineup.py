@@ -29,16 +29,12 @@ RESEED = 1_000_003
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """A student that takes part, its description and its merged UNet."""
+    """A student that takes part, the name of its row, its description and its merged UNet."""
 
+    name: str
     folder: Path
     info: StudentInfo
     unet: UNet2DConditionModel
-
-    @property
-    def name(self) -> str:
-        """Of its row."""
-        return f"student {self.info.method}"
 
 
 def read_students(
@@ -65,13 +61,21 @@ def read_students(
 
 
 def merged_students(model: Model, folders: Sequence[Path], infos: Sequence[StudentInfo]) -> list[Student]:
-    """The students as plain UNets.
+    """The students as plain UNets, named after their methods; those of one method after their folders, too.
 
     Raises:
-        InputError: an adapter does not fit.
+        InputError: an adapter does not fit, or a folder is given twice.
     """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise InputError("a --student is given twice")
+    methods = [info.method for info in infos]
     return [
-        Student(folder=folder, info=info, unet=merge(model, folder, info))
+        Student(
+            name=f"student {info.method}{f' ({folder})' if methods.count(info.method) > 1 else ''}",
+            folder=folder,
+            info=info,
+            unet=merge(model, folder, info),
+        )
         for folder, info in zip(folders, infos, strict=True)
     ]
 

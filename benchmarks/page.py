@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+from typing import Any
 
 import torch
 from PIL import Image
@@ -78,7 +79,8 @@ for (const table of document.querySelectorAll("table.sortable")) {
 """
 
 
-def _table(table: Table) -> str:
+def html_table(table: Table) -> str:
+    """A table whose columns sort."""
     headings, cells = table
     head = "".join(
         f'<th scope="col"><button type="button">{html.escape(name or "pair")}</button></th>' for name in headings
@@ -163,25 +165,42 @@ def _alternatives(quality: Quality) -> list[str]:
     """The section on what needs no training; nothing where none was judged."""
     if not quality.best_alternatives():
         return []
-    parts = ["<h2>Without training</h2>", _table(alternatives_table(quality))]
+    parts = ["<h2>Without training</h2>", html_table(alternatives_table(quality))]
     if quality.rows[0].distance is not None:
         plot, alt = rendered(cost_plot(quality), "svg"), f"{quality.features} over UNet passes an image"
         parts.append(_image(plot, "svg+xml", alt, "plot"))
     return [*parts, f'<p class="note">{html.escape(ALTERNATIVES_NOTE)}</p>']
 
 
-def html_report(result: BenchResult) -> str:
-    """One self-contained page: verdict, tables that sort, plots, pictures, protocol and provenance."""
-    model = html.escape(str(result.provenance["model"]))
-    parts = [
+def page(title: str, parts: list[str], provenance: dict[str, Any]) -> str:
+    """One self-contained page.
+
+    Args:
+        title: plain text.
+        parts: HTML between the title and the provenance.
+        provenance: plain JSON values.
+    """
+    told = html.escape(json.dumps(provenance, indent=2))
+    lines = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width,initial-scale=1">',
-        f"<title>BoostDiff: {model}</title><style>{_STYLE}</style></head><body><main>",
-        f'<h1>BoostDiff benchmark of {model}</h1><p class="verdict">{html.escape(result.verdict())}</p>',
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><main>",
+        f"<h1>{html.escape(title)}</h1>",
+        *parts,
+        "<h2>Provenance</h2><details open><summary>Hardware, versions, settings, hashes</summary>",
+        f"<pre>{told}</pre></details></main><script>{_SCRIPT}</script></body></html>",
+    ]
+    return "\n".join(lines)
+
+
+def html_report(result: BenchResult) -> str:
+    """One self-contained page: verdict, tables that sort, plots, pictures, protocol and provenance."""
+    parts = [
+        f'<p class="verdict">{html.escape(result.verdict())}</p>',
         _facts(result),
         "<h2>Speed</h2>",
-        _table(ratio_table(result.speed)),
-        _table(speed_table(result.speed)),
+        html_table(ratio_table(result.speed)),
+        html_table(speed_table(result.speed)),
         _image(
             rendered(speed_plot(result.speed), "svg"),
             "svg+xml",
@@ -194,18 +213,12 @@ def html_report(result: BenchResult) -> str:
         for name, reason in result.skipped.items()
     ]
     if result.quality:
-        parts += ["<h2>Quality</h2>", _table(quality_table(result.quality))]
+        parts += ["<h2>Quality</h2>", html_table(quality_table(result.quality))]
         if result.quality.rows[0].distance is not None:
             plot = rendered(quality_plot(result), "svg")
             alt = f"{result.quality.features} of each way of sampling, with intervals"
             parts.append(_image(plot, "svg+xml", alt, "plot"))
         parts += _alternatives(result.quality)
         parts += ["<h2>Pictures</h2>", '<p class="note">Same prompts, same seeds.</p>', _pictures(result)]
-    provenance = html.escape(json.dumps(result.provenance, indent=2))
-    parts += [
-        "<h2>Protocol</h2>",
-        _protocol(result),
-        "<h2>Provenance</h2><details open><summary>Hardware, versions, settings, hashes</summary>",
-        f"<pre>{provenance}</pre></details></main><script>{_SCRIPT}</script></body></html>",
-    ]
-    return "\n".join(parts)
+    parts += ["<h2>Protocol</h2>", _protocol(result)]
+    return page(f"BoostDiff benchmark of {result.provenance['model']}", parts, result.provenance)
