@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -230,13 +230,12 @@ class Campaign:
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial_name = tempfile.mkstemp(prefix=".shard-", suffix=".partial", dir=path.parent)
-        os.close(handle)
+        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
         try:
-            save_file(tensors, partial_name, metadata={"key": json.dumps(key, sort_keys=True)})
-            os.replace(partial_name, path)
+            save_file(tensors, unfinished, metadata={"key": json.dumps(key, sort_keys=True)})
+            unfinished.replace(path)
         finally:
-            Path(partial_name).unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
 
 
 def launched_processes(device: torch.device) -> PartialState | None:
