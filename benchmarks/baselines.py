@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,8 +49,12 @@ class CompiledRunner(TorchRunner):
 
 
 def stock_pipeline(model: Model) -> DiffusionPipeline:
-    """A pipeline of diffusers itself, as `from_pretrained` makes it, that shares the model's components."""
-    pipeline = model.family.pipeline_class(**model.family.load_options | model.pipeline.components)
+    """A pipeline of diffusers itself, as `from_pretrained` makes it; it shares the model's components where it can."""
+    components = dict(model.pipeline.components)
+    if model.pipeline.vae.dtype != model.unet.dtype:
+        # Ours is upcast for good; the stock pipeline upcasts one of the UNet's dtype for each decoding.
+        components["vae"] = copy.deepcopy(model.pipeline.vae).to(model.unet.dtype)
+    pipeline = model.family.pipeline_class(**model.family.load_options | components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

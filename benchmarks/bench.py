@@ -267,7 +267,7 @@ def provenance_of(files: ModelFiles, config: BenchConfig, guidance: float, devic
         "seed": config.seed,
         "config": asdict(config) | {"batch_sizes": list(config.batch_sizes_on(device))},
         "hardware": hardware(device),
-        "versions": versions("torchmetrics", "tensorrt", "tensorrt_rtx"),
+        "versions": versions("torchmetrics", "torch-fidelity", "tensorrt", "tensorrt_rtx"),
     }
 
 

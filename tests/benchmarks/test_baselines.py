@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from boostdiff.benchmarks.baselines import CompiledRunner, StockEntrant, stock_pipeline
@@ -11,13 +13,16 @@ from boostdiff.engine.samplers import make_scheduler
 from tiny import CPU, PROMPTS, make_xl_pipeline
 
 
-@pytest.fixture(params=["sd", "xl"])
-def model(request: pytest.FixtureRequest, tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    if request.param == "sd":
-        return tiny
+@pytest.fixture(scope="module")
+def xl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("xl")
     make_xl_pipeline().save_pretrained(folder)
-    return load(locate(str(folder)), device=CPU)
+    return folder
+
+
+@pytest.fixture(params=["sd", "xl"])
+def model(request: pytest.FixtureRequest, tiny: Model, xl_folder: Path) -> Model:
+    return tiny if request.param == "sd" else load(locate(str(xl_folder)), device=CPU)
 
 
 def test_the_stock_pipeline_draws_the_teachers_images(model: Model) -> None:
@@ -37,6 +42,17 @@ def test_the_stock_pipeline_draws_the_teachers_images(model: Model) -> None:
         steps=3,
     )
     torch.testing.assert_close(stock, decode(model, latents), atol=1 / 255, rtol=0)
+
+
+def test_the_stock_pipeline_of_a_half_precision_xl_upcasts_its_vae(xl_folder: Path) -> None:
+    model = load(locate(str(xl_folder)), device=CPU, dtype=torch.float16)
+    assert model.pipeline.vae.dtype == torch.float32
+    noise = initial_noise(model.latent_shape, count=1, seed=0).half()
+    pipeline = stock_pipeline(model)
+    images = pipeline(["a red cat"], num_inference_steps=2, guidance_scale=4.0, latents=noise, output_type="pt").images
+    assert images.isfinite().all()
+    assert pipeline.vae.dtype == torch.float16
+    assert model.pipeline.vae.dtype == torch.float32
 
 
 def test_torch_compile_predicts_the_same_and_is_compared(tiny: Model) -> None:

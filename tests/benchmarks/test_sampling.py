@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,6 +98,15 @@ def test_a_damaged_shard_is_drawn_again(campaign: Campaign) -> None:
     for path, content in zip(sorted(shards(campaign)), (b"", b"x" * 30), strict=False):
         path.write_bytes(content)
     assert torch.equal(campaign.sampled(contestant).features, before.features)
+
+
+def test_two_runs_may_share_a_folder(campaign: Campaign) -> None:
+    contestant = Lineup(model=campaign.model, sampler="ddim", steps=STEPS).teacher(3.0)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda run: run.sampled(contestant), [campaign, replace(campaign)])
+    assert torch.equal(one.features, other.features)
+    assert {path.suffix for path in shards(campaign)} == {".safetensors"}
+    assert len(shards(campaign)) == 3
 
 
 WORKER = """
