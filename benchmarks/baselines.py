@@ -14,8 +14,8 @@ from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 
 from ..engine.model import Model
 from ..engine.runners import TorchRunner
-from .device import synchronise
-from .throughput import Entrant, Stopwatch
+from .device import Stopwatch, synchronise
+from .throughput import Entrant
 
 RECOMPILATIONS = 64
 """Graphs that dynamo keeps of one function: two for each batch size; its own limit of 8 is too small."""

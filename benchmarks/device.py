@@ -1,10 +1,12 @@
-"""What a device can do at best, and what it draws: matrix multiplication in the same run, and NVML."""
+"""A device: what it is, how it is timed, its best rate of matrix multiplication, and what it draws (NVML)."""
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,33 @@ def gemm_peaks(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[str,
         # Half precision on a CPU is emulated: slow, and no peak.
         if not (device.type == "cpu" and dtype == torch.float16)
     }
+
+
+class Stopwatch:
+    """Times the parts of a run without stopping it: events on CUDA, where work is only queued; else the clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._spans: dict[str, list[Callable[[], float]]] = defaultdict(list)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add what runs inside to a part's time."""
+        if self.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record(torch.cuda.current_stream(self.device))
+            yield
+            end.record(torch.cuda.current_stream(self.device))
+            self._spans[name].append(lambda: begin.elapsed_time(end) / 1e3)
+        else:
+            began = time.perf_counter()
+            yield
+            seconds = time.perf_counter() - began
+            self._spans[name].append(lambda: seconds)
+
+    def seconds(self, name: str) -> float:
+        """The part's time so far; on CUDA only after synchronising."""
+        return sum(span() for span in self._spans[name])
 
 
 class Meter:

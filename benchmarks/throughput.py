@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from ..engine.generate import decode, initial_noise, sample
 from ..engine.guidance import GuidedDenoiser, SinglePassDenoiser
 from ..engine.model import Model
 from ..engine.runners import Runner
-from .device import Meter, gemm_peaks, synchronise
+from .device import Meter, Stopwatch, gemm_peaks, synchronise
 from .flops import Flops, count_flops
 from .stats import Estimate, Spread, median_of
 
@@ -172,33 +171,6 @@ class Speed:
         return matches[0] if matches else None
 
 
-class Stopwatch:
-    """Times the parts of a run without stopping it: events on CUDA, where work is only queued; else the clock."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._spans: dict[str, list[Callable[[], float]]] = {name: [] for name in PARTS}
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Add what runs inside to a part's time."""
-        if self.device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record(torch.cuda.current_stream(self.device))
-            yield
-            end.record(torch.cuda.current_stream(self.device))
-            self._spans[name].append(lambda: begin.elapsed_time(end) / 1e3)
-        else:
-            began = time.perf_counter()
-            yield
-            seconds = time.perf_counter() - began
-            self._spans[name].append(lambda: seconds)
-
-    def seconds(self, name: str) -> float:
-        """The part's time so far; on CUDA only after synchronising."""
-        return sum(span() for span in self._spans[name])
-
-
 def in_turn(count: int, rounds: int) -> Iterator[tuple[int, int]]:
     """Whose turn it is: every round visits all, in alternating order, so that drift falls on all alike.
 
@@ -293,8 +265,8 @@ def measure(
     flops = count_flops(model)
     on_progress("measuring the peak of matrix multiplication")
     device = entrants[0].runner.device
-    peaks = gemm_peaks(device, [entrant.runner.dtype for entrant in entrants])
-    speed, meter = Speed(rows=[], ratios=[], flops=flops, peaks=peaks), Meter(device)
+    dtypes = [entrant.runner.dtype for entrant in entrants]
+    speed, meter = Speed(rows=[], ratios=[], flops=flops, peaks=gemm_peaks(device, dtypes)), Meter(device)
     for batch_size in batch_sizes:
         noise = initial_noise(model.latent_shape, count=batch_size, seed=0)
         batch = [prompts[i % len(prompts)] for i in range(batch_size)]
@@ -325,13 +297,18 @@ def measure(
             times[index].append(timed(running[index]))
         measured = dict(zip([entrant.name for entrant in running], times, strict=True))
         for entrant in running:
-            speed.rows.append(_row(entrant, measured[entrant.name], speed, batch_size, steps))
+            speed.rows.append(_row(entrant, measured[entrant.name], flops, batch_size, steps))
         speed.ratios.extend(_ratios(measured, flops, batch_size, steps))
+        # The best of several moments: neighbours and clocks hold a single one down.
+        for name, peak in gemm_peaks(device, dtypes).items():
+            speed.peaks[name] = max(peak, speed.peaks[name])
+    shares = [row.tflops / speed.peaks[row.precision] if row.precision in speed.peaks else None for row in speed.rows]
+    speed.rows[:] = [replace(row, peak_share=share) for row, share in zip(speed.rows, shares, strict=True)]
     return speed
 
 
-def _row(entrant: Entrant, times: list[dict[str, float]], speed: Speed, batch_size: int, steps: int) -> SpeedRow:
-    device, precision = entrant.runner.device, str(entrant.runner.dtype).removeprefix("torch.")
+def _row(entrant: Entrant, times: list[dict[str, float]], flops: Flops, batch_size: int, steps: int) -> SpeedRow:
+    device = entrant.runner.device
 
     def values(key: str) -> list[float]:
         return [run[key] for run in times if key in run]
@@ -341,13 +318,12 @@ def _row(entrant: Entrant, times: list[dict[str, float]], speed: Speed, batch_si
 
     total = median_of([run["total"] for run in times])
     step = Spread.of([run["unet"] / steps for run in times])
-    tflops = WAYS[entrant.way] * batch_size * speed.flops.unet / step.median / 1e12
     joules, memory = values("joules"), values("memory")
     return SpeedRow(
         way=entrant.way,
         runner=entrant.label,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        precision=precision,
+        precision=str(entrant.runner.dtype).removeprefix("torch."),
         batch_size=batch_size,
         steps=steps,
         latency=Spread.of([run["total"] for run in times]),
@@ -361,8 +337,9 @@ def _row(entrant: Entrant, times: list[dict[str, float]], speed: Speed, batch_si
         text_encoder=spread("text_encoder"),
         vae_decode=spread("vae_decode"),
         host_gap=spread("host_gap"),
-        tflops=tflops,
-        peak_share=tflops / speed.peaks[precision] if precision in speed.peaks else None,
+        tflops=WAYS[entrant.way] * batch_size * flops.unet / step.median / 1e12,
+        # Known once the peak is, at the end of the run.
+        peak_share=None,
         joules_per_image=sum(joules) / len(joules) / batch_size if joules else None,
         memory_in_use=int(max(memory)) if memory else None,
     )
