@@ -173,7 +173,7 @@ def bench(
             hashes["clip"] = campaign.clip.sha256
         if processes:
             with bounded_memory():
-                campaign.fill(rows, processes)
+                campaign = campaign.fill(rows, processes)
     if processes and not processes.is_main_process:
         return None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,10 @@ def features_of(network: torch.nn.Module, images: torch.Tensor, batch_size: int 
     """Features `(N, D)` of uint8 images `(N, 3, H, W)`, in batches, on the CPU."""
     device = next(network.parameters()).device
     return torch.cat([network(chunk.to(device)).cpu() for chunk in images.split(batch_size)])
+
+
+_ALONE: dict[str, Any] = {"sync_on_compute": False}
+"""One process has all features: the metrics must not wait for others that were launched."""
 
 
 class _Precomputed(torch.nn.Module):
@@ -167,7 +172,7 @@ def frechet_distance(reference: Reference, features: torch.Tensor) -> float:
         reference: real images.
         features: `(N, D)` of the images judged, N ≥ 2.
     """
-    metric = FrechetInceptionDistance(feature=_Precomputed(features.shape[1])).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=_Precomputed(features.shape[1]), **_ALONE).set_dtype(torch.float64)
     count = torch.tensor(reference.count)
     # The metric's running sums, as `update(real=True)` would have left them after `count` images.
     metric.real_features_sum = reference.mean * count
@@ -185,7 +190,9 @@ def kernel_distance(reference: Reference, features: torch.Tensor, *, subsets: in
     with warnings.catch_warnings():
         # It warns that it keeps all features; they are in memory anyway.
         warnings.simplefilter("ignore", UserWarning)
-        metric = KernelInceptionDistance(feature=_Precomputed(features.shape[1]), subsets=subsets, subset_size=size)
+        metric = KernelInceptionDistance(
+            feature=_Precomputed(features.shape[1]), subsets=subsets, subset_size=size, **_ALONE
+        )
     metric.update(reference.features, real=True)
     metric.update(features, real=False)
     with torch.random.fork_rng(devices=[]):

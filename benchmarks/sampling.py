@@ -8,7 +8,7 @@ import os
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -146,8 +146,15 @@ class Campaign:
             samples=parts[0]["samples"],
         )
 
-    def fill(self, contestants: Sequence[Contestant], processes: PartialState) -> None:
-        """Draw the shards of all contestants that the cache lacks, each in one process; ends when all have."""
+    def fill(self, contestants: Sequence[Contestant], processes: PartialState) -> Campaign:
+        """Draw the shards of all contestants that the cache lacks, each in one process; ends when all have.
+
+        Returns:
+            The campaign, silent about progress that was told now.
+        """
+        count = processes.num_processes
+        # What one process does stands for what all do.
+        told = replace(self, on_images=lambda name, images: self.on_images(name, count * images))
         missing = [
             (contestant, start)
             for contestant in contestants
@@ -158,8 +165,9 @@ class Campaign:
         processes.wait_for_everyone()
         with processes.split_between_processes(missing) as mine:
             for contestant, start in mine:
-                self._shard(contestant, start)
+                told._shard(contestant, start)
         processes.wait_for_everyone()
+        return replace(self, on_images=lambda name, images: None)
 
     def _key(self, contestant: Contestant, start: int) -> dict[str, Any]:
         prompts = self.prompts[start : start + self.shard]

@@ -259,7 +259,7 @@ def measure_grids(
         wanted.append(("sweep", title, swept))
     with bounded_memory():
         if processes:
-            campaign.fill([place[2] for _, _, places in wanted for _, place in places], processes)
+            campaign = campaign.fill([place[2] for _, _, places in wanted for _, place in places], processes)
             if not processes.is_main_process:
                 return None
         of_paper = sum(p.numel() for p in files.empty_unet().parameters()) == PAPER_PARAMETERS

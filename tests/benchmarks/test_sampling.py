@@ -114,8 +114,10 @@ import sys
 from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[1])
-from boostdiff.benchmarks.features import EfficientNetLite0Features
+from boostdiff import teacher
+from boostdiff.benchmarks.features import EfficientNetLite0Features, Reference
 from boostdiff.benchmarks.lineup import Lineup
+from boostdiff.benchmarks.quality import judge
 from boostdiff.benchmarks.sampling import Campaign, launched_processes
 from boostdiff.engine.model import load, locate
 
@@ -127,8 +129,13 @@ campaign = Campaign(
     cache=Path(sys.argv[3]), shard=2, on_images=lambda name, count: counted.append(count),
 )
 lineup = Lineup(model=model, sampler="ddim", steps=2)
-campaign.fill([lineup.teacher(3.0), lineup.teacher(1.0)], processes)
+rows = [lineup.teacher(3.0), lineup.teacher(1.0)]
+campaign = campaign.fill(rows, processes)
 Path(sys.argv[3], f"{processes.process_index}.count").write_text(str(sum(counted)))
+if processes.is_main_process:
+    # The other process is gone: nothing must wait for it.
+    reference = Reference.load(teacher.REFERENCE)
+    print(judge(campaign, rows, reference=reference).rows[1].distance)
 """
 
 
@@ -147,8 +154,9 @@ def test_two_processes_share_the_shards(
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    # Eight shards of two images at two steps: half in each process, none twice.
-    assert sorted(path.read_text() for path in cache.glob("*.count")) == ["16", "16"]
+    # Eight shards of two images at two steps: half in each process, which counts for both.
+    assert sorted(path.read_text() for path in cache.glob("*.count")) == ["32", "32"]
+    assert float(done.stdout.split()[-1]) > 0
     assert len(list(cache.glob("*.safetensors"))) == 8
     campaign = Campaign(
         model=tiny, network=network, prompts=[f"a {i}" for i in range(8)], seed=5, batch_size=2, cache=cache, shard=2
