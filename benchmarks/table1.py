@@ -177,7 +177,17 @@ def _row(contestant: Contestant, *, swept: bool) -> str:
     return "teacher" if swept and contestant.kind != "student" else contestant.name
 
 
-def _cell(campaign: Campaign, place: Place, sampler: str, reference: Reference, *, swept: bool, paper: bool) -> Cell:
+def papers_rows(files: ModelFiles, students: Sequence[Student]) -> set[str]:
+    """Rows that the paper has too: of its model, of LoRA at rank 8 and BitFit, at w = 3."""
+    if sum(p.numel() for p in files.empty_unet().parameters()) != PAPER_PARAMETERS:
+        return set()
+    same = [s for s in students if s.info.guidance == 3 and s.info.settings.get("rank", 8) == 8]
+    return {"teacher w=3", "teacher w=1", *(student.name for student in same)}
+
+
+def _cell(
+    campaign: Campaign, place: Place, sampler: str, reference: Reference, *, swept: bool, of_paper: set[str]
+) -> Cell:
     column, guidance, contestant = place
     features = campaign.sampled(contestant).features
     distance = frechet_distance(reference, features)
@@ -191,7 +201,7 @@ def _cell(campaign: Campaign, place: Place, sampler: str, reference: Reference, 
         cost=contestant.cost,
         distance=distance,
         interval=jackknifed(distance, left_out_distances(reference, features)) if len(features) >= 4 else None,
-        paper=PAPER.get((row, sampler, contestant.steps)) if paper else None,
+        paper=PAPER.get((row, sampler, contestant.steps)) if row in of_paper else None,
     )
 
 
@@ -262,14 +272,14 @@ def measure_grids(
             campaign = campaign.fill([place[2] for _, _, places in wanted for _, place in places], processes)
             if not processes.is_main_process:
                 return None
-        of_paper = sum(p.numel() for p in files.empty_unet().parameters()) == PAPER_PARAMETERS
+        of_paper = papers_rows(files, taking_part)
         used = {str(s.folder): {"method": s.info.method, "settings": s.info.settings} for s in taking_part}
         return [
             Grid(
                 name=name,
                 title=title,
                 cells=[
-                    _cell(campaign, place, sampler, reference, swept=name == "sweep", paper=of_paper)
+                    _cell(campaign, place, sampler, reference, swept=name == "sweep", of_paper=of_paper)
                     for sampler, place in places
                 ],
                 images=config.samples,

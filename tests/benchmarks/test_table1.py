@@ -7,7 +7,8 @@ from boostdiff.benchmarks.config import BenchConfig
 from boostdiff.benchmarks.features import EfficientNetLite0Features, Reference, features_of, frechet_distance
 from boostdiff.benchmarks.grid_report import grid_table, markdown, terminal_grids, write_grids
 from boostdiff.benchmarks.judging import Metrics
-from boostdiff.benchmarks.table1 import PAPER, Cell, Grid, GridConfig, measure_grids, parse_sweep
+from boostdiff.benchmarks.random_weights import locate_configs
+from boostdiff.benchmarks.table1 import PAPER, Cell, Grid, GridConfig, measure_grids, papers_rows, parse_sweep
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.generate import generate, to_uint8
 from boostdiff.engine.guidance import GuidedDenoiser
@@ -135,6 +136,8 @@ def test_the_papers_figures_stand_beside_its_own_model() -> None:
         provenance={"model": "x", "seed": 0},
     )
     assert "| student lora | 16.0 (paper: FID 15.6) |" in markdown(grid)
+    assert papers_rows(locate_configs("sd21-base"), []) == {"teacher w=3", "teacher w=1"}
+    assert papers_rows(locate_configs("sd15"), []) == set()
     assert PAPER["teacher w=1", "dpm++", 50] == 28.4
     assert PAPER["teacher w=3", "ddim", 50] == 14.4
 
