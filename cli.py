@@ -378,17 +378,46 @@ def bench(
         bool,
         typer.Option("--random-weights", help="Speed from a model's configuration alone: no student, no engine."),
     ] = False,
+    compile_: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Also time torch.compile: minutes.  [default: on CUDA alone]"),
+    ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option("--prompts", help="One prompt a line.  [default: emoji64's held-out prompts]"),
+        typer.Option(
+            "--prompts",
+            "--captions",
+            help="One prompt a line, or a COCO captions JSON.  [default: emoji64's held-out prompts]",
+        ),
     ] = None,
     reference: Annotated[
         Path | None,
         typer.Option("--reference", help="Folder of real images.  [default: emoji64's own features]"),
     ] = None,
+    reference_size: Annotated[
+        int | None,
+        typer.Option("--reference-size", help="Cut real images of mixed sizes to one square of so many pixels."),
+    ] = None,
+    inception_weights: Annotated[
+        Path | None,
+        typer.Option("--inception-weights", help="Weights of torch-fidelity's InceptionV3: FID in place of FD."),
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option("--clip", help="CLIP model, a folder or a hub id: adds CLIP scores.")
+    ] = None,
+    alternatives: Annotated[
+        bool, typer.Option("--alternatives", help="Also judge what saves passes without training.")
+    ] = False,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option("--compare", metavar="A.json B.json", help="Show what differs between two reports; measure none."),
+    ] = None,
+    table1: Annotated[
+        bool, typer.Option("--table1", help="The paper's Table 1 in place of the report: distances, no speed.")
+    ] = False,
+    table1_samplers: Annotated[str, typer.Option("--table1-samplers", help="Its samplers.")] = "ddim,dpm++,unipc,euler",
+    sweep: Annotated[
+        str | None, typer.Option("--sweep", help="Guidance scales, as 1,2,3,5: distances at each, no speed.")
     ] = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
@@ -396,12 +425,22 @@ def bench(
 ) -> None:
     """Measure the student against the two-pass teacher: speed on every runner here, and image quality."""
     _quiet_libraries()
-    from .benchmarks.bench import BenchConfig, bench_random, parse_batch_sizes
     from .benchmarks.bench import bench as run
+    from .benchmarks.bench import bench_random
     from .benchmarks.compare import compare_reports
+    from .benchmarks.config import BenchConfig, parse_batch_sizes
+    from .benchmarks.grid_report import terminal_grids, write_grids
+    from .benchmarks.judging import Metrics
     from .benchmarks.random_weights import locate_configs
-    from .benchmarks.report import terminal_comparison, terminal_report, write_report
-    from .engine.files import prepare_output, staged_folder
+    from .benchmarks.report import (
+        REPORT_FILES,
+        replaced_files,
+        terminal_comparison,
+        terminal_report,
+        write_report,
+    )
+    from .benchmarks.table1 import GridConfig, measure_grids, parse_sweep
+    from .engine.files import prepare_output
     from .engine.model import locate
     from .engine.prompts import read_prompts
 
@@ -420,10 +459,26 @@ def bench(
         samples=0 if speed_only else samples,
         seed=seed,
         guidance=guidance,
+        compile=compile_,
+        alternatives=alternatives,
     )
     students = student or [Path("outputs/student")]
-    rows = len(students) + 3
-    with _progress("measuring", rows * config.samples * config.steps or 1) as advance:
+    metrics = Metrics(
+        # The embedded model's own statistics are of EfficientNet's features.
+        reference=reference or (teacher.REFERENCE if model == teacher.MODEL_NAME and not inception_weights else None),
+        reference_size=reference_size,
+        inception_weights=inception_weights,
+        clip=clip,
+    )
+    grids = None
+    if table1 or sweep:
+        if random_weights or alternatives:
+            raise InputError("--table1 and --sweep go neither with --random-weights nor with --alternatives")
+        samplers = tuple(table1_samplers.split(","))
+        grids = GridConfig(table1=table1, samplers=samplers, sweep=parse_sweep(sweep))
+    result, tables = None, None
+    total = grids.denoised(config, len(students)) if grids else config.denoised(len(students))
+    with _progress("measuring", total or 1) as advance:
 
         def report(message: str) -> None:
             advance(0, note=message)
@@ -436,29 +491,38 @@ def bench(
             files = locate(model)
             if model == teacher.MODEL_NAME:
                 prompts = prompts or teacher.HELD_OUT_PROMPTS
-                reference = reference or teacher.REFERENCE
             if prompts is None:
                 raise InputError("pass --prompts FILE: only the embedded model brings prompts of its own")
             lines = read_prompts(prompts)
             prepare_output(output)
-            result = run(
-                files,
-                config,
-                students=students,
-                engine=engine,
-                prompts=lines,
-                reference=reference,
-                device=device,
-                report=report,
-                on_images=lambda name, count: advance(count, note=name),
-            )
-    with staged_folder(output) as folder:
-        write_report(result, folder)
-    if as_json:
-        _print_json(result.as_json())
-        return
-    console.print(terminal_report(result))
-    console.print(f"Report: [bold]{output / 'report.html'}[/]")
+            shared: dict[str, Any] = {
+                "students": students,
+                "prompts": lines,
+                "metrics": metrics,
+                "cache": output / "cache",
+                "device": device,
+                "on_images": lambda name, count: advance(count, note=name),
+            }
+            if grids:
+                tables = measure_grids(files, grids, config, **shared)
+            else:
+                result = run(files, config, engine=engine, report=report, **shared)
+    # Of several processes that were launched, all but the first have neither.
+    if tables:
+        write_grids(tables, output)
+        if as_json:
+            _print_json({table.name: table.as_json() for table in tables})
+            return
+        console.print(terminal_grids(tables))
+        console.print(f"Tables: [bold]{', '.join(str(output / f'{table.name}.html') for table in tables)}[/]")
+    if result:
+        with replaced_files(output, REPORT_FILES) as folder:
+            write_report(result, folder)
+        if as_json:
+            _print_json(result.as_json())
+            return
+        console.print(terminal_report(result))
+        console.print(f"Report: [bold]{output / 'report.html'}[/]")
 
 
 @app.command()

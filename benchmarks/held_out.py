@@ -26,7 +26,7 @@ from ..engine.samplers import make_scheduler
 from ..engine.student import read_student
 from ..export.merge import merge
 from .features import EfficientNetLite0Features, Reference, features_of, frechet_distance
-from .sampling import fastest_runner, remembered
+from .measuring import fastest_runner, remembered
 
 DISTANCES_FILE = "distances.json"
 

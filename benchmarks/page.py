@@ -6,14 +6,24 @@ import base64
 import html
 import io
 import json
+from typing import Any
 
 import torch
 from PIL import Image
 
 from .bench import BenchResult
-from .features import DISTANCE_NAME, INPUT_SIZE
-from .plots import quality_plot, rendered, speed_plot
-from .tables import Table, quality_note, quality_table, ratio_table, speed_note, speed_table
+from .plots import cost_plot, quality_plot, rendered, speed_plot
+from .quality import Quality
+from .tables import (
+    ALTERNATIVES_NOTE,
+    Table,
+    alternatives_table,
+    quality_note,
+    quality_table,
+    ratio_table,
+    speed_note,
+    speed_table,
+)
 
 GRID_ROWS = 8
 THUMBNAIL = 256
@@ -69,7 +79,8 @@ for (const table of document.querySelectorAll("table.sortable")) {
 """
 
 
-def _table(table: Table) -> str:
+def html_table(table: Table) -> str:
+    """A table whose columns sort."""
     headings, cells = table
     head = "".join(
         f'<th scope="col"><button type="button">{html.escape(name or "pair")}</button></th>' for name in headings
@@ -101,7 +112,7 @@ def _pictures(result: BenchResult) -> str:
     """A row a prompt, a column a way of sampling; the reseeded teacher shows other images by design."""
     quality = result.quality
     assert quality is not None
-    names = [row.name for row in quality.rows if "reseeded" not in row.name]
+    names = [row.name for row in quality.main_rows() if row.kind != "control"]
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in ("prompt", *names))
     body = []
     for index, prompt in enumerate(result.prompts[:GRID_ROWS]):
@@ -124,11 +135,10 @@ def _facts(result: BenchResult) -> str:
     ]
     if unet := result.speed.ratio("unet", fastest):
         facts.insert(1, (f"{unet.estimate.value:.2f}x", "as fast, the UNet's step alone"))
-    if result.quality and result.quality.rows[2].distance is not None:
-        student = result.quality.rows[2]
-        facts.append(
-            (f"{student.distance:.1f}", f"{DISTANCE_NAME} of the student; CFG: {result.quality.rows[0].distance:.1f}")
-        )
+    if result.quality and result.quality.student.distance is not None:
+        quality, student = result.quality, result.quality.student
+        told = f"{quality.features} of the student; CFG: {quality.rows[0].distance:.1f}"
+        facts.append((f"{student.distance:.1f}", told))
         if student.recovered is not None:
             facts.append((f"{student.recovered:.0%}", "of guidance's gain recovered"))
     items = "".join(f"<li><b>{html.escape(big)}</b><span>{html.escape(small)}</span></li>" for big, small in facts)
@@ -142,8 +152,8 @@ def _protocol(result: BenchResult) -> str:
     if result.quality:
         lines += [
             quality_note(result),
-            f"Image i starts from noise of seed {told['seed']} + i. Features: EfficientNet-Lite0 (ImageNet), images "
-            f"resized to {INPUT_SIZE} pixels, bicubic with antialiasing; the Fréchet distance and KID by torchmetrics.",
+            f"Image i starts from noise of seed {told['seed']} + i. Features: {result.quality.features_described}; the "
+            "Fréchet distance and KID by torchmetrics.",
         ]
     if told["weights"] == "random":
         lines.append("Weights are random: nothing about quality can be said, and student and teacher share them.")
@@ -151,18 +161,46 @@ def _protocol(result: BenchResult) -> str:
     return "".join(f"<p>{html.escape(line)}</p>" for line in lines)
 
 
-def html_report(result: BenchResult) -> str:
-    """One self-contained page: verdict, tables that sort, plots, pictures, protocol and provenance."""
-    model = html.escape(str(result.provenance["model"]))
-    parts = [
+def _alternatives(quality: Quality) -> list[str]:
+    """The section on what needs no training; nothing where none was judged."""
+    if not quality.best_alternatives():
+        return []
+    parts = ["<h2>Without training</h2>", html_table(alternatives_table(quality))]
+    if quality.rows[0].distance is not None:
+        plot, alt = rendered(cost_plot(quality), "svg"), f"{quality.features} over UNet passes an image"
+        parts.append(_image(plot, "svg+xml", alt, "plot"))
+    return [*parts, f'<p class="note">{html.escape(ALTERNATIVES_NOTE)}</p>']
+
+
+def page(title: str, parts: list[str], provenance: dict[str, Any]) -> str:
+    """One self-contained page.
+
+    Args:
+        title: plain text.
+        parts: HTML between the title and the provenance.
+        provenance: plain JSON values.
+    """
+    told = html.escape(json.dumps(provenance, indent=2))
+    lines = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width,initial-scale=1">',
-        f"<title>BoostDiff: {model}</title><style>{_STYLE}</style></head><body><main>",
-        f'<h1>BoostDiff benchmark of {model}</h1><p class="verdict">{html.escape(result.verdict())}</p>',
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><main>",
+        f"<h1>{html.escape(title)}</h1>",
+        *parts,
+        "<h2>Provenance</h2><details open><summary>Hardware, versions, settings, hashes</summary>",
+        f"<pre>{told}</pre></details></main><script>{_SCRIPT}</script></body></html>",
+    ]
+    return "\n".join(lines)
+
+
+def html_report(result: BenchResult) -> str:
+    """One self-contained page: verdict, tables that sort, plots, pictures, protocol and provenance."""
+    parts = [
+        f'<p class="verdict">{html.escape(result.verdict())}</p>',
         _facts(result),
         "<h2>Speed</h2>",
-        _table(ratio_table(result.speed)),
-        _table(speed_table(result.speed)),
+        html_table(ratio_table(result.speed)),
+        html_table(speed_table(result.speed)),
         _image(
             rendered(speed_plot(result.speed), "svg"),
             "svg+xml",
@@ -175,16 +213,12 @@ def html_report(result: BenchResult) -> str:
         for name, reason in result.skipped.items()
     ]
     if result.quality:
-        parts += ["<h2>Quality</h2>", _table(quality_table(result.quality.rows))]
+        parts += ["<h2>Quality</h2>", html_table(quality_table(result.quality))]
         if result.quality.rows[0].distance is not None:
             plot = rendered(quality_plot(result), "svg")
-            parts.append(_image(plot, "svg+xml", f"{DISTANCE_NAME} of each way of sampling, with intervals", "plot"))
+            alt = f"{result.quality.features} of each way of sampling, with intervals"
+            parts.append(_image(plot, "svg+xml", alt, "plot"))
+        parts += _alternatives(result.quality)
         parts += ["<h2>Pictures</h2>", '<p class="note">Same prompts, same seeds.</p>', _pictures(result)]
-    provenance = html.escape(json.dumps(result.provenance, indent=2))
-    parts += [
-        "<h2>Protocol</h2>",
-        _protocol(result),
-        "<h2>Provenance</h2><details open><summary>Hardware, versions, settings, hashes</summary>",
-        f"<pre>{provenance}</pre></details></main><script>{_SCRIPT}</script></body></html>",
-    ]
-    return "\n".join(parts)
+    parts += ["<h2>Protocol</h2>", _protocol(result)]
+    return page(f"BoostDiff benchmark of {result.provenance['model']}", parts, result.provenance)

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 
 from .bench import BenchResult
-from .features import DISTANCE_NAME
+from .quality import Quality, QualityRow
 from .tables import WAY_NAMES
 from .throughput import Speed
 
@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 
 COLOURS = {"teacher": "#8a8f98", "student": "#2f6fed", "unguided": "#c9cdd3"}
 _INK = "#1e1e24"
-_STYLES = ("-", "--", ":", "-.")
+_STYLES = ("-", "--", ":", "-.", (0, (1, 3)))
 _LEGEND: dict[str, Any] = {"frameon": False, "loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2}
 """Above the plot, where no bar reaches."""
 
@@ -66,6 +66,8 @@ def _throughput_lines(speed: Speed) -> plt.Figure:
     for runner, style in zip(runners, _STYLES, strict=False):
         for way in WAY_NAMES:
             rows = sorted((r for r in speed.rows if (r.runner, r.way) == (runner, way)), key=lambda r: r.batch_size)
+            if not rows:
+                continue
             rates = [row.images_per_second for row in rows]
             axes.errorbar(
                 [row.batch_size for row in rows],
@@ -91,8 +93,8 @@ def _throughput_lines(speed: Speed) -> plt.Figure:
 def quality_plot(result: BenchResult) -> plt.Figure:
     """Fréchet distance of each row with its interval, and the real images' floor as a line."""
     assert result.quality is not None
-    rows = [row for row in result.quality.rows if row.distance is not None]
-    ways = ["student" if "student" in row.name else "unguided" if row.passes == 1 else "teacher" for row in rows]
+    rows = [row for row in result.quality.main_rows() if row.distance is not None]
+    ways = ["teacher" if row.kind == "control" else row.kind for row in rows]
     figure, axes = plt.subplots(figsize=(6, 0.9 + 0.5 * len(rows)), layout="constrained")
     values = [row.distance or 0.0 for row in rows]
     halves = [0.0 if (i := row.distance_interval) is None else i.high - i.value for row in rows]
@@ -102,9 +104,48 @@ def quality_plot(result: BenchResult) -> plt.Figure:
     axes.invert_yaxis()
     if result.quality.floor is not None:
         axes.axvline(result.quality.floor, color=_INK, linestyle=":", label="real images")
-    axes.set_xlabel(f"{DISTANCE_NAME} to real images (lower is better)")
+    axes.set_xlabel(f"{result.quality.features} to real images (lower is better)")
     axes.margins(x=0.12)
     return _finished(figure, axes, columns=2)
+
+
+def cost_plot(quality: Quality) -> plt.Figure:
+    """Fréchet distance over UNet passes an image: teacher, students, and the best settings of what needs no training.
+
+    Settings that were tried and not the best are faint.
+    """
+    figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    rows = [row for row in quality.rows if row.distance is not None and row.kind != "control"]
+    tried = [row for row in rows if row.kind == "alternative"]
+    axes.plot([r.cost for r in tried], [r.distance or 0.0 for r in tried], ".", color="#d9dbe0", zorder=1)
+    best = sorted(quality.best_alternatives(), key=lambda row: row.cost)
+    for method, colour, style in zip(dict.fromkeys(row.method for row in best), _METHODS, _STYLES, strict=False):
+        _points(axes, [row for row in best if row.method == method], str(method), colour, style)
+    for row in rows:
+        if row.kind != "alternative":
+            _points(axes, [row], row.name, COLOURS[row.kind], "")
+    axes.set_xlabel("UNet passes an image")
+    axes.set_ylabel(f"{quality.features} (lower is better)")
+    return _finished(figure, axes, columns=2)
+
+
+_METHODS = ("#c2543a", "#3a8f5c", "#8a5cc2")
+
+
+def _points(axes: plt.Axes, rows: list[QualityRow], label: str, colour: str, style: Any) -> None:
+    values = [row.distance or 0.0 for row in rows]
+    halves = [0.0 if (i := row.distance_interval) is None else i.high - i.value for row in rows]
+    axes.errorbar(
+        [row.cost for row in rows],
+        values,
+        yerr=halves,
+        color=colour,
+        linestyle=style,
+        marker="o",
+        markersize=5,
+        capsize=2,
+        label=label,
+    )
 
 
 def _finished(figure: plt.Figure, axes: plt.Axes, *, columns: int) -> plt.Figure:

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
 
-from ..engine.generate import generate, to_uint8
-from ..engine.guidance import Denoiser
-from ..engine.model import Model
-from ..teacher.palette import background_of, named_background
-from .features import DISTANCE_NAME, Reference, features_of, frechet_distance, kernel_distance, paired_distance
-from .intervals import left_out_distances, precision_recall, recovered_interval
+from .features import Reference, frechet_distance, kernel_distance, paired_distance
+from .intervals import GROUPS, left_out_distances, precision_recall, recovered_interval
+from .sampling import Campaign, Contestant
 from .stats import Estimate, jackknifed
-
-RESEED = 1_000_003
-"""Added to the seed for the teacher-against-teacher row: the distance that chance alone makes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +19,10 @@ class QualityRow:
 
     Attributes:
         name: "teacher w=3", "student lora", …
-        passes: UNet passes per step and image.
+        kind: see `sampling.Contestant`.
+        method: of an alternative; rows of one method and budget are one sweep.
+        steps: sampling steps.
+        cost: UNet passes an image.
         distance: Fréchet distance to real images; None without a reference.
         kid: kernel distance to real images, and `kid_error` its standard error.
         kid_error: see `kid`.
@@ -40,10 +34,14 @@ class QualityRow:
         recall: see `precision`.
         recovered: (unguided − this) / (unguided − guided) of `distance`; for students, where guided is better.
         recovered_interval: of `recovered`; None where the gain of guidance itself is not beyond noise.
+        clip: mean CLIP score; None where no CLIP model was named.
     """
 
     name: str
-    passes: int
+    kind: str
+    method: str | None
+    steps: int
+    cost: int
     distance: float | None
     kid: float | None
     kid_error: float | None
@@ -55,6 +53,12 @@ class QualityRow:
     recall: float | None = None
     recovered: float | None = None
     recovered_interval: Estimate | None = None
+    clip: Estimate | None = None
+
+    @property
+    def passes(self) -> float:
+        """UNet passes a step, on average."""
+        return self.cost / self.steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,8 @@ class Quality:
         images: N, of each row.
         reference_images: behind the reference's statistics; 0 without a reference.
         floor: distance of real images to the reference at this N: what a perfect model would get.
+        features: what the distance is called, after its features.
+        features_described: the features in words.
         samples: the first images of each row, uint8 `(n, 3, H, W)`, by the row's name.
     """
 
@@ -73,96 +79,72 @@ class Quality:
     images: int
     reference_images: int
     floor: float | None
+    features: str
+    features_described: str
     samples: dict[str, torch.Tensor] = field(repr=False)
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values, without the images."""
         return {
-            "rows": [asdict(row) for row in self.rows],
+            "rows": [asdict(row) | {"passes": row.passes} for row in self.rows],
             "images": self.images,
             "reference_images": self.reference_images,
             "floor": self.floor,
-            "features": DISTANCE_NAME,
+            "features": self.features,
+            "best_alternatives": [row.name for row in self.best_alternatives()],
         }
 
+    @property
+    def student(self) -> QualityRow:
+        """The first student's row."""
+        return next(row for row in self.rows if row.kind == "student")
 
-@dataclass(frozen=True, kw_only=True)
-class Contestant:
-    """A way of sampling to judge.
+    def main_rows(self) -> list[QualityRow]:
+        """All but the alternatives."""
+        return [row for row in self.rows if row.kind != "alternative"]
 
-    Attributes:
-        name: of its row.
-        passes: UNet passes per step and image.
-        open: gives the denoiser; called when its turn comes, as all may share one UNet.
-        seed_offset: added to the seed.
-    """
+    def best_alternatives(self) -> list[QualityRow]:
+        """The best setting of each method at each cost: the smallest distance; without a reference, the closest.
 
-    name: str
-    passes: int
-    open: Callable[[], Denoiser]
-    seed_offset: int = 0
+        Chosen on the images that they are judged by, which flatters the alternatives, not the student.
+        """
+        sweeps: dict[tuple[str | None, int], QualityRow] = {}
+
+        def rank(row: QualityRow) -> float:
+            return row.paired if row.distance is None else row.distance
+
+        for row in self.rows:
+            if row.kind == "alternative":
+                best = sweeps.setdefault((row.method, row.cost), row)
+                sweeps[row.method, row.cost] = min(best, row, key=rank)
+        return list(sweeps.values())
 
 
-def background_accuracy(prompts: list[str], images: torch.Tensor) -> float | None:
-    """Share of images over the background that their prompt names; None where none is named."""
-    named = [(i, name) for i, prompt in enumerate(prompts) if (name := named_background(prompt))]
-    if not named:
+def _clip_interval(scores: torch.Tensor | None) -> Estimate | None:
+    """Mean of CLIP scores `(N,)`, with the jackknife of the distances' groups; None without, or below N = 4."""
+    if scores is None or len(scores) < 4:
         return None
-    found = background_of(images[[i for i, _ in named]].permute(0, 2, 3, 1).numpy())
-    return sum(got == name for got, (_, name) in zip(found, named, strict=True)) / len(named)
+    values = scores.double()
+    groups = min(GROUPS, len(values) // 2)
+    member = torch.arange(len(values)) % groups
+    return jackknifed(values.mean().item(), [values[member != group].mean().item() for group in range(groups)])
 
 
-def judge(
-    model: Model,
-    contestants: list[Contestant],
-    *,
-    network: torch.nn.Module,
-    reference: Reference | None,
-    prompts: list[str],
-    make_scheduler: Callable[[], SchedulerMixin],
-    steps: int,
-    seed: int,
-    batch_size: int,
-    negative_prompt: str = "",
-    keep: int = 12,
-    on_images: Callable[[str, int], None] = lambda name, count: None,
-) -> Quality:
-    """Sample every contestant on the same prompts, seeds and noise, and measure.
+def judge(campaign: Campaign, contestants: list[Contestant], *, reference: Reference | None) -> Quality:
+    """Measure every contestant on the same prompts, seeds and noise.
 
     Args:
-        model: text encoder, VAE and latents' shape.
-        contestants: the guided teacher first, the unguided second; then students, then controls.
-        network: features of uint8 images.
+        campaign: samples, or reads what was sampled before.
+        contestants: the guided teacher first, the unguided second; then the others in any order.
         reference: real images, or None.
-        prompts: N of them.
-        make_scheduler: gives a fresh scheduler.
-        steps: sampling steps.
-        seed: image i starts from the noise of `seed + i`.
-        batch_size: images denoised together.
-        negative_prompt: what the guided teacher leads away from.
-        keep: images to keep of each row.
-        on_images: told of progress: the row's name and how many images took a step.
     """
-    text = model.family.encode(model.pipeline, prompts, negative_prompt=negative_prompt)
     rows: list[QualityRow] = []
     samples: dict[str, torch.Tensor] = {}
     guided_features = None
     without: list[list[float]] = []
     for contestant in contestants:
-        denoiser = contestant.open()
-        images = to_uint8(
-            generate(
-                model,
-                denoiser,
-                text=text,
-                make_scheduler=make_scheduler,
-                steps=steps,
-                seed=seed + contestant.seed_offset,
-                batch_size=batch_size,
-                on_step=partial(on_images, contestant.name),
-            )
-        )
-        features = features_of(network, images)
+        sampled = campaign.sampled(contestant)
+        features = sampled.features
         if guided_features is None:
             guided_features = features
         distance = frechet_distance(reference, features) if reference else None
@@ -178,32 +160,39 @@ def judge(
             if left_out:
                 behind = jackknifed(distance - guided, [a - b for a, b in zip(left_out, without[0], strict=True)])
             # Where guidance gains nothing (tiny N, say), there is nothing to recover.
-            if contestant.seed_offset == 0 and len(rows) >= 2 and guided < unguided:
+            if contestant.kind != "control" and len(rows) >= 2 and guided < unguided:
                 recovered = (unguided - distance) / (unguided - guided)
                 recovered_within = recovered_interval(recovered, without[0], without[1], left_out) if left_out else None
         rows.append(
             QualityRow(
                 name=contestant.name,
-                passes=contestant.passes,
+                kind=contestant.kind,
+                method=contestant.method,
+                steps=contestant.steps,
+                cost=contestant.cost,
                 distance=distance,
                 kid=kid,
                 kid_error=kid_error,
                 paired=paired_distance(features, guided_features),
-                background=background_accuracy(prompts, images),
+                background=sampled.background_share(),
                 distance_interval=jackknifed(distance, left_out) if distance is not None and left_out else None,
                 behind=behind,
                 precision=covered[0] if covered else None,
                 recall=covered[1] if covered else None,
                 recovered=recovered,
                 recovered_interval=recovered_within,
+                clip=_clip_interval(sampled.clip),
             )
         )
-        samples[contestant.name] = images[:keep]
-    enough = reference is not None and len(reference.features) >= len(prompts)
+        samples[contestant.name] = sampled.samples
+    count = len(campaign.prompts)
+    enough = reference is not None and len(reference.features) >= count
     return Quality(
         rows=rows,
-        images=len(prompts),
+        images=count,
         reference_images=reference.count if reference else 0,
-        floor=frechet_distance(reference, reference.features[: len(prompts)]) if reference and enough else None,
+        floor=frechet_distance(reference, reference.features[:count]) if reference and enough else None,
+        features=campaign.network.distance_name,
+        features_described=campaign.network.description,
         samples=samples,
     )

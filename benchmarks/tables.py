@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from .bench import BenchResult
-from .features import DISTANCE_NAME
 from .intervals import GROUPS, NEIGHBOURS
-from .quality import QualityRow
+from .quality import Quality
 from .stats import CONFIDENCE, Estimate
 from .throughput import Speed, SpeedRatio
 
@@ -43,19 +42,22 @@ def speed_table(speed: Speed, *, brief: bool = False) -> Table:
         brief: leave out what a terminal of 80 columns has no room for.
     """
     headings = ["runner", "sampling", "batch", f"images/s {_coverage(speed)}", "p50 ms", "p90 ms", "p99 ms"]
-    headings += ["UNet step ms", "text ms", "VAE ms", "host gap ms", "UNet TFLOP/s"]
+    headings += ["UNet step ms", "text ms", "VAE ms", "host gap ms", "UNet TFLOP/s", "of GEMM peak", "J/image"]
     cells = []
     for row in speed.rows:
         times = (row.latency.median, row.latency.p90, row.latency.p99, row.unet_step.median)
-        parts = (row.text_encoder.median, row.vae_decode.median, row.host_gap.median)
+        parts = (row.text_encoder, row.vae_decode, row.host_gap)
         cells.append(
             [
                 f"{row.runner} {_PRECISIONS.get(row.precision, row.precision)}",
                 WAY_NAMES[row.way],
                 str(row.batch_size),
                 within(row.images_per_second, "{:.3g}"),
-                *(f"{seconds * 1e3:.1f}" for seconds in (*times, *parts)),
+                *(f"{seconds * 1e3:.1f}" for seconds in times),
+                *(NOTHING if part is None else f"{part.median * 1e3:.1f}" for part in parts),
                 f"{row.tflops:.3g}",
+                number(row.peak_share, "{:.0%}"),
+                number(row.joules_per_image, "{:.3g}"),
             ]
         )
     return _columns((headings, cells), (0, 1, 2, 3, 4, 7)) if brief else (headings, cells)
@@ -80,17 +82,18 @@ def ratio_table(speed: Speed) -> Table:
     return headings, cells
 
 
-def quality_table(rows: list[QualityRow], *, brief: bool = False) -> Table:
-    """Every way of sampling; a dash where nothing was measured.
+def quality_table(quality: Quality, *, brief: bool = False) -> Table:
+    """Every way of sampling but the alternatives; a dash where nothing was measured.
 
     Args:
-        rows: what was measured.
+        quality: what was measured.
         brief: leave out what a terminal of 80 columns has no room for.
     """
-    headings = ["sampling", "passes", f"{DISTANCE_NAME} [95%]", "behind CFG [95%]", "KID ×1000", "precision", "recall"]
-    headings += ["paired", "background", "recovered [95%]"]
+    name = quality.features
+    headings = ["sampling", "passes", f"{name} [95%]", "behind CFG [95%]", "KID ×1000", "precision", "recall"]
+    headings += ["paired", "background", "CLIP [95%]", "recovered [95%]"]
     cells = []
-    for row in rows:
+    for row in quality.main_rows():
         recovered = (
             within(row.recovered_interval, "{:.0%}") if row.recovered_interval else number(row.recovered, "{:.0%}")
         )
@@ -101,7 +104,7 @@ def quality_table(rows: list[QualityRow], *, brief: bool = False) -> Table:
         cells.append(
             [
                 row.name,
-                str(row.passes),
+                f"{row.passes:g}",
                 distance,
                 within(row.behind),
                 kid,
@@ -109,13 +112,50 @@ def quality_table(rows: list[QualityRow], *, brief: bool = False) -> Table:
                 number(row.recall, "{:.0%}"),
                 f"{row.paired:.3f}",
                 number(row.background, "{:.0%}"),
+                within(row.clip),
                 recovered,
             ]
         )
     if not brief:
         return headings, cells
-    headings, cells = _columns((headings, cells), (0, 2, 6, 8, 9))
-    return [DISTANCE_NAME if name.startswith(DISTANCE_NAME) else name for name in headings], cells
+    headings, cells = _columns((headings, cells), (0, 2, 6, 8, 10))
+    return [name if heading.startswith(name) else heading for heading in headings], cells
+
+
+def alternatives_table(quality: Quality, *, brief: bool = False) -> Table:
+    """The best setting of every method that needs no training at each cost, between the teacher and the students.
+
+    Args:
+        quality: what was measured.
+        brief: leave out what a terminal of 80 columns has no room for.
+    """
+    compared = [row for row in quality.main_rows() if row.kind != "control"]
+    best = sorted(quality.best_alternatives(), key=lambda row: (row.cost, row.method or ""))
+    tried = [row for row in quality.rows if row.kind == "alternative"]
+    headings = ["sampling", "method", "passes an image", f"{quality.features} [95%]", "behind CFG [95%]", "paired"]
+    headings += ["CLIP [95%]", "best of"]
+    cells = []
+    for row in (*compared, *best):
+        sweep = [one for one in tried if (one.method, one.cost) == (row.method, row.cost)]
+        cells.append(
+            [
+                row.name,
+                row.method or NOTHING,
+                str(row.cost),
+                within(row.distance_interval) if row.distance_interval else number(row.distance),
+                within(row.behind),
+                f"{row.paired:.3f}",
+                within(row.clip),
+                str(len(sweep)) if sweep else NOTHING,
+            ]
+        )
+    return _columns((headings, cells), (0, 2, 3)) if brief else (headings, cells)
+
+
+ALTERNATIVES_NOTE = (
+    "Each method's settings were swept at equal cost, and the best is shown: chosen on the images that it is judged "
+    "by, which flatters it. Cost counts UNet passes, a guided step as two."
+)
 
 
 def _columns(table: Table, keep: tuple[int, ...]) -> Table:
@@ -128,11 +168,13 @@ def speed_note(result: BenchResult) -> str:
     speed = result.speed
     runs, coverage = speed.rows[0].latency.runs, speed.rows[0].images_per_second.coverage
     flops = speed.flops
+    peaks = ", ".join(f"{_PRECISIONS.get(name, name)} {peak:.3g} TFLOP/s" for name, peak in speed.peaks.items())
     return (
         f"{result.provenance['steps']} steps; medians of {runs} batches each, all entrants in turn after a discarded "
         f"batch, prompts to pixels. Intervals: order statistics, coverage {coverage:.0%}. Ratios: of times in the same "
         f"round. Ceiling: counted operations, {flops.unet / 1e9:.3g} GFLOP for a UNet pass, "
-        f"{flops.vae_decode / 1e9:.3g} for a VAE decode, {flops.text_encoder / 1e9:.2g} for a prompt."
+        f"{flops.vae_decode / 1e9:.3g} for a VAE decode, {flops.text_encoder / 1e9:.2g} for a prompt. Peak of matrix "
+        f"multiplication, same run: {peaks}. Stock diffusers: its own pipeline's call, eager, with guidance."
     )
 
 

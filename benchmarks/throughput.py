@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from ..engine.generate import decode, initial_noise, sample
 from ..engine.guidance import GuidedDenoiser, SinglePassDenoiser
 from ..engine.model import Model
 from ..engine.runners import Runner
+from .device import Meter, Stopwatch, gemm_peaks, synchronise
 from .flops import Flops, count_flops
 from .stats import Estimate, Spread, median_of
 
@@ -37,9 +37,33 @@ class Entrant:
     runner: Runner
 
     @property
+    def label(self) -> str:
+        """Of the row: the runner's name."""
+        return self.runner.name
+
+    @property
     def name(self) -> str:
         """For people: "onnx student"."""
-        return f"{self.runner.name} {self.way}"
+        return f"{self.label} {self.way}"
+
+    def time(
+        self,
+        model: Model,
+        *,
+        prompts: Sequence[str],
+        noise: torch.Tensor,
+        guidance: float,
+        scheduler: SchedulerMixin,
+        steps: int,
+    ) -> dict[str, float]:
+        """Make one batch of images and time it; see `time_batch`.
+
+        Returns:
+            Seconds by part, as far as they are known, with "total".
+        """
+        return time_batch(
+            self, model, prompts=prompts, noise=noise, guidance=guidance, scheduler=scheduler, steps=steps
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +84,11 @@ class SpeedRow:
         vae_decode: decoding the batch, with its way to the host.
         host_gap: latency less all of the parts: scheduler, guidance arithmetic, Python, idle device.
         tflops: UNet operations per second of `unet_step`, in 10¹².
+        peak_share: `tflops` over the peak of matrix multiplication in the row's precision; None where that is unknown.
+        joules_per_image: of the whole GPU board, the mean over all timed batches; None without NVML.
+        memory_in_use: bytes of GPU memory in use after a batch, by all that is loaded; None without NVML.
+
+    Of a stock pipeline the text encoder, the VAE and the gap are not known apart: None.
     """
 
     way: str
@@ -71,10 +100,13 @@ class SpeedRow:
     latency: Spread
     images_per_second: Estimate
     unet_step: Spread
-    text_encoder: Spread
-    vae_decode: Spread
-    host_gap: Spread
+    text_encoder: Spread | None
+    vae_decode: Spread | None
+    host_gap: Spread | None
     tflops: float
+    peak_share: float | None
+    joules_per_image: float | None
+    memory_in_use: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +138,14 @@ class Speed:
         rows: one per entrant and batch size.
         ratios: see `SpeedRatio`.
         flops: counted from the model.
+        peaks: of matrix multiplication in the same run, by precision, in 10¹² operations per second.
         left_out: reasons by entrant and batch size.
     """
 
     rows: list[SpeedRow]
     ratios: list[SpeedRatio]
     flops: Flops
+    peaks: dict[str, float]
     left_out: dict[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
@@ -130,38 +164,11 @@ class Speed:
         matches = [r for r in self.ratios if (r.slower, r.faster, r.part, r.batch_size) == names]
         return matches[0] if matches else None
 
-
-def synchronise(device: torch.device) -> None:
-    """Wait for all work queued on an accelerator."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-class Stopwatch:
-    """Times the parts of a run without stopping it: events on CUDA, where work is only queued; else the clock."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._spans: dict[str, list[Callable[[], float]]] = {name: [] for name in PARTS}
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Add what runs inside to a part's time."""
-        if self.device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record(torch.cuda.current_stream(self.device))
-            yield
-            end.record(torch.cuda.current_stream(self.device))
-            self._spans[name].append(lambda: begin.elapsed_time(end) / 1e3)
-        else:
-            began = time.perf_counter()
-            yield
-            seconds = time.perf_counter() - began
-            self._spans[name].append(lambda: seconds)
-
-    def seconds(self, name: str) -> float:
-        """The part's time so far; on CUDA only after synchronising."""
-        return sum(span() for span in self._spans[name])
+    def over_baseline(self, baseline: str, row: SpeedRow) -> SpeedRatio | None:
+        """Whole images: a baseline with guidance ("stock diffusers", …) over this student's row; None if not timed."""
+        names = (f"{baseline} teacher", f"{row.runner} student", "images", row.batch_size)
+        matches = [r for r in self.ratios if (r.slower, r.faster, r.part, r.batch_size) == names]
+        return matches[0] if matches else None
 
 
 def in_turn(count: int, rounds: int) -> Iterator[tuple[int, int]]:
@@ -256,21 +263,23 @@ def measure(
         on_progress: told what is being measured.
     """
     flops = count_flops(model)
-    speed = Speed(rows=[], ratios=[], flops=flops)
+    on_progress("measuring the peak of matrix multiplication")
+    device = entrants[0].runner.device
+    dtypes = [entrant.runner.dtype for entrant in entrants]
+    speed, meter = Speed(rows=[], ratios=[], flops=flops, peaks=gemm_peaks(device, dtypes)), Meter(device)
     for batch_size in batch_sizes:
         noise = initial_noise(model.latent_shape, count=batch_size, seed=0)
         batch = [prompts[i % len(prompts)] for i in range(batch_size)]
 
         def timed(entrant: Entrant, noise: torch.Tensor = noise, batch: list[str] = batch) -> dict[str, float]:
-            return time_batch(
-                entrant,
-                model,
-                prompts=batch,
-                noise=noise,
-                guidance=guidance,
-                scheduler=make_scheduler(),
-                steps=steps,
+            before = meter.joules()
+            seconds = entrant.time(
+                model, prompts=batch, noise=noise, guidance=guidance, scheduler=make_scheduler(), steps=steps
             )
+            after, used = meter.joules(), meter.memory_in_use()
+            if before is not None and after is not None:
+                seconds["joules"] = after - before
+            return seconds | ({} if used is None else {"memory": used})
 
         running = []
         for entrant in entrants:
@@ -290,16 +299,29 @@ def measure(
         for entrant in running:
             speed.rows.append(_row(entrant, measured[entrant.name], flops, batch_size, steps))
         speed.ratios.extend(_ratios(measured, flops, batch_size, steps))
+        # The best of several moments: neighbours and clocks hold a single one down.
+        for name, peak in gemm_peaks(device, dtypes).items():
+            speed.peaks[name] = max(peak, speed.peaks[name])
+    shares = [row.tflops / speed.peaks[row.precision] if row.precision in speed.peaks else None for row in speed.rows]
+    speed.rows[:] = [replace(row, peak_share=share) for row, share in zip(speed.rows, shares, strict=True)]
     return speed
 
 
 def _row(entrant: Entrant, times: list[dict[str, float]], flops: Flops, batch_size: int, steps: int) -> SpeedRow:
     device = entrant.runner.device
+
+    def values(key: str) -> list[float]:
+        return [run[key] for run in times if key in run]
+
+    def spread(key: str) -> Spread | None:
+        return Spread.of(found) if (found := values(key)) else None
+
     total = median_of([run["total"] for run in times])
     step = Spread.of([run["unet"] / steps for run in times])
+    joules, memory = values("joules"), values("memory")
     return SpeedRow(
         way=entrant.way,
-        runner=entrant.runner.name,
+        runner=entrant.label,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         precision=str(entrant.runner.dtype).removeprefix("torch."),
         batch_size=batch_size,
@@ -312,22 +334,38 @@ def _row(entrant: Entrant, times: list[dict[str, float]], flops: Flops, batch_si
             coverage=total.coverage,
         ),
         unet_step=step,
-        text_encoder=Spread.of([run["text_encoder"] for run in times]),
-        vae_decode=Spread.of([run["vae_decode"] for run in times]),
-        host_gap=Spread.of([run["host_gap"] for run in times]),
+        text_encoder=spread("text_encoder"),
+        vae_decode=spread("vae_decode"),
+        host_gap=spread("host_gap"),
         tflops=WAYS[entrant.way] * batch_size * flops.unet / step.median / 1e12,
+        # Known once the peak is, at the end of the run.
+        peak_share=None,
+        joules_per_image=sum(joules) / len(joules) / batch_size if joules else None,
+        memory_in_use=int(max(memory)) if memory else None,
     )
 
 
+BASELINES = ("stock diffusers", "torch.compile")
+"""Labels of the strongest that a user has without a student, compared with the student on its best runner."""
+
+
 def _ratios(measured: dict[str, list[dict[str, float]]], flops: Flops, batch_size: int, steps: int) -> list[SpeedRatio]:
-    """Teacher over student and floor over student on each runner; torch's teacher over the other runners' students."""
+    """Teacher over student and floor over student on each runner; torch's teacher over the other runners' students.
+
+    And the baselines over the student that is fastest at this batch size.
+    """
     ceilings = {"images": flops.ceiling(steps=steps, batch_size=batch_size), "unet": 2.0}
+    students = [name for name in measured if name.endswith(" student")]
+    best = min(students, key=lambda name: median_of([run["total"] for run in measured[name]]).value, default=None)
     ratios = []
-    for faster in (name for name in measured if name.endswith(" student")):
+    for faster in students:
         runner = faster.removesuffix(" student")
-        pairs = [(f"{runner} teacher", True), (f"{runner} unguided", False)]
-        pairs += [("torch teacher", False)] if runner != "torch" else []
-        for slower, bounded in pairs:
+        pairs = {f"{runner} teacher": True, f"{runner} unguided": False}
+        # The first mention of a pair counts: a baseline on the student's own runner is bounded.
+        others = (*(("torch",) if runner != "torch" else ()), *(BASELINES if faster == best else ()))
+        for other in others:
+            pairs.setdefault(f"{other} teacher", False)
+        for slower, bounded in pairs.items():
             if slower not in measured:
                 continue
             for part, key in (("images", "total"), ("unet", "unet")):

@@ -22,9 +22,9 @@ from ..benchmarks.features import (
     kernel_distance,
 )
 from ..benchmarks.intervals import left_out_distances
+from ..benchmarks.measuring import fastest_runner, remembered
 from ..benchmarks.plots import rendered
-from ..benchmarks.quality import background_accuracy
-from ..benchmarks.sampling import fastest_runner, remembered
+from ..benchmarks.sampling import backgrounds
 from ..benchmarks.stats import jackknifed
 from ..engine.errors import InputError
 from ..engine.files import json_lines, sha256_of
@@ -76,6 +76,7 @@ def figures(
     left_out = left_out_distances(reference, features) if len(features) >= 4 else None
     interval = jackknifed(distance, left_out) if left_out else None
     kid, kid_error = kernel_distance(reference, features) if drawn else (None, None)
+    as_named = backgrounds(prompts, images)
     return {
         "images": len(images),
         "distance": distance,
@@ -83,7 +84,7 @@ def figures(
         "distance_high": interval.high if interval else None,
         "kid": kid,
         "kid_error": kid_error,
-        "background": background_accuracy(prompts, images),
+        "background": as_named[as_named >= 0].float().mean().item(),
         "style": style_accuracy(styles, prompts, images),
     }
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from boostdiff.benchmarks.bench import BenchConfig, BenchResult, bench
+from boostdiff.benchmarks.bench import BenchResult, bench
+from boostdiff.benchmarks.config import BenchConfig
 from boostdiff.benchmarks.features import EfficientNetLite0Features, Reference, features_of
+from boostdiff.benchmarks.judging import Metrics
 from boostdiff.benchmarks.report import write_report
 from boostdiff.engine.model import locate
 from tiny import PROMPTS
@@ -31,11 +33,11 @@ def result(
     Reference.of(features[:16], features[16:]).save(reference)
     return bench(
         locate(str(tiny_folder)),
-        BenchConfig(steps=3, batch_sizes=(2, 1), runs=3, samples=20),
+        BenchConfig(steps=3, batch_sizes=(2, 1), runs=3, samples=20, alternatives=True),
         students=[students["lora"], students["bitfit"]],
         engine=engine,
         prompts=MANY,
-        reference=reference,
+        metrics=Metrics(reference=reference),
         device="cpu",
     )
 

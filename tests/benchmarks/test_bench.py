@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from boostdiff.benchmarks.bench import BenchConfig, BenchResult, bench, parse_batch_sizes
-from boostdiff.benchmarks.quality import background_accuracy
+from boostdiff.benchmarks.bench import BenchResult, bench
+from boostdiff.benchmarks.config import BenchConfig, parse_batch_sizes
+from boostdiff.benchmarks.judging import Metrics
 from boostdiff.benchmarks.report import write_report
+from boostdiff.benchmarks.sampling import backgrounds
+from boostdiff.benchmarks.tables import alternatives_table
 from boostdiff.distill.config import DistillConfig
 from boostdiff.distill.loop import Observers
 from boostdiff.distill.train import distil
@@ -23,14 +26,27 @@ MANY = [f"{prompt} on a red background" for prompt in PROMPTS] * 6
 def test_every_runner_here_is_timed(result: BenchResult) -> None:
     speed = result.speed
     entrants = [(row.runner, row.way, row.batch_size) for row in speed.rows]
-    assert sorted(entrants) == sorted(product(("torch", "onnx"), ("teacher", "student", "unguided"), (1, 2)))
+    ours = product(("torch", "onnx"), ("teacher", "student", "unguided"), (1, 2))
+    assert sorted(entrants) == sorted([*ours, ("stock diffusers", "teacher", 1), ("stock diffusers", "teacher", 2)])
     assert "without --trt" in result.skipped["tensorrt"]
     for row in speed.rows:
         assert 0 < row.images_per_second.low <= row.images_per_second.value <= row.images_per_second.high
         assert row.latency.median <= row.latency.p90 <= row.latency.p99
-        assert row.host_gap.median > 0
+        assert 0 < row.tflops == pytest.approx(row.peak_share * speed.peaks["float32"])
+        # No GPU, no figures of one.
+        assert row.joules_per_image is row.memory_in_use is None
+        stock = row.runner == "stock diffusers"
+        assert (row.host_gap is None) == (row.text_encoder is None) == (row.vae_decode is None) == stock
         assert 3 * row.unet_step.median < row.latency.median
-    assert len(speed.ratios) == 2 * 2 * (2 + 3)
+    assert speed.peaks.keys() == {"bfloat16", "float32"}
+    assert len(speed.ratios) == 2 * 2 * (2 + 3 + 1)
+    for batch_size in (1, 2):
+        rates = {
+            r.runner: r.images_per_second.value for r in speed.rows if r.way == "student" and r.batch_size == batch_size
+        }
+        (over_stock,) = {r.faster for r in speed.ratios if r.slower[:5] == "stock" and r.batch_size == batch_size}
+        assert over_stock == f"{max(rates, key=rates.get)} student"
+    assert "as fast as stock diffusers with guidance" in result.verdict()
     for ratio in speed.ratios:
         assert (ratio.ceiling is None) == ("unguided" in ratio.slower or ratio.faster[:4] != ratio.slower[:4])
     assert result.headline.part == "images"
@@ -38,7 +54,7 @@ def test_every_runner_here_is_timed(result: BenchResult) -> None:
 
 def test_rows_are_paired_and_compared(result: BenchResult) -> None:
     assert result.quality is not None
-    rows = {row.name: row for row in result.quality.rows}
+    rows = {row.name: row for row in result.quality.main_rows()}
     assert list(rows) == [
         "teacher w=3",
         "teacher w=1",
@@ -48,7 +64,8 @@ def test_rows_are_paired_and_compared(result: BenchResult) -> None:
     ]
     assert rows["teacher w=3"].paired < 1e-6
     assert rows["teacher w=1"].paired > 0
-    assert [row.passes for row in result.quality.rows] == [2, 1, 1, 1, 2]
+    assert [row.passes for row in rows.values()] == [2, 1, 1, 1, 2]
+    assert [row.cost for row in rows.values()] == [6, 3, 3, 3, 6]
     samples = result.quality.samples
     assert not torch.equal(samples["teacher w=3"], samples["teacher w=3 reseeded"])
     assert result.quality.floor is not None
@@ -57,7 +74,7 @@ def test_rows_are_paired_and_compared(result: BenchResult) -> None:
         assert rows["student lora"].recovered == pytest.approx((unguided - student) / (unguided - guided))
     else:
         assert rows["student lora"].recovered is None
-    for row in result.quality.rows:
+    for row in rows.values():
         assert row.distance_interval.low < row.distance < row.distance_interval.high
         assert 0 <= row.recall <= 1
     assert rows["teacher w=3"].behind is None
@@ -71,6 +88,7 @@ def test_the_report_is_one_self_contained_page(result: BenchResult, tmp_path: Pa
         "report.html",
         "speed.png",
         "quality.png",
+        "alternatives.png",
         "grid.png",
     }
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -79,7 +97,21 @@ def test_the_report_is_one_self_contained_page(result: BenchResult, tmp_path: Pa
     assert report["verdict"] == result.verdict()
     assert html.escape(report["verdict"]) in page
     assert report["provenance"]["versions"]["torch"]
-    assert len(report["quality"]["rows"]) == 5
+    kinds = [row["kind"] for row in report["quality"]["rows"]]
+    assert [kinds.count(kind) for kind in ("teacher", "unguided", "student", "control")] == [1, 1, 2, 1]
+    assert set(report["quality"]["best_alternatives"]) < {row["name"] for row in report["quality"]["rows"]}
+
+
+def test_the_best_of_each_sweep_is_shown(result: BenchResult) -> None:
+    assert result.quality is not None
+    best, swept = result.quality.best_alternatives(), [r for r in result.quality.rows if r.kind == "alternative"]
+    assert {(row.method, row.cost) for row in best} == {(row.method, row.cost) for row in swept}
+    for row in best:
+        assert row.distance == min(o.distance for o in swept if (o.method, o.cost) == (row.method, row.cost))
+    _, cells = alternatives_table(result.quality)
+    assert [row[0] for row in cells[:4]] == ["teacher w=3", "teacher w=1", "student lora", "student bitfit"]
+    assert {row[0] for row in cells[4:]} == {row.name for row in best}
+    assert sum(int(row[-1]) for row in cells[4:]) == len(swept)
 
 
 def test_an_engine_of_another_student_is_refused(
@@ -92,7 +124,7 @@ def test_an_engine_of_another_student_is_refused(
             students=[students["bitfit"]],
             engine=engine,
             prompts=MANY,
-            reference=None,
+            metrics=Metrics(),
         )
 
 
@@ -104,7 +136,7 @@ def test_more_samples_than_prompts(tiny_files: ModelFiles, students: dict[str, P
             students=[students["lora"]],
             engine=engine,
             prompts=MANY,
-            reference=None,
+            metrics=Metrics(),
         )
 
 
@@ -115,6 +147,8 @@ def test_wrong_settings() -> None:
         ({"batch_sizes": ()}, "--batch-sizes"),
         ({"samples": 1}, "--samples 1"),
         ({"sampler": "x"}, "unknown sampler"),
+        ({"alternatives": True, "samples": 0}, "leave --speed-only out"),
+        ({"alternatives": True, "steps": 1}, "--steps of at least 2"),
     ):
         with pytest.raises(InputError, match=message):
             BenchConfig(**changes)
@@ -130,13 +164,12 @@ def test_default_batch_sizes() -> None:
     assert BenchConfig(batch_sizes=(4, 1, 4)).batch_sizes_on(torch.device("cpu")) == (1, 4)
 
 
-def test_background_accuracy() -> None:
+def test_backgrounds_are_told_by_their_prompts() -> None:
     images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
     images[0, 0] = 222
     images[1] = 255
     prompts = ["x on a red background", "x on a blue background", "just x"]
-    assert background_accuracy(prompts, images) == 0.5
-    assert background_accuracy(["just x"], images[:1]) is None
+    assert backgrounds(prompts, images).tolist() == [1, 0, -1]
 
 
 def test_a_range_student_is_judged_at_the_guidance_asked_for(
@@ -154,7 +187,7 @@ def test_a_range_student_is_judged_at_the_guidance_asked_for(
             students=[tmp_path / "student"],
             engine=tmp_path / "engine",
             prompts=list(PROMPTS),
-            reference=None,
+            metrics=Metrics(),
             device="cpu",
         )
 

@@ -5,8 +5,11 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from boostdiff.cli import main
+from PIL import Image
+from tiny import PROMPTS
 
 
 def run(arguments: list[object], monkeypatch: pytest.MonkeyPatch) -> int:
@@ -49,6 +52,16 @@ def test_random_weights_then_compare(
         (["--random-weights", "--speed-only", "--model", "missing"], "also sd15, sd21-base"),
         (["--batch-sizes", "1;2"], "no list of whole numbers"),
         (["--compare", "a.json", "b.json"], "can't read a.json"),
+        (["--reference", "missing"], "there is no reference folder missing"),
+        (["--reference", ".", "--reference-size", "0"], "--reference-size must be at least 8"),
+        (["--captions", "missing.json"], "can't read the prompt file missing.json"),
+        (["--inception-weights", "missing.pt"], "no file of Inception weights missing.pt"),
+        (["--alternatives", "--speed-only"], "leave --speed-only out"),
+        (["--table1", "--alternatives"], "go neither with"),
+        (["--table1", "--table1-samplers", "ddim,magic"], "unknown sampler 'magic'"),
+        (["--sweep", "1;2"], "no list of numbers"),
+        (["--sweep", "0"], "must be at least 1"),
+        (["--table1", "--model", "sd15"], "there is no model"),
     ],
 )
 def test_wrong_input_ends_in_one_line(
@@ -64,3 +77,77 @@ def test_wrong_input_ends_in_one_line(
     assert shown.startswith("boostdiff: error: ")
     assert shown.count("\n") == 1
     assert says in shown
+
+
+@pytest.fixture(scope="module")
+def workplace(tiny_folder: Path, students: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student of the tiny model, four captions, and folders of real images, one of them of mixed sizes."""
+    folder = tmp_path_factory.mktemp("workplace")
+    shutil.copytree(students["lora"], folder / "outputs/student")
+    captions = {"annotations": [{"image_id": i, "caption": prompt} for i, prompt in enumerate(PROMPTS)]}
+    (folder / "captions.json").write_text(json.dumps(captions))
+    random = np.random.default_rng(0)
+    for name, sizes in (("real", [(20, 30)]), ("mixed", [(20, 30), (30, 20)]), ("few", [(20, 30)])):
+        (folder / name).mkdir()
+        for i in range(19 if name == "few" else 24):
+            pixels = random.integers(0, 256, (*sizes[i % len(sizes)], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i:02}.png")
+    return folder
+
+
+def tables(workplace: Path, tiny_folder: Path, *arguments: object) -> list[object]:
+    base = ["--model", tiny_folder, "--captions", "captions.json", "--samples", 4, "--device", "cpu"]
+    return [*base, "--sweep", "1,3", "--steps", 2, *arguments]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--reference", "mixed"], "mixes image sizes (30x20, and 01.png has 20x30): pass --reference-size"),
+        (["--reference", "few"], "holds 19 images: at least 20 are needed"),
+        (["--reference", "captions.json"], "can't read the reference captions.json"),
+        (["--reference", "real", "--samples", 5], "needs as many prompts: there are 4"),
+        (["--reference", "real", "--clip", "missing"], "can't load the CLIP model 'missing'"),
+        (["--reference", "real", "--inception-weights", "captions.json"], "can't read the Inception weights"),
+        ([], "pass --reference DIR"),
+        (["--reference", "real", "--student", "outputs/student", "--student", "outputs/student"], "given twice"),
+        (["--reference", "real", "--speed-only"], "leave --speed-only out"),
+    ],
+)
+def test_wrong_data_ends_in_one_line(
+    workplace: Path,
+    tiny_folder: Path,
+    arguments: list[object],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(workplace)
+    assert run(tables(workplace, tiny_folder, *arguments), monkeypatch) == 2
+    shown = capfd.readouterr().err
+    assert shown.startswith("boostdiff: error: ")
+    assert shown.count("\n") == 1
+    assert says in shown
+
+
+def test_a_sweep_of_captions_against_a_folder(
+    workplace: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    wanted = tables(workplace, tiny_folder, "--reference", "mixed", "--reference-size", 24, "--json")
+    assert run(wanted, monkeypatch) == 0
+    first = json.loads(capfd.readouterr().out)["sweep"]
+    assert first["reference_images"] == 22
+    assert [(cell["row"], cell["guidance"]) for cell in first["cells"]] == [
+        ("teacher", 1.0),
+        ("teacher", 3.0),
+        ("student lora", 3.0),
+    ]
+    output = workplace / "outputs/bench"
+    assert {path.name for path in output.iterdir()} == {"cache", "sweep.md", "sweep.json", "sweep.html"}
+    shards = {path: path.stat().st_mtime_ns for path in (output / "cache").iterdir()}
+    assert len(shards) == 3
+    assert run(wanted, monkeypatch) == 0
+    again = json.loads(capfd.readouterr().out)["sweep"]
+    assert again["cells"] == first["cells"]
+    assert {path: path.stat().st_mtime_ns for path in (output / "cache").iterdir()} == shards

@@ -16,9 +16,9 @@ def estimate(value: float, half: float) -> dict[str, float]:
 def report() -> dict[str, Any]:
     ratio = {"slower": "torch teacher", "faster": "torch student", "part": "images", "batch_size": 8, "ceiling": 1.9}
     row = {"runner": "torch", "way": "student", "batch_size": 8, "images_per_second": estimate(10, 1)}
-    image = dict.fromkeys(("recovered", "kid", "precision", "recall", "paired", "background"))
+    image = dict.fromkeys(("recovered", "kid", "precision", "recall", "paired", "background", "clip"))
     return {
-        "schema_version": 2,
+        "schema_version": 3,
         "speed": {"ratios": [ratio | {"estimate": estimate(1.8, 0.1)}], "rows": [row]},
         "quality": {
             "rows": [image | {"name": "student lora", "distance": 220.0, "distance_interval": None, "recall": 0.5}]

@@ -12,8 +12,8 @@ from boostdiff.benchmarks.features import (
     frechet_distance,
     kernel_distance,
     paired_distance,
-    reference_from_folder,
 )
+from boostdiff.benchmarks.reference import reference_from_folder
 from boostdiff.engine.errors import InputError
 from PIL import Image
 from scipy.linalg import sqrtm

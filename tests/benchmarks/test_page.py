@@ -73,21 +73,21 @@ def test_the_verdict_comes_first(page: Page, result: BenchResult) -> None:
     assert shown.index("h1") < shown.index("p") < shown.index("table")
     assert page.all("p")[0]["class"] == "verdict"
     assert page.text["p"][0] == result.verdict()
-    assert page.text["h2"] == ["Speed", "Quality", "Pictures", "Protocol", "Provenance"]
+    assert page.text["h2"] == ["Speed", "Quality", "Without training", "Pictures", "Protocol", "Provenance"]
 
 
 def test_every_picture_has_its_own_alternative_text(page: Page, result: BenchResult) -> None:
     texts = [image["alt"] for image in page.all("img")]
     assert all(texts)
-    # Two plots; then four ways of sampling each prompt, whose texts repeat only because these prompts do.
-    assert len(texts) == 2 + 4 * GRID_ROWS
+    # Three plots; then four ways of sampling each prompt, whose texts repeat only because these prompts do.
+    assert len(texts) == 3 + 4 * GRID_ROWS
     assert f"student bitfit: {result.prompts[0]}" in texts
 
 
 def test_tables_sort_by_buttons(page: Page) -> None:
     sortable = [table for table in page.all("table") if table.get("class") == "sortable"]
-    assert len(sortable) == 3
-    assert len(page.all("button")) == 5 + 12 + 10
+    assert len(sortable) == 4
+    assert len(page.all("button")) == 5 + 14 + 11 + 8
     assert all(text.strip() for text in page.text["button"])
     assert len(page.all("th")) == len(page.all("button")) + 5
 

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from boostdiff.benchmarks.bench import BenchConfig, bench_random
+from boostdiff.benchmarks.bench import bench_random
+from boostdiff.benchmarks.config import BenchConfig
 from boostdiff.benchmarks.random_weights import CONFIGS, locate_configs, random_model
 from boostdiff.engine.errors import InputError
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -41,8 +42,8 @@ def test_speed_from_configurations_alone(configs: Path) -> None:
     result = bench_random(
         locate_configs(str(configs)), BenchConfig(steps=2, runs=3, samples=0, batch_sizes=(1, 2)), device="cpu"
     )
-    assert {row.runner for row in result.speed.rows} == {"torch"}
-    assert len(result.speed.rows) == 6
+    assert {row.runner for row in result.speed.rows} == {"torch", "stock diffusers"}
+    assert len(result.speed.rows) == 8
     assert result.quality is None
     assert result.provenance["weights"] == "random"
     with pytest.raises(InputError, match="--speed-only"):

@@ -65,6 +65,8 @@ def test_reports_follow_the_schema(written_report: dict[str, Any]) -> None:
         (("schema_version",), 1),
         (("speed", "rows", 0, "way"), "other"),
         (("speed", "rows", 0, "latency", "runs"), 0),
+        (("speed", "rows", 0, "peak_share"), -0.1),
+        (("speed", "peaks"), None),
         (("speed", "ratios", 0, "estimate", "low"), "1"),
         (("quality", "rows", 0, "recall"), 1.5),
         (("quality", "rows", 0, "new"), 1),

@@ -1,0 +1,167 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from boostdiff.benchmarks.config import BenchConfig
+from boostdiff.benchmarks.features import EfficientNetLite0Features, Reference, features_of, frechet_distance
+from boostdiff.benchmarks.grid_report import grid_table, markdown, terminal_grids, write_grids
+from boostdiff.benchmarks.judging import Metrics
+from boostdiff.benchmarks.random_weights import locate_configs
+from boostdiff.benchmarks.table1 import PAPER, Cell, Grid, GridConfig, measure_grids, papers_rows, parse_sweep
+from boostdiff.engine.errors import InputError
+from boostdiff.engine.generate import generate, to_uint8
+from boostdiff.engine.guidance import GuidedDenoiser
+from boostdiff.engine.model import load, locate
+from boostdiff.engine.runners import TorchRunner
+from boostdiff.engine.samplers import make_scheduler
+from rich.console import Console
+from tiny import CPU, PROMPTS
+
+MANY = [f"{prompt} {i}" for i in range(2) for prompt in PROMPTS]
+CONFIG = BenchConfig(samples=8, steps=2)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    features = features_of(
+        EfficientNetLite0Features(), torch.randint(0, 256, (30, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    )
+    path = tmp_path_factory.mktemp("reference") / "r.safetensors"
+    Reference.of(features[:20], features[20:]).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def grids(tiny_folder: Path, students: dict[str, Path], reference: Path) -> list[Grid]:
+    measured = measure_grids(
+        locate(str(tiny_folder)),
+        GridConfig(samplers=("ddim", "dpm++", "unipc", "euler"), steps=(2, 3), sweep=(1.0, 3.0, 5.0)),
+        CONFIG,
+        students=[students["lora"], students["bitfit"]],
+        prompts=MANY,
+        metrics=Metrics(reference=reference),
+        device="cpu",
+    )
+    assert measured is not None
+    return measured
+
+
+def test_every_place_of_table_1_is_filled(grids: list[Grid]) -> None:
+    headings, cells = grid_table(grids[0])
+    samplers = ("DDIM", "DPM-Solver++", "UniPC", "Euler")
+    assert headings[1:] == [f"{sampler}, {steps} steps" for sampler in samplers for steps in (2, 3)]
+    assert [row[0] for row in cells] == ["teacher w=3", "teacher w=1", "student lora", "student bitfit"]
+    assert len({cell for row in cells for cell in row[1:]}) > 24
+    for cell in grids[0].cells:
+        assert cell.interval is not None
+        assert cell.interval.low < cell.distance < cell.interval.high
+        assert cell.cost == cell.steps * (1 + (cell.row == "teacher w=3"))
+        # The tiny model is not the paper's.
+        assert cell.paper is None
+
+
+def test_a_cell_is_what_its_settings_give(grids: list[Grid], tiny_folder: Path, reference: Path) -> None:
+    model = load(locate(str(tiny_folder)), device=CPU)
+    images = generate(
+        model,
+        GuidedDenoiser(TorchRunner(model.unet), 3.0),
+        text=model.family.encode(model.pipeline, MANY),
+        make_scheduler=lambda: make_scheduler("dpm++", model.pipeline.scheduler.config),
+        steps=3,
+        seed=0,
+    )
+    features = features_of(EfficientNetLite0Features(), to_uint8(images))
+    cell = grids[0].place("teacher w=3", "DPM-Solver++, 3 steps")
+    assert cell is not None
+    assert cell.distance == pytest.approx(frechet_distance(Reference.load(reference), features), rel=1e-4)
+
+
+def test_a_sweep_asks_no_student_for_what_it_has_not_learnt(grids: list[Grid]) -> None:
+    headings, cells = grid_table(grids[1])
+    assert headings[1:] == ["w=1", "w=3", "w=5"]
+    shown = {row[0]: [cell != "–" for cell in row[1:]] for row in cells}
+    assert shown == {
+        "teacher": [True, True, True],
+        "student lora": [False, True, False],
+        "student bitfit": [False, True, False],
+    }
+    # The scales that both tables have are the same images.
+    table = grids[0].place("teacher w=3", "DDIM, 2 steps")
+    swept = grids[1].place("teacher", "w=3")
+    assert table is not None
+    assert swept is not None
+    assert table.distance == swept.distance
+
+
+def test_all_forms_show_the_same_figures(grids: list[Grid], tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("{}")
+    write_grids(grids, tmp_path)
+    files = {f"{name}.{kind}" for name in ("table1", "sweep") for kind in ("md", "json", "html")}
+    assert {path.name for path in tmp_path.iterdir()} == files | {"report.json"}
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(terminal_grids(grids))
+    terminal = console.export_text()
+    for grid in grids:
+        text, page = ((tmp_path / f"{grid.name}.{kind}").read_text() for kind in ("md", "html"))
+        values = json.loads((tmp_path / f"{grid.name}.json").read_text())["cells"]
+        assert len(values) == len(grid.cells)
+        for cell in values:
+            figure = f"{cell['distance']:.1f} ["
+            assert figure in text
+            assert figure in page
+            assert figure in terminal
+
+
+def test_the_papers_figures_stand_beside_its_own_model() -> None:
+    cell = Cell(
+        row="student lora",
+        column="DDIM, 20 steps",
+        sampler="ddim",
+        steps=20,
+        guidance=3.0,
+        cost=20,
+        distance=16.04,
+        interval=None,
+        paper=PAPER["student lora", "ddim", 20],
+    )
+    grid = Grid(
+        name="table1",
+        title="Table 1",
+        cells=[cell],
+        images=10,
+        reference_images=20,
+        features="FID",
+        provenance={"model": "x", "seed": 0},
+    )
+    assert "| student lora | 16.0 (paper: FID 15.6) |" in markdown(grid)
+    assert papers_rows(locate_configs("sd21-base"), []) == {"teacher w=3", "teacher w=1"}
+    assert papers_rows(locate_configs("sd15"), []) == set()
+    assert PAPER["teacher w=1", "dpm++", 50] == 28.4
+    assert PAPER["teacher w=3", "ddim", 50] == 14.4
+
+
+def test_wrong_tables(tiny_folder: Path, students: dict[str, Path], reference: Path) -> None:
+    assert parse_sweep("3,1,3") == (3.0, 1.0)
+    with pytest.raises(InputError, match="no list of numbers"):
+        parse_sweep("1;2")
+    with pytest.raises(InputError, match=r"--sweep 0\.5"):
+        GridConfig(sweep=(0.5,))
+    with pytest.raises(InputError, match="unknown sampler 'magic'"):
+        GridConfig(samplers=("magic",))
+    for config, metrics, message in (
+        (CONFIG, Metrics(), "pass --reference DIR"),
+        (BenchConfig(samples=0), Metrics(reference=reference), "leave --speed-only out"),
+        (BenchConfig(samples=9), Metrics(reference=reference), "there are 8"),
+    ):
+        with pytest.raises(InputError, match=message):
+            measure_grids(
+                locate(str(tiny_folder)),
+                GridConfig(),
+                config,
+                students=[students["lora"]],
+                prompts=MANY,
+                metrics=metrics,
+                device="cpu",
+            )
