@@ -19,7 +19,7 @@ from rich.console import Console
 from tiny import CPU, PROMPTS
 
 MANY = [f"{prompt} {i}" for i in range(2) for prompt in PROMPTS]
-CONFIG = BenchConfig(samples=8, steps=2)
+CONFIG = BenchConfig(samples=8, steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def grids(tiny_folder: Path, students: dict[str, Path], reference: Path) -> list[Grid]:
     measured = measure_grids(
         locate(str(tiny_folder)),
-        GridConfig(samplers=("ddim", "dpm++", "unipc", "euler"), steps=(2, 3), sweep=(1.0, 3.0, 5.0)),
+        GridConfig(samplers=("ddim", "dpm++", "unipc", "euler"), steps=(3,), sweep=(1.0, 3.0)),
         CONFIG,
         students=[students["lora"], students["bitfit"]],
         prompts=MANY,
@@ -51,9 +51,9 @@ def grids(tiny_folder: Path, students: dict[str, Path], reference: Path) -> list
 def test_every_place_of_table_1_is_filled(grids: list[Grid]) -> None:
     headings, cells = grid_table(grids[0])
     samplers = ("DDIM", "DPM-Solver++", "UniPC", "Euler")
-    assert headings[1:] == [f"{sampler}, {steps} steps" for sampler in samplers for steps in (2, 3)]
+    assert headings[1:] == [f"{sampler}, 3 steps" for sampler in samplers]
     assert [row[0] for row in cells] == ["teacher w=3", "teacher w=1", "student lora", "student bitfit"]
-    assert len({cell for row in cells for cell in row[1:]}) > 24
+    assert len({cell for row in cells for cell in row[1:]}) > 12
     for cell in grids[0].cells:
         assert cell.interval is not None
         assert cell.interval.low < cell.distance < cell.interval.high
@@ -80,15 +80,15 @@ def test_a_cell_is_what_its_settings_give(grids: list[Grid], tiny_folder: Path, 
 
 def test_a_sweep_asks_no_student_for_what_it_has_not_learnt(grids: list[Grid]) -> None:
     headings, cells = grid_table(grids[1])
-    assert headings[1:] == ["w=1", "w=3", "w=5"]
+    assert headings[1:] == ["w=1", "w=3"]
     shown = {row[0]: [cell != "–" for cell in row[1:]] for row in cells}
     assert shown == {
-        "teacher": [True, True, True],
-        "student lora": [False, True, False],
-        "student bitfit": [False, True, False],
+        "teacher": [True, True],
+        "student lora": [False, True],
+        "student bitfit": [False, True],
     }
     # The scales that both tables have are the same images.
-    table = grids[0].place("teacher w=3", "DDIM, 2 steps")
+    table = grids[0].place("teacher w=3", "DDIM, 3 steps")
     swept = grids[1].place("teacher", "w=3")
     assert table is not None
     assert swept is not None
