@@ -22,9 +22,11 @@ import typer
 from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
 from ..distill.checkpoint import load_training_state, save_training_state
 from ..distill.order import epoch_order
+from ..engine.files import staged_folder
 from . import MODEL_DIR
 from .architecture import (
     BETAS,
@@ -245,6 +247,20 @@ def latents(work: Work = Path("teacher-work"), seed: Seed = 0) -> None:
     print(f"latents: {len(everything)} of {tuple(everything.shape[1:])}, scaling_factor {scale:.4f}")
 
 
+def the_tokenizer(work: Path, artworks: Artworks) -> CLIPTokenizer:
+    """The tokenizer of this work folder, made when it is first needed.
+
+    It must not be made twice: equal captions give token numbers that differ from process to process, as the trainer
+    breaks ties by a hash table's order, and a model that goes on with another tokenizer reads other words.
+    """
+    folder = work / "tokenizer"
+    if not folder.exists():
+        made = make_tokenizer(artworks.caption(i, name) for i in range(len(artworks)) for name in BACKGROUNDS)
+        with staged_folder(folder) as staged:
+            made.save_pretrained(staged)
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
 @app.command()
 def diffusion(
     work: Work = Path("teacher-work"),
@@ -259,7 +275,7 @@ def diffusion(
     artworks = load_artworks(work)
     stored = load_file(work / "latents.safetensors")
     where = device()
-    tokenizer = make_tokenizer(artworks.caption(i, name) for i in range(len(artworks)) for name in BACKGROUNDS)
+    tokenizer = the_tokenizer(work, artworks)
     torch.manual_seed(seed)
     text_encoder, unet = make_text_encoder(tokenizer).to(where), make_unet().to(where)
     # On a CPU, flash attention's backward pass takes longer than plain matrix products at these sizes.
@@ -311,7 +327,7 @@ def save(
 ) -> None:
     """Write the pipeline folder from the newest diffusion checkpoint's EMA weights."""
     artworks = load_artworks(work)
-    tokenizer = make_tokenizer(artworks.caption(i, name) for i in range(len(artworks)) for name in BACKGROUNDS)
+    tokenizer = the_tokenizer(work, artworks)
     state = load_training_state(work / "diffusion.checkpoint.safetensors")
     text_encoder, unet = make_text_encoder(tokenizer), make_unet()
     for key, module in {"text_encoder": text_encoder, "unet": unet}.items():
