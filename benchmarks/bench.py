@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from ..engine.engine import Engine
 from ..engine.errors import BoostDiffError, InputError
 from ..engine.manifest import Manifest, read_manifest
 from ..engine.model import Model, ModelFiles, load, resolve_device
-from ..engine.runners import TorchRunner, available_runners, open_exported
+from ..engine.runners import TorchRunner, available_runners
 from ..engine.samplers import make_scheduler
 from ..engine.student import StudentInfo
 from ..engine.versions import versions
@@ -188,8 +189,8 @@ def bench(
         entrants += _baselines(model, config, opened, student=taking_part[0].unet)
         for name, reason in reasons.items():
             if name != "torch" and reason is None:
-                runner = opened.enter_context(open_exported(name, folder=engine, manifest=manifest, device=target))
-                entrants += [Entrant(way=way, runner=runner) for way in WAYS]
+                exported = opened.enter_context(Engine.load(engine, runner=name, device=device)).model
+                entrants += [Entrant(way=way, runner=exported.unet, parts=exported) for way in WAYS]
         speed = _speed(model, config, entrants, guidance, prompts, report)
     quality = None
     if campaign:

@@ -31,10 +31,12 @@ class Entrant:
     Attributes:
         way: a key of `WAYS`.
         runner: executes the UNet.
+        parts: the text encoder and VAE that go with the runner; None takes the model's own.
     """
 
     way: str
     runner: Runner
+    parts: Model | None = None
 
     @property
     def label(self) -> str:
@@ -62,7 +64,7 @@ class Entrant:
             Seconds by part, as far as they are known, with "total".
         """
         return time_batch(
-            self, model, prompts=prompts, noise=noise, guidance=guidance, scheduler=scheduler, steps=steps
+            self, self.parts or model, prompts=prompts, noise=noise, guidance=guidance, scheduler=scheduler, steps=steps
         )
 
 
