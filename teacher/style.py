@@ -18,11 +18,9 @@ from .dataset import STYLES, Artworks, compose, to_model_range
 from .palette import BACKGROUNDS
 
 STYLE_FILE = "style.safetensors"
-STEPS = 2000
+STEPS = 1200
 BATCH = 64
 PEAK_RATE = 5e-3
-SHIFT = 4
-"""Largest shift of a training image, in pixels."""
 
 
 class StyleNetwork(nn.Module):
@@ -62,7 +60,6 @@ def _training_images(artworks: Artworks, random: np.random.Generator, count: int
     images = to_model_range(compose(artworks.rgba[chosen], colours[:, None, None]))
     if random.random() < 0.5:
         images = images.flip(3)
-    images = images.roll(tuple(random.integers(-SHIFT, SHIFT, size=2, endpoint=True)), dims=(2, 3))
     if random.random() < 0.5:
         images = torch.lerp(images, _blurred(images), random.random())
         noise = torch.from_numpy(random.standard_normal(images.shape, dtype=np.float32))
