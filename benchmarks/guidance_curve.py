@@ -56,11 +56,12 @@ class Point:
 def nearest_scale(features: torch.Tensor, teachers: Mapping[float, torch.Tensor]) -> tuple[float, float]:
     """Effective guidance, and the paired distance at the nearest scale of the grid.
 
-    Between scales it is the lowest point of the parabola through the nearest one and its neighbours.
+    Between scales it is the lowest point of the parabola through the nearest one and its neighbours; beyond the grid it
+    is the grid's end.
 
     Args:
         features: `(N, D)`.
-        teachers: by scale, features `(M, D)` of the same seeds; the first min(N, M) images are compared.
+        teachers: by scale, three or more, features `(M, D)` of the same seeds; the first min(N, M) images are compared.
     """
     scales = sorted(teachers)
     distances = []
@@ -68,11 +69,11 @@ def nearest_scale(features: torch.Tensor, teachers: Mapping[float, torch.Tensor]
         count = min(len(features), len(teachers[scale]))
         distances.append(paired_distance(features[:count], to=teachers[scale][:count]))
     best = int(np.argmin(distances))
-    if not 0 < best < len(scales) - 1:
-        return scales[best], distances[best]
-    around = slice(best - 1, best + 2)
+    middle = min(max(best, 1), len(scales) - 2)
+    around = slice(middle - 1, middle + 2)
     square, linear, _ = np.polyfit(scales[around], distances[around], 2)
-    return float(-linear / (2 * square)), distances[best]
+    lowest = -linear / (2 * square) if square > 0 else scales[best]
+    return float(np.clip(lowest, scales[0], scales[-1])), distances[best]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +229,9 @@ def main(
 ) -> None:
     """Measure."""
     work.mkdir(parents=True, exist_ok=True)
-    wanted = _numbers(scales)
+    wanted, teacher_scales = _numbers(scales), _numbers(grid)
+    if len(teacher_scales) < 3:
+        raise InputError(f"--grid {grid}: at least three scales are needed to tell what lies between them")
     student = student or trained(work / "range", ["--guidance", f"{min(wanted):g}:{max(wanted):g}", *context.args])
     dial = dial or trained(work / "one-scale", ["--guidance", "3", *context.args])
     learnt = read_student(dial).guidance
@@ -237,7 +240,7 @@ def main(
         held_out,
         scales=sorted({1.0, learnt, *wanted}),
         samples=samples,
-        grid=_numbers(grid),
+        grid=teacher_scales,
         paired=min(paired, samples),
     )
     ranged = range_points(held_out, student, scales=wanted, samples=samples, teachers=teachers)

@@ -22,6 +22,9 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """Where neither the user nor the preset says: chosen on `emoji64`, where each takes under 4 minutes on two cores."""
 
+RANGE_UPDATES = 4
+"""How many times as many updates a range student gets: it learns many scales; figures in docs/distillation.md."""
+
 
 def resolve_config(
     *,
@@ -49,11 +52,13 @@ def resolve_config(
     """
     if preset is not None and preset not in PRESETS:
         raise InputError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    defaults = {
+    defaults: dict[str, Any] = {
         **METHOD_DEFAULTS.get(method, METHOD_DEFAULTS["lora"]),
         "precision": "fp32" if on_cpu else "bf16",
         **PRESETS[preset or "default"],
     }
+    if options.get("guidance_max") is not None and "updates" not in PRESETS[preset or "default"]:
+        defaults["updates"] *= RANGE_UPDATES
     if prompts is None and images is None and embedded:
         prompts = teacher.TRAIN_PROMPTS
     given = {name: value for name, value in options.items() if value is not None}

@@ -10,6 +10,7 @@ from boostdiff.distill.data import Trajectories
 from boostdiff.distill.loop import Observers
 from boostdiff.distill.objective import NoiseSchedule, guidance_weight
 from boostdiff.distill.order import Share
+from boostdiff.distill.presets import RANGE_UPDATES, resolve_config
 from boostdiff.distill.train import count_parameters, distil
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.guidance import SinglePassDenoiser, combine, guidance_embedding, smooth_columns
@@ -144,6 +145,17 @@ def test_guidance_on_the_command_line(text: str, expected: tuple[float, float | 
             parse_guidance(text)
     else:
         assert parse_guidance(text) == expected
+
+
+@pytest.mark.parametrize(("preset", "times"), [(None, RANGE_UPDATES), ("default", RANGE_UPDATES), ("paper", 1)])
+def test_a_range_is_trained_longer_unless_told_otherwise(preset: str | None, times: int) -> None:
+    def updates(**options: float | None) -> int:
+        return resolve_config(
+            preset=preset, on_cpu=True, embedded=True, method="lora", prompts=None, images=None, guidance=1.5, **options
+        ).updates
+
+    assert updates(guidance_max=7.5) == times * updates(guidance_max=None)
+    assert updates(guidance_max=7.5, updates=7) == 7
 
 
 def test_a_reversed_range() -> None:
