@@ -318,6 +318,10 @@ def export(
     diffusers: Annotated[
         bool, typer.Option("--diffusers", help="Also write the merged UNet for UNet2DConditionModel.from_pretrained.")
     ] = False,
+    refit: Annotated[
+        Path | None,
+        typer.Option("--refit", help="Put the weights into the refittable engines of this folder; needs their GPU."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Export again even if nothing has changed.")] = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -340,7 +344,16 @@ def export(
     )
     files = locate(model)
     with console.status("exporting"):
-        manifest = run(files, config, student=student, output=output, device=device, force=force, report=console.print)
+        manifest = run(
+            files,
+            config,
+            student=student,
+            output=output,
+            device=device,
+            force=force,
+            refit=refit,
+            report=console.print,
+        )
     if as_json:
         _print_json(asdict(manifest))
         return

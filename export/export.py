@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .graph import FP16_TOLERANCE, FP32_TOLERANCE, compare, graph_signature, onn
 from .merge import TIMESTEPS, merge_in_place
 from .parts import Part, keep_attention_in_fp32, latent_sizes, text_encoder_part, unet_part, vae_decoder_part
 from .plan import Flavour, choose_flavour, plan_from_onnx
+from .refit import plan_by_refit, refittable_engine
 
 CHECK_PROMPTS = ("a photo of a red apple on a table", "noto emoji of octopus on a light blue background")
 
@@ -34,6 +36,7 @@ def export(
     output: Path,
     device: str = "auto",
     force: bool = False,
+    refit: Path | None = None,
     report: Callable[[str], None] = lambda message: None,
 ) -> Manifest:
     """Merge, export, compare, and only then give the folder its name.
@@ -47,6 +50,7 @@ def export(
             `model_index.json`; and `manifest.json`.
         device: where the reference runs.
         force: export again even if nothing has changed.
+        refit: an engine whose plans get the new weights, instead of being built anew; may be `output` itself.
         report: told of each stage in words.
 
     Returns:
@@ -64,6 +68,11 @@ def export(
     prepare_output(output)
     target = resolve_device(device)
     manifest = _intended(files, info, config, flavour)
+    source = None
+    if refit is not None:
+        if not (config.trt and config.refittable):
+            raise InputError("--refit is about refittable TensorRT plans: pass --trt --refittable with it")
+        source = partial(plan_by_refit, refit, refittable_engine(refit, config, manifest.inputs))
     if not force and (standing := standing_engine(output, manifest)):
         report(f"nothing has changed since the export in {output}")
         return standing
@@ -85,7 +94,7 @@ def export(
         for part in _parts(model, config, precisions):
             _export_part(part, folder, manifest, precisions, report)
             if flavour is not None:
-                _export_plan(part, folder, manifest, config, flavour, report)
+                _export_plan(part, folder, manifest, config, flavour, source, report)
         manifest.write(folder)
     return manifest
 
@@ -210,24 +219,28 @@ def _export_plan(
     manifest: Manifest,
     config: ExportConfig,
     flavour: Flavour,
+    source: Callable[[Path, Path], dict[str, Any]] | None,
     report: Callable[[str], None],
 ) -> None:
-    if part.name == "unet":
+    if part.name == "unet" and source is None:
         report(f"building with {flavour.name}: {flavour.reason}")
     graphs = [folder / name for name in manifest.artefacts if name.startswith(f"{part.name}/model.")]
     graph = graphs[-1]
     plan = graph.with_name("model.plan")
-    entry: dict[str, Any] = {
-        "precision": manifest.artefacts[f"{part.name}/{graph.name}"]["precision"],
-        **plan_from_onnx(
-            graph,
-            plan,
-            flavour=flavour,
-            profile=part.profile,
-            refittable=config.refittable,
-            workspace_gb=config.workspace_gb,
-        ),
-    }
+    if source is not None:
+        entry = source(graph, plan)
+    else:
+        entry = {
+            "precision": manifest.artefacts[f"{part.name}/{graph.name}"]["precision"],
+            **plan_from_onnx(
+                graph,
+                plan,
+                flavour=flavour,
+                profile=part.profile,
+                refittable=config.refittable,
+                workspace_gb=config.workspace_gb,
+            ),
+        }
     manifest.artefacts[f"{part.name}/{plan.name}"] = entry
     size = f"{part.name}: plan of {plan.stat().st_size / 1e6:.1f} MB"
     try:

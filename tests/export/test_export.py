@@ -288,3 +288,48 @@ def test_a_size_that_the_model_can_not_make(tiny_files: ModelFiles, students: di
             tiny_files, ExportConfig(size=(18, 18, 18)), student=students["lora"], output=tmp_path / "e", device="cpu"
         )
     assert not (tmp_path / "e").exists()
+
+
+def test_refits_that_can_not_be_done(copied: Path, tiny_files: ModelFiles, students: dict[str, Path]) -> None:
+    before = {path: sha256_of(path) for path in copied.rglob("*") if path.is_file()}
+
+    def refit(config: ExportConfig) -> None:
+        export(tiny_files, config, student=students["bitfit"], output=copied, device="cpu", refit=copied)
+
+    with pytest.raises(InputError, match="pass --trt --refittable"):
+        refit(ExportConfig())
+    with pytest.raises(InputError, match="can't take other weights"):
+        refit(ExportConfig(trt=True, refittable=True))
+    assert {path: sha256_of(path) for path in copied.rglob("*") if path.is_file()} == before
+    manifest = read_manifest(copied)
+    for name, about in manifest.artefacts.items():
+        if name.endswith(".plan"):
+            about["refittable"] = True
+    manifest.write(copied)
+    with pytest.raises(InputError, match="another --batch"):
+        refit(ExportConfig(trt=True, refittable=True, batch=(1, 1, 1)))
+    if not torch.cuda.is_available():
+        with pytest.raises(BoostDiffError, match="needs an NVIDIA GPU"):
+            refit(ExportConfig(trt=True, refittable=True))
+    manifest.inputs["vae"] = "another"
+    manifest.write(copied)
+    with pytest.raises(InputError, match=r"another model \(vae differ"):
+        refit(ExportConfig(trt=True, refittable=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="plans run on NVIDIA GPUs alone")
+def test_a_refitted_engine_draws_what_a_built_one_draws(
+    tiny_files: ModelFiles, students: dict[str, Path], tmp_path: Path
+) -> None:
+    """A, refitted to B, and back: A's images again."""
+    config = ExportConfig(trt=True, refittable=True)
+
+    def images(student: str, refit: Path | None) -> np.ndarray:
+        export(tiny_files, config, student=students[student], output=tmp_path / "e", device="cuda", refit=refit)
+        with Engine.load(tmp_path / "e", runner="tensorrt") as engine:
+            return np.stack([np.asarray(image).astype(int) for image in engine(PROMPTS, steps=4)])
+
+    first = images("lora", None)
+    other = images("bitfit", tmp_path / "e")
+    assert np.abs(other - first).max() > 8
+    assert np.abs(images("lora", tmp_path / "e") - first).max() <= 2
