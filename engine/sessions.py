@@ -90,12 +90,13 @@ class OnnxSession(Session):
 
     kind = "onnx"
 
-    def __init__(self, path: Path, *, device: torch.device) -> None:
+    def __init__(self, path: Path, *, device: torch.device, lean: bool = False) -> None:
         """Open a graph.
 
         Args:
             path: an ONNX file, already verified.
             device: "cpu" or "cuda".
+            lean: keep no second copy of the weights, neither packed for speed nor, of an FP16 graph on a CPU, in FP32.
 
         Raises:
             BoostDiffError: ONNX Runtime is missing, can't use the device, or can't load the graph.
@@ -110,9 +111,16 @@ class OnnxSession(Session):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
+        left_out = []
+        if lean:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.enable_cpu_mem_arena = False
+            left_out = ["ConstantFolding"]
         settings = {"device_id": device.index or 0} if device.type == "cuda" else {}
         try:
-            self._session: Any = onnxruntime.InferenceSession(path, options, providers=[(provider, settings)])
+            self._session: Any = onnxruntime.InferenceSession(
+                path, options, providers=[(provider, settings)], disabled_optimizers=left_out
+            )
         except Exception as error:
             # The C++ side raises its own types, none of them exported under a common base.
             raise BoostDiffError(f"ONNX Runtime can't load {path}: {str(error).splitlines()[0]}") from None

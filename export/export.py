@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -21,8 +20,16 @@ from ..engine.versions import versions
 from .config import ExportConfig
 from .graph import FP16_TOLERANCE, FP32_TOLERANCE, compare, graph_signature, onnx_from_part
 from .merge import TIMESTEPS, merge_in_place
-from .parts import Part, keep_attention_in_fp32, latent_sizes, text_encoder_part, unet_part, vae_decoder_part
-from .plan import Flavour, choose_flavour, plan_from_onnx
+from .parts import (
+    Part,
+    give_back_memory,
+    keep_attention_in_fp32,
+    latent_sizes,
+    text_encoder_part,
+    unet_part,
+    vae_decoder_part,
+)
+from .plan import Flavour, choose_flavour, plan_from_onnx, plan_in_a_process
 from .refit import plan_by_refit, refittable_engine
 
 CHECK_PROMPTS = ("a photo of a red apple on a table", "noto emoji of octopus on a light blue background")
@@ -202,11 +209,11 @@ def _export_part(
             **graph_signature(graphs[precision]),
         }
     # Sessions and builders of large models need the memory.
-    del part.module
-    gc.collect()
+    part.release()
     for precision, path in graphs.items():
-        with OnnxSession(path, device=torch.device("cpu")) as session:
+        with OnnxSession(path, device=torch.device("cpu"), lean=part.large) as session:
             check = compare(session, part, tolerance=FP16_TOLERANCE if precision == "fp16" else FP32_TOLERANCE)
+        give_back_memory()
         manifest.artefacts[f"{part.name}/{path.name}"]["check"] = check
         report(
             f"{part.name}: ONNX {precision.upper()} differs from torch by {check['relative']:.1e} of the output's scale"
@@ -232,7 +239,7 @@ def _export_plan(
     else:
         entry = {
             "precision": manifest.artefacts[f"{part.name}/{graph.name}"]["precision"],
-            **plan_from_onnx(
+            **(plan_in_a_process if part.large else plan_from_onnx)(
                 graph,
                 plan,
                 flavour=flavour,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import ctypes
+import gc
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,6 +57,7 @@ class Part:
         profile: by input the smallest, best and largest shape of a plan.
         cases: what its graphs are compared on.
         half: whether it may run in FP16.
+        large: whether memory is a concern.
     """
 
     name: str
@@ -66,10 +69,10 @@ class Part:
     cases: list[Case]
     half: bool = True
 
-    @property
-    def parameters(self) -> int:
-        """How many weights it has."""
-        return sum(p.numel() for p in self.module.parameters())
+    large: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.large = sum(p.numel() for p in self.module.parameters()) >= SMALL
 
     @torch.inference_mode()
     def settle(self) -> None:
@@ -78,12 +81,30 @@ class Part:
             results = self.module(**case.inputs)
             case.expected = {name: x.float().cpu() for name, x in zip(self.outputs, results, strict=True)}
 
+    def release(self) -> None:
+        """Give the module's memory back to the system, once it was exported: the exporter's caches hold on to it."""
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            storage = tensor.untyped_storage()
+            if storage.resizable():
+                storage.resize_(0)
+        del self.module
+        give_back_memory()
+
     def to_half(self) -> None:
         """Cast weights and inputs to FP16, but for timesteps, which go up to 1000 in fractions."""
         self.module.half()
         self.inputs = {
             name: x.half() if x.is_floating_point() and name != "timestep" else x for name, x in self.inputs.items()
         }
+
+
+def give_back_memory() -> None:
+    """Collect garbage, and where the C library would keep what was freed for itself (glibc), make it let go."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 class _Unet(torch.nn.Module):
@@ -298,8 +319,3 @@ def keep_attention_in_fp32(modules: Iterable[torch.nn.Module]) -> bool:
             module.set_attn_processor(AttnProcessor())
             wanted = True
     return wanted
-
-
-def megabytes(part: Part, precision: str) -> float:
-    """Size of its weights."""
-    return math.ceil(part.parameters * (2 if precision == "fp16" else 4) / 1e6)

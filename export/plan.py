@@ -7,9 +7,12 @@ without a GPU, for the compute capabilities that it is told.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
-from dataclasses import dataclass
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +136,53 @@ def plan_from_onnx(
         "refittable": refittable,
         **graph_signature(graph),
     }
+
+
+def plan_in_a_process(
+    graph: Path,
+    plan: Path,
+    *,
+    flavour: Flavour,
+    profile: dict[str, list[tuple[int, ...]]],
+    refittable: bool = False,
+    workspace_gb: float | None = None,
+) -> dict[str, Any]:
+    """As `plan_from_onnx`, in a process of its own: what a large build took goes back to the system with it.
+
+    Raises:
+        BoostDiffError: see `plan_from_onnx`; or the process died, as one that is out of memory does.
+    """
+    request = {
+        "graph": str(graph),
+        "plan": str(plan),
+        "flavour": asdict(flavour),
+        "profile": profile,
+        "refittable": refittable,
+        "workspace_gb": workspace_gb,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "boostdiff.export.plan"], input=json.dumps(request), capture_output=True, text=True
+    )
+    try:
+        answer = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        last = (done.stderr.strip().splitlines() or ["without a word"])[-1]
+        raise BoostDiffError(f"{flavour.name} died while it built the {plan.parent.name}'s plan: {last}") from None
+    if "error" in answer:
+        raise BoostDiffError(answer["error"])
+    return answer
+
+
+def _build_as_requested() -> None:
+    request = json.loads(sys.stdin.read())
+    try:
+        answer = plan_from_onnx(
+            Path(request.pop("graph")), Path(request.pop("plan")), flavour=Flavour(**request.pop("flavour")), **request
+        )
+    except BoostDiffError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    _build_as_requested()

@@ -2,6 +2,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from boostdiff.export.export import export, standing_engine
 from boostdiff.export.graph import compare
 from boostdiff.export.merge import merge
 from boostdiff.export.parts import Part, unet_part
+from boostdiff.export.plan import Flavour, plan_in_a_process
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from tiny import CPU, PROMPTS
 
@@ -333,3 +335,17 @@ def test_a_refitted_engine_draws_what_a_built_one_draws(
     other = images("bitfit", tmp_path / "e")
     assert np.abs(other - first).max() > 8
     assert np.abs(images("lora", tmp_path / "e") - first).max() <= 2
+
+
+def test_a_plan_built_in_a_process_of_its_own(engine: Path, tmp_path: Path) -> None:
+    """It equals the one that was built here but for its bytes, and its errors arrive as one line."""
+    here = read_manifest(engine).artefacts["text_encoder/model.plan"]
+    profile = {name: [tuple(shape) for shape in shapes] for name, shapes in here["profile"].items()}
+    build = partial(plan_in_a_process, flavour=Flavour(name=here["flavour"], reason="a test"), profile=profile)
+    entry = build(engine / "text_encoder/model.fp16.onnx", tmp_path / "model.plan")
+    assert (tmp_path / "model.plan").stat().st_size > 1000
+    assert {key: value for key, value in here.items() if key in entry} == entry | {"reason": here["reason"]}
+    (tmp_path / "broken.onnx").write_bytes(b"no graph")
+    with pytest.raises(BoostDiffError, match=r"can't build a plan from broken\.onnx"):
+        build(tmp_path / "broken.onnx", tmp_path / "broken.plan")
+    assert not (tmp_path / "broken.plan").exists()
