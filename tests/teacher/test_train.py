@@ -1,11 +1,13 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from boostdiff.engine.files import json_lines
 from boostdiff.teacher.architecture import make_unet, make_vae
+from boostdiff.teacher.dataset import Artworks
 from boostdiff.teacher.measure import training_log
-from boostdiff.teacher.train import learning_rate_factor, optimise, step_generator
+from boostdiff.teacher.train import learning_rate_factor, optimise, step_generator, the_tokenizer
 
 
 def test_the_schedule_warms_up_stays_and_decays() -> None:
@@ -66,3 +68,23 @@ def test_networks_have_the_documented_size() -> None:
     vae = make_vae()
     assert sum(p.numel() for p in vae.parameters()) == pytest.approx(0.65e6, rel=0.01)
     assert vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mean.shape == (1, 4, 16, 16)
+
+
+def test_a_work_folder_keeps_its_tokenizer(tmp_path: Path) -> None:
+    """A run that goes on must number the words as the run before it did."""
+
+    def artworks(*names: str) -> Artworks:
+        count = len(names)
+        return Artworks(
+            rgba=np.zeros((count, 64, 64, 4), dtype=np.uint8),
+            styles=("noto",) * count,
+            names=names,
+            held_out=np.zeros(count, dtype=bool),
+        )
+
+    caption = "noto emoji of octopus on a light blue background"
+    first = the_tokenizer(tmp_path, artworks("octopus", "red apple"))
+    again = the_tokenizer(tmp_path, artworks("a list", "of quite", "other names"))
+    assert again(caption).input_ids == first(caption).input_ids
+    assert again.get_vocab() == first.get_vocab()
+    assert the_tokenizer(tmp_path / "other", artworks("a list", "of quite")).get_vocab() != first.get_vocab()
