@@ -71,10 +71,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether an error says that no more can be written; safetensors wraps the system's in one of its own."""
+    """Whether an error says that no more can be written.
+
+    safetensors wraps the system's error in one of its own, numpy's `tofile` keeps no number of it.
+    """
     number = getattr(error, "errno", None)
     if number is None and (found := re.search(r"os error (\d+)", str(error))):
         number = int(found[1])
+    if number is None and isinstance(error, OSError):
+        return bool(re.search(r"problem writing element|\d+ requested and \d+ written", str(error)))
     return number in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

@@ -154,7 +154,8 @@ def open_session(
         folder: the engine folder.
         manifest: its manifest.
         device: for ONNX Runtime.
-        precision: "fp32" or "fp16", of an ONNX graph; None takes what the device is faster at, if it is there.
+        precision: "fp32" or "fp16", of an ONNX graph; None takes what the device is faster at, if it is there. A part
+            other than the UNet that has no such graph runs in what it has.
 
     Raises:
         InputError: a file is missing or was changed, or the engine has no such precision.
@@ -169,7 +170,10 @@ def open_session(
         for name, about in manifest.artefacts.items()
         if name.startswith(f"{part}/") and name.endswith(".onnx")
     }
-    wanted = [precision] if precision else ["fp32", "fp16"] if device.type == "cpu" else ["fp16", "fp32"]
+    wanted = ["fp32", "fp16"] if device.type == "cpu" else ["fp16", "fp32"]
+    if precision:
+        # Parts that overflow in FP16 are in FP32 alone, whatever the UNet is in.
+        wanted = [precision] if part == "unet" else [precision, *wanted]
     found = next((graphs[name] for name in wanted if name in graphs), None)
     if found is None:
         if not precision or not graphs:

@@ -125,7 +125,8 @@ class _Unet(torch.nn.Module):
             "sample": sample,
             "timestep": timestep,
             "encoder_hidden_states": encoder_hidden_states,
-            "text_embeds": text_embeds,
+            # diffusers concatenates it with sines in FP32: torch promotes, the exported graph would not.
+            "text_embeds": text_embeds if text_embeds is None else text_embeds.float(),
             "time_ids": time_ids,
             "timestep_cond": timestep_cond,
         }
