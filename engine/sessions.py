@@ -111,6 +111,8 @@ class OnnxSession(Session):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
+        # Threads of one session that wait busily for its next run would hold up the others, and torch.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         left_out = []
         if lean:
             options.add_session_config_entry("session.disable_prepacking", "1")

@@ -164,4 +164,9 @@ def test_two_processes_share_the_shards(
     contestant = Lineup(model=tiny, sampler="ddim", steps=2).teacher(3.0)
     together = campaign.sampled(contestant)
     assert len(list(cache.glob("*.safetensors"))) == 8
-    torch.testing.assert_close(together.features, replace(campaign, cache=None).sampled(contestant).features)
+    # One thread there, several here: a pixel may round to its neighbour, which other images are far beyond.
+    alone = replace(campaign, cache=None)
+    expected = alone.sampled(contestant).features
+    unlike = alone.sampled(Lineup(model=tiny, sampler="ddim", steps=2).teacher(1.0)).features
+    difference = (together.features - expected).abs().mean()
+    assert difference < 0.02 * (unlike - expected).abs().mean()
