@@ -14,11 +14,10 @@ from diffusers import UNet2DConditionModel
 
 from ..engine.engine import Engine
 from ..engine.errors import BoostDiffError, InputError
-from ..engine.manifest import Manifest, read_manifest
+from ..engine.manifest import read_manifest
 from ..engine.model import Model, ModelFiles, load, resolve_device
 from ..engine.runners import TorchRunner, available_runners
 from ..engine.samplers import make_scheduler
-from ..engine.student import StudentInfo
 from ..engine.versions import versions
 from .baselines import CompiledRunner, StockEntrant, stock_pipeline
 from .config import BenchConfig
@@ -106,13 +105,6 @@ class BenchResult:
         }
 
 
-def _check_engine(manifest: Manifest, info: StudentInfo, engine: Path, student: Path) -> None:
-    if manifest.inputs.get("adapter") != info.adapter_sha256 or manifest.inputs.get("unet") != info.unet_sha256:
-        raise InputError(
-            f"the engine in {engine} was exported from another student than {student}: run `boostdiff export` again"
-        )
-
-
 def bench(
     files: ModelFiles,
     config: BenchConfig,
@@ -147,7 +139,7 @@ def bench(
     """
     manifest = read_manifest(engine)
     infos, guidance = read_students(students, files, config.guidance)
-    _check_engine(manifest, infos[0], engine, students[0])
+    manifest.check_student(infos[0], engine=engine)
     if len(prompts) < config.samples:
         raise InputError(f"--samples {config.samples} needs as many prompts: there are {len(prompts)}")
     target, processes = device_of_process(device)

@@ -105,9 +105,8 @@ class _Drawing:
 @contextmanager
 def _opened(files: ModelFiles, config: DrawConfig, info: StudentInfo | None, device: str) -> Iterator[_Drawing]:
     if info is not None and config.runner != "torch":
-        _check_engine(config, info)
-        engine = Engine.load(config.engine, runner=config.runner, device=device, precision=config.precision)
-        with engine:
+        read_manifest(config.engine).check_student(info, engine=config.engine)
+        with Engine.load(config.engine, runner=config.runner, device=device, precision=config.precision) as engine:
             yield _Drawing(
                 model=engine.model, denoiser=engine.denoiser(config.guidance), text=engine.encode(config.prompts)
             )
@@ -125,14 +124,6 @@ def _opened(files: ModelFiles, config: DrawConfig, info: StudentInfo | None, dev
         denoiser = SinglePassDenoiser(runner, info.choose_guidance(config.guidance))
     text = model.family.encode(model.pipeline, config.prompts, negative_prompt=away_from)
     yield _Drawing(model=model, denoiser=denoiser, text=text)
-
-
-def _check_engine(config: DrawConfig, info: StudentInfo) -> None:
-    if read_manifest(config.engine).inputs.get("adapter") != info.adapter_sha256:
-        raise InputError(
-            f"the engine in {config.engine} was exported from another student than {config.student}: "
-            "run `boostdiff export` again"
-        )
 
 
 def draw(

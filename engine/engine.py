@@ -6,12 +6,11 @@ The whole pipeline runs from the engine folder: no torch module and no model fol
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -27,8 +26,9 @@ from .guidance import Denoiser, SinglePassDenoiser
 from .manifest import Manifest, read_manifest, verified_file
 from .model import Model, ModelFiles, resolve_device
 from .parts import ExportedTextEncoder, ExportedVaeDecoder
-from .runners import available_runners, open_exported, open_session
+from .runners import GraphRunner, available_runners, open_session
 from .samplers import make_scheduler
+from .sessions import Closing, Session
 from .student import choose_guidance
 
 
@@ -53,7 +53,7 @@ class Step:
         return to_pil(decode(self.model, self.latents))
 
 
-class Engine:
+class Engine(Closing):
     """An exported student, ready to draw. A context manager; `close` frees what it holds.
 
     Attributes:
@@ -97,24 +97,13 @@ class Engine:
             session = partial(
                 open_session, runner, folder=folder, manifest=manifest, device=target, precision=precision
             )
-            exported = partial(
-                open_exported, runner, folder=folder, manifest=manifest, device=target, precision=precision
-            )
-            model = _assemble(folder, manifest, session=session, exported=exported, opened=stack)
+            model = _assemble(folder, manifest, lambda part: stack.enter_context(session(part)))
             return cls(manifest=manifest, model=model, opened=stack.pop_all())
 
     @property
     def runner(self) -> str:
         """The name of what executes it."""
         return self.model.unet.name
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free sessions and their memory."""
@@ -201,19 +190,17 @@ class Engine:
         return make_scheduler(sampler, self.model.pipeline.scheduler.config)
 
 
-def _assemble(folder: Path, manifest: Manifest, *, session: Any, exported: Any, opened: ExitStack) -> Model:
-    """A stock pipeline of exported parts."""
+def _assemble(folder: Path, manifest: Manifest, opened: Callable[[str], Session]) -> Model:
+    """A stock pipeline of exported parts; `opened` gives a part's session."""
     index = read_json(folder / "model_index.json")
     family = family_of(index)
     components: dict[str, Any] = {}
     for name, tokenizer in zip(family.text_encoders, family.tokenizers, strict=True):
-        encoder = opened.enter_context(session(name))
-        components[name] = ExportedTextEncoder(encoder, config=read_json(folder / name / "config.json"))
+        components[name] = ExportedTextEncoder(opened(name), config=read_json(folder / name / "config.json"))
         components[tokenizer] = CLIPTokenizer.from_pretrained(folder / tokenizer, local_files_only=True)
     vae_config = read_json(folder / "vae_decoder" / "config.json")
-    decoder = opened.enter_context(session("vae_decoder"))
-    components["vae"] = ExportedVaeDecoder(decoder, config=vae_config, max_batch=manifest.decoder_batch())
-    components["unet"] = opened.enter_context(exported())
+    components["vae"] = ExportedVaeDecoder(opened("vae_decoder"), config=vae_config)
+    components["unet"] = GraphRunner(opened("unet"), unet_config=manifest.unet_config)
     components["scheduler"] = _scheduler_from(folder, index)
     pipeline = family.assemble(components)
     pipeline.set_progress_bar_config(disable=True)

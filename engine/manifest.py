@@ -13,6 +13,7 @@ from typing import Any
 
 from .errors import InputError
 from .files import read_json, sha256_of, write_json
+from .student import StudentInfo
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 2
@@ -53,10 +54,14 @@ class Manifest:
         """The files that are neither graphs nor plans: what stands around them, down to the tokenizers' words."""
         return [name for name in self.files if not any(name == a or name.startswith(f"{a}.") for a in self.artefacts)]
 
-    def decoder_batch(self) -> int:
-        """How many images the VAE decoder takes at once."""
-        profile = self.artefacts.get("vae_decoder/model.plan", {}).get("profile")
-        return profile["latent_sample"][2][0] if profile else 64
+    def check_student(self, student: StudentInfo, *, engine: Path) -> None:
+        """Refuse another student than the one that was exported into the folder `engine`.
+
+        Raises:
+            InputError: the engine is another student's.
+        """
+        if (self.inputs.get("adapter"), self.inputs.get("unet")) != (student.adapter_sha256, student.unet_sha256):
+            raise InputError(f"the engine in {engine} was exported from another student: run `boostdiff export` again")
 
     def made_from(self) -> dict[str, Any]:
         """What decides about an export's result: if it is the same, so is the result."""

@@ -58,15 +58,13 @@ class ExportedTextEncoder(torch.nn.Module):
 class ExportedVaeDecoder:
     """The decoding half of an `AutoencoderKL` as a session."""
 
-    def __init__(self, session: Session, *, config: dict[str, Any], max_batch: int) -> None:
+    def __init__(self, session: Session, *, config: dict[str, Any]) -> None:
         """Take over a session.
 
         Args:
             session: of a VAE decoder's graph.
             config: the whole VAE's `config.json`.
-            max_batch: images decoded at once.
         """
-        self.max_batch = max_batch
         self.session, self.config = session, FrozenDict(config)
         self.device, self.dtype = session.device, session.input_types["latent_sample"]
 
@@ -78,6 +76,5 @@ class ExportedVaeDecoder:
         batch, _, height, width = latents.shape
         shape = (batch, self.config["out_channels"], factor * height, factor * width)
         image = torch.empty(shape, dtype=self.session.output_types["sample"], device=self.device)
-        for some, decoded in zip(latents.split(self.max_batch), image.split(self.max_batch), strict=True):
-            self.session.run({"latent_sample": some}, {"sample": decoded})
+        self.session.run({"latent_sample": latents}, {"sample": image})
         return DecoderOutput(sample=image) if return_dict else (image,)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import importlib.util
 from abc import ABC, abstractmethod
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -19,13 +18,13 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from .errors import BoostDiffError, InputError
 from .manifest import Manifest, verified_file
-from .sessions import OnnxSession, Session, TensorRTSession, check_plan
+from .sessions import Closing, OnnxSession, Session, TensorRTSession, check_plan
 
 UNET_OUTPUT = "out_sample"
 """Name of the prediction in an exported UNet, as Optimum's pipelines look for it."""
 
 
-class Runner(ABC):
+class Runner(Closing, ABC):
     """Executes a UNet.
 
     Attributes:
@@ -39,17 +38,6 @@ class Runner(ABC):
     config: FrozenDict
     dtype: torch.dtype
     device: torch.device
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Free what the runner holds."""
 
     @abstractmethod
     def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -161,7 +149,11 @@ def open_session(
         InputError: a file is missing or was changed, or the engine has no such precision.
         BoostDiffError: this machine can't run it.
     """
+    if precision not in (None, "fp32", "fp16"):
+        raise InputError(f"unknown precision {precision!r}: choose fp32 or fp16")
     if kind == "tensorrt":
+        if precision:
+            raise InputError("a plan has one precision: choose it with the onnx runner alone")
         name = f"{part}/model.plan"
         path = verified_file(folder, manifest, name)
         return TensorRTSession(path, artefact=manifest.artefacts[name])

@@ -27,20 +27,8 @@ GRAPH_TYPES = {"float": torch.float32, "float16": torch.float16, "int64": torch.
 """Element types of graphs, by ONNX's names."""
 
 
-class Session(ABC):
-    """Executes one exported graph.
-
-    Attributes:
-        kind: "onnx" or "tensorrt".
-        device: where inputs and outputs lie.
-        input_types: what the graph takes.
-        output_types: what it gives.
-    """
-
-    kind: str
-    device: torch.device
-    input_types: dict[str, torch.dtype]
-    output_types: dict[str, torch.dtype]
+class Closing:
+    """A context manager that is closed at its end, however that comes."""
 
     def __enter__(self) -> Self:
         return self
@@ -50,13 +38,29 @@ class Session(ABC):
     ) -> None:
         self.close()
 
-    @abstractmethod
     def close(self) -> None:
-        """Free what the session holds."""
+        """Free what is held; nothing, unless a subclass says otherwise."""
 
-    @abstractmethod
+
+class Session(Closing, ABC):
+    """Executes one exported graph.
+
+    Attributes:
+        kind: "onnx" or "tensorrt".
+        device: where inputs and outputs lie.
+        input_types: what the graph takes.
+        output_types: what it gives.
+        largest_batch: what it takes at once; None is any.
+    """
+
+    kind: str
+    device: torch.device
+    input_types: dict[str, torch.dtype]
+    output_types: dict[str, torch.dtype]
+    largest_batch: int | None = None
+
     def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
-        """Execute the graph.
+        """Execute the graph, a batch that is too large in several goes.
 
         Args:
             inputs: all that the graph takes, converted to its types here if need be.
@@ -66,8 +70,21 @@ class Session(ABC):
             InputError: the graph lacks one of the inputs, or needs another.
             BoostDiffError: the execution failed.
         """
+        feeds = self._feeds(inputs)
+        batch = len(next(iter(feeds.values())))
+        step = self.largest_batch or batch
+        for start in range(0, batch, step):
+            some = slice(start, start + step)
+            self._execute(
+                {name: tensor[some] for name, tensor in feeds.items()},
+                {name: tensor[some] for name, tensor in outputs.items()},
+            )
 
-    def feeds(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    @abstractmethod
+    def _execute(self, feeds: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
+        """Run once; see `run`."""
+
+    def _feeds(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The inputs, contiguous, in the graph's types and on its device.
 
         Raises:
@@ -139,11 +156,10 @@ class OnnxSession(Session):
         element_type = np.dtype(str(tensor.dtype).removeprefix("torch.")).type
         bind(name, self.device.type, self.device.index or 0, element_type, tuple(tensor.shape), tensor.data_ptr())
 
-    def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
+    def _execute(self, feeds: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
         """See `Session.run`."""
         if self._session is None or self._binding is None:
             raise BoostDiffError("the engine is closed")
-        feeds = self.feeds(inputs)
         for name, tensor in feeds.items():
             self._bind(self._binding.bind_input, name, tensor)
         for name, tensor in outputs.items():
@@ -182,6 +198,8 @@ class TensorRTSession(Session):
             {name: GRAPH_TYPES[about["type"]] for name, about in artefact[side].items()}
             for side in ("inputs", "outputs")
         )
+        # By input the smallest, best and largest shape; the batch comes first.
+        self.largest_batch = min(largest[0] for _, _, largest in artefact["profile"].values())
         self._runner = TrtRunner(engine_from_bytes(bytes_from_path(str(path))))
         self._runner.activate()
 
@@ -189,11 +207,16 @@ class TensorRTSession(Session):
         """See `Session.close`."""
         self._runner.deactivate()
 
-    def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
+    def _execute(self, feeds: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
         """See `Session.run`."""
-        feeds = self.feeds(inputs)
+        from polygraphy.exception import PolygraphyException
+
         torch.cuda.current_stream(self.device).synchronize()
-        results = self._runner.infer(feeds, copy_outputs_to_host=False, check_inputs=False)
+        try:
+            results = self._runner.infer(dict(feeds), copy_outputs_to_host=False, check_inputs=False)
+        except PolygraphyException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise BoostDiffError(f"TensorRT failed, perhaps beyond the profile of its plan: {reason}") from None
         # polygraphy hands out its own buffers, which the next call overwrites.
         for name, tensor in outputs.items():
             tensor.copy_(results[name])

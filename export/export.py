@@ -97,7 +97,7 @@ def export(
     manifest.unet_config = {key: value for key, value in dict(model.unet.config).items() if not key.startswith("_")}
     with staged_folder(output) as folder:
         _write_surroundings(model, manifest, folder, diffusers=config.diffusers)
-        precisions = config.precisions(sum(p.numel() for p in model.unet.parameters()))
+        precisions = config.precisions(model.unet.num_parameters())
         for part in _parts(model, config, precisions):
             _export_part(part, folder, manifest, precisions, report)
             if flavour is not None:
@@ -212,7 +212,8 @@ def _export_part(
     part.release()
     for precision, path in graphs.items():
         with OnnxSession(path, device=torch.device("cpu"), lean=part.large) as session:
-            check = compare(session, part, tolerance=FP16_TOLERANCE if precision == "fp16" else FP32_TOLERANCE)
+            tolerance = FP16_TOLERANCE if precision == "fp16" else FP32_TOLERANCE
+            check = compare(session, part.cases, what=part.name, tolerance=tolerance)
         give_back_memory()
         manifest.artefacts[f"{part.name}/{path.name}"]["check"] = check
         report(
@@ -257,5 +258,5 @@ def _export_plan(
         report(f"{size}, built, not run ({reason})")
     else:
         with TensorRTSession(plan, artefact=entry) as session:
-            entry["check"] = compare(session, part, tolerance=FP16_TOLERANCE)
+            entry["check"] = compare(session, part.planned_cases(), what=part.name, tolerance=FP16_TOLERANCE)
         report(f"{size}, differs from torch by {entry['check']['relative']:.1e} of the output's scale")

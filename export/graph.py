@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from ..engine.errors import BoostDiffError
 from ..engine.files import is_full_disk
 from ..engine.sessions import Session
-from .parts import Part
+from .parts import Case, Part
 
 FP32_TOLERANCE = 1e-4
 FP16_TOLERANCE = 3e-2
@@ -102,12 +102,13 @@ def graph_signature(path: Path) -> dict[str, dict[str, Any]]:
 
 
 @torch.inference_mode()
-def compare(session: Session, part: Part, *, tolerance: float) -> dict[str, Any]:
-    """Compare an exported graph with the module that it came from, on the part's settled cases.
+def compare(session: Session, cases: Sequence[Case], *, what: str, tolerance: float) -> dict[str, Any]:
+    """Compare an exported graph with the module that it came from, on settled cases.
 
     Args:
         session: executes the graph.
-        part: its cases know what torch gives in float32.
+        cases: settled: they know what torch gives in float32.
+        what: the part's name.
         tolerance: on the largest difference relative to the output's largest value.
 
     Returns:
@@ -117,7 +118,7 @@ def compare(session: Session, part: Part, *, tolerance: float) -> dict[str, Any]
         BoostDiffError: a value is not finite or beyond the tolerance; says where.
     """
     worst = {"max_abs": 0.0, "mean_abs": 0.0, "relative": 0.0, "cosine": 1.0}
-    for case in part.cases:
+    for case in cases:
         results = {
             name: torch.empty(x.shape, dtype=session.output_types[name], device=session.device)
             for name, x in case.expected.items()
@@ -125,7 +126,7 @@ def compare(session: Session, part: Part, *, tolerance: float) -> dict[str, Any]
         session.run(case.inputs, results)
         for name, expected in case.expected.items():
             got = results[name].cpu().double()
-            where = f"the {part.name}'s {session.kind} graph, {name} at {case.where},"
+            where = f"the {what}'s {session.kind} graph, {name} at {case.where},"
             if not torch.isfinite(got).all():
                 raise BoostDiffError(f"{where} gives NaN or Inf")
             difference = (got - expected.double()).abs()
@@ -139,4 +140,4 @@ def compare(session: Session, part: Part, *, tolerance: float) -> dict[str, Any]
             worst["relative"] = max(worst["relative"], relative)
             cosine = torch.cosine_similarity(got.flatten(), expected.double().flatten(), dim=0).item()
             worst["cosine"] = min(worst["cosine"], cosine)
-    return {**worst, "tolerance": tolerance, "cases": [case.where for case in part.cases]}
+    return {**worst, "tolerance": tolerance, "cases": [case.where for case in cases]}

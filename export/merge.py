@@ -23,12 +23,11 @@ from ..engine.student import (
     apply_student,
     load_guidance_embedding,
 )
+from .config import LARGE_PARAMETERS
 
 TIMESTEPS = (1, 250, 500, 750, 981)
 TOLERANCE = 1e-4
 """Largest difference between merged and adapted predictions, relative to their largest value, in float32."""
-LARGE = 100e6
-"""Parameters from which predictions are compared at a quarter of the height and width."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +132,7 @@ def merge_in_place(model: Model, folder: Path, info: StudentInfo) -> MergeProof:
     """
     unet = model.unet
     inputs = model.family.example_inputs(model.pipeline, batch=2)
-    if sum(p.numel() for p in unet.parameters()) > LARGE:
+    if unet.num_parameters() >= LARGE_PARAMETERS:
         # The weights are the same at any size, and at the full one this would take minutes.
         inputs["sample"] = inputs["sample"][..., : inputs["sample"].shape[2] // 4, : inputs["sample"].shape[3] // 4]
 

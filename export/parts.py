@@ -17,7 +17,7 @@ from ..engine.families import PromptEmbeds
 from ..engine.model import Model
 from ..engine.parts import HIDDEN_STATES
 from ..engine.runners import UNET_OUTPUT, unet_forward
-from .config import ExportConfig
+from .config import LARGE_PARAMETERS, ExportConfig
 
 TRACE_BATCH = 2
 """A batch of one would be frozen into the graph."""
@@ -25,8 +25,6 @@ TEXT_CHUNKS = 3
 """The longest text that a plan takes, in multiples of the text encoder's own length."""
 VAE_BATCH = 4
 """The largest batch of a VAE decoder's plan: its activations are the largest of all."""
-SMALL = 100e6
-"""Parameters below which a machine of any size can afford to compare everything."""
 
 
 @dataclass(kw_only=True)
@@ -68,11 +66,22 @@ class Part:
     profile: dict[str, list[tuple[int, ...]]]
     cases: list[Case]
     half: bool = True
-
     large: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.large = sum(p.numel() for p in self.module.parameters()) >= SMALL
+        self.large = sum(p.numel() for p in self.module.parameters()) >= LARGE_PARAMETERS
+
+    def planned_cases(self) -> list[Case]:
+        """The cases that lie within a plan's profile."""
+        return [
+            case
+            for case in self.cases
+            if all(
+                smallest <= size <= largest
+                for name, (low, _, high) in self.profile.items()
+                for smallest, size, largest in zip(low, case.inputs[name].shape, high, strict=True)
+            )
+        ]
 
     @torch.inference_mode()
     def settle(self) -> None:
@@ -231,8 +240,7 @@ def unet_part(
         where += f", {size[0]}x{size[1]} latents" if size != best else ""
         return Case(where=where + (f", {chunks} chunks of text" if chunks > 1 else ""), inputs=given)
 
-    small = sum(p.numel() for p in merged.parameters()) < SMALL
-    if small or merged.device.type != "cpu":
+    if merged.num_parameters() < LARGE_PARAMETERS or merged.device.type != "cpu":
         batches = sorted({*config.batch, 2})
         cases = [case(count, t, best) for count in batches for t in timesteps]
         cases += [case(1, timesteps[1], size) for size in dict.fromkeys(sizes) if size != best]
@@ -261,7 +269,8 @@ def text_encoder_part(model: Model, name: str, prompts: Sequence[str], config: E
     outputs = ["text_embeds", "last_hidden_state"] if projected else ["last_hidden_state", "pooler_output"]
     if len(model.family.text_encoders) > 1:
         outputs += [f"{HIDDEN_STATES}{i}" for i in range(encoder.config.num_hidden_layers + 1)]
-    counts = sorted({1, 2, *config.batch}) if sum(p.numel() for p in encoder.parameters()) < SMALL else [1, 2]
+    small = encoder.num_parameters() < LARGE_PARAMETERS or encoder.device.type != "cpu"
+    counts = sorted({1, 2, *config.batch}) if small else [1, 2]
     return Part(
         name=name,
         module=_TextEncoder(encoder, outputs),
@@ -278,7 +287,8 @@ def vae_decoder_part(model: Model, config: ExportConfig) -> Part:
     vae = model.pipeline.vae
     sizes = latent_sizes(model, config)
     generator = torch.Generator().manual_seed(0)
-    small = sum(p.numel() for p in vae.parameters()) < 10e6
+    # A large decoder's activations, not its weights, are what a CPU has no time for.
+    small = vae.num_parameters() < LARGE_PARAMETERS / 10 or vae.device.type != "cpu"
 
     def latents(batch: int, size: tuple[int, int]) -> torch.Tensor:
         noise = torch.randn(batch, vae.config.latent_channels, *size, generator=generator)

@@ -138,28 +138,13 @@ def plan_from_onnx(
     }
 
 
-def plan_in_a_process(
-    graph: Path,
-    plan: Path,
-    *,
-    flavour: Flavour,
-    profile: dict[str, list[tuple[int, ...]]],
-    refittable: bool = False,
-    workspace_gb: float | None = None,
-) -> dict[str, Any]:
+def plan_in_a_process(graph: Path, plan: Path, *, flavour: Flavour, **options: Any) -> dict[str, Any]:
     """As `plan_from_onnx`, in a process of its own: what a large build took goes back to the system with it.
 
     Raises:
         BoostDiffError: see `plan_from_onnx`; or the process died, as one that is out of memory does.
     """
-    request = {
-        "graph": str(graph),
-        "plan": str(plan),
-        "flavour": asdict(flavour),
-        "profile": profile,
-        "refittable": refittable,
-        "workspace_gb": workspace_gb,
-    }
+    request = {"graph": str(graph), "plan": str(plan), "flavour": asdict(flavour), **options}
     done = subprocess.run(
         [sys.executable, "-m", "boostdiff.export.plan"], input=json.dumps(request), capture_output=True, text=True
     )

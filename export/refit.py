@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.errors import BoostDiffError, InputError
+from ..engine.files import sha256_of
 from ..engine.manifest import Manifest, read_manifest, verified_file
 from ..engine.sessions import check_plan, load_tensorrt
 from .config import ExportConfig
@@ -63,9 +64,8 @@ def plan_by_refit(engine: Path, manifest: Manifest, graph: Path, plan: Path) -> 
     entry = dict(manifest.artefacts[name]) | graph_signature(graph)
     entry.pop("check", None)
     old = verified_file(engine, manifest, name)
-    old_graph = verified_file(engine, manifest, f"{graph.parent.name}/{graph.name}")
-    weights = [path.with_name(f"{path.name}.data") for path in (old_graph, graph)]
-    if old_graph.read_bytes() == graph.read_bytes() and weights[0].read_bytes() == weights[1].read_bytes():
+    graph_files = (graph, graph.with_name(f"{graph.name}.data"))
+    if all(sha256_of(path) == manifest.files.get(f"{path.parent.name}/{path.name}") for path in graph_files):
         # The text encoder and the VAE are the same for every student.
         shutil.copyfile(old, plan)
         return entry

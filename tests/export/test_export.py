@@ -103,7 +103,7 @@ def test_compare_refuses_another_network(engine: Path, tiny: Model) -> None:
     """The base is not the merged student: the gate must see that."""
     with OnnxSession(engine / "unet/model.onnx", device=CPU) as session:
         with pytest.raises(BoostDiffError, match=r"unet's onnx graph, out_sample at batch 1, timestep 1, differs"):
-            compare(session, tiny_part(tiny), tolerance=1e-4)
+            compare(session, tiny_part(tiny).cases, what="unet", tolerance=1e-4)
 
 
 def test_compare_refuses_nan(engine: Path, tiny: Model) -> None:
@@ -114,7 +114,7 @@ def test_compare_refuses_nan(engine: Path, tiny: Model) -> None:
 
     with Broken(engine / "unet/model.onnx", device=CPU) as session:
         with pytest.raises(BoostDiffError, match=r"batch 1, timestep 1, gives NaN or Inf"):
-            compare(session, tiny_part(tiny), tolerance=1.0)
+            compare(session, tiny_part(tiny).cases, what="unet", tolerance=1.0)
 
 
 def test_the_onnx_runner_drives_a_stock_pipeline(
@@ -349,3 +349,33 @@ def test_a_plan_built_in_a_process_of_its_own(engine: Path, tmp_path: Path) -> N
     with pytest.raises(BoostDiffError, match=r"can't build a plan from broken\.onnx"):
         build(tmp_path / "broken.onnx", tmp_path / "broken.plan")
     assert not (tmp_path / "broken.plan").exists()
+
+
+def test_cases_of_a_plan_lie_within_its_profile(tiny: Model) -> None:
+    text = tiny.family.encode(tiny.pipeline, PROMPTS[:2]).conditional
+    part = unet_part(tiny, tiny.unet, text, ExportConfig(batch=(3, 3, 4)), (1, 500))
+    assert {case.where for case in part.planned_cases()} == {
+        f"batch {batch}, timestep {t}" for batch in (3, 4) for t in (1, 500)
+    }
+    assert len(part.planned_cases()) < len(part.cases)
+
+
+def test_a_batch_beyond_the_largest_runs_in_several_goes(engine: Path, tiny: Model) -> None:
+    """As a plan's session does, whose profile has an end."""
+    sizes = []
+
+    class Small(OnnxSession):
+        largest_batch = 2
+
+        def _execute(self, feeds: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
+            sizes.append(len(feeds["sample"]))
+            super()._execute(feeds, outputs)
+
+    path, config = engine / "unet/model.onnx", read_manifest(engine).unet_config
+    inputs = tiny.family.example_inputs(tiny.pipeline, 5)
+    with (
+        GraphRunner(OnnxSession(path, device=CPU), unet_config=config) as whole,
+        GraphRunner(Small(path, device=CPU), unet_config=config) as parts,
+    ):
+        torch.testing.assert_close(parts.predict(inputs), whole.predict(inputs), atol=1e-5, rtol=1e-4)
+    assert sizes == [2, 2, 1]
