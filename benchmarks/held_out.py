@@ -26,7 +26,7 @@ from ..engine.samplers import make_scheduler
 from ..engine.student import read_student
 from ..export.merge import merge
 from .features import EfficientNetLite0Features, Reference, features_of, frechet_distance
-from .measuring import fastest_runner, remembered
+from .measuring import FastestRunners, remembered
 
 DISTANCES_FILE = "distances.json"
 
@@ -120,8 +120,8 @@ class HeldOut:
                     print(f"drawn: {self.key(name, samples)}", file=sys.stderr, flush=True)
 
             if exported:
-                with fastest_runner(model) as runner:
-                    draw(runner)
+                with FastestRunners(model) as runners:
+                    draw(runners(model.unet))
             else:
                 draw(TorchRunner(model.unet))
         return {name: load_file(path)["features"] for name, path in paths.items()}

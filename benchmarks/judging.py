@@ -106,6 +106,7 @@ def campaign_of(
     seed: int,
     cache: Path | None,
     on_images: Callable[[str, int], None],
+    runner: str = "torch",
 ) -> Campaign:
     """What all rows of a benchmark share.
 
@@ -117,6 +118,7 @@ def campaign_of(
         seed: of the initial noise.
         cache: folder of the shards, or None.
         on_images: told of progress.
+        runner: what runs the UNets; images of two differ in the last bits.
 
     Raises:
         InputError: see `Metrics`.
@@ -130,7 +132,7 @@ def campaign_of(
         batch_size=sampling_batch(model),
         negative_prompt=negative_prompt,
         cache=cache,
-        identity=identity_of(model) if cache else {},
+        identity=identity_of(model) | {"runner": runner} if cache else {},
         on_images=on_images,
     )
 

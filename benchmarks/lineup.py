@@ -15,7 +15,7 @@ from ..engine.errors import InputError
 from ..engine.files import sha256_of
 from ..engine.guidance import Denoiser, SinglePassDenoiser, teacher_denoiser
 from ..engine.model import Model, ModelFiles
-from ..engine.runners import TorchRunner
+from ..engine.runners import Runner, TorchRunner
 from ..engine.samplers import make_scheduler
 from ..engine.student import StudentInfo, read_student
 from ..engine.versions import versions
@@ -106,11 +106,13 @@ class Lineup:
         model: the teacher's.
         sampler: a name in `engine.samplers.SAMPLERS`.
         steps: sampling steps.
+        runner: gives a UNet's runner.
     """
 
     model: Model
     sampler: str
     steps: int
+    runner: Callable[[UNet2DConditionModel], Runner] = TorchRunner
 
     @property
     def make_scheduler(self) -> Callable[[], SchedulerMixin]:
@@ -125,7 +127,7 @@ class Lineup:
             kind="control" if reseeded else "teacher" if guided else "unguided",
             steps=self.steps,
             cost=self.steps * (1 + guided),
-            open=partial(teacher_denoiser, TorchRunner(self.model.unet), guidance),
+            open=lambda: teacher_denoiser(self.runner(self.model.unet), guidance),
             make_scheduler=self.make_scheduler,
             identity={"way": "teacher", "guidance": guidance},
             seed_offset=RESEED if reseeded else 0,
@@ -137,7 +139,7 @@ class Lineup:
         scale = guidance if unet.config.time_cond_proj_dim is not None else None
 
         def opened() -> Denoiser:
-            return SinglePassDenoiser(TorchRunner(unet), scale)
+            return SinglePassDenoiser(self.runner(unet), scale)
 
         return Contestant(
             name=student.name,
@@ -157,7 +159,7 @@ class Lineup:
             method=setting.method,
             steps=setting.steps,
             cost=setting.cost,
-            open=partial(setting.denoiser, TorchRunner(self.model.unet), self.make_scheduler),
+            open=lambda: setting.denoiser(self.runner(self.model.unet), self.make_scheduler),
             make_scheduler=self.make_scheduler,
             identity={
                 "way": "interval",

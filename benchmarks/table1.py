@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .features import Reference, frechet_distance
 from .intervals import left_out_distances
 from .judging import Metrics, bounded_memory, campaign_of, device_of_process
 from .lineup import Lineup, Student, merged_students, read_students
+from .measuring import FastestRunners
 from .sampling import Campaign, Contestant
 from .stats import Estimate, jackknifed
 
@@ -246,6 +248,7 @@ def measure_grids(
     target, processes = device_of_process(device)
     model = load(files, device=target)
     taking_part = merged_students(model, students, infos)
+    runners = FastestRunners(model)
     campaign = campaign_of(
         model,
         metrics,
@@ -254,20 +257,22 @@ def measure_grids(
         seed=config.seed,
         cache=cache,
         on_images=on_images,
+        runner=runners.name,
     )
     reference = metrics.reference_for(campaign.network)
     assert reference is not None
+    at = partial(Lineup, model=model, runner=runners)
     wanted: list[tuple[str, str, list[tuple[str, Place]]]] = []
     if grids.table1:
-        lineups = [Lineup(model=model, sampler=name, steps=steps) for name in grids.samplers for steps in grids.steps]
+        lineups = [at(sampler=name, steps=steps) for name in grids.samplers for steps in grids.steps]
         places = [(lineup.sampler, p) for lineup in lineups for p in _table1_places([lineup], taking_part, guidance)]
         wanted.append(("table1", "Table 1", places))
     if grids.sweep:
-        lineup = Lineup(model=model, sampler=config.sampler, steps=config.steps)
+        lineup = at(sampler=config.sampler, steps=config.steps)
         swept = [(config.sampler, place) for place in _sweep_places(lineup, taking_part, grids.sweep)]
         title = f"Guidance sweep, {SAMPLER_NAMES[config.sampler]}, {config.steps} steps"
         wanted.append(("sweep", title, swept))
-    with bounded_memory():
+    with bounded_memory(), runners:
         if processes:
             campaign = campaign.fill([place[2] for _, _, places in wanted for _, place in places], processes)
             if not processes.is_main_process:

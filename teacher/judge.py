@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +21,7 @@ from ..benchmarks.features import (
     kernel_distance,
 )
 from ..benchmarks.intervals import left_out_distances
-from ..benchmarks.measuring import fastest_runner, remembered
+from ..benchmarks.measuring import FastestRunners, remembered
 from ..benchmarks.plots import rendered
 from ..benchmarks.sampling import backgrounds
 from ..benchmarks.stats import jackknifed
@@ -174,12 +173,11 @@ def evaluate(
         f", {weights}",
         False,
     )
-    with ExitStack() as stack:
-        # Opened by the first row that isn't known: the export takes half a minute.
-        runner = cache(lambda: stack.enter_context(fastest_runner(loaded)))
+    with FastestRunners(loaded) as runners:
 
         def drawn(scale: float) -> torch.Tensor:
-            return draw(loaded, runner(), prompts, scale=scale, steps=steps, seed=seed, batch_size=batch_size)
+            runner = runners(loaded.unet)
+            return draw(loaded, runner, prompts, scale=scale, steps=steps, seed=seed, batch_size=batch_size)
 
         for scale in wanted:
             make = partial(drawn, scale)
@@ -260,11 +258,11 @@ def grids(
     shown = min(wanted, key=lambda scale: abs(scale - SHOWN_SCALE))
     loaded = load(locate(model), device=device())
     output.mkdir(parents=True, exist_ok=True)
-    with fastest_runner(loaded) as runner:
+    with FastestRunners(loaded) as runners:
         for name, pairs in sets.items():
             prompts, real = [artworks.caption(*pair) for pair in pairs], real_images(artworks, pairs)
             columns = {"real": real} | {
-                f"w={w:g}": draw(loaded, runner, prompts, scale=w, steps=steps, seed=seed, batch_size=50)
+                f"w={w:g}": draw(loaded, runners(loaded.unet), prompts, scale=w, steps=steps, seed=seed, batch_size=50)
                 for w in wanted
             }
             pages = [slice(i, i + 12) for i in range(0, len(pairs), 12)]
