@@ -149,6 +149,8 @@ class Campaign:
     def fill(self, contestants: Sequence[Contestant], processes: PartialState) -> Campaign:
         """Draw the shards of all contestants that the cache lacks, each in one process; ends when all have.
 
+        The processes part here.
+
         Returns:
             The campaign, silent about progress that was told now.
         """
@@ -167,6 +169,8 @@ class Campaign:
             for contestant, start in mine:
                 told._shard(contestant, start)
         processes.wait_for_everyone()
+        # A process that ends in a group may abort at its exit.
+        processes.destroy_process_group()
         return replace(self, on_images=lambda name, images: None)
 
     def _key(self, contestant: Contestant, start: int) -> dict[str, Any]:

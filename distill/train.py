@@ -169,11 +169,11 @@ def distil(
             draw(folder / "grid.png")
         (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
         publish(folder, output)
-    if observers.log_with:
-        accelerator.end_training()
     accelerator.wait_for_everyone()
     if accelerator.num_processes > 1:
         (info,) = broadcast_object_list([info])
+    # Finishes the trackers and leaves the process group: a process that ends in one may abort at its exit.
+    accelerator.end_training()
     assert info is not None
     return info
 

@@ -75,7 +75,7 @@ def test_a_cell_is_what_its_settings_give(grids: list[Grid], tiny_folder: Path, 
     features = features_of(EfficientNetLite0Features(), to_uint8(images))
     cell = grids[0].place("teacher w=3", "DPM-Solver++, 3 steps")
     assert cell is not None
-    assert cell.distance == pytest.approx(frechet_distance(Reference.load(reference), features), rel=1e-4)
+    assert cell.distance == pytest.approx(frechet_distance(Reference.load(reference), features), rel=1e-3)
 
 
 def test_a_sweep_asks_no_student_for_what_it_has_not_learnt(grids: list[Grid]) -> None:

@@ -24,6 +24,7 @@ from boostdiff.engine.model import Model, ModelFiles
 from boostdiff.engine.student import LORA_FILE
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import CPU, PROMPTS, save_images
 
 SILENT = Observers(preview=False)
@@ -78,12 +79,18 @@ def test_two_processes_train_the_same_adapter_as_one(
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "boostdiff"),
         *("distill", "--model", str(tiny_files.folder), f"--{data}", str(path), "--updates", "12"),
         *("--batch-size", "6", "--learning-rate", "0.01", "--device", "cpu", "--output", str(tmp_path / "two")),
+        *("--log-with", "tensorboard"),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "two" / "student.json").read_text())["result"]["processes"] == 2
     assert_same_adapter(load_file(tmp_path / "two" / LORA_FILE), expected)
+    # One process logs, in the student's folder.
+    (events,) = (tmp_path / "two" / "boostdiff").glob("events.*")
+    logged = EventAccumulator(str(events)).Reload().Scalars("loss")
+    written = [json.loads(line)["loss"] for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
+    assert [event.value for event in logged] == pytest.approx(written)
 
 
 def test_gradient_accumulation_and_checkpointing_change_nothing_but_memory(
