@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -9,10 +10,12 @@ import numpy as np
 import torch
 import typer
 from diffusers import AutoencoderKL
+from PIL import Image
 from safetensors.torch import load_file
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from ..benchmarks.features import EfficientNetLite0Features, Reference, features_of
+from ..engine.errors import InputError
 from . import HELD_OUT_PROMPTS, REFERENCE, TRAIN_PROMPTS
 from .architecture import make_vae
 from .dataset import Artworks, compose, draw_prompts, load_artworks
@@ -95,3 +98,27 @@ def reference(work: Work = Path("teacher-work"), seed: Seed = 0) -> None:
     training = [(int(i), names[random.integers(len(names))]) for i in np.flatnonzero(~artworks.held_out)]
     Reference.of(features(training), features(pairs[:FLOOR_IMAGES])).save(REFERENCE)
     print(f"reference: {len(training)} images, {FLOOR_IMAGES} apart, {REFERENCE.stat().st_size / 1e6:.1f} MB")
+
+
+def write_images(
+    work: Work = Path("teacher-work"),
+    output: Annotated[Path, typer.Option(help="Folder to write; it must be new.")] = Path("outputs/emoji-images"),
+    count: Annotated[int, typer.Option(min=1, help="Images.")] = PROMPTS,
+    seed: Seed = 0,
+) -> None:
+    """Write real training images with their captions, as PNGs and metadata.jsonl: `distill --images` reads the folder.
+
+    Raises:
+        InputError: there is something at `output` already.
+    """
+    if output.exists():
+        raise InputError(f"there is something at {output} already: pass another --output")
+    artworks = load_artworks(work)
+    pairs = draw_prompts(artworks, held_out=False, count=count, seed=seed)
+    output.mkdir(parents=True)
+    with (output / "metadata.jsonl").open("w", encoding="utf-8") as captions:
+        for number, (pair, image) in enumerate(zip(pairs, real_images(artworks, pairs), strict=True)):
+            name = f"{number:05}.png"
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(output / name)
+            captions.write(json.dumps({"file_name": name, "text": artworks.caption(*pair)}) + "\n")
+    print(f"images: {len(pairs)} in {output}")

@@ -3,7 +3,7 @@
 Stages, in order: `vae`, `latents`, `diffusion`, `save`, `reference`, and to judge what came out `style`, `vae-quality`,
 `evaluate`, `grids`, `curve`; `all` runs them one after the other. The two that train go on from their checkpoint when
 they are run again, `evaluate` from its last scale. All randomness of a step is drawn from (seed, step), so a resumed
-run takes the same steps as an uninterrupted one.
+run takes the same steps as an uninterrupted one. `images` writes training images that `boostdiff distill` can read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .architecture import (
 )
 from .dataset import Artworks, compose, load_artworks, to_model_range
 from .judge import curve, evaluate, grids, style, vae_quality
-from .measure import Seed, Work, device, held_out_psnr, load_vae, reference, training_log
+from .measure import Seed, Work, device, held_out_psnr, load_vae, reference, training_log, write_images
 from .palette import BACKGROUNDS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
@@ -341,6 +341,7 @@ def save(
     print(f"save: step {state.step}, {size / 1e6:.1f} MB in {output}")
 
 
+app.command("images")(write_images)
 for stage in (reference, style, vae_quality, evaluate, grids, curve):
     app.command()(stage)
 

@@ -5,14 +5,16 @@ import pytest
 import torch
 from boostdiff import teacher
 from boostdiff.benchmarks.features import EfficientNetLite0Features, Reference
+from boostdiff.distill.image_files import open_images
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.model import load, locate
 from boostdiff.engine.prompts import read_prompts
 from boostdiff.engine.runners import TorchRunner
+from boostdiff.teacher import measure
 from boostdiff.teacher.architecture import make_vae
 from boostdiff.teacher.dataset import HELD_OUT, STYLES, Artworks, draw_prompts
 from boostdiff.teacher.judge import curve, draw, evaluate, figures, markdown_table, unseen_combinations
-from boostdiff.teacher.measure import held_out_psnr, real_images, reconstructed
+from boostdiff.teacher.measure import held_out_psnr, real_images, reconstructed, write_images
 from boostdiff.teacher.style import named_style, style_accuracy, style_network, style_of, train_style
 from PIL import Image
 from tiny import CPU
@@ -109,3 +111,15 @@ def test_the_loss_curve_is_drawn_from_the_logs(tmp_path: Path) -> None:
     with Image.open(tmp_path / "loss.png") as image:
         assert image.width > 300
         assert len(image.convert("L").getcolors()) > 2
+
+
+def test_training_images_are_what_distill_reads(
+    artworks: Artworks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "load_artworks", lambda work: artworks)
+    write_images(tmp_path, tmp_path / "images", count=7)
+    rows = list(open_images(str(tmp_path / "images"))(0, 0, 0))
+    pairs = draw_prompts(artworks, held_out=False, count=7, seed=0)
+    assert sorted(row.caption for row in rows) == sorted(artworks.caption(*pair) for pair in pairs)
+    with pytest.raises(InputError, match="something at"):
+        write_images(tmp_path, tmp_path / "images", count=7)
