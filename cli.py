@@ -176,7 +176,7 @@ def distill(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option("--precision", help="fp32, bf16 or fp16.  [default: fp32 on a CPU, else bf16]"),
+        typer.Option("--precision", help="fp32, bf16 or fp16.  [default: bf16 where the device has it, else fp32]"),
     ] = None,
     gradient_accumulation_steps: Annotated[
         int, typer.Option("--gradient-accumulation-steps", help="Passes that share one update, to save memory.")
@@ -209,6 +209,7 @@ def distill(
     from .distill.loop import Observers
     from .distill.presets import resolve_config
     from .distill.train import FORMATS, count_parameters, distil
+    from .engine.compiled import has_bfloat16
     from .engine.model import locate, resolve_device
 
     low, high = parse_guidance(guidance)
@@ -228,7 +229,7 @@ def distill(
     }
     config = resolve_config(
         preset=preset,
-        on_cpu=not dry_run and resolve_device(device).type == "cpu",
+        in_bfloat16=dry_run or has_bfloat16(resolve_device(device)),
         embedded=model == teacher.MODEL_NAME,
         method=method,
         rank=rank,
@@ -393,7 +394,10 @@ def bench(
     ] = False,
     compile_: Annotated[
         bool | None,
-        typer.Option("--compile/--no-compile", help="Also time torch.compile: minutes.  [default: on CUDA alone]"),
+        typer.Option(
+            "--compile/--no-compile",
+            help="Also run torch.compile.  [default: on CUDA, and for small models on CPUs with bfloat16]",
+        ),
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -557,7 +561,13 @@ def generate(
         float | None,
         typer.Option("--dial", help="Weight of the student's LoRA: 0 is no guidance, 1 all that it learnt."),
     ] = None,
-    runner: Annotated[str, typer.Option("--runner", help="torch, or an exported engine: onnx, tensorrt.")] = "torch",
+    runner: Annotated[
+        str,
+        typer.Option(
+            "--runner",
+            help="torch; compiled, which starts slowly and pays for many images; or an engine: onnx, tensorrt.",
+        ),
+    ] = "torch",
     precision: Annotated[
         str | None,
         typer.Option("--precision", help="Of the onnx runner: fp32 or fp16.  [default: what the device is faster at]"),

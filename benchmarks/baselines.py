@@ -1,4 +1,4 @@
-"""What a user has without BoostDiff: a stock diffusers pipeline with guidance, and `torch.compile`."""
+"""What a user has without BoostDiff: a stock diffusers pipeline with guidance."""
 
 from __future__ import annotations
 
@@ -9,43 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch._dynamo
-from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers import DiffusionPipeline, SchedulerMixin
 
 from ..engine.model import Model
-from ..engine.runners import TorchRunner
 from .device import Stopwatch, synchronise
 from .throughput import Entrant
-
-RECOMPILATIONS = 64
-"""Graphs that dynamo keeps of one function: two for each batch size; its own limit of 8 is too small."""
-
-
-class CompiledRunner(TorchRunner):
-    """The UNet through `torch.compile`, with a graph of its own for each batch size."""
-
-    name = "torch.compile"
-
-    def __init__(self, unet: UNet2DConditionModel, *, backend: str = "inductor") -> None:
-        """Wrap; the first call of each shape compiles, which takes minutes.
-
-        Args:
-            unet: stays as it is.
-            backend: of `torch.compile`; inductor runs in mode max-autotune on CUDA, in its default mode elsewhere.
-        """
-        super().__init__(unet)
-        self._graphs = self.device.type == "cuda" and backend == "inductor"
-        torch._dynamo.config.recompile_limit = max(RECOMPILATIONS, torch._dynamo.config.recompile_limit)
-        mode = "max-autotune" if self._graphs else None
-        self.unet = torch.compile(unet, backend=backend, mode=mode, dynamic=False)
-
-    def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """See `Runner.predict`."""
-        if not self._graphs:
-            return super().predict(inputs)
-        torch.compiler.cudagraph_mark_step_begin()
-        # The next replay of a CUDA graph overwrites its output.
-        return super().predict(inputs).clone()
 
 
 def stock_pipeline(model: Model) -> DiffusionPipeline:

@@ -12,18 +12,20 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from ..engine.compiled import CompiledRunner, missing_compiler
 from ..engine.engine import Engine
 from ..engine.errors import BoostDiffError, InputError
 from ..engine.manifest import read_manifest
 from ..engine.model import Model, ModelFiles, load, resolve_device
-from ..engine.runners import TorchRunner, available_runners
+from ..engine.runners import Runner, TorchRunner, available_runners
 from ..engine.samplers import make_scheduler
 from ..engine.versions import versions
-from .baselines import CompiledRunner, StockEntrant, stock_pipeline
+from .baselines import StockEntrant, stock_pipeline
 from .config import BenchConfig
 from .device import hardware
 from .judging import Metrics, bounded_memory, campaign_of, device_of_process
 from .lineup import Lineup, merged_students, read_students
+from .measuring import FastestRunners
 from .quality import Quality, judge
 from .random_weights import random_model
 from .throughput import WAYS, Entrant, Speed, SpeedRatio, measure
@@ -145,49 +147,57 @@ def bench(
     target, processes = device_of_process(device)
     model = load(files, device=target)
     taking_part = merged_students(model, students, infos)
-    lineup = Lineup(model=model, sampler=config.sampler, steps=config.steps)
-    rows = lineup.quality_rows(taking_part, guidance, alternatives=config.alternatives)
-    hashes, campaign, real = dict(manifest.inputs), None, None
-    if config.samples:
-        if metrics.reference is None:
-            report("quality: no --reference, so distances to real images are left out")
-        campaign = campaign_of(
-            model,
-            metrics,
-            prompts=prompts[: config.samples],
-            negative_prompt=infos[0].negative_prompt,
-            seed=config.seed,
-            cache=cache,
-            on_images=on_images,
-        )
-        real = metrics.reference_for(campaign.network)
-        hashes["features"] = campaign.network.sha256
-        if campaign.clip:
-            hashes["clip"] = campaign.clip.sha256
-        if processes:
-            with bounded_memory():
-                campaign = campaign.fill(rows, processes)
-    if processes and not processes.is_main_process:
-        return None
-
-    reasons = available_runners(manifest, target)
-    for name, reason in reasons.items():
-        if reason is not None:
-            report(f"{name}: left out, {reason}")
+    compiles = config.compiles(model.unet)
     with ExitStack() as opened:
+        runners = opened.enter_context(FastestRunners(model, passes=config.denoised(len(students)), compiles=compiles))
+        lineup = Lineup(model=model, sampler=config.sampler, steps=config.steps, runner=runners)
+        rows = lineup.quality_rows(taking_part, guidance, alternatives=config.alternatives)
+        hashes, campaign, real = dict(manifest.inputs), None, None
+        if config.samples:
+            if metrics.reference is None:
+                report("quality: no --reference, so distances to real images are left out")
+            campaign = campaign_of(
+                model,
+                metrics,
+                prompts=prompts[: config.samples],
+                negative_prompt=infos[0].negative_prompt,
+                seed=config.seed,
+                cache=cache,
+                on_images=on_images,
+                runner=runners.name,
+            )
+            real = metrics.reference_for(campaign.network)
+            hashes["features"] = campaign.network.sha256
+            if campaign.clip:
+                hashes["clip"] = campaign.clip.sha256
+            if processes:
+                with bounded_memory():
+                    campaign = campaign.fill(rows, processes)
+        if processes and not processes.is_main_process:
+            return None
+
         # torch has the base's weights at hand for the teacher; an exported graph serves all with the student's.
-        base, merged = (opened.enter_context(TorchRunner(unet)) for unet in (model.unet, taking_part[0].unet))
-        entrants = [Entrant(way=way, runner=merged if way == "student" else base) for way in WAYS]
-        entrants += _baselines(model, config, opened, student=taking_part[0].unet)
+        teacher, merged = model.unet, taking_part[0].unet
+        entrants = [*_in_torch(TorchRunner, teacher, merged), *_stock(model)]
+        reasons = available_runners(manifest, target)
         for name, reason in reasons.items():
             if name != "torch" and reason is None:
                 exported = opened.enter_context(Engine.load(engine, runner=name, device=device)).model
                 entrants += [Entrant(way=way, runner=exported.unet, parts=exported) for way in WAYS]
+        if compiles:
+            reasons["compiled"] = missing_compiler(target)
+            if reasons["compiled"] is None:
+                # Both may have been compiled for the quality's images.
+                compiled = runners if runners.name == CompiledRunner.name else CompiledRunner
+                entrants += _in_torch(compiled, teacher, merged)
+        for name, reason in reasons.items():
+            if reason is not None:
+                report(f"{name}: left out, {reason}")
         speed = _speed(model, config, entrants, guidance, prompts, report)
-    quality = None
-    if campaign:
-        with bounded_memory():
-            quality = judge(campaign, rows, reference=real)
+        quality = None
+        if campaign:
+            with bounded_memory():
+                quality = judge(campaign, rows, reference=real)
     students_used = {str(s.folder): {"method": s.info.method, "settings": s.info.settings} for s in taking_part}
     return BenchResult(
         speed=speed,
@@ -224,30 +234,36 @@ def bench_random(
     target = resolve_device(device)
     report("initialising random weights")
     model = random_model(files, device=target, seed=config.seed)
-    with ExitStack() as opened:
-        runner = opened.enter_context(TorchRunner(model.unet))
-        entrants = [Entrant(way=way, runner=runner) for way in WAYS]
-        entrants += _baselines(model, config, opened, student=model.unet)
-        speed = _speed(model, config, entrants, guidance, ["a photograph of an astronaut"], report)
+    entrants = [*_in_torch(TorchRunner, model.unet, model.unet), *_stock(model)]
+    skipped = {}
+    if config.compiles(model.unet):
+        if reason := missing_compiler(target):
+            skipped["compiled"] = reason
+        else:
+            entrants += _in_torch(CompiledRunner, model.unet, model.unet)
+    speed = _speed(model, config, entrants, guidance, ["a photograph of an astronaut"], report)
     return BenchResult(
         speed=speed,
-        skipped=speed.left_out,
+        skipped=skipped | speed.left_out,
         quality=None,
         prompts=[],
         provenance=provenance_of(files, config, guidance, target) | {"students": {}, "hashes": {}, "weights": "random"},
     )
 
 
-def _baselines(model: Model, config: BenchConfig, opened: ExitStack, *, student: UNet2DConditionModel) -> list[Entrant]:
-    """Stock diffusers with guidance, and `torch.compile` where it is wanted."""
-    entrants: list[Entrant] = []
-    if model.unet.config.time_cond_proj_dim is None:
-        # Otherwise a stock pipeline makes one pass, whatever its guidance.
-        entrants.append(StockEntrant(way="teacher", runner=TorchRunner(model.unet), pipeline=stock_pipeline(model)))
-    if config.compiles_on(model.device):
-        for way, unet in (("teacher", model.unet), ("student", student)):
-            entrants.append(Entrant(way=way, runner=opened.enter_context(CompiledRunner(unet))))
-    return entrants
+def _stock(model: Model) -> list[Entrant]:
+    """Stock diffusers with guidance; nothing where its pipeline makes one pass, whatever its guidance."""
+    if model.unet.config.time_cond_proj_dim is not None:
+        return []
+    return [StockEntrant(way="teacher", runner=TorchRunner(model.unet), pipeline=stock_pipeline(model))]
+
+
+def _in_torch(
+    runner: Callable[[UNet2DConditionModel], Runner], teacher: UNet2DConditionModel, student: UNet2DConditionModel
+) -> list[Entrant]:
+    """Teacher, student and floor, in torch."""
+    of_teacher, of_student = runner(teacher), runner(student)
+    return [Entrant(way=way, runner=of_student if way == "student" else of_teacher) for way in WAYS]
 
 
 def provenance_of(files: ModelFiles, config: BenchConfig, guidance: float, device: torch.device) -> dict[str, Any]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from diffusers import UNet2DConditionModel
 
+from ..engine.compiled import has_bfloat16
 from ..engine.errors import InputError
 from ..engine.samplers import make_scheduler
+from ..export.config import LARGE_PARAMETERS
 from .alternatives import candidates
 
 
@@ -23,7 +26,8 @@ class BenchConfig:
         samples: N, images per row when quality is measured; 0 measures speed alone.
         seed: of the initial noise.
         guidance: of a student that takes it as an input, and of its teacher; None takes the student's own.
-        compile: also time teacher and student through `torch.compile`; None does so on CUDA, as it takes minutes.
+        compile: also run teacher and student through `torch.compile`; None does so where it takes no more than a few
+            minutes and gains much: on CUDA, and on CPUs with bfloat16 for small models.
         alternatives: also judge what saves passes without training, see `benchmarks.alternatives`.
     """
 
@@ -61,9 +65,12 @@ class BenchConfig:
         swept = candidates(steps=self.steps, guidance=1.0) if self.alternatives else []
         return self.samples * ((students + 3) * self.steps + sum(one.steps for one in swept))
 
-    def compiles_on(self, device: torch.device) -> bool:
-        """Whether to time `torch.compile` on a device."""
-        return device.type == "cuda" if self.compile is None else self.compile
+    def compiles(self, unet: UNet2DConditionModel) -> bool:
+        """Whether to run `torch.compile` on a UNet, where it is."""
+        if self.compile is not None:
+            return self.compile
+        small = unet.num_parameters() < LARGE_PARAMETERS
+        return unet.device.type == "cuda" or (small and has_bfloat16(unet.device))
 
     def batch_sizes_on(self, device: torch.device) -> tuple[int, ...]:
         """The batch sizes to measure on a device, ascending."""

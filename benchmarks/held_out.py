@@ -120,7 +120,7 @@ class HeldOut:
                     print(f"drawn: {self.key(name, samples)}", file=sys.stderr, flush=True)
 
             if exported:
-                with FastestRunners(model) as runners:
+                with FastestRunners(model, passes=len(missing) * samples * self.steps) as runners:
                     draw(runners(model.unet))
             else:
                 draw(TorchRunner(model.unet))

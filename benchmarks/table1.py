@@ -248,7 +248,7 @@ def measure_grids(
     target, processes = device_of_process(device)
     model = load(files, device=target)
     taking_part = merged_students(model, students, infos)
-    runners = FastestRunners(model)
+    runners = FastestRunners(model, passes=grids.denoised(config, len(students)), compiles=config.compile is not False)
     campaign = campaign_of(
         model,
         metrics,

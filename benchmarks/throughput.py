@@ -267,7 +267,7 @@ def measure(
     flops = count_flops(model)
     on_progress("measuring the peak of matrix multiplication")
     device = entrants[0].runner.device
-    dtypes = [entrant.runner.dtype for entrant in entrants]
+    dtypes = [entrant.runner.precision for entrant in entrants]
     speed, meter = Speed(rows=[], ratios=[], flops=flops, peaks=gemm_peaks(device, dtypes)), Meter(device)
     for batch_size in batch_sizes:
         noise = initial_noise(model.latent_shape, count=batch_size, seed=0)
@@ -325,7 +325,7 @@ def _row(entrant: Entrant, times: list[dict[str, float]], flops: Flops, batch_si
         way=entrant.way,
         runner=entrant.label,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        precision=str(entrant.runner.dtype).removeprefix("torch."),
+        precision=str(entrant.runner.precision).removeprefix("torch."),
         batch_size=batch_size,
         steps=steps,
         latency=Spread.of([run["total"] for run in times]),
@@ -347,7 +347,7 @@ def _row(entrant: Entrant, times: list[dict[str, float]], flops: Flops, batch_si
     )
 
 
-BASELINES = ("stock diffusers", "torch.compile")
+BASELINES = ("stock diffusers", "compiled")
 """Labels of the strongest that a user has without a student, compared with the student on its best runner."""
 
 

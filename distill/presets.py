@@ -29,7 +29,7 @@ RANGE_UPDATES = 4
 def resolve_config(
     *,
     preset: str | None,
-    on_cpu: bool,
+    in_bfloat16: bool,
     embedded: bool,
     method: str,
     prompts: Path | None,
@@ -40,7 +40,7 @@ def resolve_config(
 
     Args:
         preset: a key of `PRESETS`, or None for the default.
-        on_cpu: training runs on a CPU, where half precision gains little.
+        in_bfloat16: the device has bfloat16 instructions.
         embedded: the model is the one that ships prompts of its own.
         method: of the adapter.
         prompts: as given.
@@ -54,7 +54,7 @@ def resolve_config(
         raise InputError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
     defaults: dict[str, Any] = {
         **METHOD_DEFAULTS.get(method, METHOD_DEFAULTS["lora"]),
-        "precision": "fp32" if on_cpu else "bf16",
+        "precision": "bf16" if in_bfloat16 else "fp32",
         **PRESETS[preset or "default"],
     }
     if options.get("guidance_max") is not None and "updates" not in PRESETS[preset or "default"]:

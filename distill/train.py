@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 
+from ..engine.compiled import use_plain_attention
 from ..engine.errors import InputError
 from ..engine.files import prepare_output, publish, read_json, sha256_of, write_json
 from ..engine.model import ModelFiles, load, resolve_device
@@ -99,6 +100,8 @@ def distil(
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
     model = load(files, device=target, dtype=torch.float32 if target.type == "cpu" else dtype)
+    if target.type == "cpu" and dtype != torch.float32:
+        use_plain_attention(model.unet)
     torch.manual_seed(config.seed)
     adapter = _adapter(model.unet, config)
     if config.gradient_checkpointing:

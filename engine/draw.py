@@ -12,8 +12,10 @@ from pathlib import Path
 
 from PIL.PngImagePlugin import PngInfo
 
+from ..export.merge import merge
+from .compiled import CompiledRunner, missing_compiler
 from .engine import Engine
-from .errors import InputError
+from .errors import BoostDiffError, InputError
 from .families import TextEmbeddings
 from .files import prepare_output
 from .generate import generate, to_pil
@@ -24,7 +26,8 @@ from .runners import TorchRunner
 from .samplers import make_scheduler
 from .student import ADAPTER_NAME, LORA_METHODS, StudentInfo, apply_student, read_student
 
-RUNNERS = ("torch", "onnx", "tensorrt")
+RUNNERS = ("torch", "compiled", "onnx", "tensorrt")
+IN_TORCH = ("torch", "compiled")
 DEFAULT_GUIDANCE = 3.0
 
 
@@ -72,9 +75,9 @@ class DrawConfig:
             raise InputError(f"unknown precision {self.precision!r}: choose fp32 or fp16")
         if self.precision and self.runner != "onnx":
             raise InputError("--precision is for the onnx runner: pass --runner onnx with it")
-        if self.runner != "torch" and self.student is None:
+        if self.runner not in IN_TORCH and self.student is None:
             raise InputError(
-                f"--teacher runs on torch only: an engine holds the student, leave --runner {self.runner} out"
+                f"--teacher runs in torch only: an engine holds the student, leave --runner {self.runner} out"
             )
         if self.steps < 1:
             raise InputError("--steps must be at least 1")
@@ -104,24 +107,32 @@ class _Drawing:
 
 @contextmanager
 def _opened(files: ModelFiles, config: DrawConfig, info: StudentInfo | None, device: str) -> Iterator[_Drawing]:
-    if info is not None and config.runner != "torch":
+    if info is not None and config.runner not in IN_TORCH:
         read_manifest(config.engine).check_student(info, engine=config.engine)
         with Engine.load(config.engine, runner=config.runner, device=device, precision=config.precision) as engine:
             yield _Drawing(
                 model=engine.model, denoiser=engine.denoiser(config.guidance), text=engine.encode(config.prompts)
             )
         return
-    model = load(files, device=resolve_device(device))
-    runner = TorchRunner(model.unet)
+    target = resolve_device(device)
+    if config.runner == "compiled" and (reason := missing_compiler(target)):
+        raise BoostDiffError(reason)
+    model = load(files, device=target)
+    make_runner = CompiledRunner if config.runner == "compiled" else TorchRunner
     away_from = None
     if config.student is None or info is None:
+        runner = make_runner(model.unet)
         denoiser = teacher_denoiser(runner, DEFAULT_GUIDANCE if config.guidance is None else config.guidance)
         away_from = (config.negative_prompt or "") if isinstance(denoiser, GuidedDenoiser) else None
     else:
-        apply_student(model, config.student, info)
+        if config.runner == "compiled":
+            # Adapters would cost time in every layer.
+            model.pipeline.unet = merge(model, config.student, info)
+        else:
+            apply_student(model, config.student, info)
         if config.dial is not None:
             model.unet.set_adapters(ADAPTER_NAME, config.dial)
-        denoiser = SinglePassDenoiser(runner, info.choose_guidance(config.guidance))
+        denoiser = SinglePassDenoiser(make_runner(model.unet), info.choose_guidance(config.guidance))
     text = model.family.encode(model.pipeline, config.prompts, negative_prompt=away_from)
     yield _Drawing(model=model, denoiser=denoiser, text=text)
 

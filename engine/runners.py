@@ -31,12 +31,14 @@ class Runner(Closing, ABC):
         name: as the command line knows it.
         config: the UNet's configuration.
         dtype: of `sample`, `encoder_hidden_states` and the prediction.
+        precision: that the UNet computes in.
         device: where they lie.
     """
 
     name: str
     config: FrozenDict
     dtype: torch.dtype
+    precision: torch.dtype
     device: torch.device
 
     @abstractmethod
@@ -99,6 +101,7 @@ class TorchRunner(Runner):
     def __init__(self, unet: UNet2DConditionModel) -> None:
         self.unet = unet
         self.config, self.dtype, self.device = unet.config, unet.dtype, unet.device
+        self.precision = self.dtype
 
     def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """See `Runner.predict`."""
@@ -118,6 +121,7 @@ class GraphRunner(Runner):
         self.session = session
         self.name, self.device = session.kind, session.device
         self.config, self.dtype = FrozenDict(unet_config), session.input_types["sample"]
+        self.precision = self.dtype
 
     def close(self) -> None:
         """See `Runner.close`."""

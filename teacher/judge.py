@@ -173,7 +173,8 @@ def evaluate(
         f", {weights}",
         False,
     )
-    with FastestRunners(loaded) as runners:
+    passes = sum((1 + (scale > 1)) * steps * images for scale in wanted)
+    with FastestRunners(loaded, passes=passes) as runners:
 
         def drawn(scale: float) -> torch.Tensor:
             runner = runners(loaded.unet)
@@ -258,7 +259,8 @@ def grids(
     shown = min(wanted, key=lambda scale: abs(scale - SHOWN_SCALE))
     loaded = load(locate(model), device=device())
     output.mkdir(parents=True, exist_ok=True)
-    with FastestRunners(loaded) as runners:
+    passes = sum((1 + (scale > 1)) * steps * (seen + unseen) for scale in wanted)
+    with FastestRunners(loaded, passes=passes) as runners:
         for name, pairs in sets.items():
             prompts, real = [artworks.caption(*pair) for pair in pairs], real_images(artworks, pairs)
             columns = {"real": real} | {

@@ -68,10 +68,11 @@ def test_doctor_as_json(tmp_path: Path) -> None:
 def test_the_whole_job_on_a_tiny_model(tmp_path: Path, tiny_folder: Path, prompt_file: Path) -> None:
     """distill, export, bench and generate find what the one before wrote, and `--json` prints JSON alone."""
     model = ("--model", tiny_folder)
+    short = ("--samples", 4, "--steps", 2, "--runs", 3, "--no-compile")
     steps = (
         ("distill", *model, "--prompts", prompt_file, "--updates", 4, "--batch-size", 2, "--json"),
         ("export", *model, "--json"),
-        ("bench", *model, "--prompts", prompt_file, "--samples", 4, "--steps", 2, "--runs", 3, "--json"),
+        ("bench", *model, "--prompts", prompt_file, *short, "--json"),
         ("generate", *model, "a red cat", "two green birds", "--steps", 2, "--runner", "onnx", "--json"),
         ("generate", *model, "a red cat", "--teacher", "--steps", 2, "--json"),
     )

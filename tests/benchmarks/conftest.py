@@ -33,7 +33,7 @@ def result(
     Reference.of(features[:16], features[16:]).save(reference)
     return bench(
         locate(str(tiny_folder)),
-        BenchConfig(steps=3, batch_sizes=(2, 1), runs=3, samples=20, alternatives=True),
+        BenchConfig(steps=3, batch_sizes=(2, 1), runs=3, samples=20, alternatives=True, compile=False),
         students=[students["lora"], students["bitfit"]],
         engine=engine,
         prompts=MANY,

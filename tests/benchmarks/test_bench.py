@@ -181,7 +181,7 @@ def test_a_range_student_is_judged_at_the_guidance_asked_for(
     export(tiny_files, student=tmp_path / "student", output=tmp_path / "engine", device="cpu")
 
     def run(guidance: float | None) -> BenchResult:
-        config = BenchConfig(steps=2, runs=3, samples=4, batch_sizes=(2,), guidance=guidance)
+        config = BenchConfig(steps=2, runs=3, samples=4, batch_sizes=(2,), guidance=guidance, compile=False)
         return bench(
             tiny_files,
             config,

@@ -25,7 +25,8 @@ def test_random_weights_then_compare(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_folder, tmp_path / "tiny", ignore=shutil.ignore_patterns("*.safetensors"))
-    measured = ["--model", "tiny", "--random-weights", "--speed-only", "--steps", 2, "--runs", 3, "--device", "cpu"]
+    short = ["--steps", 2, "--runs", 3, "--device", "cpu", "--no-compile"]
+    measured = ["--model", "tiny", "--random-weights", "--speed-only", *short]
     assert run([*measured, "--batch-sizes", "1,2", "--json"], monkeypatch) == 0
     report = json.loads(capfd.readouterr().out)
     assert {row["batch_size"] for row in report["speed"]["rows"]} == {1, 2}

@@ -1,8 +1,13 @@
 from pathlib import Path
 
 import pytest
-from boostdiff.benchmarks.measuring import remembered
+import torch
+from boostdiff.benchmarks import measuring
+from boostdiff.benchmarks.measuring import MANY_PASSES, FastestRunners, remembered
+from boostdiff.engine.compiled import CompiledRunner
 from boostdiff.engine.errors import InputError
+from boostdiff.engine.model import Model
+from boostdiff.engine.runners import GraphRunner, TorchRunner
 
 
 def test_a_result_is_measured_once(tmp_path: Path) -> None:
@@ -17,3 +22,30 @@ def test_a_result_is_measured_once(tmp_path: Path) -> None:
     path.write_text("[]")
     with pytest.raises(InputError, match="not a JSON object"):
         remembered(path, "a", measure)
+
+
+@pytest.mark.parametrize(
+    ("passes", "bfloat16", "compiles", "expected"),
+    [
+        (MANY_PASSES, True, True, CompiledRunner),
+        (MANY_PASSES, True, False, GraphRunner),
+        (MANY_PASSES, False, True, GraphRunner),
+        (MANY_PASSES - 1, True, True, TorchRunner),
+    ],
+)
+def test_the_fastest_runner_depends_on_work_and_machine(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch, passes: int, bfloat16: bool, compiles: bool, expected: type
+) -> None:
+    monkeypatch.setattr(measuring, "has_bfloat16", lambda device: bfloat16)
+    monkeypatch.setattr(measuring, "missing_compiler", lambda device: None)
+    inputs = tiny.family.example_inputs(tiny.pipeline, batch=2)
+    with FastestRunners(tiny, passes=passes, compiles=compiles) as runners:
+        runner = runners(tiny.unet)
+        assert type(runner) is expected
+        assert runners.name == runner.name
+        assert runners(tiny.unet) is runner
+        if expected is not CompiledRunner:
+            with torch.inference_mode():
+                torch.testing.assert_close(
+                    runner.predict(inputs), TorchRunner(tiny.unet).predict(inputs), atol=1e-3, rtol=1e-3
+                )

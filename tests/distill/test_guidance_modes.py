@@ -150,9 +150,8 @@ def test_guidance_on_the_command_line(text: str, expected: tuple[float, float | 
 @pytest.mark.parametrize(("preset", "times"), [(None, RANGE_UPDATES), ("default", RANGE_UPDATES), ("paper", 1)])
 def test_a_range_is_trained_longer_unless_told_otherwise(preset: str | None, times: int) -> None:
     def updates(**options: float | None) -> int:
-        return resolve_config(
-            preset=preset, on_cpu=True, embedded=True, method="lora", prompts=None, images=None, guidance=1.5, **options
-        ).updates
+        common = {"in_bfloat16": False, "embedded": True, "method": "lora", "prompts": None, "images": None}
+        return resolve_config(preset=preset, guidance=1.5, **common, **options).updates
 
     assert updates(guidance_max=7.5) == times * updates(guidance_max=None)
     assert updates(guidance_max=7.5, updates=7) == 7

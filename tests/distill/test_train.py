@@ -163,7 +163,7 @@ def test_nothing_to_train_on(tiny_files: ModelFiles, tmp_path: Path) -> None:
 
 
 def test_the_papers_preset_and_what_overrides_it() -> None:
-    common = {"on_cpu": True, "embedded": True, "method": "lora", "prompts": None, "images": None}
+    common = {"in_bfloat16": False, "embedded": True, "method": "lora", "prompts": None, "images": None}
     paper = resolve_config(preset="paper", updates=None, **common)
     assert (paper.updates, paper.batch_size, paper.learning_rate, paper.loss_weight) == (
         1600,

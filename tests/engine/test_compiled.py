@@ -1,0 +1,49 @@
+import pytest
+import torch
+from boostdiff.engine import compiled
+from boostdiff.engine.compiled import CompiledRunner, has_bfloat16, missing_compiler, use_plain_attention
+from boostdiff.engine.model import Model
+from boostdiff.engine.runners import TorchRunner
+from diffusers.models.attention_processor import AttnProcessor
+from tiny import CPU
+
+
+@pytest.mark.skipif(missing_compiler(CPU) is not None, reason="nothing to compile with")
+def test_compiled_predictions_are_those_of_the_unet(tiny: Model) -> None:
+    runner, eager = CompiledRunner(tiny.unet), TorchRunner(tiny.unet)
+    assert runner.precision == (torch.bfloat16 if has_bfloat16(CPU) else torch.float32)
+    inputs = tiny.family.example_inputs(tiny.pipeline, batch=2)
+    with torch.inference_mode():
+        got, expected = runner.predict(inputs), eager.predict(inputs)
+    assert got.dtype == tiny.unet.dtype == torch.float32
+    tolerance = 2e-2 if runner.precision == torch.bfloat16 else 1e-4
+    assert (got - expected).norm() < tolerance * expected.norm()
+
+
+def test_in_bfloat16_the_unet_itself_stays(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "has_bfloat16", lambda device: True)
+    before = tiny.unet.attn_processors
+    runner = CompiledRunner(tiny.unet, backend="eager")
+    inputs = tiny.family.example_inputs(tiny.pipeline, batch=3)
+    with torch.inference_mode():
+        got, expected = runner.predict(inputs), TorchRunner(tiny.unet).predict(inputs)
+    assert got.dtype == torch.float32
+    assert 0 < (got - expected).norm() < 2e-2 * expected.norm()
+    assert tiny.unet.dtype == torch.float32
+    assert tiny.unet.attn_processors == before
+
+
+def test_plain_attention_is_for_small_latents_alone(tiny: Model) -> None:
+    fused = tiny.unet.attn_processors
+    tiny.unet.register_to_config(sample_size=64)
+    use_plain_attention(tiny.unet)
+    assert tiny.unet.attn_processors == fused
+    tiny.unet.register_to_config(sample_size=8)
+    use_plain_attention(tiny.unet)
+    assert all(isinstance(processor, AttnProcessor) for processor in tiny.unet.attn_processors.values())
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert missing_compiler(CPU) == "torch.compile needs a C++ compiler"
