@@ -19,7 +19,7 @@ from ..engine.manifest import read_manifest
 from ..engine.model import Model, ModelFiles, load, resolve_device
 from ..engine.runners import Runner, TorchRunner, available_runners
 from ..engine.samplers import make_scheduler
-from ..engine.versions import versions
+from ..engine.versions import source_commit, versions
 from .baselines import StockEntrant, stock_pipeline
 from .config import BenchConfig
 from .device import hardware
@@ -267,7 +267,7 @@ def _in_torch(
 
 
 def provenance_of(files: ModelFiles, config: BenchConfig, guidance: float, device: torch.device) -> dict[str, Any]:
-    """Model, settings, hardware and versions, for a report."""
+    """Model, settings, hardware, versions and commit, for a report."""
     return {
         "model": files.name,
         "guidance": guidance,
@@ -276,6 +276,7 @@ def provenance_of(files: ModelFiles, config: BenchConfig, guidance: float, devic
         "seed": config.seed,
         "config": asdict(config) | {"batch_sizes": list(config.batch_sizes_on(device))},
         "hardware": hardware(device),
+        "commit": source_commit(),
         "versions": versions("torchmetrics", "torch-fidelity", "tensorrt", "tensorrt_rtx"),
     }
 

@@ -133,6 +133,8 @@ def _facts(result: BenchResult) -> str:
         (f"{head.estimate.value:.2f}x", f"as fast, whole images; counted operations allow {head.ceiling:.2f}x"),
         (f"{fastest.images_per_second.value:.3g} /s", f"student, {fastest.runner}, batch {fastest.batch_size}"),
     ]
+    if stock := result.speed.over_baseline("stock diffusers", fastest):
+        facts.insert(1, (f"{stock.estimate.value:.2f}x", "as fast as stock diffusers with guidance"))
     if unet := result.speed.ratio("unet", fastest):
         facts.insert(1, (f"{unet.estimate.value:.2f}x", "as fast, the UNet's step alone"))
     if result.quality and result.quality.student.distance is not None:

@@ -1,6 +1,9 @@
 """Which versions made a file."""
 
+import shutil
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from .. import __version__
 
@@ -16,3 +19,14 @@ def versions(*more: str) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def source_commit(root: Path = Path(__file__).parents[1]) -> str | None:
+    """The commit that runs, with "-dirty" behind it where files were changed; None outside a clone, or without git."""
+    git = shutil.which("git")
+    # An installed package may lie in the repository of somebody else.
+    if git is None or not (root / ".git").exists():
+        return None
+    command = [git, "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60)  # noqa: S603
+    return found.stdout.strip() or None
