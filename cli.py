@@ -598,7 +598,8 @@ def generate(
         seed=seed,
     )
     files = locate(model)
-    with _progress("drawing", config.total_steps) as advance:
+    doing = "compiling, then drawing" if runner == "compiled" else "drawing"
+    with _progress(doing, config.total_steps) as advance:
         paths = draw(files, config, output=output, device=device, on_step=advance)
     if as_json:
         _print_json({"images": [str(path) for path in paths]})
