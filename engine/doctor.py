@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from rich.table import Table
 
+from .compiled import has_bfloat16, missing_compiler
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
@@ -109,6 +111,15 @@ def _features() -> Finding:
     )
 
 
+def _compiler(device: torch.device) -> Finding:
+    use = "the compiled runner"
+    if reason := missing_compiler(device):
+        install = "pip install triton" if device.type == "cuda" else "apt-get install g++"
+        return Finding(name="torch.compile", found=reason, ready=False, use=use, install=install)
+    precision = "bfloat16" if has_bfloat16(device) else "no bfloat16"
+    return Finding(name="torch.compile", found=f"for the {device.type.upper()}, {precision}", ready=True, use=use)
+
+
 def examine() -> list[Finding]:
     """Look at this machine."""
     gpu = torch.cuda.is_available()
@@ -120,6 +131,7 @@ def examine() -> list[Finding]:
             use="distill, generate, bench",
         ),
         _gpu(),
+        _compiler(torch.device("cuda" if gpu else "cpu")),
         _onnx_runtime(gpu),
         *_tensorrt(gpu),
         _features(),

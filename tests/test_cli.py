@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from boostdiff import __version__
 from boostdiff.cli import main
-from tiny import save_images
+from boostdiff.engine.compiled import missing_compiler
+from tiny import CPU, save_images
 
 SD21 = Path(__file__).parents[1] / "benchmarks" / "configs" / "sd21-base"
 
@@ -62,6 +63,7 @@ def test_doctor_as_json(tmp_path: Path) -> None:
     findings = {row["name"]: row for row in json.loads(boostdiff("doctor", "--json", cwd=tmp_path).stdout)}
     assert findings["torch"]["ready"]
     assert findings["boostdiff distill"]["ready"]
+    assert findings["torch.compile"]["ready"] == (missing_compiler(CPU) is None)
     assert not findings["GPU"]["ready"]
 
 
