@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from ..engine.compiled import use_plain_attention
 from ..engine.errors import InputError
 from ..engine.files import prepare_output, publish, read_json, sha256_of, write_json
-from ..engine.model import ModelFiles, load, resolve_device
+from ..engine.model import Model, ModelFiles, load, resolve_device
 from ..engine.prompts import read_prompts
 from ..engine.student import StudentInfo
 from ..engine.versions import versions
@@ -148,26 +148,9 @@ def distil(
     info = None
     if accelerator.is_main_process:
         run.keep_average()
-        paths = adapter.save(folder, model.pipeline)
-        if "kohya" in formats:
-            inner = getattr(adapter, "inner", adapter)
-            assert isinstance(inner, PeftAdapter)
-            inner.save_kohya(folder)
-        low, high = config.guidance_bounds
-        info = StudentInfo(
-            method=config.method,
-            guidance=(low + high) / 2,
-            guidance_range=(low, high) if config.takes_guidance else None,
-            negative_prompt=config.negative_prompt,
-            model=files.name,
-            unet_sha256=resolved["unet_sha256"],
-            adapter_files={path.name: sha256_of(path) for path in paths},
-            trainable_parameters=adapter.count(),
-            settings=config.as_json(),
-            versions=versions(),
-            result=result,
+        info = _write_student(
+            folder, model, adapter, config, formats=formats, unet_sha256=resolved["unet_sha256"], result=result
         )
-        info.write(folder)
         if observers.preview:
             draw(folder / "grid.png")
         (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
@@ -178,6 +161,40 @@ def distil(
     # Finishes the trackers and leaves the process group: a process that ends in one may abort at its exit.
     accelerator.end_training()
     assert info is not None
+    return info
+
+
+def _write_student(
+    folder: Path,
+    model: Model,
+    adapter: Adapter,
+    config: DistillConfig,
+    *,
+    formats: tuple[str, ...],
+    unet_sha256: str,
+    result: dict[str, Any],
+) -> StudentInfo:
+    """The adapter's files, and `student.json` that names them."""
+    paths = adapter.save(folder, model.pipeline)
+    if "kohya" in formats:
+        inner = getattr(adapter, "inner", adapter)
+        assert isinstance(inner, PeftAdapter)
+        inner.save_kohya(folder)
+    low, high = config.guidance_bounds
+    info = StudentInfo(
+        method=config.method,
+        guidance=(low + high) / 2,
+        guidance_range=(low, high) if config.takes_guidance else None,
+        negative_prompt=config.negative_prompt,
+        model=model.files.name,
+        unet_sha256=unet_sha256,
+        adapter_files={path.name: sha256_of(path) for path in paths},
+        trainable_parameters=adapter.count(),
+        settings=config.as_json(),
+        versions=versions(),
+        result=result,
+    )
+    info.write(folder)
     return info
 
 
