@@ -79,7 +79,7 @@ def test_two_processes_train_the_same_adapter_as_one(
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "boostdiff"),
         *("distill", "--model", str(tiny_files.folder), f"--{data}", str(path), "--updates", "12"),
         *("--batch-size", "6", "--learning-rate", "0.01", "--device", "cpu", "--output", str(tmp_path / "two")),
-        *("--log-with", "tensorboard"),
+        *("--precision", "fp32", "--log-with", "tensorboard"),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
