@@ -92,7 +92,12 @@ def test_the_wheel_works_from_outside_the_checkout(wheel: Path, tmp_path: Path) 
 def test_the_readmes_files_and_commands_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text):
-        assert (ROOT / target).exists(), target
+        path, _, anchor = target.partition("#")
+        assert (ROOT / path).exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)", (ROOT / path).read_text(encoding="utf-8"), flags=re.MULTILINE)
+            slugs = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, target
     commands = set(re.findall(r"^\s*boostdiff (\w+)", text, flags=re.MULTILINE))
     assert {"distill", "export", "bench", "generate", "doctor"} <= commands
     source = (ROOT / "cli.py").read_text(encoding="utf-8")

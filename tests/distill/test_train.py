@@ -59,14 +59,10 @@ def test_half_precision_trains(tiny_files: ModelFiles, prompt_file: Path, tmp_pa
     assert sum(seen[-5:]) < sum(seen[:5])
 
 
-@pytest.mark.parametrize("method", ["lora", "bitfit"])
-def test_sigkill_and_resume_give_the_same_bytes(
-    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, method: str
-) -> None:
+def test_sigkill_and_resume_give_the_same_bytes(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
     def command(output: Path, *more: str) -> list[str]:
         options = {
             "--model": str(tiny_files.folder),
-            "--method": method,
             "--prompts": str(prompt_file),
             "--updates": "120",
             "--batch-size": "4",
