@@ -9,8 +9,8 @@ from diffusers import UNet2DConditionModel
 
 from ..engine.compiled import has_bfloat16
 from ..engine.errors import InputError
+from ..engine.model import LARGE_PARAMETERS
 from ..engine.samplers import make_scheduler
-from ..export.config import LARGE_PARAMETERS
 from .alternatives import candidates
 
 

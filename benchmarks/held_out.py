@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from .. import teacher
 from ..engine.generate import generate, to_uint8
 from ..engine.guidance import Denoiser, teacher_denoiser
+from ..engine.merge import merge
 from ..engine.model import Model, load, locate, resolve_device
 from ..engine.prompts import read_prompts
 from ..engine.runners import Runner, TorchRunner
 from ..engine.samplers import make_scheduler
 from ..engine.student import read_student
-from ..export.merge import merge
 from .features import EfficientNetLite0Features, Reference, features_of, frechet_distance
 from .measuring import FastestRunners, remembered
 

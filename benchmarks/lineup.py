@@ -14,12 +14,12 @@ from diffusers import SchedulerMixin, UNet2DConditionModel
 from ..engine.errors import InputError
 from ..engine.files import sha256_of
 from ..engine.guidance import Denoiser, SinglePassDenoiser, teacher_denoiser
+from ..engine.merge import merge
 from ..engine.model import Model, ModelFiles
 from ..engine.runners import Runner, TorchRunner
 from ..engine.samplers import make_scheduler
 from ..engine.student import StudentInfo, read_student
 from ..engine.versions import versions
-from ..export.merge import merge
 from .alternatives import Alternative, candidates
 from .sampling import Contestant
 

@@ -13,12 +13,12 @@ from diffusers import UNet2DConditionModel
 
 from ..engine.compiled import CompiledRunner, has_bfloat16, missing_compiler
 from ..engine.files import read_json, write_json
-from ..engine.model import Model
+from ..engine.merge import TIMESTEPS
+from ..engine.model import LARGE_PARAMETERS, Model
 from ..engine.runners import GraphRunner, Runner, TorchRunner
 from ..engine.sessions import OnnxSession
-from ..export.config import LARGE_PARAMETERS, ExportConfig
+from ..export.config import ExportConfig
 from ..export.graph import onnx_from_part
-from ..export.merge import TIMESTEPS
 from ..export.parts import unet_part
 
 T = TypeVar("T")

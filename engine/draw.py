@@ -12,7 +12,6 @@ from pathlib import Path
 
 from PIL.PngImagePlugin import PngInfo
 
-from ..export.merge import merge
 from .compiled import CompiledRunner, missing_compiler
 from .engine import Engine
 from .errors import BoostDiffError, InputError
@@ -21,6 +20,7 @@ from .files import prepare_output
 from .generate import generate, to_pil
 from .guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser, teacher_denoiser
 from .manifest import read_manifest
+from .merge import merge
 from .model import Model, ModelFiles, load, resolve_device
 from .runners import TorchRunner
 from .samplers import make_scheduler

@@ -20,6 +20,9 @@ from .files import read_json, sha256_of
 HASHED = {".json", ".txt", ".safetensors"}
 """Suffixes of the files that make a model."""
 
+LARGE_PARAMETERS = 100e6
+"""Parameters from which comparing everything at full size takes minutes on a CPU, and memory is a concern."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:

@@ -10,8 +10,6 @@ from ..engine.errors import InputError
 from ..engine.sessions import TENSORRT_FLAVOURS
 
 PRECISIONS = ("fp32", "fp16", "both")
-LARGE_PARAMETERS = 100e6
-"""Parameters from which comparing everything at full size takes minutes on a CPU, and memory is a concern."""
 LARGE = 1e9
 """Bytes of a UNet in FP32 from which a plan's export leaves the FP32 graph out."""
 

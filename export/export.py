@@ -13,13 +13,13 @@ import torch
 from ..engine.errors import BoostDiffError, InputError
 from ..engine.files import prepare_output, read_json, staged_folder, write_json
 from ..engine.manifest import Manifest, read_manifest, verified_file
+from ..engine.merge import TIMESTEPS, merge_in_place
 from ..engine.model import Model, ModelFiles, load, resolve_device
 from ..engine.sessions import OnnxSession, TensorRTSession, check_plan
 from ..engine.student import StudentInfo, read_student
 from ..engine.versions import versions
 from .config import ExportConfig
 from .graph import FP16_TOLERANCE, FP32_TOLERANCE, compare, graph_signature, onnx_from_part
-from .merge import TIMESTEPS, merge_in_place
 from .parts import (
     Part,
     give_back_memory,

@@ -14,10 +14,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
 from ..engine.families import PromptEmbeds
-from ..engine.model import Model
+from ..engine.model import LARGE_PARAMETERS, Model
 from ..engine.parts import HIDDEN_STATES
 from ..engine.runners import UNET_OUTPUT, unet_forward
-from .config import LARGE_PARAMETERS, ExportConfig
+from .config import ExportConfig
 
 TRACE_BATCH = 2
 """A batch of one would be frozen into the graph."""

@@ -7,8 +7,8 @@ from boostdiff.distill.config import DistillConfig
 from boostdiff.distill.loop import Observers
 from boostdiff.distill.train import count_parameters, distil
 from boostdiff.engine.errors import InputError
+from boostdiff.engine.merge import merge_in_place
 from boostdiff.engine.model import Model, ModelFiles, load, locate
-from boostdiff.export.merge import merge_in_place
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from tiny import CPU

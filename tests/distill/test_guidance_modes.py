@@ -14,10 +14,10 @@ from boostdiff.distill.presets import RANGE_UPDATES, resolve_config
 from boostdiff.distill.train import count_parameters, distil
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.guidance import SinglePassDenoiser, combine, guidance_embedding, smooth_columns
+from boostdiff.engine.merge import merge, merge_in_place
 from boostdiff.engine.model import Model, ModelFiles, load, locate
 from boostdiff.engine.runners import TorchRunner
 from boostdiff.engine.student import ADAPTER_NAME, GUIDANCE_FILE, apply_student, read_student
-from boostdiff.export.merge import merge, merge_in_place
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from tiny import CPU, PROMPTS

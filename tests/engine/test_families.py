@@ -15,6 +15,7 @@ from boostdiff.engine.errors import InputError
 from boostdiff.engine.families import family_of
 from boostdiff.engine.generate import generate, to_uint8
 from boostdiff.engine.guidance import GuidedDenoiser
+from boostdiff.engine.merge import merge
 from boostdiff.engine.model import Model, load, locate
 from boostdiff.engine.runners import GraphRunner, TorchRunner
 from boostdiff.engine.samplers import make_scheduler
@@ -22,7 +23,6 @@ from boostdiff.engine.sessions import OnnxSession
 from boostdiff.engine.student import LORA_FILE, read_student
 from boostdiff.export.config import ExportConfig
 from boostdiff.export.export import export
-from boostdiff.export.merge import merge
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file

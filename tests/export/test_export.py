@@ -16,6 +16,7 @@ from boostdiff.engine.engine import Engine
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.files import sha256_of
 from boostdiff.engine.manifest import read_manifest, verified_file
+from boostdiff.engine.merge import merge
 from boostdiff.engine.model import Model, ModelFiles, locate
 from boostdiff.engine.runners import (
     GraphRunner,
@@ -27,7 +28,6 @@ from boostdiff.engine.student import apply_student, read_student
 from boostdiff.export.config import ExportConfig, parse_profile
 from boostdiff.export.export import export, standing_engine
 from boostdiff.export.graph import compare
-from boostdiff.export.merge import merge
 from boostdiff.export.parts import Part, unet_part
 from boostdiff.export.plan import Flavour, plan_in_a_process
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel

@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 from boostdiff.engine.errors import BoostDiffError, InputError
+from boostdiff.engine.merge import fold_lora, merge, merge_in_place, proof_of
 from boostdiff.engine.model import Model, ModelFiles, load
 from boostdiff.engine.student import apply_student, read_student
-from boostdiff.export.merge import fold_lora, merge, merge_in_place, proof_of
 from safetensors.torch import save_file
 from tiny import CPU
 

@@ -11,11 +11,11 @@ from diffusers import UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 
-from ..engine.errors import BoostDiffError, InputError
-from ..engine.guidance import guidance_embedding
-from ..engine.model import Model
-from ..engine.runners import unet_forward
-from ..engine.student import (
+from .errors import BoostDiffError, InputError
+from .guidance import guidance_embedding
+from .model import LARGE_PARAMETERS, Model
+from .runners import unet_forward
+from .student import (
     GUIDANCE_FILE,
     LORA_FILE,
     StudentInfo,
@@ -23,7 +23,6 @@ from ..engine.student import (
     apply_student,
     load_guidance_embedding,
 )
-from .config import LARGE_PARAMETERS
 
 TIMESTEPS = (1, 250, 500, 750, 981)
 TOLERANCE = 1e-4
