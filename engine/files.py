@@ -90,12 +90,12 @@ def prepare_output(path: Path) -> None:
         InputError: its parent can't be created or written, or the name is taken by a file.
     """
     try:
-        if path.exists() and not path.is_dir():
-            raise InputError(f"the output {path} is a file: choose another --output")
         parent = path.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
         # Under the lock no other process is just replacing the folder.
         with locked(parent):
+            if path.exists() and not path.is_dir():
+                raise InputError(f"the output {path} is a file: choose another --output")
             for folder in (parent, path) if path.is_dir() else (parent,):
                 if not os.access(folder, os.W_OK):
                     raise PermissionError(13, "Permission denied", str(folder))
