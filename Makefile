@@ -36,8 +36,9 @@ types: install
 	cd "$$link" && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
 		--cache-dir "$(CURDIR)/.mypy_cache" --exclude '/(tests|build|outputs|\.venv)/' boostdiff
 
+# A file of tests goes to one process, which makes its models once; a process a core, each of one thread.
 unit: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 wheel: install
 	$(BIN)/python -m build --outdir dist .
