@@ -565,7 +565,8 @@ def generate(
         str,
         typer.Option(
             "--runner",
-            help="torch; compiled, which starts slowly and pays for many images; or an engine: onnx, tensorrt.",
+            help="torch; compiled, which starts slowly and pays for many images; or an engine: onnx, onnx-tensorrt, "
+            "tensorrt.",
         ),
     ] = "torch",
     precision: Annotated[

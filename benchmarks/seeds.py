@@ -9,6 +9,7 @@ distances: a run that was interrupted goes on. Prints a Markdown table.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -36,11 +37,19 @@ def distances(held_out: HeldOut, students: list[Path], samples: int) -> dict[str
     return found
 
 
+def over_seeds(values: Sequence[float], style: str) -> str:
+    """The mean, with its standard error where there are several."""
+    mean = format(statistics.mean(values), style)
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {format(statistics.stdev(values) * len(values) ** -0.5, style)}"
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def main(
     context: typer.Context,
     work: Annotated[Path, typer.Option(help="Folder for students and results.")],
-    seeds: Annotated[int, typer.Option(min=2, help="Training runs of each method.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Training runs of each method.")] = 5,
     samples: Annotated[int, typer.Option(min=2, help="Images of each student (N).")] = 1000,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = "lora,bitfit",
@@ -67,11 +76,9 @@ def main(
         for method, folders in students.items():
             values = [found[folder.name] for folder in folders]
             recovered = [(unguided - value) / (unguided - guided) for value in values]
-            error = len(values) ** -0.5
             print(
-                f"| {sampler} | {method} | {statistics.mean(values):.1f} ± {statistics.stdev(values) * error:.1f} "
-                f"| {guided:.1f} | {unguided:.1f} "
-                f"| {statistics.mean(recovered):.0%} ± {statistics.stdev(recovered) * error:.0%} |",
+                f"| {sampler} | {method} | {over_seeds(values, '.1f')} | {guided:.1f} | {unguided:.1f} "
+                f"| {over_seeds(recovered, '.0%')} |",
                 flush=True,
             )
 

@@ -22,12 +22,12 @@ from .guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser, teacher_deno
 from .manifest import read_manifest
 from .merge import merge
 from .model import Model, ModelFiles, load, resolve_device
-from .runners import TorchRunner
+from .runners import EXPORTED, TorchRunner
 from .samplers import make_scheduler
 from .student import ADAPTER_NAME, LORA_METHODS, StudentInfo, apply_student, read_student
 
-RUNNERS = ("torch", "compiled", "onnx", "tensorrt")
 IN_TORCH = ("torch", "compiled")
+RUNNERS = (*IN_TORCH, *EXPORTED)
 DEFAULT_GUIDANCE = 3.0
 
 
@@ -73,8 +73,8 @@ class DrawConfig:
             raise InputError(f"unknown runner {self.runner!r}: choose one of {', '.join(RUNNERS)}")
         if self.precision not in (None, "fp32", "fp16"):
             raise InputError(f"unknown precision {self.precision!r}: choose fp32 or fp16")
-        if self.precision and self.runner != "onnx":
-            raise InputError("--precision is for the onnx runner: pass --runner onnx with it")
+        if self.precision and not self.runner.startswith("onnx"):
+            raise InputError("--precision is for ONNX Runtime's graphs: pass --runner onnx with it")
         if self.runner not in IN_TORCH and self.student is None:
             raise InputError(
                 f"--teacher runs in torch only: an engine holds the student, leave --runner {self.runner} out"

@@ -26,7 +26,7 @@ from .guidance import Denoiser, SinglePassDenoiser
 from .manifest import Manifest, read_manifest, verified_file
 from .model import Model, ModelFiles, resolve_device
 from .parts import ExportedTextEncoder, ExportedVaeDecoder
-from .runners import GraphRunner, available_runners, open_session
+from .runners import EXPORTED, GraphRunner, available_runners, open_session
 from .samplers import make_scheduler
 from .sessions import Closing, Session
 from .student import choose_guidance
@@ -59,7 +59,7 @@ class Engine(Closing):
     Attributes:
         manifest: what was exported, and how it was checked.
         model: its parts as a stock diffusers pipeline, `model.pipeline`, that makes one pass a step.
-        runner: "onnx" or "tensorrt".
+        runner: a name in `runners.EXPORTED`.
     """
 
     def __init__(self, *, manifest: Manifest, model: Model, opened: ExitStack) -> None:
@@ -74,7 +74,8 @@ class Engine(Closing):
 
         Args:
             folder: the engine folder.
-            runner: "onnx", "tensorrt" or "auto": TensorRT where this machine can run the plan, else ONNX Runtime.
+            runner: a name in `runners.EXPORTED`, or "auto": TensorRT where this machine can run the plan, else ONNX
+                Runtime.
             device: "auto", "cpu", "cuda", …
             precision: "fp32" or "fp16" of the ONNX graphs; by default what the device is faster at.
 
@@ -86,9 +87,9 @@ class Engine(Closing):
         manifest = read_manifest(folder)
         reasons = available_runners(manifest, target)
         if runner == "auto":
-            runner = next((name for name in ("tensorrt", "onnx") if reasons[name] is None), "onnx")
-        if runner not in {"onnx", "tensorrt"}:
-            raise InputError(f"an engine has no runner {runner!r}: choose onnx or tensorrt")
+            runner = "tensorrt" if reasons["tensorrt"] is None else "onnx"
+        if runner not in EXPORTED:
+            raise InputError(f"an engine has no runner {runner!r}: choose one of {', '.join(EXPORTED)}")
         if reason := reasons[runner]:
             raise BoostDiffError(f"can't run the engine in {folder} with {runner}: {reason}")
         for name in manifest.configurations():

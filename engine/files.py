@@ -63,11 +63,21 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON beside its final name, then rename."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Write beside the final name, then rename."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.write_bytes(content)
     partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, see `write_whole`."""
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def user_cache() -> Path:
+    """Where this program keeps, for the user, what it can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "boostdiff"
 
 
 def is_full_disk(error: BaseException) -> bool:

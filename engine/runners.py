@@ -6,7 +6,6 @@ Each is a context manager and can be set as `pipe.unet` in a stock diffusers pip
 
 from __future__ import annotations
 
-import importlib.util
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,14 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from .errors import BoostDiffError, InputError
 from .manifest import Manifest, verified_file
-from .sessions import Closing, OnnxSession, Session, TensorRTSession, check_plan
+from .sessions import Closing, OnnxSession, Session, execution_provider
+from .trt import TensorRTSession, check_plan
 
 UNET_OUTPUT = "out_sample"
 """Name of the prediction in an exported UNet, as Optimum's pipelines look for it."""
+
+EXPORTED = ("tensorrt", "onnx", "onnx-tensorrt")
+"""Runners of exported graphs: a plan, ONNX Runtime, and TensorRT within ONNX Runtime."""
 
 
 class Runner(Closing, ABC):
@@ -141,7 +144,7 @@ def open_session(
     """Open one part of an exported engine, after checking it against its manifest.
 
     Args:
-        kind: "onnx" or "tensorrt".
+        kind: a name in `EXPORTED`.
         part: "unet", "text_encoder", "text_encoder_2" or "vae_decoder".
         folder: the engine folder.
         manifest: its manifest.
@@ -157,10 +160,10 @@ def open_session(
         raise InputError(f"unknown precision {precision!r}: choose fp32 or fp16")
     if kind == "tensorrt":
         if precision:
-            raise InputError("a plan has one precision: choose it with the onnx runner alone")
+            raise InputError("a plan has one precision: choose it with ONNX Runtime's runners alone")
         name = f"{part}/model.plan"
         path = verified_file(folder, manifest, name)
-        return TensorRTSession(path, artefact=manifest.artefacts[name])
+        return TensorRTSession(path, artefact=manifest.artefacts[name], digest=manifest.files[name])
     graphs = {
         about["precision"]: name
         for name, about in manifest.artefacts.items()
@@ -178,7 +181,8 @@ def open_session(
             f"the engine in {folder} has the {part} in {', '.join(sorted(graphs))} alone: "
             f"`boostdiff export --precision both` makes {precision}, too"
         )
-    return OnnxSession(verified_file(folder, manifest, found), device=device)
+    path = verified_file(folder, manifest, found)
+    return OnnxSession(path, device=device, tensorrt=kind == "onnx-tensorrt")
 
 
 def open_exported(
@@ -187,7 +191,7 @@ def open_exported(
     """Open a runner on an exported engine's UNet, see `open_session`.
 
     Args:
-        name: "onnx" or "tensorrt".
+        name: one in `EXPORTED`.
         folder: the engine folder.
         manifest: its manifest.
         device: for ONNX Runtime.
@@ -204,14 +208,12 @@ def open_exported(
 def available_runners(manifest: Manifest, device: torch.device) -> dict[str, str | None]:
     """Which runners can execute an exported engine here: the reason against each, or None."""
     reasons: dict[str, str | None] = {"torch": None}
-    if importlib.util.find_spec("onnxruntime") is None:
-        reasons["onnx"] = "ONNX Runtime is not installed"
-    else:
-        import onnxruntime
-
-        provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
-        listed = provider in onnxruntime.get_available_providers()
-        reasons["onnx"] = None if listed else f"ONNX Runtime has no {provider}"
+    for name in ("onnx", "onnx-tensorrt"):
+        reasons[name] = None
+        try:
+            execution_provider(device, tensorrt=name == "onnx-tensorrt")
+        except BoostDiffError as error:
+            reasons[name] = str(error)
     if "unet/model.plan" not in manifest.files:
         reasons["tensorrt"] = "the engine was exported without --trt"
     else:

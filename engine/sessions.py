@@ -1,14 +1,10 @@
 """Exported graphs as sessions: named tensors in, named tensors out, on the device where they lie.
 
-ONNX Runtime and TensorRT differ in nothing else to their callers. Each session is a context manager.
+ONNX Runtime and TensorRT (`trt`) differ in nothing else to their callers. Each session is a context manager.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,12 +15,14 @@ import numpy as np
 import torch
 
 from .errors import BoostDiffError, InputError
-
-TENSORRT_FLAVOURS = ("tensorrt", "tensorrt_rtx")
-"""Each is also the name of the Python module that carries it."""
+from .files import user_cache
 
 GRAPH_TYPES = {"float": torch.float32, "float16": torch.float16, "int64": torch.int64}
 """Element types of graphs, by ONNX's names."""
+
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+"""What executes graphs for ONNX Runtime, by the type of the device."""
 
 
 class Closing:
@@ -46,7 +44,7 @@ class Session(Closing, ABC):
     """Executes one exported graph.
 
     Attributes:
-        kind: "onnx" or "tensorrt".
+        kind: "onnx", "onnx-tensorrt" or "tensorrt".
         device: where inputs and outputs lie.
         input_types: what the graph takes.
         output_types: what it gives.
@@ -102,29 +100,45 @@ def _types(described: list[Any]) -> dict[str, torch.dtype]:
     return {item.name: GRAPH_TYPES[item.type.removeprefix("tensor(").removesuffix(")")] for item in described}
 
 
+def execution_provider(device: torch.device, *, tensorrt: bool = False) -> str:
+    """The name of what executes a graph for ONNX Runtime.
+
+    Raises:
+        BoostDiffError: ONNX Runtime is missing, or can't use the device.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise BoostDiffError("ONNX Runtime is not installed: pip install 'boostdiff[cpu]' or [gpu]") from None
+    if tensorrt and device.type != "cuda":
+        raise BoostDiffError("TensorRT in ONNX Runtime needs an NVIDIA GPU")
+    provider = "TensorrtExecutionProvider" if tensorrt else PROVIDERS.get(device.type, f"any for {device.type}")
+    if provider not in onnxruntime.get_available_providers():
+        raise BoostDiffError(
+            f"this ONNX Runtime can't run on {device.type}{' by TensorRT' if tensorrt else ''}: "
+            "pip install onnxruntime-gpu in the place of onnxruntime"
+        )
+    return provider
+
+
 class OnnxSession(Session):
-    """ONNX Runtime, on the CPU or through CUDA, with inputs and outputs bound to torch memory."""
+    """ONNX Runtime with inputs and outputs bound to torch memory: on the CPU, through CUDA, or TensorRT within it."""
 
-    kind = "onnx"
-
-    def __init__(self, path: Path, *, device: torch.device, lean: bool = False) -> None:
+    def __init__(self, path: Path, *, device: torch.device, lean: bool = False, tensorrt: bool = False) -> None:
         """Open a graph.
 
         Args:
             path: an ONNX file, already verified.
             device: "cpu" or "cuda".
             lean: keep no second copy of the weights, neither packed for speed nor, of an FP16 graph on a CPU, in FP32.
+            tensorrt: let ONNX Runtime's TensorRT provider build an engine when it meets new shapes; it is kept.
 
         Raises:
             BoostDiffError: ONNX Runtime is missing, can't use the device, or can't load the graph.
         """
-        try:
-            import onnxruntime
-        except ImportError:
-            raise BoostDiffError("ONNX Runtime is not installed: pip install 'boostdiff[cpu]' or [gpu]") from None
-        provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device.type)
-        if provider not in onnxruntime.get_available_providers():
-            raise BoostDiffError(f"this ONNX Runtime can't run on {device.type}: pip install onnxruntime-gpu")
+        provider = execution_provider(device, tensorrt=tensorrt)
+        import onnxruntime
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
@@ -135,14 +149,24 @@ class OnnxSession(Session):
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
             left_out = ["ConstantFolding"]
-        settings = {"device_id": device.index or 0} if device.type == "cuda" else {}
+        on_gpu = {"device_id": device.index or 0} if device.type == "cuda" else {}
+        providers: list[tuple[str, dict[str, Any]]] = [(provider, on_gpu)]
+        if tensorrt:
+            kept = {"trt_engine_cache_enable": True, "trt_engine_cache_path": str(user_cache() / "onnxruntime")}
+            # What TensorRT can't take runs on CUDA.
+            providers = [(provider, on_gpu | kept), (PROVIDERS["cuda"], on_gpu)]
         try:
             self._session: Any = onnxruntime.InferenceSession(
-                path, options, providers=[(provider, settings)], disabled_optimizers=left_out
+                path, options, providers=providers, disabled_optimizers=left_out
             )
         except Exception as error:
             # The C++ side raises its own types, none of them exported under a common base.
             raise BoostDiffError(f"ONNX Runtime can't load {path}: {str(error).splitlines()[0]}") from None
+        if provider not in self._session.get_providers():
+            # It goes on by itself, slower, where a library of CUDA or TensorRT is missing.
+            used = self._session.get_providers()[0]
+            raise BoostDiffError(f"ONNX Runtime could not start {provider} and took {used}: is CUDA's cuDNN installed?")
+        self.kind = "onnx-tensorrt" if tensorrt else "onnx"
         self.device = device
         self.input_types = _types(self._session.get_inputs())
         self.output_types = _types(self._session.get_outputs())
@@ -171,94 +195,3 @@ class OnnxSession(Session):
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
             raise BoostDiffError(f"ONNX Runtime failed: {reason}") from None
-
-
-class TensorRTSession(Session):
-    """A TensorRT plan of either flavour, through polygraphy, on CUDA tensors without host copies."""
-
-    kind = "tensorrt"
-
-    def __init__(self, path: Path, *, artefact: dict[str, Any]) -> None:
-        """Deserialise a plan.
-
-        Args:
-            path: a plan, already verified against its manifest.
-            artefact: its entry in the manifest.
-
-        Raises:
-            BoostDiffError: no GPU, the flavour is not installed, or the plan is for other hardware.
-        """
-        check_plan(artefact)
-        load_tensorrt(artefact["flavour"])
-        from polygraphy.backend.common import bytes_from_path
-        from polygraphy.backend.trt import TrtRunner, engine_from_bytes
-
-        self.device = torch.device("cuda", torch.cuda.current_device())
-        self.input_types, self.output_types = (
-            {name: GRAPH_TYPES[about["type"]] for name, about in artefact[side].items()}
-            for side in ("inputs", "outputs")
-        )
-        # By input the smallest, best and largest shape; the batch comes first.
-        self.largest_batch = min(largest[0] for _, _, largest in artefact["profile"].values())
-        self._runner = TrtRunner(engine_from_bytes(bytes_from_path(str(path))))
-        self._runner.activate()
-
-    def close(self) -> None:
-        """See `Session.close`."""
-        self._runner.deactivate()
-
-    def _execute(self, feeds: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
-        """See `Session.run`."""
-        from polygraphy.exception import PolygraphyException
-
-        torch.cuda.current_stream(self.device).synchronize()
-        try:
-            results = self._runner.infer(dict(feeds), copy_outputs_to_host=False, check_inputs=False)
-        except PolygraphyException as error:
-            reason = str(error).strip().splitlines()[0]
-            raise BoostDiffError(f"TensorRT failed, perhaps beyond the profile of its plan: {reason}") from None
-        # polygraphy hands out its own buffers, which the next call overwrites.
-        for name, tensor in outputs.items():
-            tensor.copy_(results[name])
-
-
-def load_tensorrt(flavour: str) -> Any:
-    """Import one TensorRT flavour and point polygraphy at it; never both in one process.
-
-    Raises:
-        BoostDiffError: it is not installed, or the other flavour is loaded already.
-    """
-    (other,) = set(TENSORRT_FLAVOURS) - {flavour}
-    if other in sys.modules:
-        raise BoostDiffError(f"{other} is loaded already: {flavour} needs a process of its own")
-    if importlib.util.find_spec(flavour) is None:
-        package = "tensorrt-rtx-cu13" if flavour == "tensorrt_rtx" else "tensorrt"
-        raise BoostDiffError(f"{flavour} is not installed: pip install {package}")
-    # polygraphy reads this when it is first imported.
-    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(flavour == "tensorrt_rtx"))
-    from polygraphy.logger import G_LOGGER
-
-    G_LOGGER.module_severity = G_LOGGER.ERROR
-    return importlib.import_module(flavour)
-
-
-def check_plan(artefact: dict[str, Any]) -> None:
-    """Refuse a plan that this machine can't run, before it is deserialised.
-
-    Raises:
-        BoostDiffError: no NVIDIA GPU, another TensorRT flavour or version, or another compute capability.
-    """
-    flavour = artefact.get("flavour")
-    if flavour not in TENSORRT_FLAVOURS:
-        raise BoostDiffError(
-            f"the plan was built by {flavour!r}, which is no TensorRT flavour: export again with --trt"
-        )
-    if not torch.cuda.is_available():
-        raise BoostDiffError("a TensorRT engine needs an NVIDIA GPU, and there is none here")
-    module = load_tensorrt(flavour)
-    here = "{}.{}".format(*torch.cuda.get_device_capability())
-    built = f"built by {flavour} {artefact['version']} for {', '.join(artefact['compute_capabilities'])}"
-    if module.__version__ != artefact["version"]:
-        raise BoostDiffError(f"the plan was {built}; here is {module.__version__}: export again with --trt")
-    if here not in artefact["compute_capabilities"]:
-        raise BoostDiffError(f"the plan was {built}; this GPU has {here}: export again with --trt")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..engine.errors import InputError
-from ..engine.sessions import TENSORRT_FLAVOURS
+from ..engine.trt import TENSORRT_FLAVOURS
 
 PRECISIONS = ("fp32", "fp16", "both")
 LARGE = 1e9

@@ -15,8 +15,9 @@ from ..engine.files import prepare_output, read_json, staged_folder, write_json
 from ..engine.manifest import Manifest, read_manifest, verified_file
 from ..engine.merge import TIMESTEPS, merge_in_place
 from ..engine.model import Model, ModelFiles, load, resolve_device
-from ..engine.sessions import OnnxSession, TensorRTSession, check_plan
+from ..engine.sessions import OnnxSession
 from ..engine.student import StudentInfo, read_student
+from ..engine.trt import TensorRTSession, check_plan
 from ..engine.versions import versions
 from .config import ExportConfig
 from .graph import FP16_TOLERANCE, FP32_TOLERANCE, compare, graph_signature, onnx_from_part

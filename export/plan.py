@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -19,7 +17,7 @@ from typing import Any
 import torch
 
 from ..engine.errors import BoostDiffError
-from ..engine.sessions import TENSORRT_FLAVOURS, load_tensorrt
+from ..engine.trt import TENSORRT_FLAVOURS, cache_of_this_gpu, load_tensorrt
 from .graph import graph_signature
 
 RTX_COMPUTE_CAPABILITIES = ((8, 0), (8, 6), (8, 9), (12, 0))
@@ -61,13 +59,6 @@ def choose_flavour(forced: str | None = None) -> Flavour:
         "no TensorRT is installed: pip install 'boostdiff[cpu]' (TensorRT for RTX, builds without a GPU) "
         "or 'boostdiff[gpu]'"
     )
-
-
-def timing_cache() -> Path:
-    """Where full TensorRT keeps how fast its kernels were on this GPU, so that later builds are quicker."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    gpu = re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name())
-    return root / "boostdiff" / f"timing-{gpu}.cache"
 
 
 def plan_from_onnx(
@@ -118,7 +109,8 @@ def plan_from_onnx(
         config = CreateConfigRTX(use_gpu=False, compute_capabilities=list(RTX_COMPUTE_CAPABILITIES), **options)
     else:
         capabilities = ["{}.{}".format(*torch.cuda.get_device_capability())]
-        cache = timing_cache()
+        # How fast its kernels were on this GPU: later builds are quicker.
+        cache = cache_of_this_gpu("timing")
         cache.parent.mkdir(parents=True, exist_ok=True)
         config = CreateConfig(load_timing_cache=str(cache) if cache.exists() else None, **options)
     try:

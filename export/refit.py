@@ -13,7 +13,7 @@ from typing import Any
 from ..engine.errors import BoostDiffError, InputError
 from ..engine.files import sha256_of
 from ..engine.manifest import Manifest, read_manifest, verified_file
-from ..engine.sessions import check_plan, load_tensorrt
+from ..engine.trt import check_plan, load_tensorrt
 from .config import ExportConfig
 from .graph import graph_signature
 

@@ -23,8 +23,9 @@ from boostdiff.engine.runners import (
     available_runners,
     open_exported,
 )
-from boostdiff.engine.sessions import OnnxSession, check_plan, load_tensorrt
+from boostdiff.engine.sessions import OnnxSession
 from boostdiff.engine.student import apply_student, read_student
+from boostdiff.engine.trt import check_plan, load_tensorrt
 from boostdiff.export.config import ExportConfig, parse_profile
 from boostdiff.export.export import export, standing_engine
 from boostdiff.export.graph import compare
@@ -177,8 +178,31 @@ def test_runners_that_can_not_run_say_why(engine: Path) -> None:
     reasons = available_runners(read_manifest(engine), CPU)
     assert reasons["torch"] is None
     assert reasons["onnx"] is None
+    assert "needs an NVIDIA GPU" in (reasons["onnx-tensorrt"] or "")
     if not torch.cuda.is_available():
-        assert "GPU" in (reasons["tensorrt"] or "")
+        assert "needs an NVIDIA GPU" in (reasons["tensorrt"] or "")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this is about machines without a GPU")
+@pytest.mark.parametrize("tensorrt", [False, True])
+def test_onnx_runtime_may_not_go_on_without_the_gpu(
+    engine: Path, monkeypatch: pytest.MonkeyPatch, tensorrt: bool
+) -> None:
+    """As onnxruntime-gpu does where a library is missing: it lists its providers all the same."""
+    monkeypatch.setattr(
+        "onnxruntime.get_available_providers", lambda: ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
+    )
+    with pytest.raises(BoostDiffError, match=r"could not start .* and took CPUExecutionProvider"):
+        OnnxSession(engine / "unet/model.onnx", device=torch.device("cuda"), tensorrt=tensorrt)
+
+
+def test_tensorrt_for_rtx_has_what_its_cache_needs() -> None:
+    """The names alone: a plan runs on a GPU."""
+    module = load_tensorrt("tensorrt_rtx")
+    assert {"create_runtime_cache", "set_runtime_cache", "cuda_graph_strategy"} <= set(dir(module.IRuntimeConfig))
+    assert {"serialize", "deserialize"} <= set(dir(module.IRuntimeCache))
+    assert hasattr(module.ICudaEngine, "create_runtime_config")
+    assert hasattr(module.CudaGraphStrategy, "WHOLE_GRAPH_CAPTURE")
 
 
 def test_a_merged_unet_for_stock_diffusers(tiny: Model, students: dict[str, Path], engines: dict[str, Path]) -> None:

@@ -1,0 +1,174 @@
+"""TensorRT, full and for RTX: which of them can run a plan, and sessions that do.
+
+The two are separate libraries of almost one interface, and can't both be loaded by one process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import BoostDiffError
+from .files import user_cache, write_whole
+from .sessions import GRAPH_TYPES, Session
+
+TENSORRT_FLAVOURS = ("tensorrt", "tensorrt_rtx")
+"""Each is also the name of the Python module that carries it."""
+
+
+def cache_of_this_gpu(name: str) -> Path:
+    """A file in the user's cache that is of use to this GPU alone."""
+    gpu = re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name())
+    return user_cache() / f"{name}-{gpu}.cache"
+
+
+class TensorRTSession(Session):
+    """A TensorRT plan of either flavour, through polygraphy, on CUDA tensors without host copies."""
+
+    kind = "tensorrt"
+
+    def __init__(self, path: Path, *, artefact: dict[str, Any], digest: str | None = None) -> None:
+        """Deserialise a plan.
+
+        Args:
+            path: a plan, already verified against its manifest.
+            artefact: its entry in the manifest.
+            digest: the plan's SHA-256, under which TensorRT for RTX keeps what it compiles for this GPU; None keeps
+                nothing.
+
+        Raises:
+            BoostDiffError: no GPU, the flavour is not installed, or the plan is for other hardware.
+        """
+        check_plan(artefact)
+        module = load_tensorrt(artefact["flavour"])
+        from polygraphy.backend.common import bytes_from_path
+        from polygraphy.backend.trt import TrtRunner, engine_from_bytes
+
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.input_types, self.output_types = (
+            {name: GRAPH_TYPES[about["type"]] for name, about in artefact[side].items()}
+            for side in ("inputs", "outputs")
+        )
+        # By input the smallest, best and largest shape; the batch comes first.
+        self.largest_batch = min(largest[0] for _, _, largest in artefact["profile"].values())
+        plan = engine_from_bytes(bytes_from_path(str(path)))
+        self._kernels = None
+        if artefact["flavour"] == "tensorrt_rtx":
+            self._kernels = RuntimeCache(plan, digest)
+            plan = self._kernels.context(module)
+        self._runner = TrtRunner(plan)
+        self._runner.activate()
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        if self._kernels is not None:
+            self._kernels.save()
+            self._kernels = None
+        self._runner.deactivate()
+
+    def _execute(self, feeds: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
+        """See `Session.run`."""
+        from polygraphy.exception import PolygraphyException
+
+        torch.cuda.current_stream(self.device).synchronize()
+        try:
+            results = self._runner.infer(dict(feeds), copy_outputs_to_host=False, check_inputs=False)
+        except PolygraphyException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise BoostDiffError(f"TensorRT failed, perhaps beyond the profile of its plan: {reason}") from None
+        # polygraphy hands out its own buffers, which the next call overwrites.
+        for name, tensor in outputs.items():
+            tensor.copy_(results[name])
+
+
+class RuntimeCache:
+    """The kernels that TensorRT for RTX compiles for the GPU at hand when a plan first runs, kept for the next time.
+
+    Source: `IRuntimeConfig` and `IRuntimeCache` of TensorRT for RTX.
+    """
+
+    def __init__(self, engine: Any, digest: str | None) -> None:
+        """Read what is there.
+
+        Args:
+            engine: an `ICudaEngine`.
+            digest: the plan's SHA-256; None keeps nothing.
+        """
+        self._engine, self._config = engine, engine.create_runtime_config()
+        self._cache = self._config.create_runtime_cache()
+        self._file = cache_of_this_gpu(f"rtx-{digest[:16]}") if digest else None
+        if self._file is not None:
+            with suppress(OSError):
+                # It refuses by itself what was compiled for another GPU, driver or version.
+                self._cache.deserialize(self._file.read_bytes())
+
+    def context(self, module: Any) -> Any:
+        """An `IExecutionContext` that compiles into this cache and replays its work as a CUDA graph.
+
+        Raises:
+            BoostDiffError: there is none, mostly for want of GPU memory.
+        """
+        self._config.set_runtime_cache(self._cache)
+        self._config.cuda_graph_strategy = module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        context = self._engine.create_execution_context(self._config)
+        if context is None:
+            raise BoostDiffError("TensorRT for RTX can't run the plan: is there enough free GPU memory?")
+        return context
+
+    def save(self) -> None:
+        """Keep what was compiled; a cache that can't be written costs time alone."""
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(self._file, bytes(self._cache.serialize()))
+
+
+def load_tensorrt(flavour: str) -> Any:
+    """Import one TensorRT flavour and point polygraphy at it; never both in one process.
+
+    Raises:
+        BoostDiffError: it is not installed, or the other flavour is loaded already.
+    """
+    (other,) = set(TENSORRT_FLAVOURS) - {flavour}
+    if other in sys.modules:
+        raise BoostDiffError(f"{other} is loaded already: {flavour} needs a process of its own")
+    if importlib.util.find_spec(flavour) is None:
+        package = "tensorrt-rtx-cu13" if flavour == "tensorrt_rtx" else "tensorrt"
+        raise BoostDiffError(f"{flavour} is not installed: pip install {package}")
+    # polygraphy reads this when it is first imported.
+    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(flavour == "tensorrt_rtx"))
+    from polygraphy.logger import G_LOGGER
+
+    G_LOGGER.module_severity = G_LOGGER.ERROR
+    return importlib.import_module(flavour)
+
+
+def check_plan(artefact: dict[str, Any]) -> None:
+    """Refuse a plan that this machine can't run, before it is deserialised.
+
+    Raises:
+        BoostDiffError: no NVIDIA GPU, another TensorRT flavour or version, or another compute capability.
+    """
+    flavour = artefact.get("flavour")
+    if flavour not in TENSORRT_FLAVOURS:
+        raise BoostDiffError(
+            f"the plan was built by {flavour!r}, which is no TensorRT flavour: export again with --trt"
+        )
+    if not torch.cuda.is_available():
+        raise BoostDiffError("a TensorRT engine needs an NVIDIA GPU, and there is none here")
+    module = load_tensorrt(flavour)
+    here = "{}.{}".format(*torch.cuda.get_device_capability())
+    built = f"built by {flavour} {artefact['version']} for {', '.join(artefact['compute_capabilities'])}"
+    if module.__version__ != artefact["version"]:
+        raise BoostDiffError(f"the plan was {built}; here is {module.__version__}: export again with --trt")
+    if here not in artefact["compute_capabilities"]:
+        raise BoostDiffError(f"the plan was {built}; this GPU has {here}: export again with --trt")

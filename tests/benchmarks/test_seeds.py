@@ -1,0 +1,10 @@
+from boostdiff.benchmarks.seeds import over_seeds
+
+
+def test_one_seed_has_no_error() -> None:
+    assert over_seeds([158.4], ".1f") == "158.4"
+
+
+def test_the_error_is_of_the_mean() -> None:
+    assert over_seeds([1.0, 2.0, 3.0], ".2f") == "2.00 ± 0.58"
+    assert over_seeds([0.9, 1.1], ".0%") == "100% ± 10%"
