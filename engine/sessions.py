@@ -148,7 +148,8 @@ class OnnxSession(Session):
         if lean:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
-            left_out = ["ConstantFolding"]
+            # The one would cast weights, the other write those of convolutions in an order of its own.
+            left_out = ["ConstantFolding", "NchwcTransformer"]
         on_gpu = {"device_id": device.index or 0} if device.type == "cuda" else {}
         providers: list[tuple[str, dict[str, Any]]] = [(provider, on_gpu)]
         if tensorrt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -96,6 +97,8 @@ class Part:
             storage = tensor.untyped_storage()
             if storage.resizable():
                 storage.resize_(0)
+            else:
+                _give_back_pages(storage)
         del self.module
         give_back_memory()
 
@@ -114,6 +117,16 @@ def give_back_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def _give_back_pages(storage: torch.UntypedStorage) -> None:
+    """Let go of the whole pages of memory that was mapped from a file, whoever still refers to it."""
+    if sys.platform != "linux" or storage.device.type != "cpu":
+        return
+    start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
 class _Unet(torch.nn.Module):
