@@ -385,7 +385,7 @@ def bench(
             help="Images made together for speed, such as 1,2,4,8,16.  [default: on a CPU 8, else these]",
         ),
     ] = None,
-    runs: Annotated[int, typer.Option("--runs", help="Timed batches of each.")] = 7,
+    runs: Annotated[int, typer.Option("--runs", help="Timed batches of each.")] = 5,
     samples: Annotated[int, typer.Option("--samples", help="Images a row for quality (N).")] = 200,
     speed_only: Annotated[bool, typer.Option("--speed-only", help="Leave quality out.")] = False,
     random_weights: Annotated[

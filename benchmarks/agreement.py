@@ -9,7 +9,7 @@ with the ONNX runner as `pipe.unet`, against the torch runner at the same seeds.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +30,9 @@ from ..engine.prompts import read_prompts
 from ..engine.runners import open_exported
 
 CPU = torch.device("cpu")
+
+RUNNERS = (("onnx", "fp32"), ("onnx", "fp16"), ("compiled", None), ("onnx-tensorrt", None), ("tensorrt", None))
+"""With the precision of ONNX Runtime's graphs."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -62,18 +65,13 @@ def drawn_by_stock_diffusers(files: ModelFiles, config: DrawConfig) -> torch.Ten
         )
 
 
-def others(files: ModelFiles, base: DrawConfig) -> Iterator[tuple[str, torch.Tensor | str]]:
+def others(
+    files: ModelFiles, base: DrawConfig, runners: Sequence[tuple[str, str | None]] = RUNNERS
+) -> Iterator[tuple[str, torch.Tensor | str]]:
     """By name, what each other way draws, or why it can't."""
-    for runner, precision in (
-        ("onnx", "fp32"),
-        ("onnx", "fp16"),
-        ("compiled", None),
-        ("onnx-tensorrt", None),
-        ("tensorrt", None),
-    ):
-        config = replace(base, runner=runner, precision=precision)
+    for runner, precision in runners:
         try:
-            yield f"{runner} {precision or ''}".strip(), drawn(files, config)
+            yield f"{runner} {precision or ''}".strip(), drawn(files, replace(base, runner=runner, precision=precision))
         except BoostDiffError as error:
             yield runner, str(error)
     yield "stock diffusers, onnx fp32 as `pipe.unet`", drawn_by_stock_diffusers(files, base)

@@ -34,7 +34,7 @@ class BenchConfig:
     steps: int = 20
     sampler: str = "ddim"
     batch_sizes: tuple[int, ...] | None = None
-    runs: int = 7
+    runs: int = 5
     samples: int = 200
     seed: int = 0
     guidance: float | None = None

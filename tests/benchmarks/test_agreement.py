@@ -1,7 +1,8 @@
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from boostdiff.benchmarks.agreement import drawn, drawn_by_stock_diffusers, others
+from boostdiff.benchmarks.agreement import drawn, others
 from boostdiff.engine.draw import DrawConfig
 from boostdiff.engine.model import ModelFiles
 from tiny import PROMPTS
@@ -12,11 +13,12 @@ def test_runners_and_stock_diffusers_draw_the_same(
 ) -> None:
     base = DrawConfig(prompts=list(PROMPTS[:2]), student=students["lora"], engine=engines["lora"], steps=3)
     expected = drawn(tiny_files, base)
-    assert (drawn_by_stock_diffusers(tiny_files, base) - expected).abs().max() <= 1
-    found = dict(others(tiny_files, base))
-    assert (found["onnx fp32"] - expected).abs().max() <= 1
+    runners = (("onnx", "fp32"), ("onnx", "fp16"), ("tensorrt", None))
+    found = dict(others(tiny_files, base, runners))
+    assert (found.pop("onnx fp32") - expected).abs().max() <= 1
+    assert (found.pop("stock diffusers, onnx fp32 as `pipe.unet`") - expected).abs().max() <= 1
     assert isinstance(found["onnx fp16"], torch.Tensor)
     if not torch.cuda.is_available():
         assert "needs an NVIDIA GPU" in found["tensorrt"]
     # Another seed draws something else: equality above is no accident.
-    assert (drawn(tiny_files, DrawConfig(**(vars(base) | {"seed": 5}))) - expected).abs().max() > 2
+    assert (drawn(tiny_files, replace(base, seed=5)) - expected).abs().max() > 2
