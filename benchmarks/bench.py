@@ -187,9 +187,7 @@ def bench(
         if compiles:
             reasons["compiled"] = missing_compiler(target)
             if reasons["compiled"] is None:
-                # Both may have been compiled for the quality's images.
-                compiled = runners if runners.name == CompiledRunner.name else CompiledRunner
-                entrants += _in_torch(compiled, teacher, merged)
+                entrants += _in_torch(CompiledRunner, teacher, merged)
         for name, reason in reasons.items():
             if reason is not None:
                 report(f"{name}: left out, {reason}")

@@ -16,6 +16,7 @@ from .clip_score import ClipScorer
 from .features import EfficientNetLite0Features, FeatureNetwork, Reference
 from .inception import InceptionFeatures
 from .lineup import identity_of
+from .measuring import SAMPLING_BATCH
 from .reference import reference_of
 from .sampling import Campaign, launched_processes
 
@@ -78,10 +79,6 @@ class Metrics:
             InputError: they can't be read.
         """
         return None if self.reference is None else reference_of(self.reference, network, size=self.reference_size)
-
-
-SAMPLING_BATCH = 8
-"""Images denoised together when quality is measured: what speed is measured at on a CPU, and compiled for."""
 
 
 def device_of_process(device: str) -> tuple[torch.device, PartialState | None]:

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import warnings
+from collections.abc import Sequence
 
 import torch
 import torch._dynamo
@@ -61,14 +62,16 @@ class CompiledRunner(TorchRunner):
 
     name = "compiled"
 
-    def __init__(self, unet: UNet2DConditionModel, *, backend: str = "inductor") -> None:
+    def __init__(self, unet: UNet2DConditionModel, *, batches: Sequence[int] = (), backend: str = "inductor") -> None:
         """Wrap; the first call with each batch size compiles, which takes from half a minute to many.
 
         Args:
             unet: stays as it is.
+            batches: sizes to compile for: others are filled up to the next of these, and compiled for beyond them.
             backend: of `torch.compile`.
         """
         super().__init__(unet)
+        self.batches = sorted(batches)
         self._graphs = self.device.type == "cuda" and backend == "inductor"
         self.precision = self.dtype
         if self.device.type == "cpu" and self.dtype == torch.float32 and has_bfloat16(self.device):
@@ -84,6 +87,11 @@ class CompiledRunner(TorchRunner):
 
     def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """See `Runner.predict`."""
+        batch = len(inputs["sample"])
+        filled = next((size for size in self.batches if size >= batch), batch)
+        if filled > batch:
+            rows = torch.arange(filled, device=self.device) % batch
+            inputs = {name: tensor[rows] for name, tensor in inputs.items()}
         if self.precision != self.dtype:
             inputs = {
                 name: tensor.to(self.precision) if tensor.is_floating_point() and name != "timestep" else tensor
@@ -94,6 +102,6 @@ class CompiledRunner(TorchRunner):
         with torch.no_grad(), warnings.catch_warnings():
             # Dynamo's remarks on diffusers' code, which help no user.
             warnings.simplefilter("ignore")
-            prediction = super().predict(inputs)
+            prediction = super().predict(inputs)[:batch]
         # The next replay of a CUDA graph overwrites its output.
         return prediction.clone() if self._graphs else prediction.to(self.dtype)

@@ -21,7 +21,7 @@ from ..benchmarks.features import (
     kernel_distance,
 )
 from ..benchmarks.intervals import left_out_distances
-from ..benchmarks.measuring import FastestRunners, remembered
+from ..benchmarks.measuring import SAMPLING_BATCH, FastestRunners, remembered
 from ..benchmarks.plots import rendered
 from ..benchmarks.sampling import backgrounds
 from ..benchmarks.stats import jackknifed
@@ -89,7 +89,14 @@ def figures(
 
 
 def draw(
-    model: Model, runner: Runner, prompts: list[str], *, scale: float, steps: int, seed: int, batch_size: int
+    model: Model,
+    runner: Runner,
+    prompts: list[str],
+    *,
+    scale: float,
+    steps: int,
+    seed: int,
+    batch_size: int = SAMPLING_BATCH,
 ) -> torch.Tensor:
     """The teacher's images, uint8 `(N, 3, H, W)`, by DDIM; image i from the noise of `seed + i`."""
     images = generate(
@@ -130,7 +137,7 @@ def evaluate(
     images: Images = 1000,
     scales: Scales = "1,2,3,5",
     steps: Sampling = 20,
-    batch_size: Together = 100,
+    batch_size: Together = SAMPLING_BATCH,
     seed: Seed = 0,
 ) -> None:
     """Measure the model over guidance scales on held-out prompts, beside real images and their reconstructions.
@@ -264,7 +271,9 @@ def grids(
         for name, pairs in sets.items():
             prompts, real = [artworks.caption(*pair) for pair in pairs], real_images(artworks, pairs)
             columns = {"real": real} | {
-                f"w={w:g}": draw(loaded, runners(loaded.unet), prompts, scale=w, steps=steps, seed=seed, batch_size=50)
+                f"w={w:g}": draw(
+                    loaded, runners(loaded.unet), prompts, scale=w, steps=steps, seed=seed, batch_size=SAMPLING_BATCH
+                )
                 for w in wanted
             }
             pages = [slice(i, i + 12) for i in range(0, len(pairs), 12)]

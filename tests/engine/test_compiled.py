@@ -20,6 +20,22 @@ def test_compiled_predictions_are_those_of_the_unet(tiny: Model) -> None:
     assert (got - expected).norm() < tolerance * expected.norm()
 
 
+def test_small_batches_are_filled_up_and_large_ones_are_not(tiny: Model) -> None:
+    runner = CompiledRunner(tiny.unet, batches=(4, 2), backend="eager")
+    exact = CompiledRunner(tiny.unet, backend="eager")
+    with torch.inference_mode():
+        for batch in (1, 2, 3, 5):
+            seen: list[int] = []
+            hook = runner.unet.register_forward_pre_hook(
+                lambda module, given, options, seen=seen: seen.append(len(options["sample"])), with_kwargs=True
+            )
+            inputs = tiny.family.example_inputs(tiny.pipeline, batch)
+            got = runner.predict(inputs)
+            hook.remove()
+            assert seen == [{1: 2, 2: 2, 3: 4, 5: 5}[batch]]
+            torch.testing.assert_close(got, exact.predict(inputs), atol=1e-2, rtol=1e-2)
+
+
 def test_in_bfloat16_the_unet_itself_stays(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "has_bfloat16", lambda device: True)
     before = tiny.unet.attn_processors
