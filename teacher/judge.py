@@ -271,10 +271,7 @@ def grids(
         for name, pairs in sets.items():
             prompts, real = [artworks.caption(*pair) for pair in pairs], real_images(artworks, pairs)
             columns = {"real": real} | {
-                f"w={w:g}": draw(
-                    loaded, runners(loaded.unet), prompts, scale=w, steps=steps, seed=seed, batch_size=SAMPLING_BATCH
-                )
-                for w in wanted
+                f"w={w:g}": draw(loaded, runners(loaded.unet), prompts, scale=w, steps=steps, seed=seed) for w in wanted
             }
             pages = [slice(i, i + 12) for i in range(0, len(pairs), 12)]
             for number, rows in enumerate(pages, start=1):
