@@ -16,6 +16,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from .errors import BoostDiffError, InputError
+from .files import user_cache
 from .manifest import Manifest, verified_file
 from .sessions import Closing, OnnxSession, Session, execution_provider
 from .trt import TensorRTSession, check_plan
@@ -182,7 +183,12 @@ def open_session(
             f"`boostdiff export --precision both` makes {precision}, too"
         )
     path = verified_file(folder, manifest, found)
-    return OnnxSession(path, device=device, tensorrt=kind == "onnx-tensorrt")
+    engines = None
+    if kind == "onnx-tensorrt":
+        # By graph and weights: another student's graph has the same structure.
+        digests = (manifest.files[name][:16] for name in (found, f"{found}.data"))
+        engines = user_cache() / "onnxruntime" / "-".join(digests)
+    return OnnxSession(path, device=device, tensorrt_engines=engines)
 
 
 def open_exported(

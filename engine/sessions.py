@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from .errors import BoostDiffError, InputError
-from .files import user_cache
 
 GRAPH_TYPES = {"float": torch.float32, "float16": torch.float16, "int64": torch.int64}
 """Element types of graphs, by ONNX's names."""
@@ -124,19 +123,22 @@ def execution_provider(device: torch.device, *, tensorrt: bool = False) -> str:
 class OnnxSession(Session):
     """ONNX Runtime with inputs and outputs bound to torch memory: on the CPU, through CUDA, or TensorRT within it."""
 
-    def __init__(self, path: Path, *, device: torch.device, lean: bool = False, tensorrt: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, device: torch.device, lean: bool = False, tensorrt_engines: Path | None = None
+    ) -> None:
         """Open a graph.
 
         Args:
             path: an ONNX file, already verified.
             device: "cpu" or "cuda".
             lean: keep no second copy of the weights, neither packed for speed nor, of an FP16 graph on a CPU, in FP32.
-            tensorrt: let ONNX Runtime's TensorRT provider build an engine when it meets new shapes; it is kept.
+            tensorrt_engines: where ONNX Runtime's TensorRT provider keeps the engines that it builds when it meets new
+                shapes: a folder of these weights alone, as it tells graphs apart by their structure; None runs without.
 
         Raises:
             BoostDiffError: ONNX Runtime is missing, can't use the device, or can't load the graph.
         """
-        provider = execution_provider(device, tensorrt=tensorrt)
+        provider = execution_provider(device, tensorrt=tensorrt_engines is not None)
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -152,8 +154,8 @@ class OnnxSession(Session):
             left_out = ["ConstantFolding", "NchwcTransformer"]
         on_gpu = {"device_id": device.index or 0} if device.type == "cuda" else {}
         providers: list[tuple[str, dict[str, Any]]] = [(provider, on_gpu)]
-        if tensorrt:
-            kept = {"trt_engine_cache_enable": True, "trt_engine_cache_path": str(user_cache() / "onnxruntime")}
+        if tensorrt_engines is not None:
+            kept = {"trt_engine_cache_enable": True, "trt_engine_cache_path": str(tensorrt_engines)}
             # What TensorRT can't take runs on CUDA.
             providers = [(provider, on_gpu | kept), (PROVIDERS["cuda"], on_gpu)]
         try:
@@ -167,7 +169,7 @@ class OnnxSession(Session):
             # It goes on by itself, slower, where a library of CUDA or TensorRT is missing.
             used = self._session.get_providers()[0]
             raise BoostDiffError(f"ONNX Runtime could not start {provider} and took {used}: is CUDA's cuDNN installed?")
-        self.kind = "onnx-tensorrt" if tensorrt else "onnx"
+        self.kind = "onnx" if tensorrt_engines is None else "onnx-tensorrt"
         self.device = device
         self.input_types = _types(self._session.get_inputs())
         self.output_types = _types(self._session.get_outputs())

@@ -22,6 +22,7 @@ from boostdiff.engine.runners import (
     GraphRunner,
     available_runners,
     open_exported,
+    open_session,
 )
 from boostdiff.engine.sessions import OnnxSession
 from boostdiff.engine.student import apply_student, read_student
@@ -184,16 +185,31 @@ def test_runners_that_can_not_run_say_why(engine: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is about machines without a GPU")
-@pytest.mark.parametrize("tensorrt", [False, True])
+@pytest.mark.parametrize("kept", [None, Path("kept")])
 def test_onnx_runtime_may_not_go_on_without_the_gpu(
-    engine: Path, monkeypatch: pytest.MonkeyPatch, tensorrt: bool
+    engine: Path, monkeypatch: pytest.MonkeyPatch, kept: Path | None
 ) -> None:
     """As onnxruntime-gpu does where a library is missing: it lists its providers all the same."""
     monkeypatch.setattr(
         "onnxruntime.get_available_providers", lambda: ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
     )
     with pytest.raises(BoostDiffError, match=r"could not start .* and took CPUExecutionProvider"):
-        OnnxSession(engine / "unet/model.onnx", device=torch.device("cuda"), tensorrt=tensorrt)
+        OnnxSession(engine / "unet/model.onnx", device=torch.device("cuda"), tensorrt_engines=kept)
+
+
+def test_tensorrt_engines_of_two_students_lie_apart(
+    engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """ONNX Runtime names them after the graph's structure, which students share."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kept: list[Path] = []
+    monkeypatch.setattr(
+        "boostdiff.engine.runners.OnnxSession", lambda path, *, device, tensorrt_engines: kept.append(tensorrt_engines)
+    )
+    for folder in engines.values():
+        open_session("onnx-tensorrt", "unet", folder=folder, manifest=read_manifest(folder), device=CPU)
+    assert len(set(kept)) == len(engines) == 2
+    assert all(path.is_relative_to(tmp_path) for path in kept)
 
 
 def test_tensorrt_for_rtx_has_what_its_cache_needs() -> None:
