@@ -148,7 +148,7 @@ def distill(
     ] = None,
     images: Annotated[
         str | None,
-        typer.Option("--images", help="Captioned images: a folder, WebDataset tars, Parquet, or or a dataset id."),
+        typer.Option("--images", help="Captioned images: a folder, WebDataset tars, Parquet, or a dataset id."),
     ] = None,
     max_bad_samples: Annotated[
         int, typer.Option("--max-bad-samples", help="Unreadable images that are skipped before the run stops.")
@@ -565,8 +565,8 @@ def generate(
         str,
         typer.Option(
             "--runner",
-            help="torch; compiled, which starts slowly and pays for many images; or an engine: onnx, onnx-tensorrt, "
-            "tensorrt.",
+            help="torch; captured, a CUDA graph of it; compiled, which starts slowly and pays for many images; "
+            "or an engine: onnx, onnx-tensorrt, tensorrt.",
         ),
     ] = "torch",
     precision: Annotated[

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,20 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from ..engine.captured import CapturedRunner
 from ..engine.compiled import CompiledRunner, missing_compiler
 from ..engine.engine import Engine
 from ..engine.errors import BoostDiffError, InputError
 from ..engine.manifest import read_manifest
-from ..engine.model import Model, ModelFiles, load, resolve_device
-from ..engine.runners import Runner, TorchRunner, available_runners
+from ..engine.model import Model, ModelFiles, resolve_device
+from ..engine.runners import EXPORTED, Runner, TorchRunner, available_runners
 from ..engine.samplers import make_scheduler
-from ..engine.versions import source_commit, versions
+from ..engine.student import read_student
 from .baselines import StockEntrant, stock_pipeline
 from .config import BenchConfig
-from .device import hardware
-from .judging import Metrics, bounded_memory, campaign_of, device_of_process
-from .lineup import Lineup, merged_students, read_students
+from .contest import Contest, provenance_of
+from .judging import Metrics, bounded_memory
+from .lineup import Lineup
 from .measuring import FastestRunners
 from .quality import Quality, judge
 from .random_weights import random_model
@@ -140,32 +142,19 @@ def bench(
         InputError: a student, the engine, the prompts or the reference can't be used.
     """
     manifest = read_manifest(engine)
-    infos, guidance = read_students(students, files, config.guidance)
-    manifest.check_student(infos[0], engine=engine)
-    if len(prompts) < config.samples:
-        raise InputError(f"--samples {config.samples} needs as many prompts: there are {len(prompts)}")
-    target, processes = device_of_process(device)
-    model = load(files, device=target)
-    taking_part = merged_students(model, students, infos)
+    manifest.check_student(read_student(students[0], files), engine=engine)
+    contest = Contest.open(files, config, students=students, prompts=prompts, device=device)
+    model, guidance, processes = contest.model, contest.guidance, contest.processes
     compiles = config.compiles(model.unet)
     with ExitStack() as opened:
         runners = opened.enter_context(FastestRunners(model, passes=config.denoised(len(students)), compiles=compiles))
         lineup = Lineup(model=model, sampler=config.sampler, steps=config.steps, runner=runners)
-        rows = lineup.quality_rows(taking_part, guidance, alternatives=config.alternatives)
+        rows = lineup.quality_rows(contest.students, guidance, alternatives=config.alternatives)
         hashes, campaign, real = dict(manifest.inputs), None, None
         if config.samples:
             if metrics.reference is None:
                 report("quality: no --reference, so distances to real images are left out")
-            campaign = campaign_of(
-                model,
-                metrics,
-                prompts=prompts[: config.samples],
-                negative_prompt=infos[0].negative_prompt,
-                seed=config.seed,
-                cache=cache,
-                on_images=on_images,
-                runner=runners.name,
-            )
+            campaign = contest.campaign(metrics, cache=cache, on_images=on_images, runner=runners.name)
             real = metrics.reference_for(campaign.network)
             hashes["features"] = campaign.network.sha256
             if campaign.clip:
@@ -177,15 +166,15 @@ def bench(
             return None
 
         # torch has the base's weights at hand for the teacher; an exported graph serves all with the student's.
-        teacher, merged = model.unet, taking_part[0].unet
-        entrants = [*_in_torch(TorchRunner, teacher, merged), *_stock(model)]
-        reasons = available_runners(manifest, target)
+        teacher, merged = model.unet, contest.students[0].unet
+        entrants, lacking = _eager(model, merged)
+        reasons = available_runners(manifest, contest.device) | lacking
         for name, reason in reasons.items():
-            if name != "torch" and reason is None:
+            if name in EXPORTED and reason is None:
                 exported = opened.enter_context(Engine.load(engine, runner=name, device=device)).model
                 entrants += [Entrant(way=way, runner=exported.unet, parts=exported) for way in WAYS]
         if compiles:
-            reasons["compiled"] = missing_compiler(target)
+            reasons["compiled"] = missing_compiler(contest.device)
             if reasons["compiled"] is None:
                 entrants += _in_torch(CompiledRunner, teacher, merged)
         for name, reason in reasons.items():
@@ -196,14 +185,12 @@ def bench(
         if campaign:
             with bounded_memory():
                 quality = judge(campaign, rows, reference=real)
-    students_used = {str(s.folder): {"method": s.info.method, "settings": s.info.settings} for s in taking_part}
     return BenchResult(
         speed=speed,
         skipped={name: reason for name, reason in reasons.items() if reason} | speed.left_out,
         quality=quality,
         prompts=prompts[: config.samples],
-        provenance=provenance_of(files, config, guidance, target)
-        | {"students": students_used, "hashes": hashes, "weights": "trained"},
+        provenance=contest.provenance() | {"hashes": hashes, "weights": "trained"},
     )
 
 
@@ -232,8 +219,7 @@ def bench_random(
     target = resolve_device(device)
     report("initialising random weights")
     model = random_model(files, device=target, seed=config.seed)
-    entrants = [*_in_torch(TorchRunner, model.unet, model.unet), *_stock(model)]
-    skipped = {}
+    entrants, skipped = _eager(model, model.unet)
     if config.compiles(model.unet):
         if reason := missing_compiler(target):
             skipped["compiled"] = reason
@@ -256,27 +242,25 @@ def _stock(model: Model) -> list[Entrant]:
     return [StockEntrant(way="teacher", runner=TorchRunner(model.unet), pipeline=stock_pipeline(model))]
 
 
+def _eager(model: Model, student: UNet2DConditionModel) -> tuple[list[Entrant], dict[str, str]]:
+    """Everything of torch that needs no compiling, and what can't take part for a reason worth telling."""
+    entrants = [*_in_torch(TorchRunner, model.unet, student), *_stock(model)]
+    if model.device.type != "cuda":
+        return entrants, {}
+    try:
+        # Copies: the order of the weights in memory would change the other rows' speed.
+        return [*entrants, *_in_torch(lambda unet: CapturedRunner(copy.deepcopy(unet)), model.unet, student)], {}
+    except torch.OutOfMemoryError:
+        return entrants, {"captured": "out of memory"}
+
+
 def _in_torch(
     runner: Callable[[UNet2DConditionModel], Runner], teacher: UNet2DConditionModel, student: UNet2DConditionModel
 ) -> list[Entrant]:
     """Teacher, student and floor, in torch."""
-    of_teacher, of_student = runner(teacher), runner(student)
+    of_teacher = runner(teacher)
+    of_student = of_teacher if student is teacher else runner(student)
     return [Entrant(way=way, runner=of_student if way == "student" else of_teacher) for way in WAYS]
-
-
-def provenance_of(files: ModelFiles, config: BenchConfig, guidance: float, device: torch.device) -> dict[str, Any]:
-    """Model, settings, hardware, versions and commit, for a report."""
-    return {
-        "model": files.name,
-        "guidance": guidance,
-        "sampler": config.sampler,
-        "steps": config.steps,
-        "seed": config.seed,
-        "config": asdict(config) | {"batch_sizes": list(config.batch_sizes_on(device))},
-        "hardware": hardware(device),
-        "commit": source_commit(),
-        "versions": versions("torchmetrics", "torch-fidelity", "tensorrt", "tensorrt_rtx"),
-    }
 
 
 def _speed(

@@ -1,24 +1,19 @@
-"""How quality is measured: the networks, the real images, and where the sampling runs."""
+"""How quality is measured: the networks and the real images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from ..engine.errors import BoostDiffError, InputError
-from ..engine.model import Model, resolve_device
 from .clip_score import ClipScorer
 from .features import EfficientNetLite0Features, FeatureNetwork, Reference
 from .inception import InceptionFeatures
-from .lineup import identity_of
-from .measuring import SAMPLING_BATCH
 from .reference import reference_of
-from .sampling import Campaign, launched_processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,58 +74,6 @@ class Metrics:
             InputError: they can't be read.
         """
         return None if self.reference is None else reference_of(self.reference, network, size=self.reference_size)
-
-
-def device_of_process(device: str) -> tuple[torch.device, PartialState | None]:
-    """The device of this process, and its fellows where several were launched.
-
-    Raises:
-        InputError: the device is unknown, or this machine lacks it.
-    """
-    target = resolve_device(device)
-    processes = launched_processes(target)
-    # Under a launcher each process has an accelerator of its own.
-    return (processes.device if processes else target), processes
-
-
-def campaign_of(
-    model: Model,
-    metrics: Metrics,
-    *,
-    prompts: list[str],
-    negative_prompt: str,
-    seed: int,
-    cache: Path | None,
-    on_images: Callable[[str, int], None],
-    runner: str = "torch",
-) -> Campaign:
-    """What all rows of a benchmark share.
-
-    Args:
-        model: the teacher's.
-        metrics: what images are judged by.
-        prompts: N of them.
-        negative_prompt: what guidance leads away from.
-        seed: of the initial noise.
-        cache: folder of the shards, or None.
-        on_images: told of progress.
-        runner: what runs the UNets; images of two differ in the last bits.
-
-    Raises:
-        InputError: see `Metrics`.
-    """
-    return Campaign(
-        model=model,
-        network=metrics.network(model.device),
-        clip=metrics.scorer(model.device),
-        prompts=prompts,
-        seed=seed,
-        batch_size=SAMPLING_BATCH,
-        negative_prompt=negative_prompt,
-        cache=cache,
-        identity=identity_of(model) | {"runner": runner} if cache else {},
-        on_images=on_images,
-    )
 
 
 @contextmanager

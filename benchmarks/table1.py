@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.errors import InputError
-from ..engine.model import ModelFiles, load
+from ..engine.model import ModelFiles
 from ..engine.samplers import make_scheduler
-from .bench import provenance_of
 from .config import BenchConfig
+from .contest import Contest
 from .features import Reference, frechet_distance
 from .intervals import left_out_distances
-from .judging import Metrics, bounded_memory, campaign_of, device_of_process
-from .lineup import Lineup, Student, merged_students, read_students
+from .judging import Metrics, bounded_memory
+from .lineup import Lineup, Student
 from .measuring import FastestRunners
 from .sampling import Campaign, Contestant
 from .stats import Estimate, jackknifed
@@ -242,23 +242,10 @@ def measure_grids(
         raise InputError("--table1 and --sweep are tables of distances to real images: pass --reference DIR")
     if not config.samples:
         raise InputError("--table1 and --sweep are about quality: leave --speed-only out")
-    if len(prompts) < config.samples:
-        raise InputError(f"--samples {config.samples} needs as many prompts: there are {len(prompts)}")
-    infos, guidance = read_students(students, files, config.guidance)
-    target, processes = device_of_process(device)
-    model = load(files, device=target)
-    taking_part = merged_students(model, students, infos)
+    contest = Contest.open(files, config, students=students, prompts=prompts, device=device)
+    model, taking_part, guidance, processes = contest.model, contest.students, contest.guidance, contest.processes
     runners = FastestRunners(model, passes=grids.denoised(config, len(students)), compiles=config.compile is not False)
-    campaign = campaign_of(
-        model,
-        metrics,
-        prompts=prompts[: config.samples],
-        negative_prompt=infos[0].negative_prompt,
-        seed=config.seed,
-        cache=cache,
-        on_images=on_images,
-        runner=runners.name,
-    )
+    campaign = contest.campaign(metrics, cache=cache, on_images=on_images, runner=runners.name)
     reference = metrics.reference_for(campaign.network)
     assert reference is not None
     at = partial(Lineup, model=model, runner=runners)
@@ -278,7 +265,6 @@ def measure_grids(
             if not processes.is_main_process:
                 return None
         of_paper = papers_rows(files, taking_part)
-        used = {str(s.folder): {"method": s.info.method, "settings": s.info.settings} for s in taking_part}
         return [
             Grid(
                 name=name,
@@ -290,8 +276,8 @@ def measure_grids(
                 images=config.samples,
                 reference_images=reference.count,
                 features=campaign.network.distance_name,
-                provenance=provenance_of(files, config, guidance, target)
-                | {"students": used, "hashes": {"unet": files.unet_sha256(), "features": campaign.network.sha256}},
+                provenance=contest.provenance()
+                | {"hashes": {"unet": files.unet_sha256(), "features": campaign.network.sha256}},
             )
             for name, title, places in wanted
         ]

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+from diffusers import UNet2DConditionModel
 from PIL.PngImagePlugin import PngInfo
 
+from .captured import CapturedRunner, missing_cuda
 from .compiled import CompiledRunner, missing_compiler
 from .engine import Engine
 from .errors import BoostDiffError, InputError
@@ -22,11 +25,18 @@ from .guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser, teacher_deno
 from .manifest import read_manifest
 from .merge import merge
 from .model import Model, ModelFiles, load, resolve_device
-from .runners import EXPORTED, TorchRunner
+from .runners import EXPORTED, Runner, TorchRunner
 from .samplers import make_scheduler
 from .student import ADAPTER_NAME, LORA_METHODS, StudentInfo, apply_student, read_student
 
-IN_TORCH = ("torch", "compiled")
+IN_TORCH: dict[str, Callable[[UNet2DConditionModel], Runner]] = {
+    "torch": TorchRunner,
+    "captured": CapturedRunner,
+    "compiled": CompiledRunner,
+}
+LACKING: dict[str, Callable[[torch.device], str | None]] = {"captured": missing_cuda, "compiled": missing_compiler}
+"""What a device or machine lacks for a runner."""
+
 RUNNERS = (*IN_TORCH, *EXPORTED)
 DEFAULT_GUIDANCE = 3.0
 
@@ -115,17 +125,17 @@ def _opened(files: ModelFiles, config: DrawConfig, info: StudentInfo | None, dev
             )
         return
     target = resolve_device(device)
-    if config.runner == "compiled" and (reason := missing_compiler(target)):
+    if config.runner in LACKING and (reason := LACKING[config.runner](target)):
         raise BoostDiffError(reason)
     model = load(files, device=target)
-    make_runner = CompiledRunner if config.runner == "compiled" else TorchRunner
+    make_runner = IN_TORCH[config.runner]
     away_from = None
     if config.student is None or info is None:
         runner = make_runner(model.unet)
         denoiser = teacher_denoiser(runner, DEFAULT_GUIDANCE if config.guidance is None else config.guidance)
         away_from = (config.negative_prompt or "") if isinstance(denoiser, GuidedDenoiser) else None
     else:
-        if config.runner == "compiled":
+        if config.runner != "torch":
             # Adapters would cost time in every layer.
             model.pipeline.unet = merge(model, config.student, info)
         else:
