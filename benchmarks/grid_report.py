@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -12,25 +13,38 @@ from ..engine.files import write_json
 from .intervals import GROUPS
 from .page import html_table, page
 from .report import replaced_files, terminal_table
-from .table1 import Grid
+from .table1 import Cell, Grid
 from .tables import NOTHING, Table, within
 
 
-def grid_table(grid: Grid) -> Table:
-    """Rows and columns in the order in which they were measured; the paper's FID beside, where it is of this model."""
+def _table(grid: Grid, shown: Callable[[Cell], str]) -> Table:
+    """Rows and columns in the order in which they were measured."""
     columns = list(dict.fromkeys(cell.column for cell in grid.cells))
     cells = []
     for row in dict.fromkeys(cell.row for cell in grid.cells):
-        shown = [row]
-        for column in columns:
-            cell = grid.place(row, column)
-            if cell is None:
-                shown.append(NOTHING)
-                continue
-            value = within(cell.interval) if cell.interval else f"{cell.distance:.1f}"
-            shown.append(value if cell.paper is None else f"{value} (paper: FID {cell.paper:.1f})")
-        cells.append(shown)
+        places = [grid.place(row, column) for column in columns]
+        cells.append([row, *(NOTHING if cell is None else shown(cell) for cell in places)])
     return ["", *columns], cells
+
+
+def grid_table(grid: Grid) -> Table:
+    """The distances; the paper's FID beside, where it is of this model."""
+
+    def shown(cell: Cell) -> str:
+        value = within(cell.interval) if cell.interval else f"{cell.distance:.1f}"
+        return value if cell.paper is None else f"{value} (paper: FID {cell.paper:.1f})"
+
+    return _table(grid, shown)
+
+
+def behind_table(grid: Grid) -> Table | None:
+    """How much further from real images than the guided teacher of the same column; None where nothing says so."""
+    headings, cells = _table(grid, lambda cell: within(cell.behind, "{:+.1f}"))
+    cells = [row for row in cells if set(row[1:]) != {NOTHING}]
+    return (headings, cells) if cells else None
+
+
+BEHIND = "Behind the guided teacher of the same column (below zero: ahead); the interval is that of the difference:"
 
 
 def note(grid: Grid) -> str:
@@ -43,22 +57,35 @@ def note(grid: Grid) -> str:
     )
 
 
-def markdown(grid: Grid) -> str:
-    """A title, the table, and how it was measured."""
-    headings, cells = grid_table(grid)
+def _lines(table: Table) -> list[str]:
+    headings, cells = table
     lines = [headings, ["---"] * len(headings), *cells]
-    rows = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
-    return "\n".join([f"# {grid.title}", "", *rows, "", note(grid), ""])
+    return ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
+
+
+def markdown(grid: Grid) -> str:
+    """A title, the tables, and how they were measured."""
+    behind = behind_table(grid)
+    second = [BEHIND, "", *_lines(behind), ""] if behind else []
+    return "\n".join([f"# {grid.title}", "", *_lines(grid_table(grid)), "", *second, note(grid), ""])
 
 
 def terminal_grids(grids: list[Grid]) -> RenderableType:
     """For rich; with columns as rows, of which a terminal has more."""
     parts: list[RenderableType] = []
     for grid in grids:
-        headings, cells = grid_table(grid)
-        turned = [list(line) for line in zip(headings, *cells, strict=True)]
-        parts += [terminal_table(grid.title, (turned[0], turned[1:])), Text(note(grid), style="dim")]
+        behind = behind_table(grid)
+        parts.append(terminal_table(grid.title, _turned(grid_table(grid))))
+        if behind:
+            parts.append(terminal_table("behind the guided teacher", _turned(behind)))
+        parts.append(Text(note(grid), style="dim"))
     return Group(*parts)
+
+
+def _turned(table: Table) -> Table:
+    headings, cells = table
+    first, *others = [list(line) for line in zip(headings, *cells, strict=True)]
+    return first, others
 
 
 def write_grids(grids: list[Grid], output: Path) -> None:
@@ -68,6 +95,9 @@ def write_grids(grids: list[Grid], output: Path) -> None:
         for grid in grids:
             (folder / f"{grid.name}.md").write_text(markdown(grid), encoding="utf-8")
             told = f'<p class="note">{html.escape(note(grid))}</p>'
-            content = page(grid.title, [html_table(grid_table(grid)), told], grid.provenance)
+            parts = [html_table(grid_table(grid))]
+            if behind := behind_table(grid):
+                parts += [f"<p>{html.escape(BEHIND)}</p>", html_table(behind)]
+            content = page(grid.title, [*parts, told], grid.provenance)
             (folder / f"{grid.name}.html").write_text(content, encoding="utf-8")
             write_json(folder / f"{grid.name}.json", grid.as_json())

@@ -21,7 +21,7 @@ from .measuring import FastestRunners
 from .sampling import Campaign, Contestant
 from .stats import Estimate, jackknifed
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Of `table1.json` and `sweep.json`."""
 
 SAMPLER_NAMES = {"ddim": "DDIM", "dpm++": "DPM-Solver++", "unipc": "UniPC", "euler": "Euler"}
@@ -58,6 +58,8 @@ class Cell:
         cost: UNet passes an image.
         distance: Fréchet distance to real images.
         interval: of `distance`; None below N = 4.
+        behind: how much further away than the column's guided teacher, whose own is None; the interval is that of the
+            difference, over the same prompts.
         paper: the paper's figure; None where it has none, or is of another model.
     """
 
@@ -69,6 +71,7 @@ class Cell:
     cost: int
     distance: float
     interval: Estimate | None
+    behind: Estimate | None
     paper: float | None
 
 
@@ -187,24 +190,48 @@ def papers_rows(files: ModelFiles, students: Sequence[Student]) -> set[str]:
     return {"teacher w=3", "teacher w=1", *(student.name for student in same)}
 
 
-def _cell(
-    campaign: Campaign, place: Place, sampler: str, reference: Reference, *, swept: bool, of_paper: set[str]
-) -> Cell:
-    column, guidance, contestant = place
-    features = campaign.sampled(contestant).features
-    distance = frechet_distance(reference, features)
-    row = _row(contestant, swept=swept)
-    return Cell(
-        row=row,
-        column=column,
-        sampler=sampler,
-        steps=contestant.steps,
-        guidance=guidance,
-        cost=contestant.cost,
-        distance=distance,
-        interval=jackknifed(distance, left_out_distances(reference, features)) if len(features) >= 4 else None,
-        paper=PAPER.get((row, sampler, contestant.steps)) if row in of_paper else None,
-    )
+def _cells(
+    campaign: Campaign, places: Sequence[tuple[str, Place]], reference: Reference, *, swept: bool, of_paper: set[str]
+) -> list[Cell]:
+    """Measure the cells, each after its column's guided teacher.
+
+    Args:
+        campaign: gives the images' features.
+        places: each with its sampler.
+        reference: real images.
+        swept: whether this is a sweep, whose rows are named without the scale.
+        of_paper: rows that have the paper's figures.
+    """
+    cells = []
+    # By column, of the guided teacher.
+    first: dict[str, tuple[float, list[float]]] = {}
+    for sampler, (column, guidance, contestant) in places:
+        features = campaign.sampled(contestant).features
+        distance = frechet_distance(reference, features)
+        left_out = left_out_distances(reference, features) if len(features) >= 4 else []
+        row = _row(contestant, swept=swept)
+        behind = None
+        if column not in first:
+            first[column] = distance, left_out
+        elif left_out:
+            guided, guided_left_out = first[column]
+            differences = [own - other for own, other in zip(left_out, guided_left_out, strict=True)]
+            behind = jackknifed(distance - guided, differences)
+        cells.append(
+            Cell(
+                row=row,
+                column=column,
+                sampler=sampler,
+                steps=contestant.steps,
+                guidance=guidance,
+                cost=contestant.cost,
+                distance=distance,
+                interval=jackknifed(distance, left_out) if left_out else None,
+                behind=behind,
+                paper=PAPER.get((row, sampler, contestant.steps)) if row in of_paper else None,
+            )
+        )
+    return cells
 
 
 def measure_grids(
@@ -269,10 +296,7 @@ def measure_grids(
             Grid(
                 name=name,
                 title=title,
-                cells=[
-                    _cell(campaign, place, sampler, reference, swept=name == "sweep", of_paper=of_paper)
-                    for sampler, place in places
-                ],
+                cells=_cells(campaign, places, reference, swept=name == "sweep", of_paper=of_paper),
                 images=config.samples,
                 reference_images=reference.count,
                 features=campaign.network.distance_name,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from boostdiff.benchmarks.config import BenchConfig
 from boostdiff.benchmarks.features import EfficientNetLite0Features, Reference, features_of, frechet_distance
-from boostdiff.benchmarks.grid_report import grid_table, markdown, terminal_grids, write_grids
+from boostdiff.benchmarks.grid_report import behind_table, grid_table, markdown, terminal_grids, write_grids
 from boostdiff.benchmarks.judging import Metrics
 from boostdiff.benchmarks.random_weights import locate_configs
 from boostdiff.benchmarks.table1 import PAPER, Cell, Grid, GridConfig, measure_grids, papers_rows, parse_sweep
@@ -58,6 +58,16 @@ def test_every_place_of_table_1_is_filled(grids: list[Grid]) -> None:
         assert cell.interval is not None
         assert cell.interval.low < cell.distance < cell.interval.high
         assert cell.cost == cell.steps * (1 + (cell.row == "teacher w=3"))
+        teacher = grids[0].place("teacher w=3", cell.column)
+        assert teacher is not None
+        if cell is teacher:
+            assert cell.behind is None
+        else:
+            assert cell.behind is not None
+            assert cell.behind.value == pytest.approx(cell.distance - teacher.distance)
+            # What all rows share, the same prompts and noise, cancels.
+            width = cell.behind.high - cell.behind.low
+            assert 0 < width < (cell.interval.high - cell.interval.low) + (teacher.interval.high - teacher.interval.low)
         # The tiny model is not the paper's.
         assert cell.paper is None
 
@@ -87,6 +97,9 @@ def test_a_sweep_asks_no_student_for_what_it_has_not_learnt(grids: list[Grid]) -
         "student lora": [False, True],
         "student bitfit": [False, True],
     }
+    behind = behind_table(grids[1])
+    assert behind is not None
+    assert [row[:2] for row in behind[1]] == [["student lora", "–"], ["student bitfit", "–"]]
     # The scales that both tables have are the same images.
     table = grids[0].place("teacher w=3", "DDIM, 3 steps")
     swept = grids[1].place("teacher", "w=3")
@@ -112,6 +125,11 @@ def test_all_forms_show_the_same_figures(grids: list[Grid], tmp_path: Path) -> N
             assert figure in text
             assert figure in page
             assert figure in terminal
+            if cell["behind"]:
+                figure = f"{cell['behind']['value']:+.1f} ["
+                assert figure in text
+                assert figure in page
+                assert figure in terminal
 
 
 def test_the_papers_figures_stand_beside_its_own_model() -> None:
@@ -124,6 +142,7 @@ def test_the_papers_figures_stand_beside_its_own_model() -> None:
         cost=20,
         distance=16.04,
         interval=None,
+        behind=None,
         paper=PAPER["student lora", "ddim", 20],
     )
     grid = Grid(
