@@ -176,9 +176,11 @@ class Campaign:
     def _key(self, contestant: Contestant, start: int) -> dict[str, Any]:
         prompts = self.prompts[start : start + self.shard]
         scheduler = contestant.make_scheduler()
+        # Private entries are diffusers' notes, some in an order that changes from process to process.
+        settings = {name: repr(value) for name, value in scheduler.config.items() if not name.startswith("_")}
         return self.identity | {
             "contestant": contestant.identity,
-            "scheduler": [type(scheduler).__name__, hash_of({k: repr(v) for k, v in scheduler.config.items()})],
+            "scheduler": [type(scheduler).__name__, hash_of(settings)],
             "steps": contestant.steps,
             "seed": self.seed + contestant.seed_offset,
             "range": [start, start + len(prompts)],

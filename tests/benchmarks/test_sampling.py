@@ -13,6 +13,9 @@ from boostdiff.benchmarks.features import EfficientNetLite0Features
 from boostdiff.benchmarks.lineup import Lineup, identity_of
 from boostdiff.benchmarks.sampling import Campaign
 from boostdiff.engine.model import Model
+from boostdiff.engine.samplers import SAMPLERS
+from diffusers import SchedulerMixin
+from diffusers.configuration_utils import FrozenDict
 from safetensors import safe_open
 from tiny import PROMPTS
 
@@ -90,6 +93,20 @@ def test_whatever_determines_the_images_names_the_shard(campaign: Campaign) -> N
     for count, (other, contestant) in enumerate(others, start=2):
         other.sampled(contestant)
         assert len(shards(campaign)) == count
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_shard_keeps_its_name_in_another_process(campaign: Campaign, sampler: str) -> None:
+    # diffusers lists the settings that were left to their defaults in the order of a set of strings.
+    contestant = Lineup(model=campaign.model, sampler=sampler, steps=STEPS).teacher(3.0)
+
+    def in_another_order() -> SchedulerMixin:
+        scheduler = contestant.make_scheduler()
+        listed = scheduler.config.get("_use_default_values", [])
+        scheduler._internal_dict = FrozenDict(scheduler.config | {"_use_default_values": [*listed[::-1], "another"]})
+        return scheduler
+
+    assert campaign._key(contestant, 0) == campaign._key(replace(contestant, make_scheduler=in_another_order), 0)
 
 
 def test_a_damaged_shard_is_drawn_again(campaign: Campaign) -> None:
