@@ -26,6 +26,7 @@ from transformers import CLIPTokenizer
 
 from ..distill.checkpoint import load_training_state, save_training_state
 from ..distill.order import epoch_order
+from ..engine.compiled import missing_compiler
 from ..engine.files import staged_folder
 from . import MODEL_DIR
 from .architecture import (
@@ -270,6 +271,9 @@ def diffusion(
     seed: Seed = 0,
     checkpoint_minutes: Minutes = 3,
     empty_captions: Annotated[float, typer.Option(help="Share of captions replaced by the empty one.")] = 0.1,
+    compiles: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Train through torch.compile, which starts minutes later.")
+    ] = True,
 ) -> None:
     """Train text encoder and UNet together on the precomputed latents (epsilon prediction, bf16 autocast)."""
     artworks = load_artworks(work)
@@ -292,12 +296,15 @@ def diffusion(
         order = epoch_order(len(latents), seed, epoch)
         return torch.from_numpy(order[position * batch : (position + 1) * batch])
 
-    def noise_loss(z_0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        z_t = train_scheduler.add_noise(z_0, noise, t)
+    def noise_loss(z_t: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         with torch.autocast(where.type, torch.bfloat16):
             text = text_encoder(ids).last_hidden_state
             noise_pred = unet(z_t, t, text, return_dict=False)[0]
         return F.mse_loss(noise_pred.float(), noise)
+
+    if compiles and missing_compiler(where) is None:
+        unet.to(memory_format=torch.channels_last)
+        noise_loss = torch.compile(noise_loss, dynamic=False)
 
     def loss_of(step: int) -> torch.Tensor:
         generator = step_generator(seed, step)
@@ -307,7 +314,8 @@ def diffusion(
         empty = torch.rand(batch, generator=generator) < empty_captions
         ids = torch.where(empty[:, None], tokens[-1], tokens[chosen])
         z_0 = latents[chosen].to(where).float() * scale
-        return noise_loss(z_0, noise.to(where), t.to(where), ids.to(where))
+        noise, t = noise.to(where), t.to(where)
+        return noise_loss(train_scheduler.add_noise(z_0, noise, t), noise, t, ids.to(where))
 
     optimise(
         name="diffusion",
