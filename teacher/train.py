@@ -189,7 +189,7 @@ def reconstruction_loss(vae: AutoencoderKL, images: torch.Tensor, noise: torch.T
 @app.command()
 def vae(
     work: Work = Path("teacher-work"),
-    steps: Steps = 1800,
+    steps: Steps = 9000,
     batch: Batch = 32,
     learning_rate: Rate = 2e-3,
     seed: Seed = 0,
@@ -265,7 +265,7 @@ def the_tokenizer(work: Path, artworks: Artworks) -> CLIPTokenizer:
 @app.command()
 def diffusion(
     work: Work = Path("teacher-work"),
-    steps: Steps = 4600,
+    steps: Steps = 12500,
     batch: Batch = 64,
     learning_rate: Rate = 8e-4,
     seed: Seed = 0,
