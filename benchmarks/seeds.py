@@ -3,13 +3,15 @@
     python -m boostdiff.benchmarks.seeds --work DIR [--seeds 5] [--samples 1000]
 
 On `emoji64` and its held-out prompts. Students that are in DIR already are kept, and so are their images' features and
-distances: a run that was interrupted goes on. Prints a Markdown table.
+distances: a run that was interrupted goes on. Prints a Markdown table; "paired" is the mean cosine distance of
+features to the guided teacher's images of the same seeds.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +20,7 @@ import typer
 
 from ..engine.guidance import SinglePassDenoiser
 from ..engine.student import read_student
-from .features import DISTANCE_NAME
+from .features import DISTANCE_NAME, paired_distance
 from .held_out import HeldOut, student_model, trained
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -26,15 +28,32 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 GUIDANCE = 3.0
 
 
-def distances(held_out: HeldOut, students: list[Path], samples: int) -> dict[str, float]:
-    """The distance to real images of the teacher, as "guided" and "unguided", and of each student by its folder."""
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """One way of drawing.
+
+    Attributes:
+        distance: Fréchet distance to real images.
+        paired: mean cosine distance of features to the guided teacher's images of the same seeds.
+    """
+
+    distance: float
+    paired: float
+
+
+def judge(held_out: HeldOut, students: Sequence[Path], samples: int) -> dict[str, Judged]:
+    """The teacher, as "guided" and "unguided", and each student by its folder."""
     teachers = held_out.teachers([GUIDANCE, 1.0], samples)
-    found = {"guided": held_out.distance(*teachers[GUIDANCE]), "unguided": held_out.distance(*teachers[1.0])}
+    rows = {"guided": teachers[GUIDANCE], "unguided": teachers[1.0]}
     for folder in students:
         name = f"{folder.name} {read_student(folder).adapter_sha256[:12]}"
-        features = held_out.features({name: SinglePassDenoiser}, samples, open_model=partial(student_model, folder))
-        found[folder.name] = held_out.distance(name, features[name])
-    return found
+        drawn = held_out.features({name: SinglePassDenoiser}, samples, open_model=partial(student_model, folder))
+        rows[folder.name] = (name, drawn[name])
+    guided = teachers[GUIDANCE][1]
+    return {
+        row: Judged(distance=held_out.distance(name, features), paired=paired_distance(features, to=guided))
+        for row, (name, features) in rows.items()
+    }
 
 
 def over_seeds(values: Sequence[float], style: str) -> str:
@@ -67,18 +86,22 @@ def main(
         ]
         for method in methods.split(",")
     }
-    print(f"| sampler, {steps} steps | student | {DISTANCE_NAME} | teacher w={GUIDANCE:g} | teacher w=1 | recovered |")
-    print("|---|---|---|---|---|---|")
+    print(
+        f"| sampler, {steps} steps | student | {DISTANCE_NAME} | teacher w={GUIDANCE:g} | teacher w=1 | recovered "
+        "| paired | teacher w=1 |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for sampler in samplers.split(","):
         held_out = HeldOut(work=work, sampler=sampler, steps=steps)
-        found = distances(held_out, [folder for folders in students.values() for folder in folders], samples)
-        guided, unguided = found["guided"], found["unguided"]
+        found = judge(held_out, [folder for folders in students.values() for folder in folders], samples)
+        guided, unguided = found["guided"].distance, found["unguided"].distance
         for method, folders in students.items():
-            values = [found[folder.name] for folder in folders]
+            values = [found[folder.name].distance for folder in folders]
             recovered = [(unguided - value) / (unguided - guided) for value in values]
+            paired = [found[folder.name].paired for folder in folders]
             print(
                 f"| {sampler} | {method} | {over_seeds(values, '.1f')} | {guided:.1f} | {unguided:.1f} "
-                f"| {over_seeds(recovered, '.0%')} |",
+                f"| {over_seeds(recovered, '.0%')} | {over_seeds(paired, '.3f')} | {found['unguided'].paired:.3f} |",
                 flush=True,
             )
 
