@@ -24,7 +24,7 @@ def _table(grid: Grid, shown: Callable[[Cell], str]) -> Table:
     for row in dict.fromkeys(cell.row for cell in grid.cells):
         places = [grid.place(row, column) for column in columns]
         cells.append([row, *(NOTHING if cell is None else shown(cell) for cell in places)])
-    return ["", *columns], cells
+    return ["sampling", *columns], cells
 
 
 def grid_table(grid: Grid) -> Table:
@@ -85,7 +85,7 @@ def terminal_grids(grids: list[Grid]) -> RenderableType:
 def _turned(table: Table) -> Table:
     headings, cells = table
     first, *others = [list(line) for line in zip(headings, *cells, strict=True)]
-    return first, others
+    return ["", *first[1:]], others
 
 
 def write_grids(grids: list[Grid], output: Path) -> None:
