@@ -21,12 +21,11 @@ from ..engine.manifest import read_manifest
 from ..engine.model import Model, ModelFiles, resolve_device
 from ..engine.runners import EXPORTED, Runner, TorchRunner, available_runners
 from ..engine.samplers import make_scheduler
-from ..engine.student import read_student
 from .baselines import StockEntrant, stock_pipeline
 from .config import BenchConfig
 from .contest import Contest, provenance_of
 from .judging import Metrics, bounded_memory
-from .lineup import Lineup
+from .lineup import Lineup, read_students
 from .measuring import FastestRunners
 from .quality import Quality, judge
 from .random_weights import random_model
@@ -142,9 +141,12 @@ def bench(
         InputError: a student, the engine, the prompts or the reference can't be used.
     """
     manifest = read_manifest(engine)
-    manifest.check_student(read_student(students[0], files), engine=engine)
-    contest = Contest.open(files, config, students=students, prompts=prompts, device=device)
-    model, guidance, processes = contest.model, contest.guidance, contest.processes
+    infos, guidance = read_students(students, files, config.guidance)
+    manifest.check_student(infos[0], engine=engine)
+    contest = Contest.open(
+        files, config, students=students, infos=infos, guidance=guidance, prompts=prompts, device=device
+    )
+    model, processes = contest.model, contest.processes
     compiles = config.compiles(model.unet)
     with ExitStack() as opened:
         runners = opened.enter_context(FastestRunners(model, passes=config.denoised(len(students)), compiles=compiles))

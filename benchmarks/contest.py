@@ -12,11 +12,12 @@ from accelerate import PartialState
 
 from ..engine.errors import InputError
 from ..engine.model import Model, ModelFiles, load, resolve_device
+from ..engine.student import StudentInfo
 from ..engine.versions import source_commit, versions
 from .config import BenchConfig
 from .device import hardware
 from .judging import Metrics
-from .lineup import Student, identity_of, merged_students, read_students
+from .lineup import Student, identity_of, merged_students
 from .measuring import SAMPLING_BATCH
 from .sampling import Campaign, launched_processes
 
@@ -45,7 +46,15 @@ class Contest:
 
     @classmethod
     def open(
-        cls, files: ModelFiles, config: BenchConfig, *, students: Sequence[Path], prompts: list[str], device: str
+        cls,
+        files: ModelFiles,
+        config: BenchConfig,
+        *,
+        students: Sequence[Path],
+        infos: Sequence[StudentInfo],
+        guidance: float,
+        prompts: list[str],
+        device: str,
     ) -> Contest:
         """Load the model and merge the students; cheap checks come first.
 
@@ -53,13 +62,14 @@ class Contest:
             files: the model.
             config: what to measure.
             students: folders that `distill` wrote.
+            infos: their descriptions, and
+            guidance: the scale that all stand for, as `read_students` gives them.
             prompts: at least `config.samples`.
             device: "auto", "cpu", "cuda", …
 
         Raises:
             InputError: a student, the prompts or the device can't be used.
         """
-        infos, guidance = read_students(students, files, config.guidance)
         if len(prompts) < config.samples:
             raise InputError(f"--samples {config.samples} needs as many prompts: there are {len(prompts)}")
         target = resolve_device(device)

@@ -38,13 +38,13 @@ def grid_table(grid: Grid) -> Table:
 
 
 def behind_table(grid: Grid) -> Table | None:
-    """How much further from real images than the guided teacher of the same column; None where nothing says so."""
+    """How much further from real images than the teacher at the top of the column; None where nothing says so."""
     headings, cells = _table(grid, lambda cell: within(cell.behind, "{:+.1f}"))
     cells = [row for row in cells if set(row[1:]) != {NOTHING}]
     return (headings, cells) if cells else None
 
 
-BEHIND = "Behind the guided teacher of the same column (below zero: ahead); the interval is that of the difference:"
+BEHIND = "Behind the teacher at the top of the column (below zero: ahead); the interval is that of the difference:"
 
 
 def note(grid: Grid) -> str:
@@ -77,7 +77,7 @@ def terminal_grids(grids: list[Grid]) -> RenderableType:
         behind = behind_table(grid)
         parts.append(terminal_table(grid.title, _turned(grid_table(grid))))
         if behind:
-            parts.append(terminal_table("behind the guided teacher", _turned(behind)))
+            parts.append(terminal_table("behind the teacher at the top", _turned(behind)))
         parts.append(Text(note(grid), style="dim"))
     return Group(*parts)
 

@@ -16,7 +16,7 @@ from .contest import Contest
 from .features import Reference, frechet_distance
 from .intervals import left_out_distances
 from .judging import Metrics, bounded_memory
-from .lineup import Lineup, Student
+from .lineup import Lineup, Student, read_students
 from .measuring import FastestRunners
 from .sampling import Campaign, Contestant
 from .stats import Estimate, jackknifed
@@ -58,8 +58,8 @@ class Cell:
         cost: UNet passes an image.
         distance: Fréchet distance to real images.
         interval: of `distance`; None below N = 4.
-        behind: how much further away than the column's guided teacher, whose own is None; the interval is that of the
-            difference, over the same prompts.
+        behind: how much further away than the teacher that comes first in the column, whose own is None; the interval
+            is that of the difference, over the same prompts.
         paper: the paper's figure; None where it has none, or is of another model.
     """
 
@@ -193,7 +193,7 @@ def papers_rows(files: ModelFiles, students: Sequence[Student]) -> set[str]:
 def _cells(
     campaign: Campaign, places: Sequence[tuple[str, Place]], reference: Reference, *, swept: bool, of_paper: set[str]
 ) -> list[Cell]:
-    """Measure the cells, each after its column's guided teacher.
+    """Measure the cells, each after its column's first, a teacher.
 
     Args:
         campaign: gives the images' features.
@@ -203,7 +203,7 @@ def _cells(
         of_paper: rows that have the paper's figures.
     """
     cells = []
-    # By column, of the guided teacher.
+    # By column.
     first: dict[str, tuple[float, list[float]]] = {}
     for sampler, (column, guidance, contestant) in places:
         features = campaign.sampled(contestant).features
@@ -214,9 +214,9 @@ def _cells(
         if column not in first:
             first[column] = distance, left_out
         elif left_out:
-            guided, guided_left_out = first[column]
-            differences = [own - other for own, other in zip(left_out, guided_left_out, strict=True)]
-            behind = jackknifed(distance - guided, differences)
+            top, top_left_out = first[column]
+            differences = [own - other for own, other in zip(left_out, top_left_out, strict=True)]
+            behind = jackknifed(distance - top, differences)
         cells.append(
             Cell(
                 row=row,
@@ -269,8 +269,11 @@ def measure_grids(
         raise InputError("--table1 and --sweep are tables of distances to real images: pass --reference DIR")
     if not config.samples:
         raise InputError("--table1 and --sweep are about quality: leave --speed-only out")
-    contest = Contest.open(files, config, students=students, prompts=prompts, device=device)
-    model, taking_part, guidance, processes = contest.model, contest.students, contest.guidance, contest.processes
+    infos, guidance = read_students(students, files, config.guidance)
+    contest = Contest.open(
+        files, config, students=students, infos=infos, guidance=guidance, prompts=prompts, device=device
+    )
+    model, taking_part, processes = contest.model, contest.students, contest.processes
     runners = FastestRunners(model, passes=grids.denoised(config, len(students)), compiles=config.compile is not False)
     campaign = contest.campaign(metrics, cache=cache, on_images=on_images, runner=runners.name)
     reference = metrics.reference_for(campaign.network)

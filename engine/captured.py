@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from diffusers import UNet2DConditionModel
 
 from .errors import BoostDiffError
 from .runners import TorchRunner, unet_forward
-
-WARM_UPS = 3
-"""Calls before a recording: cuDNN and cuBLAS choose their kernels and take their workspaces in them."""
 
 Shapes = tuple[tuple[str, torch.Size, torch.dtype], ...]
 
@@ -21,20 +19,11 @@ def missing_cuda(device: torch.device) -> str | None:
     return None if device.type == "cuda" else "CUDA graphs need an NVIDIA GPU"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Recording:
-    """A graph, and the memory that it reads and writes at every replay."""
-
-    graph: torch.cuda.CUDAGraph
-    inputs: dict[str, torch.Tensor]
-    prediction: torch.Tensor
-
-
 class CapturedRunner(TorchRunner):
     """Eager torch's own kernels, channels last, in a CUDA graph for each shape of the inputs.
 
-    Starts in a second where `torch.compile` takes minutes. All graphs share one pool of memory, as only one is replayed
-    at a time and predictions are copied out (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
+    Recorded by `torch.cuda.make_graphed_callables`. All graphs share one pool of memory, as only one is replayed at a
+    time and predictions are copied out.
     """
 
     name = "captured"
@@ -52,35 +41,27 @@ class CapturedRunner(TorchRunner):
         if reason := missing_cuda(self.device):
             raise BoostDiffError(reason)
         unet.to(memory_format=torch.channels_last)
-        self._recordings: dict[Shapes, _Recording] = {}
+        self._graphs: dict[Shapes, Callable[..., torch.Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """See `Runner.predict`."""
-        shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(inputs.items()))
+        names = sorted(inputs)
+        given = tuple(inputs[name] for name in names)
+        shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in zip(names, given, strict=True))
         # Tensors that are born in inference mode could not be written to outside of it.
         with torch.cuda.device(self.device), torch.inference_mode(False), torch.no_grad():
-            recording = self._recordings.get(shapes)
-            if recording is None:
-                recording = self._recordings[shapes] = self._record(inputs)
-            for name, tensor in inputs.items():
-                recording.inputs[name].copy_(tensor)
-            recording.graph.replay()
-            return recording.prediction.clone()
+            if shapes not in self._graphs:
+
+                def forward(*tensors: torch.Tensor) -> torch.Tensor:
+                    return unet_forward(self.unet, dict(zip(names, tensors, strict=True)))
+
+                # The samples become the graph's own inputs.
+                samples = tuple(tensor.clone() for tensor in given)
+                graphed = torch.cuda.make_graphed_callables(forward, samples, pool=self._pool)
+                self._graphs[shapes] = cast("Callable[..., torch.Tensor]", graphed)
+            return self._graphs[shapes](*given).clone()
 
     def close(self) -> None:
         """See `Runner.close`."""
-        self._recordings.clear()
-
-    def _record(self, inputs: dict[str, torch.Tensor]) -> _Recording:
-        static = {name: torch.empty_like(tensor, device=self.device).copy_(tensor) for name, tensor in inputs.items()}
-        aside = torch.cuda.Stream(self.device)
-        aside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UPS):
-                unet_forward(self.unet, static)
-        torch.cuda.current_stream(self.device).wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            prediction = unet_forward(self.unet, static)
-        return _Recording(graph=graph, inputs=static, prediction=prediction)
+        self._graphs.clear()

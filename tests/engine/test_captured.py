@@ -21,7 +21,7 @@ def test_replayed_predictions_are_those_of_the_unet(tiny: Model) -> None:
             with torch.inference_mode(mode), torch.no_grad():
                 got, expected = runner.predict(inputs), eager.predict(inputs)
             assert (got - expected).norm() < 1e-2 * expected.norm()
-        assert len(runner._recordings) == 2
+        assert len(runner._graphs) == 2
 
 
 def test_without_cuda_it_says_what_it_needs(tiny: Model) -> None:
