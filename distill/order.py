@@ -1,13 +1,17 @@
-"""Who works on what, and in which order: the same for any number of processes."""
+"""Who works on what, in which order and with which noise: the same for any number of processes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +38,21 @@ class Share:
         """All processes' rows in the batch's order, on the CPU."""
         return torch.cat(gather_object([rows.detach().cpu()])) if self.count > 1 else rows
 
+    def gather_list(self, items: list[T]) -> list[T]:
+        """All processes' items, in the processes' order; they must pickle."""
+        return gather_object(items) if self.count > 1 else items
+
 
 @lru_cache(maxsize=1)
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of `count` items, drawn from (seed, epoch) alone."""
     return np.random.default_rng([seed, count, epoch]).permutation(count)
+
+
+def noise_of(shape: Sequence[int], seed: int, number: int) -> torch.Tensor:
+    """Standard normal float32 noise of a shape, drawn from (seed, number) alone.
+
+    By numpy: torch's CPU generator reads only the lower 32 bits of its seed, too few for a pair.
+    """
+    # The third number parts these draws from those of `default_rng([seed, number])`.
+    return torch.from_numpy(np.random.default_rng([seed, number, 1]).standard_normal(tuple(shape), dtype=np.float32))

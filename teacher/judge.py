@@ -304,5 +304,7 @@ def curve(
         axis.plot([row["step"] for row in rows][window - 1 :], smooth, color="#2f6fed")
         axis.set(title=name, xlabel="step", ylabel=f"loss, mean of {window} steps", yscale="log")
         axis.spines[["top", "right"]].set_visible(False)
-    ((output or work) / "loss.png").write_bytes(rendered(figure, "png"))
-    print(f"curve: {', '.join(logs)} in {(output or work) / 'loss.png'}")
+    folder = output or work
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "loss.png").write_bytes(rendered(figure, "png"))
+    print(f"curve: {', '.join(logs)} in {folder / 'loss.png'}")

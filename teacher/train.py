@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -117,7 +118,7 @@ def optimise(
         save_training_state(checkpoint, step=step, weights=weights, optimizer=optimizer)
 
     saved_at = began = time.monotonic()
-    running = 0.0
+    recent: list[float] = []
     lines: list[str] = []
     for step in range(start, steps):
         loss = loss_of(step)
@@ -130,16 +131,17 @@ def optimise(
         decay = 1 - 1 / max(1.0, ema_horizon * step)
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.values()), list(named.values()), 1 - decay)
-        running += loss.item()
-        lines.append(json.dumps({"step": step + 1, "loss": loss.item(), "lr": optimizer.param_groups[0]["lr"]}) + "\n")
+        recent.append(loss.item())
+        lines.append(json.dumps({"step": step + 1, "loss": recent[-1], "lr": optimizer.param_groups[0]["lr"]}) + "\n")
         if (step + 1) % 50 == 0:
             pace = (time.monotonic() - began) / (step + 1 - start)
             left = pace * (steps - step - 1) / 60
             print(
-                f"{name}: step {step + 1}/{steps} loss {running / 50:.4f} {pace:.3f} s/step {left:.0f} min left",
+                f"{name}: step {step + 1}/{steps} loss {statistics.mean(recent):.4f} {pace:.3f} s/step "
+                f"{left:.0f} min left",
                 flush=True,
             )
-            running = 0.0
+            recent.clear()
         if time.monotonic() - saved_at > 60 * checkpoint_minutes or step + 1 == steps:
             save(step + 1)
             saved_at = time.monotonic()
@@ -163,7 +165,8 @@ def _logged(path: Path, steps: int) -> list[str]:
 
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The generator of one step's noise."""
-    return torch.Generator().manual_seed((seed << 32) + step)
+    # torch's CPU generator reads 32 bits of its seed.
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
 
 
 def draw_images(artworks: Artworks, random: np.random.Generator, count: int) -> torch.Tensor:
@@ -257,7 +260,7 @@ def the_tokenizer(work: Path, artworks: Artworks) -> CLIPTokenizer:
     folder = work / "tokenizer"
     if not folder.exists():
         made = make_tokenizer(artworks.caption(i, name) for i in range(len(artworks)) for name in BACKGROUNDS)
-        with staged_folder(folder) as staged:
+        with staged_folder(folder, replaces="tokenizer_config.json") as staged:
             made.save_pretrained(staged)
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
