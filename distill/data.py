@@ -18,7 +18,10 @@ from ..engine.model import Model
 from .image_files import Rows
 from .images import BadSample, ImageStream
 from .objective import NoiseSchedule, ddim_step, dpm_solver_2m
-from .order import Share, epoch_order
+from .order import Share, epoch_order, noise_of
+
+ENCODED_PIXELS = 2**21
+"""What the VAE encodes at once, eight images of 512x512: its activations are hundreds of times their size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +68,14 @@ class Source(ABC):
         """Told of the teacher's x̂_w `(B, C, H, W)` for the batch just given."""
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint must hold for this source to go on, the same in every process."""
+        """What a checkpoint must hold for this source to go on, the same in every process; called in every one."""
         return {}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from `state()`."""
 
-    @property
-    def bad(self) -> Sequence[BadSample]:
-        """Samples that were skipped."""
+    def skipped(self) -> Sequence[BadSample]:
+        """Samples that were skipped, in all processes; called in every one."""
         return ()
 
 
@@ -119,7 +121,8 @@ class Trajectories(Source):
     Every process keeps the whole pool's book (it follows from seeds) and the latents of its own members.
     """
 
-    STEPS = (10, 50)
+    STEPS = (4, 16)
+    """Fewest and most steps of a trajectory: short ones bring more prompts and noise into a run."""
 
     def __init__(
         self,
@@ -153,8 +156,7 @@ class Trajectories(Source):
         for member in members:
             self._begin(member, self.started)
             if member in own:
-                noise = torch.Generator().manual_seed((self.seed << 32) + self.started)
-                self.z_t[member - own.start] = torch.randn(self.model.latent_shape, generator=noise)
+                self.z_t[member - own.start] = noise_of(self.model.latent_shape, self.seed, self.started)
             self.started += 1
 
     def _begin(self, member: int, number: int) -> None:
@@ -264,15 +266,18 @@ class CaptionedImages(Source):
         captions, images = self.stream.next_batch(self.share.members)
         vae = self.model.pipeline.vae
         with torch.no_grad():
-            encoded = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
-            x = encoded.float() * vae.config.scaling_factor
+            encoded = [
+                vae.encode(some.to(vae.device, vae.dtype)).latent_dist.mode()
+                for some in images.split(max(1, ENCODED_PIXELS // images[0, 0].numel()))
+            ]
+            x = torch.cat(encoded).float() * vae.config.scaling_factor
         timesteps, scales, noise = [], [], []
         for member in self.share.members:
             number = update * self.share.batch_size + member
             random = np.random.default_rng([self.seed, number])
             timesteps.append(int(random.integers(len(self.schedule))))
             scales.append(draw_guidance(random, self.guidance_bounds))
-            noise.append(torch.randn(x.shape[1:], generator=torch.Generator().manual_seed((self.seed << 32) + number)))
+            noise.append(noise_of(x.shape[1:], self.seed, number))
         t = torch.tensor(timesteps, device=x.device)
         return Batch(
             z_t=self.schedule.add_noise(x, torch.stack(noise).to(x.device), t),
@@ -281,13 +286,22 @@ class CaptionedImages(Source):
             guidance=torch.tensor(scales, device=x.device),
         )
 
-    @property
-    def bad(self) -> list[BadSample]:
-        """See `Source.bad`."""
+    def skipped(self) -> list[BadSample]:
+        """See `Source.skipped`.
+
+        Raises:
+            InputError: together the processes skipped more than allowed.
+        """
+        self.stream.know_as_bad(self.share.gather_list(self.stream.bad))
         return self.stream.bad
 
     def state(self) -> dict[str, torch.Tensor]:
-        """See `Source.state`."""
+        """See `Source.state`.
+
+        Raises:
+            InputError: see `skipped`.
+        """
+        self.skipped()
         return self.stream.state()
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:

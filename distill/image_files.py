@@ -27,6 +27,7 @@ from ..engine.errors import InputError
 from ..engine.files import json_lines
 from .order import epoch_order
 
+METADATA = "metadata.jsonl"
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
 CAPTION_COLUMNS = ("text", "caption", "prompt", "TEXT", "txt")
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
@@ -81,6 +82,9 @@ def open_images(spec: str) -> Rows:
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return _saved_dataset(path)
+        # An image folder may still hold the archive that it came from.
+        if (path / METADATA).is_file():
+            return _folder(path)
         # img2dataset puts a parquet of metadata beside each tar: tars come first.
         for kind, opened in (("tar", _tars), ("parquet", _parquets)):
             if shards := sorted(str(shard) for shard in path.rglob(f"*.{kind}") if shard.is_file()):
@@ -104,7 +108,7 @@ def _permuted(count: int, row: Callable[[int], Row]) -> Rows:
 
 
 def _folder(folder: Path) -> Rows:
-    metadata = folder / "metadata.jsonl"
+    metadata = folder / METADATA
     found: list[tuple[Path, str | Path | None]] = []
     if metadata.is_file():
         inside = folder.resolve()

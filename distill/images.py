@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class ImageStream:
             width: of the pixels.
             batch_size: rows an update, over all processes.
             seed: of the order.
-            max_bad_samples: how many bad samples a process skips before it stops.
+            max_bad_samples: how many bad samples are skipped before the run stops.
         """
         self.rows, self.height, self.width, self.batch_size, self.seed = rows, height, width, batch_size, seed
         self.max_bad_samples = max_bad_samples
@@ -162,14 +163,21 @@ class ImageStream:
     def _judged(self, row: Row, result: tuple[str, torch.Tensor] | BadSample) -> tuple[str, torch.Tensor] | None:
         if not isinstance(result, BadSample):
             return result
-        if all(result.name != known.name for known in self.bad):
-            self.bad.append(result)
+        self.know_as_bad([*self.bad, result])
+        return None
+
+    def know_as_bad(self, samples: Iterable[BadSample]) -> None:
+        """Take these as the bad samples, each once.
+
+        Raises:
+            InputError: they are more than allowed.
+        """
+        self.bad = list({sample.name: sample for sample in samples}.values())
         if len(self.bad) > self.max_bad_samples:
             raise InputError(
                 f"bad image sample {self._last_bad()}; repair or remove it, "
                 f"or skip some with --max-bad-samples (now {self.max_bad_samples})"
             )
-        return None
 
     def _last_bad(self) -> str:
         return f"{self.bad[-1].name}: {self.bad[-1].reason}"

@@ -38,11 +38,11 @@ def test_trajectories_descend_and_start_again(tiny: Model, schedule: NoiseSchedu
     timesteps = torch.stack(run(source, schedule, range(60)))
     assert timesteps.min() >= 0
     assert timesteps.max() <= 999
-    assert (timesteps[0] >= 899).all()
+    assert (timesteps[0] >= 749).all()
     falls = timesteps.diff(dim=0) < 0
-    assert falls.float().mean() > 0.9
-    # 6 members, each refilled after at most 50 steps; the shortest live 10.
-    assert 12 <= source.started <= 42
+    assert falls.float().mean() > 0.75
+    # 6 members, each refilled after at most 16 steps; the shortest live 4.
+    assert 24 <= source.started <= 96
     spread = timesteps.float().flatten().histc(4, 0, 1000) / timesteps.numel()
     assert spread.min() > 0.1
 
@@ -75,6 +75,39 @@ def test_a_restored_pool_goes_on_identically(tiny: Model, schedule: NoiseSchedul
     other.restore(state)
     assert all(map(torch.equal, run(other, schedule, range(15, 40)), expected))
     assert torch.equal(other.z_t, source.z_t)
+
+
+def test_noise_depends_on_seed_and_number(tiny: Model, schedule: NoiseSchedule, tmp_path: Path) -> None:
+    save_images(tmp_path / "images")
+    rows = open_images(str(tmp_path / "images"))
+    common = {"share": Share(batch_size=2), "guidance": (3, 3)}
+    for make in (
+        lambda seed: Trajectories(tiny, list(PROMPTS), schedule, seed=seed, **common),
+        lambda seed: CaptionedImages(tiny, rows, schedule, seed=seed, **common),
+    ):
+        # The last differ in the upper 32 bits alone.
+        batches = [make(seed).batch(0).z_t for seed in (0, 0, 1, 2**32)]
+        assert torch.equal(batches[0], batches[1])
+        states = torch.cat([batches[0], *batches[2:]]).flatten(1)
+        assert torch.corrcoef(states).fill_diagonal_(0).abs().max() < 0.3
+
+
+def test_large_images_are_encoded_a_few_at_a_time(
+    tiny: Model, schedule: NoiseSchedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_images(tmp_path / "images", count=6)
+
+    def source() -> CaptionedImages:
+        rows = open_images(str(tmp_path / "images"))
+        return CaptionedImages(tiny, rows, schedule, share=Share(batch_size=5), seed=0, guidance=(3, 3))
+
+    whole = source().batch(0).z_t
+    sizes = []
+    encode = tiny.pipeline.vae.encode
+    monkeypatch.setattr(tiny.pipeline.vae, "encode", lambda images: (sizes.append(len(images)), encode(images))[1])
+    monkeypatch.setattr("boostdiff.distill.data.ENCODED_PIXELS", 2 * 16 * 16)
+    torch.testing.assert_close(source().batch(0).z_t, whole)
+    assert sizes == [2, 2, 1]
 
 
 def test_every_prompt_comes_once_an_epoch() -> None:

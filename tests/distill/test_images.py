@@ -211,6 +211,33 @@ def test_batches_do_not_depend_on_the_number_of_processes(tmp_path: Path, proces
         alone.next_batch(range(0))
 
 
+def test_processes_tell_each_other_of_bad_samples(tmp_path: Path) -> None:
+    spec = spoilt(tar_folder(tmp_path / "data"))
+    streams = [stream_of(spec, max_bad_samples=3) for _ in range(2)]
+    for _ in range(8):
+        for index, stream in enumerate(streams):
+            stream.next_batch(Share(batch_size=4, index=index, count=2).members)
+    together = [sample for stream in streams for sample in stream.bad]
+    for stream in streams:
+        stream.know_as_bad(together)
+    assert streams[0].bad == streams[1].bad
+    assert len(streams[0].bad) == 3
+    streams[0].max_bad_samples = 2
+    with pytest.raises(InputError, match="max-bad-samples"):
+        streams[0].know_as_bad(together)
+
+
+def test_metadata_come_before_a_stray_archive(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    save_images(folder, count=2)
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"described {i}"}) for i in range(2)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    with tarfile.open(folder / "images.tar", "w") as archive:
+        archive.add(folder / "0.png", "0.png")
+    rows = list(open_images(str(folder))(0, 0, 0))
+    assert {row.caption for row in rows} == {"described 0", "described 1"}
+
+
 def test_bad_samples_are_skipped_and_listed(tmp_path: Path) -> None:
     stream = stream_of(spoilt(tar_folder(tmp_path / "data")), max_bad_samples=3)
     captions, _ = take(stream, 10)
