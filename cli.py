@@ -216,7 +216,7 @@ def distill(
     for name in formats or ():
         if name not in FORMATS:
             raise InputError(f"unknown format {name!r}: choose one of {', '.join(FORMATS)}")
-    files = locate(model)
+    files = locate(model, weights=not dry_run)
     given = {
         "updates": updates,
         "batch_size": batch_size,
@@ -229,7 +229,7 @@ def distill(
     }
     config = resolve_config(
         preset=preset,
-        in_bfloat16=dry_run or has_bfloat16(resolve_device(device)),
+        in_bfloat16=has_bfloat16(resolve_device(device)),
         embedded=model == teacher.MODEL_NAME,
         method=method,
         rank=rank,
@@ -256,6 +256,7 @@ def distill(
             on_update=lambda done: advance(
                 note=f"loss {done.loss:.4f}, {done.images_per_second:.1f} images/s, {done.peak_memory / 2**30:.1f} GB"
             ),
+            on_note=lambda note: console.print(note, style="yellow", markup=False),
             preview_every=preview_every,
             log_with=log_with,
         )

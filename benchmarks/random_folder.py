@@ -16,7 +16,7 @@ import typer
 from ..distill.adapters import make_adapter
 from ..engine.files import sha256_of, staged_folder
 from ..engine.model import locate
-from ..engine.student import StudentInfo
+from ..engine.student import INFO_FILE, StudentInfo
 from ..engine.versions import versions
 from .random_weights import locate_configs, random_model
 
@@ -36,7 +36,7 @@ def write_model(name: str, output: Path, *, dtype: torch.dtype, seed: int = 0) -
         InputError: there is no such configuration, or the output can't be written.
     """
     model = random_model(locate_configs(name), device=torch.device("cpu"), seed=seed)
-    with staged_folder(output) as folder:
+    with staged_folder(output, replaces="model_index.json") as folder:
         model.pipeline.to(dtype).save_pretrained(folder, safe_serialization=True)
 
 
@@ -54,7 +54,7 @@ def write_student(model: Path, output: Path, *, rank: int = 8, seed: int = 0) ->
     with torch.no_grad():
         for parameter in adapter.parameters().values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
-    with staged_folder(output) as folder:
+    with staged_folder(output, replaces=INFO_FILE) as folder:
         paths = adapter.save(folder, pipeline)
         info = StudentInfo(
             method="lora",

@@ -61,6 +61,7 @@ class Observers:
     Attributes:
         on_start: called with the update that the run begins at.
         on_update: called after each update.
+        on_note: told in words what is worth a warning.
         preview: draw `grid.png` at the end.
         preview_every: draw one into `previews/` so often.
         log_with: one of `TRACKERS`, through accelerate; it writes beside the student.
@@ -68,9 +69,15 @@ class Observers:
 
     on_start: Callable[[int], None] | None = None
     on_update: Callable[[UpdateReport], None] | None = None
+    on_note: Callable[[str], None] | None = None
     preview: bool = True
     preview_every: int | None = None
     log_with: str | None = None
+
+    def note(self, message: str) -> None:
+        """Tell `on_note`."""
+        if self.on_note:
+            self.on_note(message)
 
     def __post_init__(self) -> None:
         """Validate.
@@ -210,7 +217,7 @@ class Run:
             "final_loss": sum(tail) / len(tail),
             "processes": self.accelerator.num_processes,
             "peak_memory": peak_memory(self.model.device),
-            "bad_samples": [asdict(sample) for sample in self.source.bad],
+            "bad_samples": [asdict(sample) for sample in self.source.skipped()],
         }
 
     def update(self, update: int, request: StopRequest) -> tuple[float, bool]:

@@ -1,9 +1,13 @@
-"""The picture at the end of a distillation: teacher guided, teacher unguided, student, same seeds."""
+"""The picture of a distillation: teacher guided, teacher unguided, student, same seeds."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from ..engine.generate import generate, to_uint8
 from ..engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
@@ -17,34 +21,65 @@ from .config import DistillConfig
 PREVIEW_STEPS = 20
 
 
-def write_preview(model: Model, adapter: Adapter, path: Path, *, prompts: list[str], config: DistillConfig) -> None:
-    """Write a grid as a PNG: one row a prompt, by DDIM in `PREVIEW_STEPS` steps.
+class AutocastRunner(TorchRunner):
+    """The UNet in a training run's precision; a VAE that would overflow in it keeps its own."""
 
-    Args:
-        model: with the trained adapter on.
-        adapter: that adapter, switched off for the teacher's columns.
-        path: where to write.
-        prompts: a handful.
-        config: names the method and the guidance; of a range both ends are drawn.
-    """
-    runner = TorchRunner(model.unet)
-    draw = partial(
-        generate,
-        model,
-        text=model.family.encode(model.pipeline, prompts, negative_prompt=config.negative_prompt),
-        make_scheduler=partial(make_scheduler, "ddim", model.pipeline.scheduler.config),
-        steps=PREVIEW_STEPS,
-        seed=0,
-        batch_size=8,
-    )
-    single: Denoiser = SinglePassDenoiser(runner)
-    scales = sorted(set(config.guidance_bounds))
-    columns = {}
-    with adapter.disabled():
-        columns["teacher w=1"] = to_uint8(draw(single))
-        for scale in scales:
-            columns[f"teacher w={scale:g}"] = to_uint8(draw(GuidedDenoiser(runner, scale)))
-    for scale in scales:
-        student: Denoiser = SinglePassDenoiser(runner, scale if config.takes_guidance else None)
-        columns[f"{config.method} w={scale:g}"] = to_uint8(draw(student))
-    labelled_grid(columns, prompts).save(path)
+    def __init__(self, model: Model, autocast: Callable[[], AbstractContextManager[None]]) -> None:
+        super().__init__(model.unet)
+        self.autocast = autocast
+
+    def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """See `Runner.predict`."""
+        with self.autocast():
+            return super().predict(inputs)
+
+
+class Preview:
+    """Draws a grid of one row a prompt, by DDIM in `PREVIEW_STEPS` steps; the teacher's columns are drawn once."""
+
+    def __init__(
+        self,
+        model: Model,
+        adapter: Adapter,
+        *,
+        prompts: list[str],
+        config: DistillConfig,
+        autocast: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """Take note of what will be drawn.
+
+        Args:
+            model: with the adapter on, as training leaves it.
+            adapter: switched off for the teacher's columns.
+            prompts: a handful.
+            config: names the method and the guidance; of a range both ends are drawn.
+            autocast: the run's precision.
+        """
+        self.model, self.adapter, self.prompts, self.config = model, adapter, prompts, config
+        self.scales = sorted(set(config.guidance_bounds))
+        self.runner = AutocastRunner(model, autocast)
+        self.teacher: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def write(self, path: Path) -> None:
+        """Write the grid with the adapter as it is now, as a PNG."""
+        text = self.model.family.encode(self.model.pipeline, self.prompts, negative_prompt=self.config.negative_prompt)
+        draw = partial(
+            generate,
+            self.model,
+            text=text,
+            make_scheduler=partial(make_scheduler, "ddim", self.model.pipeline.scheduler.config),
+            steps=PREVIEW_STEPS,
+            seed=0,
+            batch_size=8,
+        )
+        if not self.teacher:
+            with self.adapter.disabled():
+                unguided = to_uint8(draw(SinglePassDenoiser(self.runner)))
+                guided = {f"teacher w={w:g}": to_uint8(draw(GuidedDenoiser(self.runner, w))) for w in self.scales}
+            self.teacher = {"teacher w=1": unguided} | guided
+        columns = dict(self.teacher)
+        for scale in self.scales:
+            student: Denoiser = SinglePassDenoiser(self.runner, scale if self.config.takes_guidance else None)
+            columns[f"{self.config.method} w={scale:g}"] = to_uint8(draw(student))
+        labelled_grid(columns, self.prompts).save(path)

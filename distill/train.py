@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,10 @@ from accelerate.utils import broadcast_object_list
 
 from ..engine.compiled import use_plain_attention
 from ..engine.errors import InputError
-from ..engine.files import prepare_output, publish, read_json, sha256_of, write_json
+from ..engine.files import locked, prepare_output, publish, read_json, sha256_of, write_json
 from ..engine.model import Model, ModelFiles, load, resolve_device
 from ..engine.prompts import read_prompts
-from ..engine.student import StudentInfo
+from ..engine.student import INFO_FILE, StudentInfo
 from ..engine.versions import versions
 from .adapters import Adapter, PeftAdapter, make_adapter
 from .checkpoint import CheckpointError, TrainingState, load_training_state
@@ -26,7 +28,7 @@ from .image_files import open_images
 from .loop import CHECKPOINT_FILE, Observers, Run
 from .objective import NoiseSchedule
 from .order import Share
-from .preview import write_preview
+from .preview import Preview
 
 CONFIG_FILE = "config.json"
 PREVIEW_ROWS = 6
@@ -34,7 +36,12 @@ FORMATS = ("diffusers", "kohya")
 
 
 def count_parameters(files: ModelFiles, config: DistillConfig) -> dict[str, int]:
-    """Parameters that would be trained, and those of the UNet without an adapter, from its configuration alone."""
+    """Parameters that would be trained, and those of the UNet without an adapter, from its configuration alone.
+
+    Raises:
+        InputError: the UNet can't be made, or takes guidance as an input already.
+    """
+    _check_guidance(files, config)
     unet = files.empty_unet().requires_grad_(False)
     total = sum(p.numel() for p in unet.parameters())
     with torch.device("meta"):
@@ -44,7 +51,7 @@ def count_parameters(files: ModelFiles, config: DistillConfig) -> dict[str, int]
 
 def work_folder(output: Path) -> Path:
     """Where an unfinished run keeps its checkpoint: beside the folder that it will become."""
-    return output.with_name(f"{output.name}.unfinished")
+    return output.resolve().with_name(f"{output.resolve().name}.unfinished")
 
 
 def distil(
@@ -84,11 +91,11 @@ def distil(
         raise InputError("there is nothing to train on: pass --prompts FILE or --images DIR")
     if "kohya" in formats and config.method != "lora":
         raise InputError(f"--format kohya is for --method lora, not {config.method}")
-    if config.takes_guidance and files.unet_config.get("time_cond_proj_dim") is not None:
-        raise InputError(f"{files.name} takes guidance as an input already: it is distilled")
+    _check_guidance(files, config)
+    _check_precision(files, config, resolve_device(device))
     prompts = read_prompts(config.prompts) if config.prompts else []
     rows = open_images(config.images) if config.images else None
-    prepare_output(output)
+    prepare_output(output, replaces=INFO_FILE)
     folder = work_folder(output)
     resolved = config.as_json() | {"unet_sha256": files.unet_sha256()}
 
@@ -125,36 +132,39 @@ def distil(
     if state is not None:
         run.restore(state)
     elif accelerator.is_main_process:
-        folder.mkdir(exist_ok=True)
-        (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
-        write_json(folder / CONFIG_FILE, resolved)
+        _begin(folder, resolved, observers)
     accelerator.wait_for_everyone()
-    if observers.on_start:
-        observers.on_start(run.done)
-    if observers.log_with:
-        accelerator.init_trackers("boostdiff", {key: value for key, value in resolved.items() if value is not None})
+    preview = Preview(model, adapter, prompts=shown, config=config, autocast=accelerator.autocast)
 
     def draw(path: Path) -> None:
-        with accelerator.autocast(), torch.no_grad():
-            write_preview(model, adapter, path, prompts=shown, config=config)
+        try:
+            preview.write(path)
+        except torch.OutOfMemoryError:
+            observers.note(f"there is no {path.name}: out of memory")
 
-    try:
-        result = run.train(observers, draw)
-    except InputError:
-        if accelerator.is_main_process and not (folder / CHECKPOINT_FILE).exists():
-            # Data that can't be used from the start leaves nothing to go on from.
-            shutil.rmtree(folder)
-        raise
     info = None
-    if accelerator.is_main_process:
-        run.keep_average()
-        info = _write_student(
-            folder, model, adapter, config, formats=formats, unet_sha256=resolved["unet_sha256"], result=result
-        )
-        if observers.preview:
-            draw(folder / "grid.png")
-        (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
-        publish(folder, output)
+    with _alone(folder) if accelerator.is_main_process else nullcontext():
+        if observers.on_start:
+            observers.on_start(run.done)
+        if observers.log_with:
+            accelerator.init_trackers("boostdiff", {key: value for key, value in resolved.items() if value is not None})
+        try:
+            result = run.train(observers, draw)
+        except InputError:
+            if accelerator.is_main_process and not (folder / CHECKPOINT_FILE).exists():
+                # Data that can't be used from the start leaves nothing to go on from.
+                shutil.rmtree(folder)
+            raise
+        if accelerator.is_main_process:
+            run.keep_average()
+            info = _write_student(
+                folder, model, adapter, config, formats=formats, unet_sha256=resolved["unet_sha256"], result=result
+            )
+            (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+            publish(folder, output)
+            # The last: nothing that goes wrong with a picture is worth a student.
+            if observers.preview:
+                draw(output / "grid.png")
     accelerator.wait_for_everyone()
     if accelerator.num_processes > 1:
         (info,) = broadcast_object_list([info])
@@ -162,6 +172,49 @@ def distil(
     accelerator.end_training()
     assert info is not None
     return info
+
+
+def _check_guidance(files: ModelFiles, config: DistillConfig) -> None:
+    if config.takes_guidance and files.unet_config.get("time_cond_proj_dim") is not None:
+        raise InputError(f"{files.name} takes guidance as an input already: it is distilled")
+
+
+def _check_precision(files: ModelFiles, config: DistillConfig, device: torch.device) -> None:
+    if config.precision != "fp16":
+        return
+    if device.type == "cpu":
+        raise InputError("--precision fp16 needs a GPU: choose bf16 or fp32")
+    if files.unet_config.get("upcast_attention"):
+        # Autocast takes back the upcast.
+        raise InputError(f"the attention of {files.name} overflows in fp16: choose --precision bf16 or fp32")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a run's work folder.
+
+    Raises:
+        InputError: another run does.
+    """
+    with locked(folder, wait=False) as free:
+        if not free:
+            raise InputError(f"another run is at work in {folder}: wait for it, or choose another --output")
+        yield
+
+
+def _begin(folder: Path, resolved: dict[str, Any], observers: Observers) -> None:
+    """An empty work folder with the run's settings; an earlier run that could go on is set aside, not lost."""
+    if folder.exists():
+        with _alone(folder):
+            if (folder / CHECKPOINT_FILE).exists():
+                aside = folder.with_suffix(".abandoned")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.replace(aside)
+                observers.note(f"an unfinished run, which --resume would have gone on with, is now in {aside}")
+            else:
+                shutil.rmtree(folder)
+    folder.mkdir()
+    write_json(folder / CONFIG_FILE, resolved)
 
 
 def _write_student(

@@ -93,19 +93,25 @@ def is_full_disk(error: BaseException) -> bool:
     return number in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def prepare_output(path: Path) -> None:
+def prepare_output(path: Path, *, replaces: str | None = None) -> None:
     """Make sure that a folder can be written under this name, before any long work.
 
+    Args:
+        path: the folder.
+        replaces: a file that marks what the new folder may take the place of; None if it is to be written into.
+
     Raises:
-        InputError: its parent can't be created or written, or the name is taken by a file.
+        InputError: its parent can't be created or written, the name is taken by a file, or the folder there must stay.
     """
     try:
-        parent = path.absolute().parent
+        parent = path.resolve().parent
         parent.mkdir(parents=True, exist_ok=True)
         # Under the lock no other process is just replacing the folder.
         with locked(parent):
             if path.exists() and not path.is_dir():
                 raise InputError(f"the output {path} is a file: choose another --output")
+            if replaces is not None and path.is_dir():
+                _check_replaceable(path, replaces)
             for folder in (parent, path) if path.is_dir() else (parent,):
                 if not os.access(folder, os.W_OK):
                     raise PermissionError(13, "Permission denied", str(folder))
@@ -116,9 +122,21 @@ def prepare_output(path: Path) -> None:
         raise InputError(f"can't write to {path}: {reason}; choose another --output") from None
 
 
+def _check_replaceable(path: Path, marker: str) -> None:
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise InputError(f"the output {path} is the folder that you are in: choose one inside it as --output")
+    if path.is_mount():
+        raise InputError(f"the output {path} is a mount point: choose a folder inside it as --output")
+    if not (path / marker).is_file() and any(path.iterdir()):
+        raise InputError(
+            f"the output {path} holds something else (there is no {marker} in it): choose another --output"
+        )
+
+
 def publish(staged: Path, final: Path) -> None:
     """Give a finished folder its final name; a folder that had the name goes away only then."""
-    parent = final.absolute().parent
+    final = final.resolve()
+    parent = final.parent
     with locked(parent):
         replaced = Path(tempfile.mkdtemp(prefix=f".{final.name}.replaced-", dir=parent))
         if final.exists():
@@ -154,7 +172,7 @@ def _clear_abandoned(final: Path) -> None:
 
     The caller holds the parent's lock.
     """
-    parent = final.absolute().parent
+    parent = final.parent
     for replaced in sorted(parent.glob(f".{final.name}.replaced-*")):
         if not final.exists() and any(replaced.iterdir()):
             replaced.replace(final)
@@ -166,14 +184,19 @@ def _clear_abandoned(final: Path) -> None:
 
 
 @contextmanager
-def staged_folder(final: Path) -> Iterator[Path]:
+def staged_folder(final: Path, *, replaces: str) -> Iterator[Path]:
     """A new folder beside `final` that takes its name if the block ends well, and goes away if not.
 
+    Args:
+        final: the folder's name; one that has it already goes away if the block ends well.
+        replaces: a file that such a folder must hold.
+
     Raises:
-        InputError: nothing can be written there.
+        InputError: nothing can be written there, or another folder would have to go.
     """
-    prepare_output(final)
-    parent = final.absolute().parent
+    prepare_output(final, replaces=replaces)
+    final = final.resolve()
+    parent = final.parent
     with ExitStack() as held:
         with locked(parent):
             _clear_abandoned(final)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
 from .. import teacher
@@ -137,18 +138,19 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.float16
 
 
-def locate(model: str) -> ModelFiles:
+def locate(model: str, *, weights: bool = True) -> ModelFiles:
     """Find a model and read its configuration.
 
     Args:
         model: `emoji64`, a pipeline folder, or a hub id such as "organisation/name".
+        weights: of a hub id fetch everything, not the configuration alone.
 
     Raises:
         InputError: there is no such model, or it is not one that can be used.
     """
     folder = teacher.MODEL_DIR if model == teacher.MODEL_NAME else Path(model)
     if not folder.exists():
-        folder = _download(model)
+        folder = _download(model, weights=weights)
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder} is no diffusers pipeline folder: it has no model_index.json")
     if not (folder / "unet" / "config.json").is_file():
@@ -161,11 +163,13 @@ def locate(model: str) -> ModelFiles:
     )
 
 
-def _download(model: str) -> Path:
+def _download(model: str, *, weights: bool) -> Path:
     missing = f"there is no model {model!r}: pass {teacher.MODEL_NAME}, a diffusers pipeline folder or a hub id"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model):
         raise InputError(missing)
     try:
+        if not weights:
+            return Path(snapshot_download(model, allow_patterns=["model_index.json", "*/*.json"]))
         return Path(DiffusionPipeline.download(model, use_safetensors=True))
     except Exception as error:
         # The hub client raises dozens of types, from "repository not found" to the socket's own.

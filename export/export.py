@@ -12,7 +12,7 @@ import torch
 
 from ..engine.errors import BoostDiffError, InputError
 from ..engine.files import prepare_output, read_json, staged_folder, write_json
-from ..engine.manifest import Manifest, read_manifest, verified_file
+from ..engine.manifest import MANIFEST_FILE, Manifest, read_manifest, verified_file
 from ..engine.merge import TIMESTEPS, merge_in_place
 from ..engine.model import Model, ModelFiles, load, resolve_device
 from ..engine.sessions import OnnxSession
@@ -73,7 +73,7 @@ def export(
     if config.diffusers and info.method == "soft-prompt":
         raise InputError("a soft prompt is no part of the weights: leave --diffusers out, graphs carry its tokens")
     flavour = choose_flavour(config.trt_flavour) if config.trt else None
-    prepare_output(output)
+    prepare_output(output, replaces=MANIFEST_FILE)
     target = resolve_device(device)
     manifest = _intended(files, info, config, flavour)
     source = None
@@ -96,7 +96,7 @@ def export(
     height, width = latent_sizes(model, config)[1]
     model.unet.register_to_config(sample_size=height if height == width else (height, width))
     manifest.unet_config = {key: value for key, value in dict(model.unet.config).items() if not key.startswith("_")}
-    with staged_folder(output) as folder:
+    with staged_folder(output, replaces=MANIFEST_FILE) as folder:
         _write_surroundings(model, manifest, folder, diffusers=config.diffusers)
         precisions = config.precisions(model.unet.num_parameters())
         for part in _parts(model, config, precisions):

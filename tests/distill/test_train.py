@@ -180,3 +180,77 @@ def test_the_learning_rate_warms_up_and_decays() -> None:
     assert rates.max() == pytest.approx(1e-3)
     assert (rates[5:].diff() < 0).all()
     assert rates[-1] < 1e-5
+
+
+def test_starting_over_sets_an_unfinished_run_aside(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(report: object) -> None:
+        raise Stop
+
+    def begin(**options: object) -> None:
+        config = DistillConfig(prompts=prompt_file, updates=3, batch_size=2, checkpoint_every=1, **options)
+        observers = Observers(on_update=stop, on_note=notes.append)
+        with pytest.raises(Stop):
+            distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=observers)
+
+    notes: list[str] = []
+    begin(seed=0)
+    (work_folder(tmp_path / "s") / "stray").write_text("")
+    assert not notes
+    begin(seed=1, method="bitfit")
+    assert str(tmp_path / "s.abandoned") in notes[0]
+    assert (tmp_path / "s.abandoned" / CHECKPOINT_FILE).is_file()
+    assert {path.name for path in work_folder(tmp_path / "s").iterdir()} == {
+        CHECKPOINT_FILE,
+        "config.json",
+        "log.jsonl",
+    }
+
+
+def test_two_runs_do_not_share_a_work_folder(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
+    config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2, checkpoint_every=1)
+
+    def second(report: object) -> None:
+        for resume in (False, True):
+            with pytest.raises(InputError, match="another run is at work"):
+                distil(tiny_files, config, output=tmp_path / "s", device="cpu", resume=resume, observers=SILENT)
+
+    distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=Observers(on_update=second))
+    assert read_student(tmp_path / "s", tiny_files)
+
+
+def test_a_picture_that_can_not_be_drawn_costs_no_student(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("boostdiff.distill.preview.generate", fail)
+    notes: list[str] = []
+    config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2)
+    observers = Observers(on_note=notes.append, preview_every=1)
+    info = distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=observers)
+    assert read_student(tmp_path / "s", tiny_files) == info
+    assert [note.split(":")[1] for note in notes] == [" out of memory"] * 3
+
+
+def test_the_teacher_is_drawn_once_for_all_previews(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import boostdiff.distill.preview as preview
+
+    drawn = []
+    generate = preview.generate
+    monkeypatch.setattr(preview, "generate", lambda *a, **k: (drawn.append(type(a[1]).__name__), generate(*a, **k))[1])
+    config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2)
+    distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=Observers(preview_every=1))
+    assert drawn == ["SinglePassDenoiser", "GuidedDenoiser", *["SinglePassDenoiser"] * 3]
+    assert len(list((tmp_path / "s/previews").glob("*.png"))) == 2
+
+
+def test_half_precision_where_it_overflows(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
+    config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2, precision="fp16")
+    with pytest.raises(InputError, match="fp16 needs a GPU"):
+        distil(tiny_files, config, output=tmp_path / "s", device="cpu")

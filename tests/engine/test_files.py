@@ -9,13 +9,13 @@ from boostdiff.engine.files import json_lines, prepare_output, read_json, sha256
 
 def test_a_staged_folder_replaces_the_old_one_only_when_whole(tmp_path: Path) -> None:
     final = tmp_path / "out"
-    with staged_folder(final) as folder:
+    with staged_folder(final, replaces="a") as folder:
         (folder / "a").write_text("first")
-    with pytest.raises(RuntimeError), staged_folder(final) as folder:
+    with pytest.raises(RuntimeError), staged_folder(final, replaces="a") as folder:
         (folder / "a").write_text("half")
         raise RuntimeError
     assert (final / "a").read_text() == "first"
-    with staged_folder(final) as folder:
+    with staged_folder(final, replaces="a") as folder:
         (folder / "b").write_text("second")
     assert [path.name for path in final.iterdir()] == ["b"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -25,6 +25,34 @@ def test_an_output_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("x")
     with pytest.raises(InputError, match="is a file"):
         prepare_output(tmp_path / "out")
+
+
+def test_only_a_folder_of_the_same_kind_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = tmp_path / "out"
+    final.mkdir()
+    with staged_folder(final, replaces="mark") as folder:
+        (folder / "other").write_text("kept")
+    with pytest.raises(InputError, match="holds something else"), staged_folder(final, replaces="mark"):
+        pass
+    (final / "mark").write_text("")
+    monkeypatch.chdir(final)
+    for output in (Path(), final, tmp_path):
+        with pytest.raises(InputError, match="the folder that you are in"), staged_folder(output, replaces="mark"):
+            pass
+    with pytest.raises(InputError, match="is a mount point"):
+        prepare_output(Path("/proc"), replaces="mark")
+    assert (final / "other").read_text() == "kept"
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "out"
+    link.symlink_to("disk")
+    with staged_folder(link, replaces="mark") as folder:
+        (folder / "mark").write_text("new")
+    assert link.is_symlink()
+    assert (tmp_path / "disk/mark").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
 
 
 def test_an_output_that_can_not_be_written() -> None:
@@ -57,7 +85,7 @@ import os, signal, sys
 from pathlib import Path
 from boostdiff.engine import files
 final = Path(sys.argv[1])
-with files.staged_folder(final) as staged:
+with files.staged_folder(final, replaces="a") as staged:
     (staged / "half").write_text("written")
     if sys.argv[2] == "between":
         final.replace(final.with_name(f".{final.name}.replaced-killed"))
@@ -69,12 +97,12 @@ with files.staged_folder(final) as staged:
 def test_what_a_killed_process_left_is_cleared(tmp_path: Path, stage: str) -> None:
     """Killed while it wrote, or just after it moved the standing folder away."""
     final = tmp_path / "out"
-    with staged_folder(final) as folder:
+    with staged_folder(final, replaces="a") as folder:
         (folder / "a").write_text("standing")
     subprocess.run([sys.executable, "-c", KILLED, str(final), stage], check=False)
     assert len(list(tmp_path.iterdir())) == 2
     assert final.exists() == (stage == "before")
-    with pytest.raises(RuntimeError), staged_folder(final):
+    with pytest.raises(RuntimeError), staged_folder(final, replaces="a"):
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (final / "a").read_text() == "standing"
@@ -85,7 +113,7 @@ import sys
 from pathlib import Path
 from boostdiff.engine.files import staged_folder
 for turn in range(150):
-    with staged_folder(Path(sys.argv[1])) as folder:
+    with staged_folder(Path(sys.argv[1]), replaces="a") as folder:
         for name in "ab":
             (folder / name).write_text(f"{sys.argv[2]} {turn}")
 """

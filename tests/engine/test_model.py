@@ -38,6 +38,21 @@ def test_a_missing_model_says_what_to_pass(name: str) -> None:
         locate(name)
 
 
+def test_a_hub_id_is_read_from_the_cache(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline, and for its configuration no weights are asked for."""
+    entry = tmp_path / "models--organisation--tiny"
+    snapshot = entry / "snapshots" / ("0" * 40)
+    shutil.copytree(tiny_folder, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
+    (entry / "refs").mkdir()
+    (entry / "refs/main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    files = locate("organisation/tiny", weights=False)
+    assert files.folder == snapshot
+    assert files.empty_unet().config.cross_attention_dim == 32
+    shutil.copytree(tiny_folder, snapshot, dirs_exist_ok=True)
+    assert locate("organisation/tiny").folder == snapshot
+
+
 def test_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no model_index\.json"):
         locate(str(tmp_path))
