@@ -111,7 +111,7 @@ def test_an_average_is_saved_in_place_of_the_last_weights(
     first, second = (
         torch.cat([tensor.flatten() for name, tensor in x.items() if ".lora_B." in name]) for x in (last, average)
     )
-    assert 0.01 < (first - second).norm() / first.norm() < 0.5
+    assert 0.002 < (first - second).norm() / first.norm() < 0.5
 
 
 @pytest.mark.parametrize("changes", [{"ema": 0.9}, {"guidance": 1.5, "guidance_max": 7.5}, {"precision": "bf16"}])
