@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from boostdiff import teacher
+from boostdiff.benchmarks import clip_score
 from boostdiff.benchmarks.clip_score import ClipScorer
 from boostdiff.benchmarks.features import Reference, frechet_distance, kernel_distance
 from boostdiff.benchmarks.inception import read_weights
@@ -108,6 +109,11 @@ def test_what_is_no_clip_model_is_refused(tmp_path: Path) -> None:
     for name in (tmp_path / "missing", tmp_path / "empty"):
         with pytest.raises(InputError, match="can't load the CLIP model"):
             ClipScorer(str(name), device=CPU)
+
+
+def test_clip_is_imported_where_it_is_asked_for() -> None:
+    # An older transformers, without the processor of PIL, must not keep `bench` from starting.
+    assert not [name for name in vars(clip_score) if name.startswith(("CLIP", "Auto"))]
 
 
 class Surprise:
