@@ -111,7 +111,8 @@ def _figures(report: dict[str, Any]) -> dict[str, Estimate | float]:
                 value = row[key]
                 # A CLIP score brings its interval along.
                 interval = value if isinstance(value, dict) else row.get(f"{key}_interval")
-                if value is not None:
+                # A share of what is within noise means nothing.
+                if value is not None and (key != "recovered" or interval):
                     found[f"{row['name']}, {key}"] = Estimate(**interval) if interval else value
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"a report is damaged: {error} is missing or of the wrong type; measure again") from None

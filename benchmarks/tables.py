@@ -40,6 +40,10 @@ def kid_cell(kid: float | None, spread: float | None) -> str:
     return f"{kid * 1e3:.1f} ± {spread * 1e3:.1f}"
 
 
+WITHIN_NOISE = "within noise"
+"""In the place of a share of what guidance gains, where that gain is not resolved."""
+
+
 def _coverage(speed: Speed) -> str:
     """What the intervals of speed may be called: 95%, or less where too few runs were timed."""
     return f"[{min(CONFIDENCE, speed.rows[0].images_per_second.coverage):.0%}]"
@@ -105,9 +109,9 @@ def quality_table(quality: Quality, *, brief: bool = False) -> Table:
     headings += ["paired", "background", "CLIP [95%]", "recovered [95%]"]
     cells = []
     for row in quality.main_rows():
-        recovered = (
-            within(row.recovered_interval, "{:.0%}") if row.recovered_interval else number(row.recovered, "{:.0%}")
-        )
+        recovered = within(row.recovered_interval, "{:.0%}")
+        if row.recovered is not None and row.recovered_interval is None:
+            recovered = WITHIN_NOISE
         distance = within(row.distance_interval) if row.distance_interval else number(row.distance)
         cells.append(
             [

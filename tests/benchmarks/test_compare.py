@@ -49,6 +49,15 @@ def test_differences_and_settings(report: dict[str, Any], tmp_path: Path) -> Non
     assert comparison.only == ["student lora, recall"]
 
 
+def test_a_share_without_an_interval_is_not_compared(report: dict[str, Any], tmp_path: Path) -> None:
+    report["quality"]["rows"][0] |= {"recovered": 2.99, "recovered_interval": None}
+    names = [row.name for row in compare_reports(*written(tmp_path, report, report)).differences]
+    assert "student lora, recovered" not in names
+    report["quality"]["rows"][0]["recovered_interval"] = estimate(2.99, 0.1)
+    names = [row.name for row in compare_reports(*written(tmp_path, report, report)).differences]
+    assert "student lora, recovered" in names
+
+
 def test_a_report_equals_itself(report: dict[str, Any], tmp_path: Path) -> None:
     comparison = compare_reports(*written(tmp_path, report, report))
     assert all(row.change == 0 and not row.apart for row in comparison.differences)
