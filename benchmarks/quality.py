@@ -123,7 +123,7 @@ class Quality:
         return list(sweeps.values())
 
 
-def _clip_interval(scores: torch.Tensor | None) -> Estimate | None:
+def clip_interval(scores: torch.Tensor | None) -> Estimate | None:
     """Mean of CLIP scores `(N,)`, with the jackknife of the distances' groups; None without, or below N = 4."""
     if scores is None or len(scores) < 4:
         return None
@@ -184,7 +184,7 @@ def judge(campaign: Campaign, contestants: list[Contestant], *, reference: Refer
                 recall=covered[1] if covered else None,
                 recovered=recovered,
                 recovered_interval=recovered_within,
-                clip=_clip_interval(sampled.clip),
+                clip=clip_interval(sampled.clip),
             )
         )
         samples[contestant.name] = sampled.samples

@@ -15,14 +15,7 @@ from boostdiff.engine.errors import InputError
 from safetensors.torch import load_file, save_file
 from scipy.linalg import sqrtm
 from tiny import CPU, PROMPTS
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-)
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -56,34 +49,6 @@ def test_the_kernel_distance_is_the_unbiased_estimate(saved: tuple[torch.Tensor,
     mean, spread = kernel_distance(reference, torch.from_numpy(fake).float())
     assert mean == pytest.approx(expected, rel=1e-3)
     assert spread is None
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP model, tiny and random."""
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer(model_max_length=16).train_new_from_iterator(PROMPTS, vocab_size=300)
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
-    )
-    folder = tmp_path_factory.mktemp("clip")
-    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
-    CLIPModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    size = {"height": 32, "width": 32}
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder)
-    return folder
 
 
 def test_clip_scores_are_the_models_logits(clip_folder: Path) -> None:
