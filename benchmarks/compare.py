@@ -46,6 +46,11 @@ class Comparison:
     settings: dict[str, tuple[str, str]]
     only: list[str]
 
+    def levels(self) -> list[float]:
+        """Coverages of the intervals that were compared, in whole percent, ascending."""
+        compared = [row for row in self.differences if row.apart is not None]
+        return sorted({round(side.coverage, 2) for row in compared for side in (row.a, row.b)})
+
     def table(self) -> Table:
         """Headings and cells; the intervals, for which a terminal has no room, show in the last column alone."""
         headings = ["", "A", "B", "change", "beyond noise"]

@@ -42,7 +42,7 @@ def rendered(figure: plt.Figure, kind: str) -> bytes:
 
 
 def speed_plot(speed: Speed) -> plt.Figure:
-    """Images per second with 95% intervals: lines over the batch size, or bars where there is but one."""
+    """Images per second with their intervals: lines over the batch size, or bars where there is but one."""
     several = len({row.batch_size for row in speed.rows}) > 1
     return _throughput_lines(speed) if several else _throughput_bars(speed)
 
