@@ -17,10 +17,11 @@ from ..engine.captured import CapturedRunner
 from ..engine.compiled import CompiledRunner, missing_compiler
 from ..engine.engine import Engine
 from ..engine.errors import BoostDiffError, InputError
-from ..engine.manifest import read_manifest
+from ..engine.manifest import Manifest, read_manifest
 from ..engine.model import Model, ModelFiles, resolve_device
 from ..engine.runners import EXPORTED, Runner, TorchRunner, available_runners
 from ..engine.samplers import make_scheduler
+from ..export.parts import give_back_memory
 from .baselines import StockEntrant, stock_pipeline
 from .config import BenchConfig
 from .contest import Contest, provenance_of
@@ -148,8 +149,7 @@ def bench(
     )
     model, processes = contest.model, contest.processes
     compiles = config.compiles(model.unet)
-    with ExitStack() as opened:
-        runners = opened.enter_context(FastestRunners(model, passes=config.denoised(len(students)), compiles=compiles))
+    with FastestRunners(model, passes=config.denoised(len(students)), compiles=compiles) as runners:
         lineup = Lineup(model=model, sampler=config.sampler, steps=config.steps, runner=runners)
         rows = lineup.quality_rows(contest.students, guidance, alternatives=config.alternatives)
         hashes, campaign, real = dict(manifest.inputs), None, None
@@ -167,33 +167,55 @@ def bench(
         if processes and not processes.is_main_process:
             return None
 
-        # torch has the base's weights at hand for the teacher; an exported graph serves all with the student's.
-        teacher, merged = model.unet, contest.students[0].unet
-        entrants, lacking = _eager(model, merged)
-        reasons = available_runners(manifest, contest.device) | lacking
-        for name, reason in reasons.items():
-            if name in EXPORTED and reason is None:
-                exported = opened.enter_context(Engine.load(engine, runner=name, device=device)).model
-                entrants += [Entrant(way=way, runner=exported.unet, parts=exported) for way in WAYS]
-        if compiles:
-            reasons["compiled"] = missing_compiler(contest.device)
-            if reasons["compiled"] is None:
-                entrants += _in_torch(CompiledRunner, teacher, merged)
-        for name, reason in reasons.items():
-            if reason is not None:
-                report(f"{name}: left out, {reason}")
-        speed = _speed(model, config, entrants, guidance, prompts, report)
+        speed, skipped = _timed(contest, manifest, engine, compiles=compiles, report=report)
+        # Captured graphs are in cycles, and quality needs their memory.
+        give_back_memory()
         quality = None
         if campaign:
             with bounded_memory():
                 quality = judge(campaign, rows, reference=real)
     return BenchResult(
         speed=speed,
-        skipped={name: reason for name, reason in reasons.items() if reason} | speed.left_out,
+        skipped=skipped | speed.left_out,
         quality=quality,
         prompts=prompts[: config.samples],
         provenance=contest.provenance() | {"hashes": hashes, "weights": "trained"},
     )
+
+
+def _timed(
+    contest: Contest, manifest: Manifest, engine: Path, *, compiles: bool, report: Callable[[str], None]
+) -> tuple[Speed, dict[str, str]]:
+    """Speed on every runner, and the reason against each that can't run; all that is opened is closed again.
+
+    Raises:
+        InputError: the engine's files are incomplete or were changed.
+    """
+    # Torch has the base's weights at hand for the teacher; an exported graph serves all with the student's.
+    model, merged = contest.model, contest.students[0].unet
+    with ExitStack() as opened:
+        entrants, lacking = _eager(model, merged)
+        reasons = available_runners(manifest, contest.device) | lacking
+        for name, reason in reasons.items():
+            if name in EXPORTED and reason is None:
+                try:
+                    loaded = Engine.load(engine, runner=name, device=str(contest.device))
+                except InputError:
+                    raise
+                except BoostDiffError as error:
+                    # It is listed, but a library that it needs is missing.
+                    reasons[name] = str(error)
+                else:
+                    exported = opened.enter_context(loaded).model
+                    entrants += [Entrant(way=way, runner=exported.unet, parts=exported) for way in WAYS]
+        if compiles:
+            reasons["compiled"] = missing_compiler(contest.device)
+            if reasons["compiled"] is None:
+                entrants += _in_torch(CompiledRunner, model.unet, merged)
+        skipped = {name: reason for name, reason in reasons.items() if reason is not None}
+        for name, told in skipped.items():
+            report(f"{name}: left out, {told}")
+        return _speed(model, contest.config, entrants, contest.guidance, contest.prompts, report), skipped
 
 
 def bench_random(

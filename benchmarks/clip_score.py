@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from ..engine.errors import InputError
 from ..engine.files import sha256_of
@@ -29,6 +28,9 @@ class ClipScorer:
         Raises:
             InputError: there is no such model, or it is no CLIP model in safetensors.
         """
+        # Here, as most benchmarks need none of it.
+        from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+
         try:
             # The processor of PIL needs no torchvision, and is the one that CLIP was made with.
             self._images = CLIPImageProcessorPil.from_pretrained(name)

@@ -46,6 +46,11 @@ class Comparison:
     settings: dict[str, tuple[str, str]]
     only: list[str]
 
+    def levels(self) -> list[float]:
+        """Coverages of the intervals that were compared, in whole percent, ascending."""
+        compared = [row for row in self.differences if row.apart is not None]
+        return sorted({round(side.coverage, 2) for row in compared for side in (row.a, row.b)})
+
     def table(self) -> Table:
         """Headings and cells; the intervals, for which a terminal has no room, show in the last column alone."""
         headings = ["", "A", "B", "change", "beyond noise"]
@@ -111,7 +116,8 @@ def _figures(report: dict[str, Any]) -> dict[str, Estimate | float]:
                 value = row[key]
                 # A CLIP score brings its interval along.
                 interval = value if isinstance(value, dict) else row.get(f"{key}_interval")
-                if value is not None:
+                # A share of what is within noise means nothing.
+                if value is not None and (key != "recovered" or interval):
                     found[f"{row['name']}, {key}"] = Estimate(**interval) if interval else value
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"a report is damaged: {error} is missing or of the wrong type; measure again") from None

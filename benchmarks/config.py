@@ -22,12 +22,12 @@ class BenchConfig:
         steps: sampling steps.
         sampler: a name in `engine.samplers.SAMPLERS`.
         batch_sizes: images made together when speed is measured; None takes 8 on a CPU, else 1, 2, 4, 8, 16.
-        runs: timed batches of each.
+        runs: timed batches of each; intervals are of 95% or more from six on, of 94% with five, of 75% with three.
         samples: N, images per row when quality is measured; 0 measures speed alone.
         seed: of the initial noise.
         guidance: of a student that takes it as an input, and of its teacher; None takes the student's own.
-        compile: also run teacher and student through `torch.compile`; None does so where it takes no more than a few
-            minutes and gains much: on CUDA, and on CPUs with bfloat16 for small models.
+        compile: also run teacher and student through `torch.compile`; None does so on CUDA, where it takes many minutes
+            the first time, and for small models on CPUs with bfloat16.
         alternatives: also judge what saves passes without training, see `benchmarks.alternatives`.
     """
 

@@ -131,5 +131,5 @@ def provenance_of(files: ModelFiles, config: BenchConfig, guidance: float, devic
         "config": asdict(config) | {"batch_sizes": list(config.batch_sizes_on(device))},
         "hardware": hardware(device),
         "commit": source_commit(),
-        "versions": versions("torchmetrics", "torch-fidelity", "tensorrt", "tensorrt_rtx"),
+        "versions": versions("torchmetrics", "torch_fidelity", "tensorrt", "tensorrt_rtx"),
     }

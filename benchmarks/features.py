@@ -184,21 +184,34 @@ def frechet_distance(reference: Reference, features: torch.Tensor) -> float:
     return metric.compute().item()
 
 
-def kernel_distance(reference: Reference, features: torch.Tensor, *, subsets: int = 50) -> tuple[float, float]:
-    """KID (Bińkowski et al. 2018) by torchmetrics: the mean over random subsets, and its standard error."""
-    size = min(200, len(features), len(reference.features))
+KID_SUBSETS, KID_SUBSET = 50, 200
+"""Random subsets of KID, and images of each kind in one."""
+
+
+def kernel_distance(reference: Reference, features: torch.Tensor) -> tuple[float, float | None]:
+    """KID (Bińkowski et al. 2018) by torchmetrics: the mean over random subsets, and their standard deviation.
+
+    The latter is the scatter of subsets of `KID_SUBSET` images, not the mean's error, as subsets share images; None
+    where all images of a kind are in every subset, whose scatter is then none of theirs.
+
+    Args:
+        reference: real images.
+        features: `(N, D)` of the images judged, N ≥ 2.
+    """
+    smaller = min(len(features), len(reference.features))
+    size = min(KID_SUBSET, smaller)
     with warnings.catch_warnings():
         # It warns that it keeps all features; they are in memory anyway.
         warnings.simplefilter("ignore", UserWarning)
         metric = KernelInceptionDistance(
-            feature=_Precomputed(features.shape[1]), subsets=subsets, subset_size=size, **_ALONE
+            feature=_Precomputed(features.shape[1]), subsets=KID_SUBSETS, subset_size=size, **_ALONE
         )
     metric.update(reference.features, real=True)
     metric.update(features, real=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         mean, spread = metric.compute()
-    return mean.item(), spread.item() / subsets**0.5
+    return mean.item(), spread.item() if size < smaller else None
 
 
 def paired_distance(features: torch.Tensor, to: torch.Tensor) -> float:

@@ -37,14 +37,34 @@ def grid_table(grid: Grid) -> Table:
     return _table(grid, shown)
 
 
-def behind_table(grid: Grid) -> Table | None:
-    """How much further from real images than the teacher at the top of the column; None where nothing says so."""
-    headings, cells = _table(grid, lambda cell: within(cell.behind, "{:+.1f}"))
+def _known(table: Table) -> Table | None:
+    """Without the rows that have no figure; None where none has."""
+    headings, cells = table
     cells = [row for row in cells if set(row[1:]) != {NOTHING}]
     return (headings, cells) if cells else None
 
 
+def behind_table(grid: Grid) -> Table | None:
+    """How much further from real images than the teacher at the top of the column; None where nothing says so."""
+    return _known(_table(grid, lambda cell: within(cell.behind, "{:+.1f}")))
+
+
+def clip_table(grid: Grid) -> Table | None:
+    """Mean CLIP scores; None where none were asked for."""
+    return _known(_table(grid, lambda cell: within(cell.clip)))
+
+
 BEHIND = "Behind the teacher at the top of the column (below zero: ahead); the interval is that of the difference:"
+CLIP = "CLIP score, 100 times the cosine of image and prompt, higher is better:"
+
+
+def _further(grid: Grid) -> list[tuple[str, str, Table]]:
+    """The tables that follow the distances, each after its title and what it shows."""
+    tables = (
+        ("behind the teacher at the top", BEHIND, behind_table(grid)),
+        ("CLIP score", CLIP, clip_table(grid)),
+    )
+    return [(title, told, table) for title, told, table in tables if table]
 
 
 def note(grid: Grid) -> str:
@@ -65,19 +85,16 @@ def _lines(table: Table) -> list[str]:
 
 def markdown(grid: Grid) -> str:
     """A title, the tables, and how they were measured."""
-    behind = behind_table(grid)
-    second = [BEHIND, "", *_lines(behind), ""] if behind else []
-    return "\n".join([f"# {grid.title}", "", *_lines(grid_table(grid)), "", *second, note(grid), ""])
+    further = [line for _, told, table in _further(grid) for line in (told, "", *_lines(table), "")]
+    return "\n".join([f"# {grid.title}", "", *_lines(grid_table(grid)), "", *further, note(grid), ""])
 
 
 def terminal_grids(grids: list[Grid]) -> RenderableType:
     """For rich; with columns as rows, of which a terminal has more."""
     parts: list[RenderableType] = []
     for grid in grids:
-        behind = behind_table(grid)
         parts.append(terminal_table(grid.title, _turned(grid_table(grid))))
-        if behind:
-            parts.append(terminal_table("behind the teacher at the top", _turned(behind)))
+        parts += [terminal_table(title, _turned(table)) for title, _, table in _further(grid)]
         parts.append(Text(note(grid), style="dim"))
     return Group(*parts)
 
@@ -96,8 +113,8 @@ def write_grids(grids: list[Grid], output: Path) -> None:
             (folder / f"{grid.name}.md").write_text(markdown(grid), encoding="utf-8")
             told = f'<p class="note">{html.escape(note(grid))}</p>'
             parts = [html_table(grid_table(grid))]
-            if behind := behind_table(grid):
-                parts += [f"<p>{html.escape(BEHIND)}</p>", html_table(behind)]
+            for _, words, table in _further(grid):
+                parts += [f"<p>{html.escape(words)}</p>", html_table(table)]
             content = page(grid.title, [*parts, told], grid.provenance)
             (folder / f"{grid.name}.html").write_text(content, encoding="utf-8")
             write_json(folder / f"{grid.name}.json", grid.as_json())

@@ -6,6 +6,7 @@ Shared by the scripts that compare many students; a run of theirs that was inter
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .. import teacher
+from ..engine.errors import InputError
+from ..engine.files import read_json, write_json
 from ..engine.generate import generate, to_uint8
 from ..engine.guidance import Denoiser, teacher_denoiser
 from ..engine.merge import merge
@@ -32,10 +35,21 @@ DISTANCES_FILE = "distances.json"
 
 
 def trained(folder: Path, options: Sequence[str]) -> Path:
-    """A student's folder; unless it is there, `boostdiff distill` is run with these options."""
+    """A student's folder; unless it is there, `boostdiff distill` is run with these options.
+
+    The options are kept beside the folder; a student without them was put there by hand, and is taken as it is.
+
+    Raises:
+        InputError: the student that is there was trained with other options.
+    """
+    record = folder.with_name(f"{folder.name}.options.json")
     if not folder.exists():
+        # Before the student: a run that is killed in between trains again.
+        write_json(record, {"options": list(options)})
         command = [sys.executable, "-m", "boostdiff", "distill", "--output", str(folder), *options]
         subprocess.run(command, check=True)  # noqa: S603
+    elif record.exists() and (known := read_json(record)["options"]) != list(options):
+        raise InputError(f"{folder} was trained with {shlex.join(known)}: pass these again, or another --work")
     return folder
 
 

@@ -63,6 +63,15 @@ def left_out_distances(reference: Reference, features: torch.Tensor, *, groups: 
     return distances
 
 
+def is_resolved(gains: Sequence[float]) -> bool:
+    """Whether what guidance gains is beyond noise; a ratio to it means nothing otherwise.
+
+    Args:
+        gains: the unguided teacher's distance less the guided one's, without each group in turn, at least two.
+    """
+    return min(gains) > 0 and jackknifed(sum(gains) / len(gains), gains).low > 0
+
+
 def recovered_interval(
     value: float, guided: Sequence[float], unguided: Sequence[float], student: Sequence[float]
 ) -> Estimate | None:
@@ -75,10 +84,10 @@ def recovered_interval(
         student: of the student.
 
     Returns:
-        None where guidance's own gain is not distinguished from zero: a ratio to it means nothing then.
+        None where guidance's own gain is not resolved.
     """
     gains = [u - g for u, g in zip(unguided, guided, strict=True)]
-    if min(gains) <= 0 or jackknifed(sum(gains) / len(gains), gains).low <= 0:
+    if not is_resolved(gains):
         return None
     return jackknifed(value, [(u - s) / gain for u, s, gain in zip(unguided, student, gains, strict=True)])
 

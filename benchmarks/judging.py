@@ -13,6 +13,7 @@ from ..engine.errors import BoostDiffError, InputError
 from .clip_score import ClipScorer
 from .features import EfficientNetLite0Features, FeatureNetwork, Reference
 from .inception import InceptionFeatures
+from .measuring import SAMPLING_BATCH
 from .reference import reference_of
 
 
@@ -86,4 +87,7 @@ def bounded_memory() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
-        raise BoostDiffError("out of memory while sampling: pass a smaller --samples or use another device") from None
+        raise BoostDiffError(
+            f"out of memory while sampling {SAMPLING_BATCH} images together: stop what else uses the device, or pass "
+            "another --device"
+        ) from None

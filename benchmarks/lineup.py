@@ -85,6 +85,8 @@ def identity_of(model: Model) -> dict[str, Any]:
     files = model.files
     parts = [name for name in files.folder.iterdir() if name.is_dir() and name.name != "unet"]
     weights = [path for part in sorted(parts) for path in sorted(part.rglob("*")) if path.suffix in _DETERMINING]
+    # The size of the images is in the one, SDXL's way with empty prompts in the other.
+    weights += [files.folder / "unet" / "config.json", files.folder / "model_index.json"]
     device = model.device
     return {
         "unet": files.unet_sha256(),

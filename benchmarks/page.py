@@ -16,6 +16,7 @@ from .plots import cost_plot, quality_plot, rendered, speed_plot
 from .quality import Quality
 from .tables import (
     ALTERNATIVES_NOTE,
+    WITHIN_NOISE,
     Table,
     alternatives_table,
     quality_note,
@@ -141,8 +142,11 @@ def _facts(result: BenchResult) -> str:
         quality, student = result.quality, result.quality.student
         told = f"{quality.features} of the student; CFG: {quality.rows[0].distance:.1f}"
         facts.append((f"{student.distance:.1f}", told))
-        if student.recovered is not None:
-            facts.append((f"{student.recovered:.0%}", "of guidance's gain recovered"))
+        if share := student.recovered_interval:
+            told = f"of guidance's gain recovered [{share.low:.0%}–{share.high:.0%}]"
+            facts.append((f"{share.value:.0%}", told))
+        else:
+            facts.append((WITHIN_NOISE, "what guidance gains, so no share of it is told"))
     items = "".join(f"<li><b>{html.escape(big)}</b><span>{html.escape(small)}</span></li>" for big, small in facts)
     return f'<ul class="facts">{items}</ul>'
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -19,7 +20,14 @@ import matplotlib.pyplot as plt
 COLOURS = {"teacher": "#8a8f98", "student": "#2f6fed", "unguided": "#c9cdd3"}
 _INK = "#1e1e24"
 _STYLES = ("-", "--", ":", "-.", (0, (1, 3)))
-_LEGEND: dict[str, Any] = {"frameon": False, "loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2}
+_MARKERS = ("o", "s", "^", "D", "v", "X", "P", "*")
+_LEGEND: dict[str, Any] = {
+    "frameon": False,
+    "fontsize": "small",
+    "loc": "lower left",
+    "bbox_to_anchor": (0, 1),
+    "ncols": 2,
+}
 """Above the plot, where no bar reaches."""
 
 
@@ -34,7 +42,7 @@ def rendered(figure: plt.Figure, kind: str) -> bytes:
 
 
 def speed_plot(speed: Speed) -> plt.Figure:
-    """Images per second with 95% intervals: lines over the batch size, or bars where there is but one."""
+    """Images per second with their intervals: lines over the batch size, or bars where there is but one."""
     several = len({row.batch_size for row in speed.rows}) > 1
     return _throughput_lines(speed) if several else _throughput_bars(speed)
 
@@ -62,8 +70,11 @@ def _throughput_bars(speed: Speed) -> plt.Figure:
 
 def _throughput_lines(speed: Speed) -> plt.Figure:
     runners = list(dict.fromkeys(row.runner for row in speed.rows))
-    figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
-    for runner, style in zip(runners, _STYLES, strict=False):
+    lines = len({(row.runner, row.way) for row in speed.rows})
+    # Room for the legend above.
+    figure, axes = plt.subplots(figsize=(6, max(3.8, 2.4 + 0.12 * lines)), layout="constrained")
+    # Together, the two repeat after forty runners.
+    for runner, style, marker in zip(runners, cycle(_STYLES), cycle(_MARKERS), strict=False):
         for way in WAY_NAMES:
             rows = sorted((r for r in speed.rows if (r.runner, r.way) == (runner, way)), key=lambda r: r.batch_size)
             if not rows:
@@ -75,7 +86,7 @@ def _throughput_lines(speed: Speed) -> plt.Figure:
                 yerr=[[r.value - r.low for r in rates], [r.high - r.value for r in rates]],
                 color=COLOURS[way],
                 linestyle=style,
-                marker="o",
+                marker=marker,
                 markersize=4,
                 capsize=2,
                 label=f"{runner}, {WAY_NAMES[way]}",

@@ -24,8 +24,8 @@ class QualityRow:
         steps: sampling steps.
         cost: UNet passes an image.
         distance: Fréchet distance to real images; None without a reference.
-        kid: kernel distance to real images, and `kid_error` its standard error.
-        kid_error: see `kid`.
+        kid: kernel distance to real images, the mean over random subsets, and `kid_spread` their standard deviation.
+        kid_spread: see `features.kernel_distance`; None where subsets can't tell it.
         paired: mean cosine distance to the guided teacher's image of the same seed.
         background: share of images over the named background; None where prompts name none.
         distance_interval: of `distance`, over prompts and noise, the reference being as it is; None below N = 4.
@@ -44,7 +44,7 @@ class QualityRow:
     cost: int
     distance: float | None
     kid: float | None
-    kid_error: float | None
+    kid_spread: float | None
     paired: float
     background: float | None
     distance_interval: Estimate | None = None
@@ -69,6 +69,7 @@ class Quality:
         rows: see `QualityRow`.
         images: N, of each row.
         reference_images: behind the reference's statistics; 0 without a reference.
+        reference_apart: other real images, for KID, recall and the floor; 0 without a reference.
         floor: distance of real images to the reference at this N: what a perfect model would get.
         features: what the distance is called, after its features.
         features_described: the features in words.
@@ -78,6 +79,7 @@ class Quality:
     rows: list[QualityRow]
     images: int
     reference_images: int
+    reference_apart: int
     floor: float | None
     features: str
     features_described: str
@@ -89,6 +91,7 @@ class Quality:
             "rows": [asdict(row) | {"passes": row.passes} for row in self.rows],
             "images": self.images,
             "reference_images": self.reference_images,
+            "reference_apart": self.reference_apart,
             "floor": self.floor,
             "features": self.features,
             "best_alternatives": [row.name for row in self.best_alternatives()],
@@ -120,7 +123,7 @@ class Quality:
         return list(sweeps.values())
 
 
-def _clip_interval(scores: torch.Tensor | None) -> Estimate | None:
+def clip_interval(scores: torch.Tensor | None) -> Estimate | None:
     """Mean of CLIP scores `(N,)`, with the jackknife of the distances' groups; None without, or below N = 4."""
     if scores is None or len(scores) < 4:
         return None
@@ -148,7 +151,7 @@ def judge(campaign: Campaign, contestants: list[Contestant], *, reference: Refer
         if guided_features is None:
             guided_features = features
         distance = frechet_distance(reference, features) if reference else None
-        kid, kid_error = kernel_distance(reference, features) if reference else (None, None)
+        kid, kid_spread = kernel_distance(reference, features) if reference else (None, None)
         covered = precision_recall(reference.features, features) if reference else None
         left_out = left_out_distances(reference, features) if reference and len(features) >= 4 else []
         without.append(left_out)
@@ -172,7 +175,7 @@ def judge(campaign: Campaign, contestants: list[Contestant], *, reference: Refer
                 cost=contestant.cost,
                 distance=distance,
                 kid=kid,
-                kid_error=kid_error,
+                kid_spread=kid_spread,
                 paired=paired_distance(features, guided_features),
                 background=sampled.background_share(),
                 distance_interval=jackknifed(distance, left_out) if distance is not None and left_out else None,
@@ -181,7 +184,7 @@ def judge(campaign: Campaign, contestants: list[Contestant], *, reference: Refer
                 recall=covered[1] if covered else None,
                 recovered=recovered,
                 recovered_interval=recovered_within,
-                clip=_clip_interval(sampled.clip),
+                clip=clip_interval(sampled.clip),
             )
         )
         samples[contestant.name] = sampled.samples
@@ -191,6 +194,7 @@ def judge(campaign: Campaign, contestants: list[Contestant], *, reference: Refer
         rows=rows,
         images=count,
         reference_images=reference.count if reference else 0,
+        reference_apart=len(reference.features) if reference else 0,
         floor=frechet_distance(reference, reference.features[:count]) if reference and enough else None,
         features=campaign.network.distance_name,
         features_described=campaign.network.description,

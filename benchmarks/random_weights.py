@@ -12,7 +12,7 @@ import transformers
 
 from ..engine.errors import InputError
 from ..engine.files import read_json
-from ..engine.model import Model, ModelFiles, default_dtype, locate
+from ..engine.model import Model, ModelFiles, default_dtype, locate, settle
 
 CONFIGS = Path(__file__).parent / "configs"
 """Configurations of public models, to be named on the command line as their folders are."""
@@ -54,13 +54,11 @@ def random_model(files: ModelFiles, *, device: torch.device, seed: int = 0) -> M
             if name in {"safety_checker", "feature_extractor", "image_encoder"}:
                 continue
             components[name] = _component(files.folder / name, library, class_name)
-    pipeline = files.family.assemble(components)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.vae.to(memory_format=torch.channels_last)
     for part in components.values():
         if isinstance(part, torch.nn.Module):
-            part.requires_grad_(False).eval()
             part.to(dtype)
+    pipeline = files.family.assemble(components)
+    settle(pipeline, files.family)
     return Model(files=files, pipeline=pipeline.to(device))
 
 

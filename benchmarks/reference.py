@@ -40,7 +40,7 @@ def reference_of(path: Path, network: FeatureNetwork, *, size: int | None = None
 
 
 def reference_from_folder(folder: Path, network: FeatureNetwork, *, size: int | None = None) -> Reference:
-    """The statistics of a folder of real images; the last tenth is kept apart for KID and the floor.
+    """The statistics of a folder of real images; every tenth is kept apart for KID, recall and the floor.
 
     Args:
         folder: PNG, JPEG and WebP files, at any depth, taken in the order of their names.
@@ -70,8 +70,9 @@ def reference_from_folder(folder: Path, network: FeatureNetwork, *, size: int | 
             batch.append(torch.from_numpy(pixels).permute(2, 0, 1))
         features.append(features_of(network, torch.stack(batch), batch_size=BATCH))
     rows = torch.cat(features)
-    apart = len(rows) // 10
-    return Reference.of(rows[:-apart], rows[-apart:])
+    # Not the last tenth: a folder may be sorted by what is shown.
+    apart = torch.arange(len(rows)) % 10 == 9
+    return Reference.of(rows[~apart], rows[apart])
 
 
 def _images_in(folder: Path) -> Iterator[Path]:

@@ -56,7 +56,9 @@ def terminal_report(result: BenchResult) -> RenderableType:
 def terminal_comparison(comparison: Comparison) -> RenderableType:
     """Two reports side by side for rich, and the settings that differ."""
     parts: list[RenderableType] = [terminal_table("A against B", comparison.table())]
-    parts.append(Text("Beyond noise: the two 95% intervals share no point.", style="dim"))
+    if levels := comparison.levels():
+        told = f"Beyond noise: the two intervals ({', '.join(f'{level:.0%}' for level in levels)}) share no point."
+        parts.append(Text(told, style="dim"))
     parts += [Text(f"{name}: {a} in A, {b} in B", style="dim") for name, (a, b) in comparison.settings.items()]
     if comparison.only:
         parts.append(Text(f"{len(comparison.only)} figures are in one report alone: --json names them.", style="dim"))

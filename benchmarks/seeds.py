@@ -3,8 +3,12 @@
     python -m boostdiff.benchmarks.seeds --work DIR [--seeds 5] [--samples 1000]
 
 On `emoji64` and its held-out prompts. Students that are in DIR already are kept, and so are their images' features and
-distances: a run that was interrupted goes on. Prints a Markdown table; "paired" is the mean cosine distance of
-features to the guided teacher's images of the same seeds.
+distances: a run that was interrupted goes on.
+
+Prints a Markdown table. ± is the standard error of the mean over training seeds alone: prompts, noise and the teacher's
+images are the same for all, and their chance is not in it. "Guidance gains" is the teacher's distance at w = 1 less
+that at its guidance, with a paired jackknife interval over groups of prompts; where it is within noise, no share of it
+is "recovered". "Paired" is the mean cosine distance of features to the guided teacher's images of the same seeds.
 """
 
 from __future__ import annotations
@@ -22,6 +26,9 @@ from ..engine.guidance import SinglePassDenoiser
 from ..engine.student import read_student
 from .features import DISTANCE_NAME, paired_distance
 from .held_out import HeldOut, student_model, trained
+from .intervals import is_resolved, left_out_distances
+from .stats import jackknifed
+from .tables import NOTHING, within
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -64,12 +71,35 @@ def over_seeds(values: Sequence[float], style: str) -> str:
     return f"{mean} ± {format(statistics.stdev(values) * len(values) ** -0.5, style)}"
 
 
+def left_out_gains(held_out: HeldOut, samples: int) -> list[float]:
+    """What guidance takes off the teacher's distance, without each group of prompts in turn."""
+    guided, unguided = (
+        left_out_distances(held_out.reference, features)
+        for _, features in held_out.teachers([GUIDANCE, 1.0], samples).values()
+    )
+    return [u - g for u, g in zip(unguided, guided, strict=True)]
+
+
+def recovered(students: Sequence[float], *, guided: float, unguided: float, gains: Sequence[float]) -> str:
+    """The share of guidance's gain that students reach, by their distances; a dash where the gain is within noise.
+
+    Args:
+        students: distances, one a seed.
+        guided: the teacher's distance with guidance.
+        unguided: without.
+        gains: see `left_out_gains`.
+    """
+    if not is_resolved(gains):
+        return NOTHING
+    return over_seeds([(unguided - value) / (unguided - guided) for value in students], ".0%")
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def main(
     context: typer.Context,
     work: Annotated[Path, typer.Option(help="Folder for students and results.")],
     seeds: Annotated[int, typer.Option(min=1, help="Training runs of each method.")] = 5,
-    samples: Annotated[int, typer.Option(min=2, help="Images of each student (N).")] = 1000,
+    samples: Annotated[int, typer.Option(min=4, help="Images of each student (N).")] = 1000,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = "lora,bitfit",
     samplers: Annotated[str, typer.Option(help="Comma-separated.")] = "ddim,dpm++",
@@ -87,21 +117,23 @@ def main(
         for method in methods.split(",")
     }
     print(
-        f"| sampler, {steps} steps | student | {DISTANCE_NAME} | teacher w={GUIDANCE:g} | teacher w=1 | recovered "
-        "| paired | teacher w=1 |"
+        f"| sampler, {steps} steps | student | {DISTANCE_NAME} | teacher w={GUIDANCE:g} | teacher w=1 "
+        "| guidance gains [95%] | recovered | paired | teacher w=1 |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     for sampler in samplers.split(","):
         held_out = HeldOut(work=work, sampler=sampler, steps=steps)
         found = judge(held_out, [folder for folders in students.values() for folder in folders], samples)
         guided, unguided = found["guided"].distance, found["unguided"].distance
+        gains = left_out_gains(held_out, samples)
+        gain = within(jackknifed(unguided - guided, gains))
         for method, folders in students.items():
             values = [found[folder.name].distance for folder in folders]
-            recovered = [(unguided - value) / (unguided - guided) for value in values]
+            share = recovered(values, guided=guided, unguided=unguided, gains=gains)
             paired = [found[folder.name].paired for folder in folders]
             print(
                 f"| {sampler} | {method} | {over_seeds(values, '.1f')} | {guided:.1f} | {unguided:.1f} "
-                f"| {over_seeds(recovered, '.0%')} | {over_seeds(paired, '.3f')} | {found['unguided'].paired:.3f} |",
+                f"| {gain} | {share} | {over_seeds(paired, '.3f')} | {found['unguided'].paired:.3f} |",
                 flush=True,
             )
 

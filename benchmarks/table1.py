@@ -18,10 +18,11 @@ from .intervals import left_out_distances
 from .judging import Metrics, bounded_memory
 from .lineup import Lineup, Student, read_students
 from .measuring import FastestRunners
+from .quality import clip_interval
 from .sampling import Campaign, Contestant
 from .stats import Estimate, jackknifed
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Of `table1.json` and `sweep.json`."""
 
 SAMPLER_NAMES = {"ddim": "DDIM", "dpm++": "DPM-Solver++", "unipc": "UniPC", "euler": "Euler"}
@@ -60,6 +61,7 @@ class Cell:
         interval: of `distance`; None below N = 4.
         behind: how much further away than the teacher that comes first in the column, whose own is None; the interval
             is that of the difference, over the same prompts.
+        clip: mean CLIP score; None where no CLIP model was named.
         paper: the paper's figure; None where it has none, or is of another model.
     """
 
@@ -72,6 +74,7 @@ class Cell:
     distance: float
     interval: Estimate | None
     behind: Estimate | None
+    clip: Estimate | None
     paper: float | None
 
 
@@ -206,7 +209,8 @@ def _cells(
     # By column.
     first: dict[str, tuple[float, list[float]]] = {}
     for sampler, (column, guidance, contestant) in places:
-        features = campaign.sampled(contestant).features
+        sampled = campaign.sampled(contestant)
+        features = sampled.features
         distance = frechet_distance(reference, features)
         left_out = left_out_distances(reference, features) if len(features) >= 4 else []
         row = _row(contestant, swept=swept)
@@ -228,6 +232,7 @@ def _cells(
                 distance=distance,
                 interval=jackknifed(distance, left_out) if left_out else None,
                 behind=behind,
+                clip=clip_interval(sampled.clip),
                 paper=PAPER.get((row, sampler, contestant.steps)) if row in of_paper else None,
             )
         )
@@ -289,6 +294,9 @@ def measure_grids(
         swept = [(config.sampler, place) for place in _sweep_places(lineup, taking_part, grids.sweep)]
         title = f"Guidance sweep, {SAMPLER_NAMES[config.sampler]}, {config.steps} steps"
         wanted.append(("sweep", title, swept))
+    hashes = {"unet": files.unet_sha256(), "features": campaign.network.sha256}
+    if campaign.clip:
+        hashes["clip"] = campaign.clip.sha256
     with bounded_memory(), runners:
         if processes:
             campaign = campaign.fill([place[2] for _, _, places in wanted for _, place in places], processes)
@@ -303,8 +311,7 @@ def measure_grids(
                 images=config.samples,
                 reference_images=reference.count,
                 features=campaign.network.distance_name,
-                provenance=contest.provenance()
-                | {"hashes": {"unet": files.unet_sha256(), "features": campaign.network.sha256}},
+                provenance=contest.provenance() | {"hashes": hashes},
             )
             for name, title, places in wanted
         ]

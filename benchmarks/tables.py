@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .bench import BenchResult
+from .features import KID_SUBSET, KID_SUBSETS
 from .intervals import GROUPS, NEIGHBOURS
 from .quality import Quality
 from .stats import CONFIDENCE, Estimate
@@ -27,6 +28,20 @@ def within(estimate: Estimate | None, pattern: str = "{:.1f}", unit: str = "") -
         return NOTHING
     value, low, high = (pattern.format(x) for x in (estimate.value, estimate.low, estimate.high))
     return f"{value}{unit} [{low}, {high}]"
+
+
+KID_HEADING = "KID ×1000 (± spread of subsets)"
+
+
+def kid_cell(kid: float | None, spread: float | None) -> str:
+    """For a column under `KID_HEADING`."""
+    if kid is None or spread is None:
+        return number(None if kid is None else kid * 1e3)
+    return f"{kid * 1e3:.1f} ± {spread * 1e3:.1f}"
+
+
+WITHIN_NOISE = "within noise"
+"""In the place of a share of what guidance gains, where that gain is not resolved."""
 
 
 def _coverage(speed: Speed) -> str:
@@ -90,24 +105,21 @@ def quality_table(quality: Quality, *, brief: bool = False) -> Table:
         brief: leave out what a terminal of 80 columns has no room for.
     """
     name = quality.features
-    headings = ["sampling", "passes", f"{name} [95%]", "behind CFG [95%]", "KID ×1000", "precision", "recall"]
+    headings = ["sampling", "passes", f"{name} [95%]", "behind CFG [95%]", KID_HEADING, "precision", "recall"]
     headings += ["paired", "background", "CLIP [95%]", "recovered [95%]"]
     cells = []
     for row in quality.main_rows():
-        recovered = (
-            within(row.recovered_interval, "{:.0%}") if row.recovered_interval else number(row.recovered, "{:.0%}")
-        )
+        recovered = within(row.recovered_interval, "{:.0%}")
+        if row.recovered is not None and row.recovered_interval is None:
+            recovered = WITHIN_NOISE
         distance = within(row.distance_interval) if row.distance_interval else number(row.distance)
-        kid = NOTHING
-        if row.kid is not None and row.kid_error is not None:
-            kid = f"{row.kid * 1e3:.1f} ± {row.kid_error * 1e3:.1f}"
         cells.append(
             [
                 row.name,
                 f"{row.passes:g}",
                 distance,
                 within(row.behind),
-                kid,
+                kid_cell(row.kid, row.kid_spread),
                 number(row.precision, "{:.0%}"),
                 number(row.recall, "{:.0%}"),
                 f"{row.paired:.3f}",
@@ -183,11 +195,13 @@ def quality_note(result: BenchResult) -> str:
     quality = result.quality
     assert quality is not None
     note = f"N = {quality.images} images a row, same prompts, seeds and noise"
+    if quality.reference_images:
+        note += f"; {quality.reference_images} real images in the reference, {quality.reference_apart} kept apart"
     if quality.floor is not None:
-        note += (
-            f"; real images themselves score {quality.floor:.1f} at this N ({quality.reference_images} in reference)"
-        )
+        note += f", which themselves score {quality.floor:.1f} at this N"
     return (
         f"{note}. Intervals: jackknife over {GROUPS} groups of prompts, the same in all rows. Precision and recall: "
-        f"k = {NEIGHBOURS}. Paired: cosine distance of features to the guided teacher's image of the same seed."
+        f"k = {NEIGHBOURS}. KID: mean of {KID_SUBSETS} subsets of up to {KID_SUBSET} images, ± their standard "
+        "deviation where a subset is not all images. Paired: cosine distance of features to the guided teacher's image "
+        "of the same seed."
     )

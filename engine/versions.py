@@ -2,7 +2,7 @@
 
 import shutil
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 
 from .. import __version__
@@ -11,11 +11,17 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "onnx",
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Versions of boostdiff and of the installed libraries that matter."""
+    """Versions of boostdiff and of the installed libraries that matter, by the names that they are imported under.
+
+    Args:
+        more: import names besides `LIBRARIES`.
+    """
     found = {"boostdiff": __version__}
+    # One module comes in several packages: onnxruntime-gpu, tensorrt-rtx-cu13, …
+    packages = packages_distributions()
     for name in (*LIBRARIES, *more):
         try:
-            found[name] = version(name)
+            found[name] = version(packages.get(name, [name])[0])
         except PackageNotFoundError:
             continue
     return found

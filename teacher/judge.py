@@ -25,6 +25,7 @@ from ..benchmarks.measuring import SAMPLING_BATCH, FastestRunners, remembered
 from ..benchmarks.plots import rendered
 from ..benchmarks.sampling import backgrounds
 from ..benchmarks.stats import jackknifed
+from ..benchmarks.tables import KID_HEADING, kid_cell
 from ..engine.errors import InputError
 from ..engine.files import json_lines, sha256_of
 from ..engine.generate import generate, to_uint8
@@ -74,7 +75,7 @@ def figures(
     distance = frechet_distance(reference, features)
     left_out = left_out_distances(reference, features) if len(features) >= 4 else None
     interval = jackknifed(distance, left_out) if left_out else None
-    kid, kid_error = kernel_distance(reference, features) if drawn else (None, None)
+    kid, kid_spread = kernel_distance(reference, features) if drawn else (None, None)
     as_named = backgrounds(prompts, images)
     return {
         "images": len(images),
@@ -82,7 +83,7 @@ def figures(
         "distance_low": interval.low if interval else None,
         "distance_high": interval.high if interval else None,
         "kid": kid,
-        "kid_error": kid_error,
+        "kid_spread": kid_spread,
         "background": as_named[as_named >= 0].float().mean().item(),
         "style": style_accuracy(styles, prompts, images),
     }
@@ -115,13 +116,14 @@ def markdown_table(rows: dict[str, dict[str, Any]]) -> str:
     """A Markdown table of `figures` by the rows' names, among them "real images" and "w=1"."""
     floor, unguided = rows["real images"]["distance"], rows["w=1"]["distance"]
     lines = [
-        f"| | {DISTANCE_NAME} [95%] | above the floor, as a share of w=1's | KID ×1000 | background as named "
+        f"| | {DISTANCE_NAME} [95%] | above the floor, as a share of w=1's | {KID_HEADING} | background as named "
         "| style as named |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
         interval = "" if row["distance_low"] is None else f" [{row['distance_low']:.1f}–{row['distance_high']:.1f}]"
-        kid = "" if row["kid"] is None else f"{row['kid'] * 1e3:.1f} ± {row['kid_error'] * 1e3:.1f}"
+        # Rows kept by an older version have no spread.
+        kid = kid_cell(row["kid"], row.get("kid_spread"))
         share = (row["distance"] - floor) / (unguided - floor)
         lines.append(
             f"| {name} | {row['distance']:.1f}{interval} | {share:.0%} | {kid} | {row['background']:.1%} "

@@ -89,15 +89,30 @@ def test_the_wheel_works_from_outside_the_checkout(wheel: Path, tmp_path: Path) 
     assert "(4, 16, 16)" in done.stdout
 
 
-def test_the_readmes_files_and_commands_exist() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text):
+PAGES = [ROOT / "teacher/README.md", *sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_links_to_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text):
         path, _, anchor = target.partition("#")
-        assert (ROOT / path).exists(), target
+        linked = page.parent / path if path else page
+        assert linked.exists(), target
         if anchor:
-            headings = re.findall(r"^#+ (.+)", (ROOT / path).read_text(encoding="utf-8"), flags=re.MULTILINE)
-            slugs = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            headings = re.findall(r"^#+ (.+)", linked.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            slugs = {re.sub(r"[^a-z0-9_ -]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in slugs, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_modules_that_a_page_runs_exist(page: Path) -> None:
+    for module in re.findall(r"python -m boostdiff\.(\w+\.\w+)", page.read_text(encoding="utf-8")):
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), module
+
+
+def test_the_readmes_commands_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = set(re.findall(r"^\s*boostdiff (\w+)", text, flags=re.MULTILINE))
     assert {"distill", "export", "bench", "generate", "doctor"} <= commands
     source = (ROOT / "cli.py").read_text(encoding="utf-8")

@@ -8,14 +8,15 @@ import pytest
 import torch
 from boostdiff.benchmarks.bench import BenchResult, bench
 from boostdiff.benchmarks.config import BenchConfig, parse_batch_sizes
-from boostdiff.benchmarks.judging import Metrics
+from boostdiff.benchmarks.judging import Metrics, bounded_memory
 from boostdiff.benchmarks.report import write_report
 from boostdiff.benchmarks.sampling import backgrounds
 from boostdiff.benchmarks.tables import alternatives_table
 from boostdiff.distill.config import DistillConfig
 from boostdiff.distill.loop import Observers
 from boostdiff.distill.train import distil
-from boostdiff.engine.errors import InputError
+from boostdiff.engine.engine import Engine
+from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.model import ModelFiles
 from boostdiff.export.export import export
 from tiny import PROMPTS
@@ -129,6 +130,43 @@ def test_an_engine_of_another_student_is_refused(
         )
 
 
+def test_a_runner_that_can_not_start_is_left_out(
+    tiny_files: ModelFiles, students: dict[str, Path], engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> BenchResult | None:
+        config = BenchConfig(steps=1, runs=3, samples=0, batch_sizes=(1,), compile=False)
+        return bench(
+            tiny_files,
+            config,
+            students=[students["lora"]],
+            engine=engine,
+            prompts=MANY,
+            metrics=Metrics(),
+            device="cpu",
+            report=told.append,
+        )
+
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    told: list[str] = []
+    monkeypatch.setattr(Engine, "load", fails)
+    error: BoostDiffError = BoostDiffError("libnvinfer is missing")
+    result = run()
+    assert result is not None
+    assert result.skipped["onnx"] == "libnvinfer is missing"
+    assert "onnx: left out, libnvinfer is missing" in told
+    assert {row.runner for row in result.speed.rows} == {"torch", "stock diffusers"}
+    error = InputError("was changed")
+    with pytest.raises(InputError, match="was changed"):
+        run()
+
+
+def test_memory_that_does_not_suffice_ends_in_advice() -> None:
+    with pytest.raises(BoostDiffError, match="8 images together: stop what else uses the device"), bounded_memory():
+        raise torch.OutOfMemoryError
+
+
 def test_more_samples_than_prompts(tiny_files: ModelFiles, students: dict[str, Path], engine: Path) -> None:
     with pytest.raises(InputError, match="needs as many prompts: there are 24"):
         bench(
@@ -192,8 +230,12 @@ def test_a_range_student_is_judged_at_the_guidance_asked_for(
             device="cpu",
         )
 
-    result = run(5.0)
-    assert result.quality is not None
-    assert "teacher w=5" in [row.name for row in result.quality.rows]
+    shown = {}
+    for guidance in (3.0, 5.0):
+        quality = run(guidance).quality
+        assert quality is not None
+        assert f"teacher w={guidance:g}" in [row.name for row in quality.rows]
+        shown[guidance] = quality.samples["student lora"]
+    assert not torch.equal(shown[3.0], shown[5.0])
     with pytest.raises(InputError, match="for guidance 2 to 6"):
         run(7.0)

@@ -1,11 +1,14 @@
 import copy
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from boostdiff.benchmarks.compare import compare_reports
+from boostdiff.benchmarks.report import terminal_comparison
 from boostdiff.engine.errors import InputError
+from rich.console import Console
 
 
 def estimate(value: float, half: float) -> dict[str, float]:
@@ -47,6 +50,19 @@ def test_differences_and_settings(report: dict[str, Any], tmp_path: Path) -> Non
     assert cells[2] == ["student lora, distance", "220", "231", "+5.0%", "–"]
     assert comparison.settings == {"hardware.cpu": ("one", "two")}
     assert comparison.only == ["student lora, recall"]
+    other["speed"]["ratios"][0]["estimate"] = estimate(1.9, 0.1) | {"coverage": 0.75}
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(terminal_comparison(compare_reports(*written(tmp_path, report, other))))
+    assert "the two intervals (75%, 95%) share no point" in console.export_text()
+
+
+def test_a_share_without_an_interval_is_not_compared(report: dict[str, Any], tmp_path: Path) -> None:
+    report["quality"]["rows"][0] |= {"recovered": 2.99, "recovered_interval": None}
+    names = [row.name for row in compare_reports(*written(tmp_path, report, report)).differences]
+    assert "student lora, recovered" not in names
+    report["quality"]["rows"][0]["recovered_interval"] = estimate(2.99, 0.1)
+    names = [row.name for row in compare_reports(*written(tmp_path, report, report)).differences]
+    assert "student lora, recovered" in names
 
 
 def test_a_report_equals_itself(report: dict[str, Any], tmp_path: Path) -> None:

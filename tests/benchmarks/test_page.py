@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -12,6 +13,7 @@ from xml.etree import ElementTree
 import pytest
 from boostdiff.benchmarks.bench import BenchResult
 from boostdiff.benchmarks.page import GRID_ROWS, html_report
+from boostdiff.benchmarks.stats import Estimate
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -43,6 +45,12 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
+def inside(source: str, tag: str) -> str:
+    """What the page's only element of this name holds."""
+    (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", source, flags=re.DOTALL)
+    return content
+
+
 @pytest.fixture(scope="module")
 def source(report_folder: Path) -> str:
     return (report_folder / "report.html").read_text(encoding="utf-8")
@@ -59,7 +67,10 @@ def test_it_asks_the_network_for_nothing(page: Page, source: str) -> None:
         assert "srcset" not in attributes
         assert (attributes.get("src") or "data:").startswith("data:"), tag
         assert "href" not in attributes
-    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|import ", source.split("</style>")[0])
+    assert not re.search(r"url\(|@import", inside(source, "style"))
+    assert not re.search(
+        r"fetch\(|XMLHttpRequest|WebSocket|EventSource|sendBeacon|\bimport\b", inside(source, "script")
+    )
     for image in page.all("img"):
         kind, data = (image["src"] or "").removeprefix("data:image/").split(";base64,")
         if kind == "svg+xml":
@@ -74,6 +85,30 @@ def test_the_verdict_comes_first(page: Page, result: BenchResult) -> None:
     assert page.all("p")[0]["class"] == "verdict"
     assert page.text["p"][0] == result.verdict()
     assert page.text["h2"] == ["Speed", "Quality", "Without training", "Pictures", "Protocol", "Provenance"]
+
+
+@pytest.mark.parametrize(
+    ("interval", "shown", "hidden"),
+    [
+        (None, ("<b>within noise</b>", "<td>within noise</td>"), "297%"),
+        (Estimate(value=2.97, low=2.5, high=3.5, coverage=0.95), ("[250%–350%]", "297% [250%, 350%]"), "within noise"),
+    ],
+)
+def test_a_share_of_what_guidance_gains_has_an_interval(
+    result: BenchResult, interval: Estimate | None, shown: tuple[str, str], hidden: str
+) -> None:
+    quality = result.quality
+    assert quality is not None
+    rows = [
+        replace(row, recovered=2.97, recovered_interval=interval) if row.kind == "student" else row
+        for row in quality.rows
+    ]
+    page = html_report(replace(result, quality=replace(quality, rows=rows)))
+    # The verdict above has words of its own.
+    _, _, below = page.partition('<ul class="facts">')
+    below, _, _ = below.partition("<h2>Without training</h2>")
+    assert all(words in below for words in shown)
+    assert hidden not in below
 
 
 def test_every_picture_has_its_own_alternative_text(page: Page, result: BenchResult) -> None:
@@ -94,7 +129,7 @@ def test_tables_sort_by_buttons(page: Page) -> None:
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
 def test_the_script_orders_rows(source: str) -> None:
-    script = source.split("<script>")[1].split("</script>")[0]
+    script = inside(source, "script")
     stub = """
 const cell = text => ({textContent: text});
 const made = ["10.5 [9, 11]", "–", "9.1x", "-2", "100%"].map(text => ({cells: [cell(text)]}));
@@ -115,7 +150,7 @@ globalThis.document = {querySelectorAll: () => [{tBodies: [body], tHead: {rows: 
 def test_narrow_screens_scroll_tables_and_not_the_page(page: Page, source: str) -> None:
     assert {"name": "viewport", "content": "width=device-width,initial-scale=1"} in page.all("meta")
     assert source.count('<div class="scroll"') == len(page.all("table"))
-    style = source.split("<style>")[1].split("</style>")[0]
+    style = inside(source, "style")
     widths = [float(w) for w in re.findall(r"(?:^|[{;])(?:min-)?width:([\d.]+)rem", style)]
     assert all(16 * width < 390 - 32 for width in widths)
 

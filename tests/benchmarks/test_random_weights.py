@@ -3,11 +3,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from boostdiff.benchmarks import random_weights
 from boostdiff.benchmarks.bench import bench_random
 from boostdiff.benchmarks.config import BenchConfig
 from boostdiff.benchmarks.random_weights import CONFIGS, locate_configs, random_model
 from boostdiff.engine.errors import InputError
+from boostdiff.engine.model import load, locate
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from tiny import CPU, make_xl_pipeline
 from transformers import CLIPTextConfig, CLIPTextModel
 
 
@@ -56,6 +59,16 @@ def test_random_weights_are_the_seeds(configs: Path) -> None:
     assert torch.equal(one.unet.conv_in.weight, same.unet.conv_in.weight)
     assert not torch.equal(one.unet.conv_in.weight, other.unet.conv_in.weight)
     assert one.family.encode(one.pipeline, ["x"]).conditional.encoder_hidden_states.shape == (1, 16, 32)
+
+
+def test_what_overflows_in_half_precision_stays_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_xl_pipeline().save_pretrained(tmp_path)
+    monkeypatch.setattr(random_weights, "default_dtype", lambda device: torch.float16)
+    made = random_model(locate(str(tmp_path)), device=CPU)
+    loaded = load(locate(str(tmp_path)), device=CPU, dtype=torch.float16)
+    for model in (made, loaded):
+        assert (model.unet.dtype, model.pipeline.vae.dtype) == (torch.float16, torch.float32)
+        assert not any(p.requires_grad for p in model.unet.parameters())
 
 
 def test_no_such_configuration(configs: Path) -> None:

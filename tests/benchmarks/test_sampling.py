@@ -1,6 +1,7 @@
 """Shards: what a killed run keeps, what belongs to what, and several processes."""
 
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import torch
 from boostdiff.benchmarks.features import EfficientNetLite0Features
 from boostdiff.benchmarks.lineup import Lineup, identity_of
 from boostdiff.benchmarks.sampling import Campaign
+from boostdiff.engine.files import read_json, write_json
 from boostdiff.engine.model import Model
 from boostdiff.engine.samplers import SAMPLERS
 from diffusers import SchedulerMixin
@@ -93,6 +95,15 @@ def test_whatever_determines_the_images_names_the_shard(campaign: Campaign) -> N
     for count, (other, contestant) in enumerate(others, start=2):
         other.sampled(contestant)
         assert len(shards(campaign)) == count
+
+
+@pytest.mark.parametrize("name", ["unet/config.json", "model_index.json", "vae/config.json"])
+def test_an_edited_configuration_is_another_model(tiny: Model, tmp_path: Path, name: str) -> None:
+    shutil.copytree(tiny.files.folder, tmp_path / "copy")
+    copy = replace(tiny, files=replace(tiny.files, folder=tmp_path / "copy"))
+    assert identity_of(copy) == identity_of(tiny)
+    write_json(tmp_path / "copy" / name, read_json(tmp_path / "copy" / name) | {"sample_size": 12})
+    assert identity_of(copy) != identity_of(tiny)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

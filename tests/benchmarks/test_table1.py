@@ -34,14 +34,14 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def grids(tiny_folder: Path, students: dict[str, Path], reference: Path) -> list[Grid]:
+def grids(tiny_folder: Path, students: dict[str, Path], reference: Path, clip_folder: Path) -> list[Grid]:
     measured = measure_grids(
         locate(str(tiny_folder)),
         GridConfig(samplers=("ddim", "dpm++", "unipc", "euler"), steps=(3,), sweep=(1.0, 3.0)),
         CONFIG,
         students=[students["lora"], students["bitfit"]],
         prompts=MANY,
-        metrics=Metrics(reference=reference),
+        metrics=Metrics(reference=reference, clip=str(clip_folder)),
         device="cpu",
     )
     assert measured is not None
@@ -125,6 +125,10 @@ def test_all_forms_show_the_same_figures(grids: list[Grid], tmp_path: Path) -> N
             assert figure in text
             assert figure in page
             assert figure in terminal
+            figure = f"{cell['clip']['value']:.1f} ["
+            assert figure in text
+            assert figure in page
+            assert figure in terminal
             if cell["behind"]:
                 figure = f"{cell['behind']['value']:+.1f} ["
                 assert figure in text
@@ -143,6 +147,7 @@ def test_the_papers_figures_stand_beside_its_own_model() -> None:
         distance=16.04,
         interval=None,
         behind=None,
+        clip=None,
         paper=PAPER["student lora", "ddim", 20],
     )
     grid = Grid(
@@ -155,6 +160,7 @@ def test_the_papers_figures_stand_beside_its_own_model() -> None:
         provenance={"model": "x", "seed": 0},
     )
     assert "| student lora | 16.0 (paper: FID 15.6) |" in markdown(grid)
+    assert "CLIP" not in markdown(grid)
     assert papers_rows(locate_configs("sd21-base"), []) == {"teacher w=3", "teacher w=1"}
     assert papers_rows(locate_configs("sd15"), []) == set()
     assert PAPER["teacher w=1", "dpm++", 50] == 28.4

@@ -3,7 +3,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from boostdiff.engine.versions import source_commit
+from boostdiff.engine.versions import source_commit, versions
 
 GIT = shutil.which("git")
 
@@ -26,3 +26,15 @@ def test_a_clone_tells_its_commit_and_whether_it_was_changed(tmp_path: Path) -> 
     # What is installed somewhere inside a clone is not that clone.
     (tmp_path / "inside").mkdir()
     assert source_commit(tmp_path / "inside") is None
+
+
+def test_a_library_is_found_under_its_import_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = tmp_path / "some_library_gpu-1.2.3.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: some-library-gpu\nVersion: 1.2.3\n")
+    (about / "top_level.txt").write_text("some_library\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = versions("some_library", "no_such_library")
+    assert found["some_library"] == "1.2.3"
+    assert "torch" in found
+    assert "no_such_library" not in found

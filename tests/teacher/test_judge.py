@@ -91,6 +91,9 @@ def test_the_shipped_models_images_are_judged_better_than_noise(artworks: Artwor
     table = markdown_table({"real images": noise_row, "w=1": drawn}).splitlines()
     assert [line.split("|")[1].strip() for line in table[2:]] == ["real images", "w=1"]
     assert [line.split("|")[3].strip() for line in table[2:]] == ["0%", "100%"]
+    assert "±" not in table[2] + table[3]
+    many = {"real images": noise_row, "w=1": drawn | {"kid": 0.1, "kid_spread": 0.02}}
+    assert "| 100.0 ± 20.0 |" in markdown_table(many)
 
 
 def test_evaluate_refuses_what_it_cannot_judge(tmp_path: Path) -> None:
