@@ -1,5 +1,6 @@
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from boostdiff.engine.model import Model, locate
 from boostdiff.engine.runners import TorchRunner
 from boostdiff.engine.samplers import SAMPLERS, make_scheduler
 from boostdiff.engine.student import LORA_FILE, apply_student
-from diffusers import StableDiffusionPipeline
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from tiny import PROMPTS, make_pipeline
 
 
@@ -79,6 +80,19 @@ def test_lora_student_draws_what_stock_diffusers_draws(
 def test_an_image_does_not_depend_on_its_batch(tiny: Model) -> None:
     denoiser = SinglePassDenoiser(TorchRunner(tiny.unet))
     assert largest_difference(ours(tiny, denoiser), ours(tiny, denoiser, batch_size=1)) <= 1
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("config", [dict(EulerDiscreteScheduler().config), {"clip_sample": True, "thresholding": True}])
+def test_no_sampler_clips_latents(sampler: str, config: dict[str, Any]) -> None:
+    """Latents lie beyond [-1, 1]; a configuration that does not say so would make DDIM clip them."""
+    scheduler = make_scheduler(sampler, config)
+    scheduler.set_timesteps(10)
+    t = scheduler.timesteps[-1]
+    z = torch.full((1, 4, 8, 8), 3.0)
+    scheduler.scale_model_input(z, t)
+    z_0 = scheduler.step(torch.zeros_like(z), t, z, return_dict=False)[0]
+    assert z_0.min() > 2
 
 
 def test_noise_is_that_of_a_generator_per_image() -> None:
