@@ -20,7 +20,7 @@ from ..engine.student import StudentInfo, read_student
 from ..engine.trt import TensorRTSession, check_plan
 from ..engine.versions import versions
 from .config import ExportConfig
-from .graph import FP16_TOLERANCE, FP32_TOLERANCE, compare, graph_signature, onnx_from_part
+from .graph import FP16_TOLERANCE, FP32_TOLERANCE, compare, exact_float32, graph_signature, onnx_from_part
 from .parts import (
     Part,
     give_back_memory,
@@ -36,6 +36,7 @@ from .refit import plan_by_refit, refittable_engine
 CHECK_PROMPTS = ("a photo of a red apple on a table", "noto emoji of octopus on a light blue background")
 
 
+@exact_float32()
 def export(
     files: ModelFiles,
     config: ExportConfig | None = None,

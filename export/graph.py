@@ -25,6 +25,20 @@ FP16_TOLERANCE = 3e-2
 
 
 @contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Compute float32 in float32 on a GPU, too: with TF32, cuDNN's default, a reference is off by ten tolerances."""
+    precision = torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cudnn
+    flags = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with cudnn.flags(**flags, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+@contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
     """Silence the exporter's progress lines and its warnings about decompositions; errors still raise."""
     names = ("torch.onnx", "onnxscript", "onnx_ir")

@@ -16,7 +16,7 @@ from boostdiff.engine.engine import Engine
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.files import sha256_of
 from boostdiff.engine.manifest import read_manifest, verified_file
-from boostdiff.engine.merge import merge
+from boostdiff.engine.merge import merge, merge_in_place
 from boostdiff.engine.model import Model, ModelFiles, locate
 from boostdiff.engine.runners import (
     GraphRunner,
@@ -173,6 +173,42 @@ def test_a_failed_export_leaves_the_earlier_engine(
         export(tiny_files, student=students["bitfit"], output=copied, device="cpu")
     assert {path: sha256_of(path) for path in copied.rglob("*") if path.is_file()} == before
     assert [path.name for path in copied.parent.iterdir()] == [copied.name]
+
+
+@pytest.mark.parametrize("wanted", ["highest", "high"])
+def test_references_are_computed_without_tf32(
+    tiny_files: ModelFiles,
+    students: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: str,
+) -> None:
+    """The merge's proof and the parts' references; afterwards the process is as it was, even after a failure."""
+    seen = []
+
+    def allowed() -> tuple[bool, str]:
+        return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+    def settle(part: Part) -> None:
+        seen.append(allowed())
+        raise BoostDiffError("far enough")
+
+    def merged(*arguments: Any) -> Any:
+        seen.append(allowed())
+        return merge_in_place(*arguments)
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(wanted)
+    try:
+        monkeypatch.setattr(Part, "settle", settle)
+        monkeypatch.setattr("boostdiff.export.export.merge_in_place", merged)
+        assert allowed() == (True, wanted)
+        with pytest.raises(BoostDiffError, match="far enough"):
+            export(tiny_files, student=students["lora"], output=tmp_path / "e", device="cpu")
+        assert seen == [(False, "highest")] * 2
+        assert allowed() == (True, wanted)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_runners_that_can_not_run_say_why(engine: Path) -> None:
