@@ -59,7 +59,9 @@ class TensorRTSession(Session):
             for side in ("inputs", "outputs")
         )
         # By input the smallest, best and largest shape; the batch comes first.
-        self.largest_batch = min(largest[0] for _, _, largest in artefact["profile"].values())
+        profile = artefact["profile"].values()
+        self.smallest_batch = max(smallest[0] for smallest, _, _ in profile)
+        self.largest_batch = min(largest[0] for _, _, largest in profile)
         plan = engine_from_bytes(bytes_from_path(str(path)))
         self._kernels = None
         if artefact["flavour"] == "tensorrt_rtx":

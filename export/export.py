@@ -215,7 +215,7 @@ def _export_part(
     for precision, path in graphs.items():
         with OnnxSession(path, device=torch.device("cpu"), lean=part.large) as session:
             tolerance = FP16_TOLERANCE if precision == "fp16" else FP32_TOLERANCE
-            check = compare(session, part.cases, what=part.name, tolerance=tolerance)
+            check = compare(session, part.graph_cases(), what=part.name, tolerance=tolerance)
         give_back_memory()
         manifest.artefacts[f"{part.name}/{path.name}"]["check"] = check
         report(

@@ -129,8 +129,10 @@ def compare(session: Session, cases: Sequence[Case], *, what: str, tolerance: fl
         max_abs, mean_abs, relative and cosine, the worst over all cases, and the cases.
 
     Raises:
-        BoostDiffError: a value is not finite or beyond the tolerance; says where.
+        BoostDiffError: a value is not finite or beyond the tolerance; says where. Or there is no case.
     """
+    if not cases:
+        raise BoostDiffError(f"the {what}'s {session.kind} graph can't be compared with torch: no case suits it")
     worst = {"max_abs": 0.0, "mean_abs": 0.0, "relative": 0.0, "cosine": 1.0}
     for case in cases:
         results = {

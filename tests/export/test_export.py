@@ -431,17 +431,50 @@ def test_cases_of_a_plan_lie_within_its_profile(tiny: Model) -> None:
     text = tiny.family.encode(tiny.pipeline, PROMPTS[:2]).conditional
     part = unet_part(tiny, tiny.unet, text, ExportConfig(batch=(3, 3, 4)), (1, 500))
     assert {case.where for case in part.planned_cases()} == {
-        f"batch {batch}, timestep {t}" for batch in (3, 4) for t in (1, 500)
+        "batch 3, timestep 500, 2 chunks of text",
+        *(f"batch {batch}, timestep {t}" for batch in (3, 4) for t in (1, 500)),
     }
     assert len(part.planned_cases()) < len(part.cases)
 
 
-def test_a_batch_beyond_the_largest_runs_in_several_goes(engine: Path, tiny: Model) -> None:
-    """As a plan's session does, whose profile has an end."""
+@pytest.mark.parametrize("trt", [False, True])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_cases_of_a_large_model(tiny: Model, monkeypatch: pytest.MonkeyPatch, trt: bool, gpu: bool) -> None:
+    """Few for ONNX Runtime, which runs on the CPU; all of a plan's on a GPU; always one at its smallest batch."""
+    monkeypatch.setattr("boostdiff.export.parts.LARGE_PARAMETERS", 1)
+    text = tiny.family.encode(tiny.pipeline, PROMPTS[:2]).conditional
+    if gpu:
+        tiny.unet.to("meta")
+    config = ExportConfig(batch=(8, 8, 16), trt=trt)
+    part = unet_part(tiny, tiny.unet, text, config, (1, 500, 981))
+    assert len(part.graph_cases()) == 3 + trt
+    assert len(part.planned_cases()) == (0 if not trt else 7 if gpu else 1)
+    assert not trt or part.planned_cases()[0].where == "batch 8, timestep 1"
+
+
+def test_references_an_image_at_a_time_are_the_same(tiny: Model) -> None:
+    part, whole = tiny_part(tiny), tiny_part(tiny)
+    part.one_by_one = True
+    part.settle()
+    for case, other in zip(part.cases, whole.cases, strict=True):
+        torch.testing.assert_close(case.expected, other.expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_comparison_of_nothing_is_refused(engine: Path) -> None:
+    with OnnxSession(engine / "unet/model.onnx", device=CPU) as session:
+        with pytest.raises(BoostDiffError, match="no case suits it"):
+            compare(session, [], what="unet", tolerance=1.0)
+
+
+@pytest.mark.parametrize(("smallest", "expected"), [(1, [2, 2, 1]), (2, [2, 2, 2])])
+def test_a_batch_beyond_the_largest_runs_in_several_goes(
+    engine: Path, tiny: Model, smallest: int, expected: list[int]
+) -> None:
+    """As a plan's session does, whose profile has an end and may not begin at 1."""
     sizes = []
 
     class Small(OnnxSession):
-        largest_batch = 2
+        smallest_batch, largest_batch = smallest, 2
 
         def _execute(self, feeds: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
             sizes.append(len(feeds["sample"]))
@@ -454,4 +487,7 @@ def test_a_batch_beyond_the_largest_runs_in_several_goes(engine: Path, tiny: Mod
         GraphRunner(Small(path, device=CPU), unet_config=config) as parts,
     ):
         torch.testing.assert_close(parts.predict(inputs), whole.predict(inputs), atol=1e-5, rtol=1e-4)
-    assert sizes == [2, 2, 1]
+        for name in ("sample", "timestep", "encoder_hidden_states"):
+            inputs[name] = inputs[name][:1]
+        torch.testing.assert_close(parts.predict(inputs), whole.predict(inputs), atol=1e-5, rtol=1e-4)
+    assert sizes == [*expected, smallest]
