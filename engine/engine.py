@@ -74,9 +74,9 @@ class Engine(Closing):
 
         Args:
             folder: the engine folder.
-            runner: a name in `runners.EXPORTED`, or "auto": TensorRT where this machine can run the plan, else ONNX
+            runner: a name in `runners.EXPORTED`, or "auto": TensorRT where the device can run the plan, else ONNX
                 Runtime.
-            device: "auto", "cpu", "cuda", …
+            device: "auto", "cpu", "cuda", "cuda:1", …; TensorRT runs on no CPU.
             precision: "fp32" or "fp16" of the ONNX graphs; by default what the device is faster at.
 
         Raises:
@@ -85,12 +85,12 @@ class Engine(Closing):
         """
         folder, target = Path(folder), resolve_device(device)
         manifest = read_manifest(folder)
-        reasons = available_runners(manifest, target)
         if runner == "auto":
-            runner = "tensorrt" if reasons["tensorrt"] is None else "onnx"
+            (reason,) = available_runners(manifest, target, ["tensorrt"]).values()
+            runner = "onnx" if reason else "tensorrt"
         if runner not in EXPORTED:
             raise InputError(f"an engine has no runner {runner!r}: choose one of {', '.join(EXPORTED)}")
-        if reason := reasons[runner]:
+        if reason := available_runners(manifest, target, [runner])[runner]:
             raise BoostDiffError(f"can't run the engine in {folder} with {runner}: {reason}")
         for name in manifest.configurations():
             verified_file(folder, manifest, name)

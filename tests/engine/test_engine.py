@@ -97,6 +97,21 @@ def test_what_the_engine_can_not_do(folder: Path, engines: dict[str, Path]) -> N
         Engine.load(folder.parent / "nowhere")
 
 
+def test_only_what_is_wanted_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT is not, on a machine with a GPU, for ONNX Runtime or for a CPU."""
+
+    def load(flavour: str) -> None:
+        raise AssertionError(f"{flavour} was loaded")
+
+    monkeypatch.setattr("boostdiff.engine.trt.load_tensorrt", load)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for runner in ("onnx", "auto"):
+        with Engine.load(folder, runner=runner, device="cpu") as engine:
+            assert engine.runner == "onnx"
+    with pytest.raises(BoostDiffError, match="needs an NVIDIA GPU, and the device is cpu"):
+        Engine.load(folder, runner="tensorrt", device="cpu")
+
+
 PARTS = ("unet", "text_encoder", "vae_decoder")
 
 

@@ -83,6 +83,34 @@ def test_the_plan_is_built_but_not_claimed_to_have_run(engine: Path) -> None:
         load_tensorrt("tensorrt")
 
 
+@pytest.mark.parametrize(
+    ("capability", "version", "advice"),
+    [
+        ((8, 7), None, "export here with --trt-flavour tensorrt"),
+        ((12, 1), "0.1", "export here with --trt-flavour tensorrt"),
+        ((8, 9), "0.1", "export again with --trt"),
+        ((8, 9), None, None),
+    ],
+)
+def test_a_plan_for_other_hardware_says_what_helps(
+    engine: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    version: str | None,
+    advice: str | None,
+) -> None:
+    plan = dict(read_manifest(engine).artefacts["unet/model.plan"])
+    plan["version"] = version or plan["version"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    if advice is None:
+        check_plan(plan)
+        return
+    with pytest.raises(BoostDiffError) as refused:
+        check_plan(plan)
+    assert str(refused.value).endswith(advice)
+
+
 def test_graphs_are_valid_and_take_any_batch(engine: Path, tiny: Model, students: dict[str, Path]) -> None:
     path = engine / "unet/model.onnx"
     onnx.checker.check_model(path)
