@@ -547,7 +547,13 @@ def bench(
 def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw, one image a prompt.")],
     model: ModelOption = teacher.MODEL_NAME,
-    student: StudentOption = Path("outputs/student"),
+    student: Annotated[
+        Path | None,
+        typer.Option(
+            "--student",
+            help="Folder that `boostdiff distill` wrote; an engine has its own.  [default: outputs/student]",
+        ),
+    ] = None,
     engine: EngineOption = Path("outputs/engine"),
     output: Annotated[Path, typer.Option("--output", help="Folder to write.")] = Path("outputs/images"),
     use_teacher: Annotated[bool, typer.Option("--teacher", help="Two passes with guidance, no student.")] = False,
@@ -560,7 +566,7 @@ def generate(
     ] = None,
     dial: Annotated[
         float | None,
-        typer.Option("--dial", help="Weight of the student's LoRA: 0 is no guidance, 1 all that it learnt."),
+        typer.Option("--dial", help="Weight of a student of method lora: 0 is no guidance, 1 all that it learnt."),
     ] = None,
     runner: Annotated[
         str,
@@ -577,6 +583,10 @@ def generate(
     sampler: SamplerOption = "ddim",
     steps: StepsOption = 20,
     count: Annotated[int, typer.Option("--count", min=1, help="Images of each prompt.")] = 1,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", min=1, help="Images made together.  [default: 8, of more than 512 pixels fewer]"),
+    ] = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -585,7 +595,13 @@ def generate(
     _quiet_libraries()
     from .engine.draw import DrawConfig, draw
     from .engine.model import locate
+    from .engine.runners import EXPORTED
 
+    if runner in EXPORTED:
+        if use_teacher:
+            raise InputError(f"--teacher runs in torch only: an engine holds the student, leave --runner {runner} out")
+    elif student is None:
+        student = Path("outputs/student")
     config = DrawConfig(
         prompts=[prompt for prompt in prompts for _ in range(count)],
         student=None if use_teacher else student,
@@ -598,8 +614,9 @@ def generate(
         sampler=sampler,
         steps=steps,
         seed=seed,
+        batch_size=batch_size,
     )
-    files = locate(model)
+    files = None if runner in EXPORTED else locate(model)
     doing = "compiling, then drawing" if runner == "compiled" else "drawing"
     with _progress(doing, config.total_steps) as advance:
         paths = draw(files, config, output=output, device=device, on_step=advance)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..engine.generate import generate, to_uint8
+from ..engine.generate import default_batch_size, generate, to_uint8
 from ..engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
 from ..engine.model import Model
 from ..engine.pictures import labelled_grid
@@ -71,7 +71,7 @@ class Preview:
             make_scheduler=partial(make_scheduler, "ddim", self.model.pipeline.scheduler.config),
             steps=PREVIEW_STEPS,
             seed=0,
-            batch_size=8,
+            batch_size=default_batch_size(self.model),
         )
         if not self.teacher:
             with self.adapter.disabled():

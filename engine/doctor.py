@@ -10,6 +10,7 @@ import torch
 from rich.table import Table
 
 from .compiled import has_bfloat16, missing_compiler
+from .trt import RTX_COMPUTE_CAPABILITIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +74,8 @@ def _tensorrt(gpu: bool) -> list[Finding]:
     full = _installed("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
     rtx = _installed("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")
     capability = torch.cuda.get_device_capability() if gpu else None
-    # TensorRT for RTX names Ampere, Ada and Blackwell, not Hopper (9.0) or data-centre Blackwell (10.x).
-    rtx_runs = capability is not None and (capability[0] in {8, 12} or capability == (7, 5))
+    served = ", ".join(f"{major}.{minor}" for major, minor in RTX_COMPUTE_CAPABILITIES)
+    rtx_runs = capability in RTX_COMPUTE_CAPABILITIES
     return [
         Finding(
             name="TensorRT",
@@ -87,7 +88,7 @@ def _tensorrt(gpu: bool) -> list[Finding]:
             name="TensorRT for RTX",
             found=rtx or "not installed",
             ready=bool(rtx),
-            use="export --trt; " + ("runs here too" if rtx_runs else "builds here, runs on an RTX GPU"),
+            use="export --trt; " + ("runs here too" if rtx_runs else f"builds here for GPUs of {served}"),
             install="" if rtx else "pip install tensorrt-rtx-cu13",
         ),
     ]

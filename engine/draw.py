@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .captured import CapturedRunner, missing_cuda
@@ -20,14 +21,14 @@ from .engine import Engine
 from .errors import BoostDiffError, InputError
 from .families import TextEmbeddings
 from .files import prepare_output
-from .generate import generate, to_pil
+from .generate import batches, default_batch_size, to_pil
 from .guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser, teacher_denoiser
 from .manifest import read_manifest
-from .merge import merge
+from .merge import fold_student
 from .model import Model, ModelFiles, load, resolve_device
 from .runners import EXPORTED, Runner, TorchRunner
 from .samplers import make_scheduler
-from .student import ADAPTER_NAME, LORA_METHODS, StudentInfo, apply_student, read_student
+from .student import ADAPTER_NAME, apply_student, check_negative_prompt, read_student
 
 IN_TORCH: dict[str, Callable[[UNet2DConditionModel], Runner]] = {
     "torch": TorchRunner,
@@ -47,17 +48,17 @@ class DrawConfig:
 
     Attributes:
         prompts: one image each; image i starts from the noise of `seed + i`.
-        student: its folder; None draws with the teacher.
+        student: its folder; None draws with the teacher, on a runner in `EXPORTED` with the engine's student.
         engine: what `export` wrote, for the runners that need it.
         runner: a name in `RUNNERS`.
         precision: "fp32" or "fp16" of the onnx runner's graphs; None takes what the device is faster at.
         guidance: of the teacher, or of a student that takes it as an input; others have the one they learnt.
         negative_prompt: of the teacher; a student has the one that it was distilled with.
-        dial: weight of the student's LoRA, from 0 (no guidance) to 1 (the guidance that it was distilled at).
+        dial: weight of a `lora` student, from 0 (no guidance) to 1 (the guidance that it was distilled at).
         sampler: a name in `samplers.SAMPLERS`.
         steps: sampling steps.
         seed: see `prompts`.
-        batch_size: images denoised together.
+        batch_size: images denoised together; None takes `generate.default_batch_size`.
     """
 
     prompts: list[str]
@@ -71,7 +72,7 @@ class DrawConfig:
     sampler: str = "ddim"
     steps: int = 20
     seed: int = 0
-    batch_size: int = 8
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         """Validate.
@@ -85,12 +86,10 @@ class DrawConfig:
             raise InputError(f"unknown precision {self.precision!r}: choose fp32 or fp16")
         if self.precision and not self.runner.startswith("onnx"):
             raise InputError("--precision is for ONNX Runtime's graphs: pass --runner onnx with it")
-        if self.runner not in IN_TORCH and self.student is None:
-            raise InputError(
-                f"--teacher runs in torch only: an engine holds the student, leave --runner {self.runner} out"
-            )
         if self.steps < 1:
             raise InputError("--steps must be at least 1")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise InputError("--batch-size must be at least 1")
         if self.guidance is not None and not 1 <= self.guidance < float("inf"):
             raise InputError(f"--guidance {self.guidance:g} can't be used: it must be at least 1")
         if self.dial is not None:
@@ -116,14 +115,29 @@ class _Drawing:
 
 
 @contextmanager
-def _opened(files: ModelFiles, config: DrawConfig, info: StudentInfo | None, device: str) -> Iterator[_Drawing]:
-    if info is not None and config.runner not in IN_TORCH:
-        read_manifest(config.engine).check_student(info, engine=config.engine)
-        with Engine.load(config.engine, runner=config.runner, device=device, precision=config.precision) as engine:
-            yield _Drawing(
-                model=engine.model, denoiser=engine.denoiser(config.guidance), text=engine.encode(config.prompts)
-            )
-        return
+def _opened_engine(config: DrawConfig, device: str) -> Iterator[_Drawing]:
+    """The engine alone: neither the model's folder nor the student's is read, but to compare a student's hashes."""
+    manifest = read_manifest(config.engine)
+    if config.student is not None:
+        manifest.check_student(read_student(config.student), engine=config.engine)
+    check_negative_prompt(config.negative_prompt, own=manifest.student["negative_prompt"])
+    with Engine.load(config.engine, runner=config.runner, device=device, precision=config.precision) as engine:
+        yield _Drawing(
+            model=engine.model, denoiser=engine.denoiser(config.guidance), text=engine.encode(config.prompts)
+        )
+
+
+@contextmanager
+def _opened_in_torch(files: ModelFiles, config: DrawConfig, device: str) -> Iterator[_Drawing]:
+    info = None
+    if config.student is not None:
+        # What the student can't do is said before the weights are read.
+        info = read_student(config.student, files)
+        info.choose_guidance(config.guidance)
+        info.check_negative_prompt(config.negative_prompt)
+        if config.dial is not None and info.method != "lora":
+            # A DoRA's magnitudes stay at weight 0: that is not the base.
+            raise InputError(f"--dial is the weight of a student of method lora: this one is of method {info.method}")
     target = resolve_device(device)
     if config.runner in LACKING and (reason := LACKING[config.runner](target)):
         raise BoostDiffError(reason)
@@ -137,7 +151,7 @@ def _opened(files: ModelFiles, config: DrawConfig, info: StudentInfo | None, dev
     else:
         if config.runner != "torch":
             # Adapters would cost time in every layer.
-            model.pipeline.unet = merge(model, config.student, info)
+            fold_student(model.unet, config.student, info)
         else:
             apply_student(model, config.student, info)
         if config.dial is not None:
@@ -148,7 +162,7 @@ def _opened(files: ModelFiles, config: DrawConfig, info: StudentInfo | None, dev
 
 
 def draw(
-    files: ModelFiles,
+    files: ModelFiles | None,
     config: DrawConfig,
     *,
     output: Path,
@@ -157,8 +171,10 @@ def draw(
 ) -> list[Path]:
     """Write one PNG a prompt, named after its prompt and seed; prompt and settings stand in its text chunks.
 
+    Each batch is written as it is ready: what was drawn before an interruption stays.
+
     Args:
-        files: the model.
+        files: the model; not needed by a runner in `EXPORTED`.
         config: what to draw.
         output: the folder; pictures of other prompts and seeds in it stay.
         device: "auto", "cpu", "cuda", …
@@ -168,41 +184,46 @@ def draw(
         InputError: the student, the engine or the output can't be used.
     """
     prepare_output(output)
-    info = None
-    if config.student is not None:
-        # What the student can't do is said before the weights are read.
-        info = read_student(config.student, files)
-        info.choose_guidance(config.guidance)
-        info.check_negative_prompt(config.negative_prompt)
-        if config.dial is not None and info.method not in LORA_METHODS:
-            raise InputError(f"--dial is the weight of a LoRA: a {info.method} student has none")
-    with _opened(files, config, info, device) as drawing:
-        images = generate(
+    if config.runner in EXPORTED:
+        opened = _opened_engine(config, device)
+    elif files is not None:
+        opened = _opened_in_torch(files, config, device)
+    else:
+        raise InputError(f"the runner {config.runner} needs a model")
+    paths: list[Path] = []
+    with opened as drawing:
+        drawn = batches(
             drawing.model,
             drawing.denoiser,
             text=drawing.text,
             make_scheduler=partial(make_scheduler, config.sampler, drawing.model.pipeline.scheduler.config),
             steps=config.steps,
             seed=config.seed,
-            batch_size=config.batch_size,
+            batch_size=config.batch_size or default_batch_size(drawing.model),
             on_step=on_step,
         )
-    output.mkdir(exist_ok=True)
-    paths = []
-    for index, (prompt, image) in enumerate(zip(config.prompts, to_pil(images), strict=True)):
-        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
-        kind = "teacher" if config.student is None else "student"
-        path = output / f"{slug}-{kind}-{config.seed + index}.png"
-        notes = PngInfo()
-        for key, value in (
-            ("prompt", prompt),
-            ("model", files.name),
-            ("sampler", f"{config.sampler}, {config.steps} steps"),
-            ("seed", str(config.seed + index)),
-        ):
-            notes.add_itxt(key, value)
-        partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        image.save(partial_path, format="PNG", pnginfo=notes)
-        partial_path.replace(path)
-        paths.append(path)
+        for images in drawn:
+            for image in to_pil(images):
+                paths.append(_write_png(image, config, len(paths), model=drawing.model.files.name, folder=output))
     return paths
+
+
+def _write_png(image: Image.Image, config: DrawConfig, index: int, *, model: str, folder: Path) -> Path:
+    """Write the image of one prompt, whole or not at all."""
+    prompt, seed = config.prompts[index], str(config.seed + index)
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
+    kind = "teacher" if config.student is None and config.runner in IN_TORCH else "student"
+    notes = PngInfo()
+    for key, value in (
+        ("prompt", prompt),
+        ("model", model),
+        ("sampler", f"{config.sampler}, {config.steps} steps"),
+        ("seed", seed),
+    ):
+        notes.add_itxt(key, value)
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{slug}-{kind}-{seed}.png"
+    partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    image.save(partial_path, format="PNG", pnginfo=notes)
+    partial_path.replace(path)
+    return path

@@ -21,7 +21,7 @@ from transformers import CLIPTokenizer
 from .errors import BoostDiffError, InputError
 from .families import TextEmbeddings, family_of
 from .files import read_json
-from .generate import decode, generate, initial_noise, sampling, to_pil
+from .generate import decode, default_batch_size, generate, initial_noise, sampling, to_pil
 from .guidance import Denoiser, SinglePassDenoiser
 from .manifest import Manifest, read_manifest, verified_file
 from .model import Model, ModelFiles, resolve_device
@@ -74,9 +74,9 @@ class Engine(Closing):
 
         Args:
             folder: the engine folder.
-            runner: a name in `runners.EXPORTED`, or "auto": TensorRT where this machine can run the plan, else ONNX
+            runner: a name in `runners.EXPORTED`, or "auto": TensorRT where the device can run the plan, else ONNX
                 Runtime.
-            device: "auto", "cpu", "cuda", …
+            device: "auto", "cpu", "cuda", "cuda:1", …; TensorRT runs on no CPU.
             precision: "fp32" or "fp16" of the ONNX graphs; by default what the device is faster at.
 
         Raises:
@@ -85,12 +85,12 @@ class Engine(Closing):
         """
         folder, target = Path(folder), resolve_device(device)
         manifest = read_manifest(folder)
-        reasons = available_runners(manifest, target)
         if runner == "auto":
-            runner = "tensorrt" if reasons["tensorrt"] is None else "onnx"
+            (reason,) = available_runners(manifest, target, ["tensorrt"]).values()
+            runner = "onnx" if reason else "tensorrt"
         if runner not in EXPORTED:
             raise InputError(f"an engine has no runner {runner!r}: choose one of {', '.join(EXPORTED)}")
-        if reason := reasons[runner]:
+        if reason := available_runners(manifest, target, [runner])[runner]:
             raise BoostDiffError(f"can't run the engine in {folder} with {runner}: {reason}")
         for name in manifest.configurations():
             verified_file(folder, manifest, name)
@@ -137,7 +137,7 @@ class Engine(Closing):
         seed: int = 0,
         sampler: str = "ddim",
         guidance: float | None = None,
-        batch_size: int = 8,
+        batch_size: int | None = None,
     ) -> list[Image.Image]:
         """Draw.
 
@@ -147,7 +147,7 @@ class Engine(Closing):
             seed: see `prompts`.
             sampler: a name in `samplers.SAMPLERS`.
             guidance: of a student that takes it as an input; by default its own.
-            batch_size: images denoised together.
+            batch_size: images denoised together; None takes `generate.default_batch_size`.
 
         Raises:
             InputError: a prompt is empty, the sampler is unknown, or the student was not distilled for this guidance.
@@ -159,7 +159,7 @@ class Engine(Closing):
             make_scheduler=partial(self._scheduler, sampler, steps),
             steps=steps,
             seed=seed,
-            batch_size=batch_size,
+            batch_size=batch_size or default_batch_size(self.model),
         )
         return to_pil(images)
 

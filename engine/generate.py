@@ -12,6 +12,9 @@ from .families import TextEmbeddings
 from .guidance import Denoiser
 from .model import Model
 
+MIDDLING = 64**2
+"""Latents of an image, one channel, at 512 pixels."""
+
 
 def initial_noise(shape: tuple[int, int, int], *, count: int, seed: int) -> torch.Tensor:
     """Standard normal latents, `(count, *shape)` float32 on the CPU.
@@ -41,10 +44,11 @@ def sampling(
     Yields:
         `(B, C, H, W)` latents after each step; the last are z_0.
     """
-    scheduler.set_timesteps(steps, device=noise.device)
+    # Schedulers keep their tables on the CPU: a timestep from the GPU would be waited for in each step.
+    scheduler.set_timesteps(steps, device="cpu")
     z_t = noise * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
-        prediction = denoiser(scheduler.scale_model_input(z_t, t), t, text)
+    for t, told in zip(scheduler.timesteps, scheduler.timesteps.to(noise.device), strict=True):
+        prediction = denoiser(scheduler.scale_model_input(z_t, t), told, text)
         z_t = scheduler.step(prediction, t, z_t, return_dict=False)[0]
         yield z_t
 
@@ -72,10 +76,24 @@ def _counting(on_step: Callable[[int], None] | None, size: int) -> Callable[[int
 
 @torch.inference_mode()
 def decode(model: Model, latents: torch.Tensor) -> torch.Tensor:
-    """Latents `(B, C, H, W)` to images `(B, 3, 8H or so, …)`, float32 in [0, 1], on the CPU."""
+    """Latents `(B, C, H, W)` to images `(B, 3, 8H or so, …)`, float32 in [0, 1], on the CPU.
+
+    From 512 pixels on a few at a time: a decoder's activations are the largest of all.
+    """
     vae = model.pipeline.vae
-    images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-    return (images.float() / 2 + 0.5).clamp(0, 1).cpu()
+    area = latents.shape[2] * latents.shape[3]
+    together = len(latents) if area < MIDDLING else max(1, 4 * MIDDLING // area)
+    images = []
+    for some in latents.split(together):
+        decoded = vae.decode(some.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        images.append((decoded.float() / 2 + 0.5).clamp(0, 1).cpu())
+    return torch.cat(images)
+
+
+def default_batch_size(model: Model) -> int:
+    """Images to denoise together: 8 of up to 512 pixels, so many fewer of larger ones, such as 2 of 1024."""
+    _, height, width = model.latent_shape
+    return min(8, max(1, 8 * MIDDLING // (height * width)))
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -86,6 +104,47 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
     """Images `(B, 3, H, W)` in [0, 1] to PIL."""
     return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in to_uint8(images)]
+
+
+def batches(
+    model: Model,
+    denoiser: Denoiser,
+    *,
+    text: TextEmbeddings,
+    make_scheduler: Callable[[], SchedulerMixin],
+    steps: int,
+    seed: int,
+    batch_size: int,
+    on_step: Callable[[int], None] | None = None,
+) -> Iterator[torch.Tensor]:
+    """Sample and decode any number of prompts, one batch an item.
+
+    Args:
+        model: for its latents' shape and VAE.
+        denoiser: teacher or student.
+        text: embeddings of N prompts.
+        make_scheduler: gives a fresh scheduler for each batch.
+        steps: sampling steps.
+        seed: image i starts from the noise of `seed + i`.
+        batch_size: images denoised together.
+        on_step: called after each step of each batch with the number of images in it.
+
+    Yields:
+        `(B, 3, H, W)` float32 in [0, 1], on the CPU.
+    """
+    for start in range(0, len(text), batch_size):
+        chunk = text[start : start + batch_size]
+        size = len(chunk)
+        noise = initial_noise(model.latent_shape, count=size, seed=seed + start)
+        latents = sample(
+            denoiser,
+            text=chunk,
+            noise=noise.to(model.device, chunk.conditional.dtype),
+            scheduler=make_scheduler(),
+            steps=steps,
+            on_step=_counting(on_step, size),
+        )
+        yield decode(model, latents)
 
 
 def generate(
@@ -99,33 +158,15 @@ def generate(
     batch_size: int = 50,
     on_step: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
-    """Sample and decode any number of prompts in batches.
-
-    Args:
-        model: for its latents' shape and VAE.
-        denoiser: teacher or student.
-        text: embeddings of N prompts.
-        make_scheduler: gives a fresh scheduler for each batch.
-        steps: sampling steps.
-        seed: image i starts from the noise of `seed + i`.
-        batch_size: images denoised together.
-        on_step: called after each step of each batch with the number of images in it.
-
-    Returns:
-        `(N, 3, H, W)` float32 in [0, 1], on the CPU.
-    """
-    images = []
-    for start in range(0, len(text), batch_size):
-        chunk = text[start : start + batch_size]
-        size = len(chunk)
-        noise = initial_noise(model.latent_shape, count=size, seed=seed + start)
-        latents = sample(
-            denoiser,
-            text=chunk,
-            noise=noise.to(model.device, chunk.conditional.dtype),
-            scheduler=make_scheduler(),
-            steps=steps,
-            on_step=_counting(on_step, size),
-        )
-        images.append(decode(model, latents))
-    return torch.cat(images)
+    """All images of `batches`, which see: `(N, 3, H, W)` float32 in [0, 1], on the CPU."""
+    drawn = batches(
+        model,
+        denoiser,
+        text=text,
+        make_scheduler=make_scheduler,
+        steps=steps,
+        seed=seed,
+        batch_size=batch_size,
+        on_step=on_step,
+    )
+    return torch.cat(list(drawn))

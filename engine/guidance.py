@@ -103,13 +103,23 @@ class SinglePassDenoiser:
     def __init__(self, runner: Any, guidance_scale: float | torch.Tensor | None = None) -> None:
         self.runner = runner
         self.guidance_scale = guidance_scale
+        self._embeddings: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def _embedding(self, z_t: torch.Tensor) -> torch.Tensor:
+        """The guidance embedding for a batch; of one scale it is made once, as a GPU would wait for it in each step."""
+        about = (len(z_t), z_t.device, z_t.dtype, torch.is_inference_mode_enabled())
+        if about in self._embeddings:
+            return self._embeddings[about]
+        scale = torch.as_tensor(self.guidance_scale, device=z_t.device).expand(len(z_t))
+        embedding = guidance_embedding(scale, self.runner.config["time_cond_proj_dim"]).to(z_t.dtype)
+        if not isinstance(self.guidance_scale, torch.Tensor):
+            self._embeddings[about] = embedding
+        return embedding
 
     def __call__(self, z_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
         """See `Denoiser`."""
         arguments = text.conditional.unet_arguments()
         if self.guidance_scale is not None:
-            scale = torch.as_tensor(self.guidance_scale, device=z_t.device).expand(len(z_t))
-            width = self.runner.config["time_cond_proj_dim"]
-            arguments["timestep_cond"] = guidance_embedding(scale, width).to(z_t.dtype)
+            arguments["timestep_cond"] = self._embedding(z_t)
         (prediction,) = self.runner(z_t, t, **arguments, return_dict=False)
         return prediction

@@ -89,12 +89,19 @@ def merge_tuner(unet: UNet2DConditionModel) -> None:
 
 
 def merge(model: Model, folder: Path, info: StudentInfo) -> UNet2DConditionModel:
-    """The student as a plain UNet: of the base's architecture, but for what a method must add.
+    """The student as a plain UNet, see `fold_student`; the model is left as it is."""
+    merged = copy.deepcopy(model.unet)
+    fold_student(merged, folder, info)
+    return merged
+
+
+def fold_student(unet: UNet2DConditionModel, folder: Path, info: StudentInfo) -> None:
+    """Make a UNet the student's, of the base's architecture but for what a method must add.
 
     A range student keeps its guidance input, a soft prompt is appended by a hook that graphs take with them.
 
     Args:
-        model: the base model, without adapters; left as it is.
+        unet: the base, without adapters.
         folder: the student's folder.
         info: its description.
 
@@ -102,15 +109,13 @@ def merge(model: Model, folder: Path, info: StudentInfo) -> UNet2DConditionModel
         InputError: the adapter does not fit.
         BoostDiffError: the tuner can't be merged.
     """
-    merged = copy.deepcopy(model.unet)
     if info.method == "lora":
-        fold_lora(merged, folder / LORA_FILE)
+        fold_lora(unet, folder / LORA_FILE)
         if info.guidance_range is not None:
-            load_guidance_embedding(merged, folder / GUIDANCE_FILE)
-        return merged
-    apply_adapter(merged, folder, info)
-    merge_tuner(merged)
-    return merged
+            load_guidance_embedding(unet, folder / GUIDANCE_FILE)
+    else:
+        apply_adapter(unet, folder, info)
+        merge_tuner(unet)
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ Each is a context manager and can be set as `pipe.unet` in a stock diffusers pip
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def open_session(
         part: "unet", "text_encoder", "text_encoder_2" or "vae_decoder".
         folder: the engine folder.
         manifest: its manifest.
-        device: for ONNX Runtime.
+        device: where it runs; of TensorRT a GPU.
         precision: "fp32" or "fp16", of an ONNX graph; None takes what the device is faster at, if it is there. A part
             other than the UNet that has no such graph runs in what it has.
 
@@ -164,7 +165,7 @@ def open_session(
             raise InputError("a plan has one precision: choose it with ONNX Runtime's runners alone")
         name = f"{part}/model.plan"
         path = verified_file(folder, manifest, name)
-        return TensorRTSession(path, artefact=manifest.artefacts[name], digest=manifest.files[name])
+        return TensorRTSession(path, artefact=manifest.artefacts[name], digest=manifest.files[name], device=device)
     graphs = {
         about["precision"]: name
         for name, about in manifest.artefacts.items()
@@ -200,7 +201,7 @@ def open_exported(
         name: one in `EXPORTED`.
         folder: the engine folder.
         manifest: its manifest.
-        device: for ONNX Runtime.
+        device: where it runs; of TensorRT a GPU.
         precision: of the ONNX graph.
 
     Raises:
@@ -211,21 +212,23 @@ def open_exported(
     return GraphRunner(session, unet_config=manifest.unet_config)
 
 
-def available_runners(manifest: Manifest, device: torch.device) -> dict[str, str | None]:
-    """Which runners can execute an exported engine here: the reason against each, or None."""
-    reasons: dict[str, str | None] = {"torch": None}
-    for name in ("onnx", "onnx-tensorrt"):
+def available_runners(
+    manifest: Manifest, device: torch.device, names: Sequence[str] = ("torch", "onnx", "onnx-tensorrt", "tensorrt")
+) -> dict[str, str | None]:
+    """Which of these runners can execute an exported engine on a device: the reason against each, or None.
+
+    What is not asked for is not loaded: TensorRT takes a second, and keeps its other flavour out of the process.
+    """
+    reasons: dict[str, str | None] = {}
+    for name in names:
         reasons[name] = None
         try:
-            execution_provider(device, tensorrt=name == "onnx-tensorrt")
+            if name == "tensorrt":
+                if "unet/model.plan" not in manifest.files:
+                    raise BoostDiffError("the engine was exported without --trt")
+                check_plan(manifest.artefacts["unet/model.plan"], device)
+            elif name in EXPORTED:
+                execution_provider(device, tensorrt=name == "onnx-tensorrt")
         except BoostDiffError as error:
             reasons[name] = str(error)
-    if "unet/model.plan" not in manifest.files:
-        reasons["tensorrt"] = "the engine was exported without --trt"
-    else:
-        try:
-            check_plan(manifest.artefacts["unet/model.plan"])
-            reasons["tensorrt"] = None
-        except BoostDiffError as error:
-            reasons["tensorrt"] = str(error)
     return reasons

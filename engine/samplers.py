@@ -14,10 +14,14 @@ from diffusers import (
 
 from .errors import InputError
 
+# Clipping and thresholding are for pixels: latents lie beyond [-1, 1], and DDIM clips if its configuration is silent.
 SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
-    "ddim": (DDIMScheduler, {}),
-    "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
-    "unipc": (UniPCMultistepScheduler, {}),
+    "ddim": (DDIMScheduler, {"clip_sample": False, "thresholding": False}),
+    "dpm++": (
+        DPMSolverMultistepScheduler,
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "thresholding": False},
+    ),
+    "unipc": (UniPCMultistepScheduler, {"thresholding": False}),
     "euler": (EulerDiscreteScheduler, {}),
 }
 

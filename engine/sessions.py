@@ -47,6 +47,7 @@ class Session(Closing, ABC):
         device: where inputs and outputs lie.
         input_types: what the graph takes.
         output_types: what it gives.
+        smallest_batch: what it takes at least.
         largest_batch: what it takes at once; None is any.
     """
 
@@ -54,10 +55,11 @@ class Session(Closing, ABC):
     device: torch.device
     input_types: dict[str, torch.dtype]
     output_types: dict[str, torch.dtype]
+    smallest_batch: int = 1
     largest_batch: int | None = None
 
     def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
-        """Execute the graph, a batch that is too large in several goes.
+        """Execute the graph, a batch that is too large in several goes, one that is too small filled up.
 
         Args:
             inputs: all that the graph takes, converted to its types here if need be.
@@ -71,11 +73,21 @@ class Session(Closing, ABC):
         batch = len(next(iter(feeds.values())))
         step = self.largest_batch or batch
         for start in range(0, batch, step):
-            some = slice(start, start + step)
-            self._execute(
+            some = slice(start, min(start + step, batch))
+            execute = self._execute if some.stop - start >= self.smallest_batch else self._execute_filled
+            execute(
                 {name: tensor[some] for name, tensor in feeds.items()},
                 {name: tensor[some] for name, tensor in outputs.items()},
             )
+
+    def _execute_filled(self, feeds: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
+        """Run once with rows repeated up to `smallest_batch`; what they give is dropped."""
+        size, filled = len(next(iter(feeds.values()))), self.smallest_batch
+        rows = torch.arange(filled, device=self.device) % size
+        results = {name: tensor.new_empty(filled, *tensor.shape[1:]) for name, tensor in outputs.items()}
+        self._execute({name: tensor[rows] for name, tensor in feeds.items()}, results)
+        for name, tensor in outputs.items():
+            tensor.copy_(results[name][:size])
 
     @abstractmethod
     def _execute(self, feeds: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:

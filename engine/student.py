@@ -85,16 +85,29 @@ class StudentInfo:
         Raises:
             InputError: it is another.
         """
-        if negative_prompt not in (None, self.negative_prompt):
-            own = f"the negative prompt {self.negative_prompt!r}" if self.negative_prompt else "no negative prompt"
-            raise InputError(
-                f"this student was distilled with {own}, and one pass can't follow another: "
-                "leave --negative-prompt out, distil with it, or pass --teacher"
-            )
+        check_negative_prompt(negative_prompt, own=self.negative_prompt)
 
     def write(self, folder: Path) -> None:
         """Write `student.json`."""
         write_json(folder / INFO_FILE, asdict(self))
+
+
+def check_negative_prompt(negative_prompt: str | None, *, own: str) -> None:
+    """Refuse a negative prompt that a student was not trained for.
+
+    Args:
+        negative_prompt: what the user asked for, or None for the student's own.
+        own: what it was distilled with, or "".
+
+    Raises:
+        InputError: it is another.
+    """
+    if negative_prompt not in (None, own):
+        learnt = f"the negative prompt {own!r}" if own else "no negative prompt"
+        raise InputError(
+            f"this student was distilled with {learnt}, and one pass can't follow another: "
+            "leave --negative-prompt out, distil with it, or pass --teacher"
+        )
 
 
 def choose_guidance(guidance: float | None, *, own: float, guidance_range: tuple[float, float] | None) -> float | None:

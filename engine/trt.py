@@ -24,9 +24,12 @@ from .sessions import GRAPH_TYPES, Session
 TENSORRT_FLAVOURS = ("tensorrt", "tensorrt_rtx")
 """Each is also the name of the Python module that carries it."""
 
+RTX_COMPUTE_CAPABILITIES = ((8, 0), (8, 6), (8, 9), (12, 0))
+"""Ampere, Ada and Blackwell: what plans of TensorRT for RTX are built for."""
+
 
 def cache_of_this_gpu(name: str) -> Path:
-    """A file in the user's cache that is of use to this GPU alone."""
+    """A file in the user's cache that is of use to the current GPU alone."""
     gpu = re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name())
     return user_cache() / f"{name}-{gpu}.cache"
 
@@ -36,7 +39,9 @@ class TensorRTSession(Session):
 
     kind = "tensorrt"
 
-    def __init__(self, path: Path, *, artefact: dict[str, Any], digest: str | None = None) -> None:
+    def __init__(
+        self, path: Path, *, artefact: dict[str, Any], digest: str | None = None, device: torch.device | None = None
+    ) -> None:
         """Deserialise a plan.
 
         Args:
@@ -44,44 +49,55 @@ class TensorRTSession(Session):
             artefact: its entry in the manifest.
             digest: the plan's SHA-256, under which TensorRT for RTX keeps what it compiles for this GPU; None keeps
                 nothing.
+            device: a GPU; None takes the current one.
 
         Raises:
-            BoostDiffError: no GPU, the flavour is not installed, or the plan is for other hardware.
+            BoostDiffError: no GPU, another device, the flavour is not installed, or the plan is for other hardware.
         """
-        check_plan(artefact)
+        check_plan(artefact, device)
         module = load_tensorrt(artefact["flavour"])
         from polygraphy.backend.common import bytes_from_path
         from polygraphy.backend.trt import TrtRunner, engine_from_bytes
 
-        self.device = torch.device("cuda", torch.cuda.current_device())
+        index = None if device is None else device.index
+        self.device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
         self.input_types, self.output_types = (
             {name: GRAPH_TYPES[about["type"]] for name, about in artefact[side].items()}
             for side in ("inputs", "outputs")
         )
         # By input the smallest, best and largest shape; the batch comes first.
-        self.largest_batch = min(largest[0] for _, _, largest in artefact["profile"].values())
-        plan = engine_from_bytes(bytes_from_path(str(path)))
+        profile = artefact["profile"].values()
+        self.smallest_batch = max(smallest[0] for smallest, _, _ in profile)
+        self.largest_batch = min(largest[0] for _, _, largest in profile)
         self._kernels = None
-        if artefact["flavour"] == "tensorrt_rtx":
-            self._kernels = RuntimeCache(plan, digest)
-            plan = self._kernels.context(module)
-        self._runner = TrtRunner(plan)
-        self._runner.activate()
+        # TensorRT and polygraphy know no device but the current one.
+        with torch.cuda.device(self.device):
+            plan = engine_from_bytes(bytes_from_path(str(path)))
+            if artefact["flavour"] == "tensorrt_rtx":
+                self._kernels = RuntimeCache(plan, digest)
+                plan = self._kernels.context(module)
+            self._runner = TrtRunner(plan)
+            self._runner.activate()
+            self._stream = torch.cuda.ExternalStream(self._runner.stream.ptr, self.device)
 
     def close(self) -> None:
         """See `Session.close`."""
-        if self._kernels is not None:
-            self._kernels.save()
-            self._kernels = None
-        self._runner.deactivate()
+        with torch.cuda.device(self.device):
+            if self._kernels is not None:
+                self._kernels.save()
+                self._kernels = None
+            self._runner.deactivate()
 
     def _execute(self, feeds: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
         """See `Session.run`."""
         from polygraphy.exception import PolygraphyException
 
-        torch.cuda.current_stream(self.device).synchronize()
+        # Behind what makes the inputs, and what still copies the last results. polygraphy itself waits for its stream
+        # before it returns, so that results can be read and inputs freed at once.
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
         try:
-            results = self._runner.infer(dict(feeds), copy_outputs_to_host=False, check_inputs=False)
+            with torch.cuda.device(self.device):
+                results = self._runner.infer(dict(feeds), copy_outputs_to_host=False, check_inputs=False)
         except PolygraphyException as error:
             reason = str(error).strip().splitlines()[0]
             raise BoostDiffError(f"TensorRT failed, perhaps beyond the profile of its plan: {reason}") from None
@@ -152,8 +168,12 @@ def load_tensorrt(flavour: str) -> Any:
     return importlib.import_module(flavour)
 
 
-def check_plan(artefact: dict[str, Any]) -> None:
-    """Refuse a plan that this machine can't run, before it is deserialised.
+def check_plan(artefact: dict[str, Any], device: torch.device | None = None) -> None:
+    """Refuse a plan that this machine can't run, before TensorRT is loaded or the plan deserialised.
+
+    Args:
+        artefact: the plan's entry in the manifest.
+        device: where it is to run; None takes the current GPU.
 
     Raises:
         BoostDiffError: no NVIDIA GPU, another TensorRT flavour or version, or another compute capability.
@@ -163,12 +183,18 @@ def check_plan(artefact: dict[str, Any]) -> None:
         raise BoostDiffError(
             f"the plan was built by {flavour!r}, which is no TensorRT flavour: export again with --trt"
         )
+    if device is not None and device.type != "cuda":
+        raise BoostDiffError(f"a TensorRT engine needs an NVIDIA GPU, and the device is {device.type}")
     if not torch.cuda.is_available():
         raise BoostDiffError("a TensorRT engine needs an NVIDIA GPU, and there is none here")
     module = load_tensorrt(flavour)
-    here = "{}.{}".format(*torch.cuda.get_device_capability())
+    capability = torch.cuda.get_device_capability(device)
+    here = "{}.{}".format(*capability)
+    advice = "export again with --trt"
+    if flavour == "tensorrt_rtx" and capability not in RTX_COMPUTE_CAPABILITIES:
+        advice = "TensorRT for RTX builds none for it, export here with --trt-flavour tensorrt"
     built = f"built by {flavour} {artefact['version']} for {', '.join(artefact['compute_capabilities'])}"
     if module.__version__ != artefact["version"]:
-        raise BoostDiffError(f"the plan was {built}; here is {module.__version__}: export again with --trt")
+        raise BoostDiffError(f"the plan was {built}; here is {module.__version__}: {advice}")
     if here not in artefact["compute_capabilities"]:
-        raise BoostDiffError(f"the plan was {built}; this GPU has {here}: export again with --trt")
+        raise BoostDiffError(f"the plan was {built}; this GPU has {here}: {advice}")

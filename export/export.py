@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..engine.student import StudentInfo, read_student
 from ..engine.trt import TensorRTSession, check_plan
 from ..engine.versions import versions
 from .config import ExportConfig
-from .graph import FP16_TOLERANCE, FP32_TOLERANCE, compare, graph_signature, onnx_from_part
+from .graph import FP16_TOLERANCE, FP32_TOLERANCE, compare, exact_float32, graph_signature, onnx_from_part
 from .parts import (
     Part,
     give_back_memory,
@@ -56,7 +57,7 @@ def export(
         output: the engine's folder, laid out as Optimum does: `unet`, `text_encoder` (SDXL: and `text_encoder_2`) and
             `vae_decoder`, each with `model.onnx` and, with plans, `model.plan`; tokenizers, scheduler,
             `model_index.json`; and `manifest.json`.
-        device: where the reference runs.
+        device: where the reference runs; if it is a GPU, it is the one that plans are built for.
         force: export again even if nothing has changed.
         refit: an engine whose plans get the new weights, instead of being built anew; may be `output` itself.
         report: told of each stage in words.
@@ -68,13 +69,37 @@ def export(
         InputError: the student or the output can't be used.
         BoostDiffError: a stage failed, or a result is outside its tolerance; nothing was replaced.
     """
-    config = config or ExportConfig()
+    target = resolve_device(device)
+    with exact_float32(), torch.cuda.device(target) if target.type == "cuda" else nullcontext():
+        return _export(
+            files,
+            config or ExportConfig(),
+            student=student,
+            output=output,
+            target=target,
+            force=force,
+            refit=refit,
+            report=report,
+        )
+
+
+def _export(
+    files: ModelFiles,
+    config: ExportConfig,
+    *,
+    student: Path,
+    output: Path,
+    target: torch.device,
+    force: bool,
+    refit: Path | None,
+    report: Callable[[str], None],
+) -> Manifest:
+    """See `export`; the target is the current device."""
     info = read_student(student, files)
     if config.diffusers and info.method == "soft-prompt":
         raise InputError("a soft prompt is no part of the weights: leave --diffusers out, graphs carry its tokens")
     flavour = choose_flavour(config.trt_flavour) if config.trt else None
     prepare_output(output, replaces=MANIFEST_FILE)
-    target = resolve_device(device)
     manifest = _intended(files, info, config, flavour)
     source = None
     if refit is not None:
@@ -214,7 +239,7 @@ def _export_part(
     for precision, path in graphs.items():
         with OnnxSession(path, device=torch.device("cpu"), lean=part.large) as session:
             tolerance = FP16_TOLERANCE if precision == "fp16" else FP32_TOLERANCE
-            check = compare(session, part.cases, what=part.name, tolerance=tolerance)
+            check = compare(session, part.graph_cases(), what=part.name, tolerance=tolerance)
         give_back_memory()
         manifest.artefacts[f"{part.name}/{path.name}"]["check"] = check
         report(

@@ -6,8 +6,8 @@ import ctypes
 import gc
 import mmap
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,11 +36,13 @@ class Case:
         where: the case in words.
         inputs: by name, float32.
         expected: outputs by name, float32 on the CPU.
+        plan_only: whether it is too much for ONNX Runtime on a CPU, and so compared with plans alone.
     """
 
     where: str
     inputs: dict[str, torch.Tensor]
     expected: dict[str, torch.Tensor] = field(default_factory=dict)
+    plan_only: bool = False
 
 
 @dataclass(kw_only=True)
@@ -56,6 +58,7 @@ class Part:
         profile: by input the smallest, best and largest shape of a plan.
         cases: what its graphs are compared on.
         half: whether it may run in FP16.
+        one_by_one: whether references are computed an image at a time, to save memory.
         large: whether memory is a concern.
     """
 
@@ -67,10 +70,15 @@ class Part:
     profile: dict[str, list[tuple[int, ...]]]
     cases: list[Case]
     half: bool = True
+    one_by_one: bool = False
     large: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.large = sum(p.numel() for p in self.module.parameters()) >= LARGE_PARAMETERS
+
+    def graph_cases(self) -> list[Case]:
+        """The cases that ONNX Runtime has time for."""
+        return [case for case in self.cases if not case.plan_only]
 
     def planned_cases(self) -> list[Case]:
         """The cases that lie within a plan's profile."""
@@ -88,8 +96,13 @@ class Part:
     def settle(self) -> None:
         """Compute what every case expects, in float32, before the module is cast or given away."""
         for case in self.cases:
-            results = self.module(**case.inputs)
-            case.expected = {name: x.float().cpu() for name, x in zip(self.outputs, results, strict=True)}
+            batch = len(next(iter(case.inputs.values())))
+            step = 1 if self.one_by_one else batch
+            goes = []
+            for start in range(0, batch, step):
+                some = {name: tensor[start : start + step] for name, tensor in case.inputs.items()}
+                goes.append([result.float().cpu() for result in self.module(**some)])
+            case.expected = {name: torch.cat(x) for name, x in zip(self.outputs, zip(*goes, strict=True), strict=True)}
 
     def release(self) -> None:
         """Give the module's memory back to the system, once it was exported: the exporter's caches hold on to it."""
@@ -111,8 +124,10 @@ class Part:
 
 
 def give_back_memory() -> None:
-    """Collect garbage, and where the C library would keep what was freed for itself (glibc), make it let go."""
+    """Collect garbage, and where torch on a GPU or the C library (glibc) would keep what was freed, make it let go."""
     gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -183,6 +198,32 @@ def _cycled(tensor: torch.Tensor, batch: int) -> torch.Tensor:
     return tensor[torch.arange(batch, device=tensor.device) % len(tensor)]
 
 
+def _chosen_cases(
+    case: Callable[..., Case],
+    *,
+    few: Iterable[tuple[Any, ...]],
+    every: Iterable[tuple[Any, ...]],
+    large: bool,
+    device: torch.device,
+    config: ExportConfig,
+) -> list[Case]:
+    """What a part is compared on: of a large one a few cases, and on a GPU every case of its plan.
+
+    Args:
+        case: makes one.
+        few: its arguments, for a large part.
+        every: its arguments, for a small part and for plans.
+        large: whether all of them would take ONNX Runtime minutes: it runs them on a CPU, wherever the reference runs.
+        device: where the reference runs.
+        config: whether there will be plans.
+    """
+    chosen = dict.fromkeys(few if large else every)
+    cases = [case(*about) for about in chosen]
+    if large and config.trt and device.type != "cpu":
+        cases += [replace(case(*about), plan_only=True) for about in dict.fromkeys(every) if about not in chosen]
+    return cases
+
+
 def _batch_dim() -> Any:
     return torch.export.Dim("batch", min=1, max=256)
 
@@ -244,7 +285,7 @@ def unet_part(
             shapes = [(b, length * n, tensor.shape[2]) for b, n in zip(config.batch, (1, 1, TEXT_CHUNKS), strict=True)]
         profile[name] = shapes
 
-    def case(count: int, t: int, size: tuple[int, int], chunks: int = 1) -> Case:
+    def case(count: int, t: int, size: tuple[int, int] = best, chunks: int = 1) -> Case:
         given = {name: _cycled(tensor, count) for name, tensor in (inputs | text.tensors()).items()}
         given["sample"] = noise(count, size)
         given["timestep"] = torch.full((count,), float(t), device=merged.device)
@@ -253,13 +294,14 @@ def unet_part(
         where += f", {size[0]}x{size[1]} latents" if size != best else ""
         return Case(where=where + (f", {chunks} chunks of text" if chunks > 1 else ""), inputs=given)
 
-    if merged.num_parameters() < LARGE_PARAMETERS or merged.device.type != "cpu":
-        batches = sorted({*config.batch, 2})
-        cases = [case(count, t, best) for count in batches for t in timesteps]
-        cases += [case(1, timesteps[1], size) for size in dict.fromkeys(sizes) if size != best]
-        cases += [case(2, timesteps[1], best, chunks=2)]
-    else:
-        cases = [case(1, timesteps[0], best), case(1, timesteps[-1], best), case(2, timesteps[2], best)]
+    smallest = config.batch[0]
+    every: list[tuple[Any, ...]] = [(count, t) for count in sorted({*config.batch, 2}) for t in timesteps]
+    every += [(smallest, timesteps[1], size) for size in dict.fromkeys(sizes) if size != best]
+    every += [(max(2, smallest), timesteps[1], best, 2)]
+    few = [(1, timesteps[0]), (1, timesteps[-1]), (2, timesteps[len(timesteps) // 2])]
+    if config.trt and smallest > 2:
+        few += [(smallest, timesteps[0])]
+    large = merged.num_parameters() >= LARGE_PARAMETERS
     return Part(
         name="unet",
         module=_Unet(merged),
@@ -267,7 +309,8 @@ def unet_part(
         outputs=(UNET_OUTPUT,),
         dynamic=dynamic,
         profile=profile,
-        cases=cases,
+        cases=_chosen_cases(case, few=few, every=every, large=large, device=merged.device, config=config),
+        one_by_one=large,
     )
 
 
@@ -282,8 +325,13 @@ def text_encoder_part(model: Model, name: str, prompts: Sequence[str], config: E
     outputs = ["text_embeds", "last_hidden_state"] if projected else ["last_hidden_state", "pooler_output"]
     if len(model.family.text_encoders) > 1:
         outputs += [f"{HIDDEN_STATES}{i}" for i in range(encoder.config.num_hidden_layers + 1)]
-    small = encoder.num_parameters() < LARGE_PARAMETERS or encoder.device.type != "cpu"
-    counts = sorted({1, 2, *config.batch}) if small else [1, 2]
+
+    def case(count: int) -> Case:
+        return Case(where=f"batch {count}", inputs={"input_ids": _cycled(ids, count)})
+
+    large = encoder.num_parameters() >= LARGE_PARAMETERS
+    few = [(1,), (2,), *([(config.batch[0],)] if config.trt else [])]
+    every = [(count,) for count in sorted({1, 2, *config.batch})]
     return Part(
         name=name,
         module=_TextEncoder(encoder, outputs),
@@ -291,7 +339,8 @@ def text_encoder_part(model: Model, name: str, prompts: Sequence[str], config: E
         outputs=tuple(outputs),
         dynamic={"input_ids": {0: _batch_dim()}},
         profile={"input_ids": [(b, ids.shape[1]) for b in config.batch]},
-        cases=[Case(where=f"batch {count}", inputs={"input_ids": _cycled(ids, count)}) for count in counts],
+        cases=_chosen_cases(case, few=few, every=every, large=large, device=encoder.device, config=config),
+        one_by_one=large,
     )
 
 
@@ -301,18 +350,23 @@ def vae_decoder_part(model: Model, config: ExportConfig) -> Part:
     sizes = latent_sizes(model, config)
     generator = torch.Generator().manual_seed(0)
     # A large decoder's activations, not its weights, are what a CPU has no time for.
-    small = vae.num_parameters() < LARGE_PARAMETERS / 10 or vae.device.type != "cpu"
+    large = vae.num_parameters() >= LARGE_PARAMETERS / 10
 
     def latents(batch: int, size: tuple[int, int]) -> torch.Tensor:
         noise = torch.randn(batch, vae.config.latent_channels, *size, generator=generator)
         return (noise / vae.config.scaling_factor).to(vae.device)
 
+    def case(count: int, size: tuple[int, int]) -> Case:
+        where = f"batch {count}, {size[0]}x{size[1]} latents"
+        return Case(where=where, inputs={"latent_sample": latents(count, size)})
+
     batches = [min(b, VAE_BATCH) for b in config.batch]
     dynamic: dict[int, Any] = {0: _batch_dim()}
     if sizes[0] != sizes[2]:
         dynamic |= {2: torch.export.Dim("height", min=2, max=8192), 3: torch.export.Dim("width", min=2, max=8192)}
-    compared = [(count, sizes[1]) for count in (sorted({1, 2, *batches}) if small else [1])]
-    compared += [(1, size) for size in dict.fromkeys(sizes) if size != sizes[1] and small]
+    few = [(1, sizes[1]), *([(batches[0], sizes[1])] if config.trt else [])]
+    every = [(count, sizes[1]) for count in sorted({1, 2, *batches})]
+    every += [(batches[0], size) for size in dict.fromkeys(sizes) if size != sizes[1]]
     return Part(
         name="vae_decoder",
         module=_VaeDecoder(vae),
@@ -322,10 +376,8 @@ def vae_decoder_part(model: Model, config: ExportConfig) -> Part:
         profile={
             "latent_sample": [(b, vae.config.latent_channels, *size) for b, size in zip(batches, sizes, strict=True)]
         },
-        cases=[
-            Case(where=f"batch {count}, {size[0]}x{size[1]} latents", inputs={"latent_sample": latents(count, size)})
-            for count, size in compared
-        ],
+        cases=_chosen_cases(case, few=few, every=every, large=large, device=vae.device, config=config),
+        one_by_one=large,
         half=not model.family.upcast_vae,
     )
 

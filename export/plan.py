@@ -17,11 +17,8 @@ from typing import Any
 import torch
 
 from ..engine.errors import BoostDiffError
-from ..engine.trt import TENSORRT_FLAVOURS, cache_of_this_gpu, load_tensorrt
+from ..engine.trt import RTX_COMPUTE_CAPABILITIES, TENSORRT_FLAVOURS, cache_of_this_gpu, load_tensorrt
 from .graph import graph_signature
-
-RTX_COMPUTE_CAPABILITIES = ((8, 0), (8, 6), (8, 9), (12, 0))
-"""Ampere, Ada and Blackwell: what TensorRT for RTX serves today (Hopper is not among them)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +133,9 @@ def plan_in_a_process(graph: Path, plan: Path, *, flavour: Flavour, **options: A
     Raises:
         BoostDiffError: see `plan_from_onnx`; or the process died, as one that is out of memory does.
     """
-    request = {"graph": str(graph), "plan": str(plan), "flavour": asdict(flavour), **options}
+    # TensorRT builds for the current GPU, TensorRT for RTX needs none.
+    gpu = torch.cuda.current_device() if flavour.name == "tensorrt" else None
+    request = {"graph": str(graph), "plan": str(plan), "flavour": asdict(flavour), "gpu": gpu, **options}
     done = subprocess.run(
         [sys.executable, "-m", "boostdiff.export.plan"], input=json.dumps(request), capture_output=True, text=True
     )
@@ -152,6 +151,8 @@ def plan_in_a_process(graph: Path, plan: Path, *, flavour: Flavour, **options: A
 
 def _build_as_requested() -> None:
     request = json.loads(sys.stdin.read())
+    if (gpu := request.pop("gpu")) is not None:
+        torch.cuda.set_device(gpu)
     try:
         answer = plan_from_onnx(
             Path(request.pop("graph")), Path(request.pop("plan")), flavour=Flavour(**request.pop("flavour")), **request

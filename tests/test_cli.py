@@ -41,7 +41,7 @@ def test_help_names_every_command_and_option(tmp_path: Path) -> None:
         ),
         "export": ("--model", "--student", "--output", "--trt", "--json"),
         "bench": ("--steps", "--engine", "--samples", "--batch-size", "--reference", "--table1", "--json"),
-        "generate": ("--teacher", "--runner", "--sampler", "--seed"),
+        "generate": ("--teacher", "--runner", "--sampler", "--seed", "--batch-size"),
         "doctor": ("--json",),
     }.items():
         assert command in shown
@@ -75,7 +75,7 @@ def test_the_whole_job_on_a_tiny_model(tmp_path: Path, tiny_folder: Path, prompt
         ("distill", *model, "--prompts", prompt_file, "--updates", 4, "--batch-size", 2, "--json"),
         ("export", *model, "--json"),
         ("bench", *model, "--prompts", prompt_file, *short, "--json"),
-        ("generate", *model, "a red cat", "two green birds", "--steps", 2, "--runner", "onnx", "--json"),
+        ("generate", "a red cat", "two green birds", "--steps", 2, "--runner", "onnx", "--json"),
         ("generate", *model, "a red cat", "--teacher", "--steps", 2, "--json"),
     )
     for arguments in steps:
@@ -156,6 +156,8 @@ def broken(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, students
         ("generate --model {tiny} --negative-prompt blurry x", "no negative prompt"),
         ("generate --model {tiny} --dial 2 x", "--dial must lie between 0 and 1"),
         ("generate --teacher --dial 1 x", "--dial is for a student"),
+        ("generate --teacher --runner onnx x", "--teacher runs in torch only"),
+        ("generate --batch-size 0 x", "--batch-size"),
         ("distill --resume --output elsewhere", "nothing to resume"),
         ("distill --model {tiny}", "pass --prompts FILE or --images DIR"),
         ("export --student nowhere", "run `boostdiff distill` first"),

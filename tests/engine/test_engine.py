@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,41 @@ def test_generate_runs_wholly_on_the_engine(
         )
 
 
+def test_an_engine_draws_without_model_and_student(folder: Path, tmp_path: Path) -> None:
+    config = DrawConfig(prompts=[PROMPTS[0]], student=None, engine=folder, runner="onnx", steps=2)
+    (path,) = draw(None, config, output=tmp_path, device="cpu")
+    assert path.name == "a-red-cat-student-0.png"
+    with pytest.raises(InputError, match="no negative prompt"):
+        draw(None, replace(config, negative_prompt="blurry"), output=tmp_path)
+    with pytest.raises(InputError, match="distilled at guidance 3"):
+        draw(None, replace(config, guidance=7.0), output=tmp_path, device="cpu")
+
+
+def test_an_interruption_keeps_what_is_drawn(tiny_files: ModelFiles, tmp_path: Path) -> None:
+    config = DrawConfig(prompts=list(PROMPTS), student=None, engine=tmp_path, steps=2, batch_size=2)
+    taken = []
+
+    def on_step(images: int) -> None:
+        taken.append(images)
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(tiny_files, config, output=tmp_path / "images", device="cpu", on_step=on_step)
+    names = [path.name for path in sorted((tmp_path / "images").iterdir())]
+    assert names == ["a-blue-dog-on-a-hill-teacher-1.png", "a-red-cat-teacher-0.png"]
+
+
+def test_the_dial_is_for_lora_alone(tiny_files: ModelFiles, students: dict[str, Path], tmp_path: Path) -> None:
+    """A DoRA's magnitudes stay at weight 0."""
+    student = shutil.copytree(students["lora"], tmp_path / "student")
+    info = json.loads((student / "student.json").read_text())
+    (student / "student.json").write_text(json.dumps(info | {"method": "dora"}))
+    config = DrawConfig(prompts=["x"], student=student, engine=tmp_path, dial=0.5)
+    with pytest.raises(InputError, match="this one is of method dora"):
+        draw(tiny_files, config, output=tmp_path / "images")
+
+
 def test_what_the_engine_can_not_do(folder: Path, engines: dict[str, Path]) -> None:
     with Engine.load(folder) as engine:
         with pytest.raises(InputError, match="distilled at guidance 3"):
@@ -95,6 +131,21 @@ def test_what_the_engine_can_not_do(folder: Path, engines: dict[str, Path]) -> N
         engine(PROMPTS[0])
     with pytest.raises(InputError, match="run `boostdiff export` first"):
         Engine.load(folder.parent / "nowhere")
+
+
+def test_only_what_is_wanted_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT is not, on a machine with a GPU, for ONNX Runtime or for a CPU."""
+
+    def load(flavour: str) -> None:
+        raise AssertionError(f"{flavour} was loaded")
+
+    monkeypatch.setattr("boostdiff.engine.trt.load_tensorrt", load)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for runner in ("onnx", "auto"):
+        with Engine.load(folder, runner=runner, device="cpu") as engine:
+            assert engine.runner == "onnx"
+    with pytest.raises(BoostDiffError, match="needs an NVIDIA GPU, and the device is cpu"):
+        Engine.load(folder, runner="tensorrt", device="cpu")
 
 
 PARTS = ("unet", "text_encoder", "vae_decoder")

@@ -58,7 +58,7 @@ def family_students(
 
 def stock(folder: Path) -> DiffusionPipeline:
     pipeline = DiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

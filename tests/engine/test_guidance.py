@@ -1,9 +1,10 @@
 import pytest
 import torch
 from boostdiff.engine.families import TextEmbeddings
-from boostdiff.engine.guidance import GuidedDenoiser, SinglePassDenoiser, combine
+from boostdiff.engine.guidance import GuidedDenoiser, SinglePassDenoiser, combine, guidance_embedding
 from boostdiff.engine.model import Model
 from boostdiff.engine.runners import TorchRunner
+from boostdiff.engine.student import add_guidance_embedding
 
 
 @pytest.mark.parametrize("w", [1.0, 3.0, 7.5])
@@ -24,3 +25,23 @@ def test_guided_denoiser_equals_two_separate_passes(tiny: Model) -> None:
         guided = GuidedDenoiser(runner, 3.0)(z_t, t, text)
     assert (conditional - unconditional).abs().max() > 1e-4
     torch.testing.assert_close(guided, unconditional + 3 * (conditional - unconditional), atol=1e-5, rtol=1e-4)
+
+
+def test_one_scales_embedding_is_made_once_a_batch(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def embedded(scale: torch.Tensor, width: int) -> torch.Tensor:
+        made.append(len(scale))
+        return guidance_embedding(scale, width)
+
+    monkeypatch.setattr("boostdiff.engine.guidance.guidance_embedding", embedded)
+    add_guidance_embedding(tiny.unet, 8)
+    text = tiny.family.encode(tiny.pipeline, ["a red cat", "a blue dog on a hill"])
+    one, each = (SinglePassDenoiser(TorchRunner(tiny.unet), scale) for scale in (4.0, torch.tensor([4.0, 4.0])))
+    z_t = torch.randn(2, *tiny.latent_shape)
+    with torch.no_grad():
+        first = [one(z_t, torch.tensor(t), text) for t in (500, 10)]
+        one(z_t[:1], torch.tensor(10), text[:1])
+        assert made == [2, 1]
+        for got, t in zip(first, (500, 10), strict=True):
+            torch.testing.assert_close(got, each(z_t, torch.tensor(t), text), atol=0, rtol=0)

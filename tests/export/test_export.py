@@ -16,7 +16,7 @@ from boostdiff.engine.engine import Engine
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.files import sha256_of
 from boostdiff.engine.manifest import read_manifest, verified_file
-from boostdiff.engine.merge import merge
+from boostdiff.engine.merge import merge, merge_in_place
 from boostdiff.engine.model import Model, ModelFiles, locate
 from boostdiff.engine.runners import (
     GraphRunner,
@@ -81,6 +81,34 @@ def test_the_plan_is_built_but_not_claimed_to_have_run(engine: Path) -> None:
         check_plan(plan)
     with pytest.raises(BoostDiffError, match="needs a process of its own"):
         load_tensorrt("tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "advice"),
+    [
+        ((8, 7), None, "export here with --trt-flavour tensorrt"),
+        ((12, 1), "0.1", "export here with --trt-flavour tensorrt"),
+        ((8, 9), "0.1", "export again with --trt"),
+        ((8, 9), None, None),
+    ],
+)
+def test_a_plan_for_other_hardware_says_what_helps(
+    engine: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    version: str | None,
+    advice: str | None,
+) -> None:
+    plan = dict(read_manifest(engine).artefacts["unet/model.plan"])
+    plan["version"] = version or plan["version"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    if advice is None:
+        check_plan(plan)
+        return
+    with pytest.raises(BoostDiffError) as refused:
+        check_plan(plan)
+    assert str(refused.value).endswith(advice)
 
 
 def test_graphs_are_valid_and_take_any_batch(engine: Path, tiny: Model, students: dict[str, Path]) -> None:
@@ -173,6 +201,42 @@ def test_a_failed_export_leaves_the_earlier_engine(
         export(tiny_files, student=students["bitfit"], output=copied, device="cpu")
     assert {path: sha256_of(path) for path in copied.rglob("*") if path.is_file()} == before
     assert [path.name for path in copied.parent.iterdir()] == [copied.name]
+
+
+@pytest.mark.parametrize("wanted", ["highest", "high"])
+def test_references_are_computed_without_tf32(
+    tiny_files: ModelFiles,
+    students: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: str,
+) -> None:
+    """The merge's proof and the parts' references; afterwards the process is as it was, even after a failure."""
+    seen = []
+
+    def allowed() -> tuple[bool, str]:
+        return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+    def settle(part: Part) -> None:
+        seen.append(allowed())
+        raise BoostDiffError("far enough")
+
+    def merged(*arguments: Any) -> Any:
+        seen.append(allowed())
+        return merge_in_place(*arguments)
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(wanted)
+    try:
+        monkeypatch.setattr(Part, "settle", settle)
+        monkeypatch.setattr("boostdiff.export.export.merge_in_place", merged)
+        assert allowed() == (True, wanted)
+        with pytest.raises(BoostDiffError, match="far enough"):
+            export(tiny_files, student=students["lora"], output=tmp_path / "e", device="cpu")
+        assert seen == [(False, "highest")] * 2
+        assert allowed() == (True, wanted)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_runners_that_can_not_run_say_why(engine: Path) -> None:
@@ -395,17 +459,50 @@ def test_cases_of_a_plan_lie_within_its_profile(tiny: Model) -> None:
     text = tiny.family.encode(tiny.pipeline, PROMPTS[:2]).conditional
     part = unet_part(tiny, tiny.unet, text, ExportConfig(batch=(3, 3, 4)), (1, 500))
     assert {case.where for case in part.planned_cases()} == {
-        f"batch {batch}, timestep {t}" for batch in (3, 4) for t in (1, 500)
+        "batch 3, timestep 500, 2 chunks of text",
+        *(f"batch {batch}, timestep {t}" for batch in (3, 4) for t in (1, 500)),
     }
     assert len(part.planned_cases()) < len(part.cases)
 
 
-def test_a_batch_beyond_the_largest_runs_in_several_goes(engine: Path, tiny: Model) -> None:
-    """As a plan's session does, whose profile has an end."""
+@pytest.mark.parametrize("trt", [False, True])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_cases_of_a_large_model(tiny: Model, monkeypatch: pytest.MonkeyPatch, trt: bool, gpu: bool) -> None:
+    """Few for ONNX Runtime, which runs on the CPU; all of a plan's on a GPU; always one at its smallest batch."""
+    monkeypatch.setattr("boostdiff.export.parts.LARGE_PARAMETERS", 1)
+    text = tiny.family.encode(tiny.pipeline, PROMPTS[:2]).conditional
+    if gpu:
+        tiny.unet.to("meta")
+    config = ExportConfig(batch=(8, 8, 16), trt=trt)
+    part = unet_part(tiny, tiny.unet, text, config, (1, 500, 981))
+    assert len(part.graph_cases()) == 3 + trt
+    assert len(part.planned_cases()) == (0 if not trt else 7 if gpu else 1)
+    assert not trt or part.planned_cases()[0].where == "batch 8, timestep 1"
+
+
+def test_references_an_image_at_a_time_are_the_same(tiny: Model) -> None:
+    part, whole = tiny_part(tiny), tiny_part(tiny)
+    part.one_by_one = True
+    part.settle()
+    for case, other in zip(part.cases, whole.cases, strict=True):
+        torch.testing.assert_close(case.expected, other.expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_comparison_of_nothing_is_refused(engine: Path) -> None:
+    with OnnxSession(engine / "unet/model.onnx", device=CPU) as session:
+        with pytest.raises(BoostDiffError, match="no case suits it"):
+            compare(session, [], what="unet", tolerance=1.0)
+
+
+@pytest.mark.parametrize(("smallest", "expected"), [(1, [2, 2, 1]), (2, [2, 2, 2])])
+def test_a_batch_beyond_the_largest_runs_in_several_goes(
+    engine: Path, tiny: Model, smallest: int, expected: list[int]
+) -> None:
+    """As a plan's session does, whose profile has an end and may not begin at 1."""
     sizes = []
 
     class Small(OnnxSession):
-        largest_batch = 2
+        smallest_batch, largest_batch = smallest, 2
 
         def _execute(self, feeds: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
             sizes.append(len(feeds["sample"]))
@@ -418,4 +515,7 @@ def test_a_batch_beyond_the_largest_runs_in_several_goes(engine: Path, tiny: Mod
         GraphRunner(Small(path, device=CPU), unet_config=config) as parts,
     ):
         torch.testing.assert_close(parts.predict(inputs), whole.predict(inputs), atol=1e-5, rtol=1e-4)
-    assert sizes == [2, 2, 1]
+        for name in ("sample", "timestep", "encoder_hidden_states"):
+            inputs[name] = inputs[name][:1]
+        torch.testing.assert_close(parts.predict(inputs), whole.predict(inputs), atol=1e-5, rtol=1e-4)
+    assert sizes == [*expected, smallest]
