@@ -128,7 +128,7 @@ def distill(
     ] = "lora",
     rank: Annotated[int, typer.Option("--rank", help="Rank of LoRA and its kin.")] = 8,
     alpha: Annotated[
-        float | None, typer.Option("--alpha", help="Scale of LoRA, over its rank.  [default: the rank]")
+        float | None, typer.Option("--alpha", help="Scale of LoRA, over its rank.", show_default="the rank")
     ] = None,
     targets: Annotated[
         str,
@@ -154,18 +154,20 @@ def distill(
         int, typer.Option("--max-bad-samples", help="Unreadable images that are skipped before the run stops.")
     ] = 0,
     updates: Annotated[
-        int | None, typer.Option("--updates", help="Optimizer updates.  [default: lora 260, bitfit 300]")
+        int | None, typer.Option("--updates", help="Optimizer updates.", show_default="lora 260, bitfit 300")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", help="States an update, over all processes.  [default: 32]")
+        int | None, typer.Option("--batch-size", help="States an update, over all processes.", show_default="32")
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option("--learning-rate", help="Peak learning rate.  [default: lora 1e-3, bitfit 1e-2]"),
+        typer.Option("--learning-rate", help="Peak learning rate.", show_default="lora 1e-3, bitfit 1e-2"),
     ] = None,
     loss_weight: Annotated[
         str | None,
-        typer.Option("--loss-weight", help="constant (the paper), snr, truncated-snr, snr+1, min-snr.  [default: snr]"),
+        typer.Option(
+            "--loss-weight", help="constant (the paper), snr, truncated-snr, snr+1, min-snr.", show_default="snr"
+        ),
     ] = None,
     ema: Annotated[
         float | None, typer.Option("--ema", help="Save an average of the adapter over updates: its decay, as 0.99.")
@@ -176,7 +178,7 @@ def distill(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option("--precision", help="fp32, bf16 or fp16.  [default: bf16 where the device has it, else fp32]"),
+        typer.Option("--precision", help="fp32, bf16 or fp16.", show_default="bf16 where the device has it, else fp32"),
     ] = None,
     gradient_accumulation_steps: Annotated[
         int, typer.Option("--gradient-accumulation-steps", help="Passes that share one update, to save memory.")
@@ -293,15 +295,16 @@ def export(
         str | None,
         typer.Option(
             "--trt-flavour",
-            help="[bold]tensorrt[/] builds on the GPU that will run it, [bold]tensorrt_rtx[/] anywhere.  "
-            "[default: what this machine has]",
+            help="[bold]tensorrt[/] builds on the GPU that will run it, [bold]tensorrt_rtx[/] anywhere.",
+            show_default="what this machine has",
         ),
     ] = None,
     precision: Annotated[
         str | None,
         typer.Option(
             "--precision",
-            help="Of the ONNX graphs: fp32, fp16 or both.  [default: fp32; with --trt both, of large models fp16]",
+            help="Of the ONNX graphs: fp32, fp16 or both.",
+            show_default="fp32; with --trt both, of large models fp16",
         ),
     ] = None,
     batch: Annotated[
@@ -309,7 +312,9 @@ def export(
     ] = "1:4:16",
     size: Annotated[
         str | None,
-        typer.Option("--size", help="Pixels: one, or smallest:best:largest if it may vary.  [default: the model's]"),
+        typer.Option(
+            "--size", help="Pixels: one, or smallest:best:largest if it may vary.", show_default="the model's"
+        ),
     ] = None,
     refittable: Annotated[
         bool, typer.Option("--refittable", help="Engines whose weights can be replaced; may be a little slower.")
@@ -369,13 +374,13 @@ def bench(
     model: ModelOption = teacher.MODEL_NAME,
     student: Annotated[
         list[Path] | None,
-        typer.Option("--student", help="Student folder; repeat it to compare more.  [default: outputs/student]"),
+        typer.Option("--student", help="Student folder; repeat it to compare more.", show_default="outputs/student"),
     ] = None,
     engine: EngineOption = Path("outputs/engine"),
     output: Annotated[Path, typer.Option("--output", help="Folder to write.")] = Path("outputs/bench"),
     steps: StepsOption = 20,
     guidance: Annotated[
-        float | None, typer.Option("--guidance", help="Of a range student.  [default: what the student has learnt]")
+        float | None, typer.Option("--guidance", help="Of a range student.", show_default="what the student has learnt")
     ] = None,
     sampler: SamplerOption = "ddim",
     batch_sizes: Annotated[
@@ -383,7 +388,8 @@ def bench(
         typer.Option(
             "--batch-sizes",
             "--batch-size",
-            help="Images made together for speed, such as 1,2,4,8,16.  [default: on a CPU 8, else these]",
+            help="Images made together for speed, such as 1,2,4,8,16.",
+            show_default="on a CPU 8, else these",
         ),
     ] = None,
     runs: Annotated[int, typer.Option("--runs", help="Timed batches of each.")] = 5,
@@ -397,7 +403,8 @@ def bench(
         bool | None,
         typer.Option(
             "--compile/--no-compile",
-            help="Also run torch.compile.  [default: on CUDA, and for small models on CPUs with bfloat16]",
+            help="Also run torch.compile.",
+            show_default="on CUDA, and for small models on CPUs with bfloat16",
         ),
     ] = None,
     prompts: Annotated[
@@ -405,12 +412,13 @@ def bench(
         typer.Option(
             "--prompts",
             "--captions",
-            help="One prompt a line, or a COCO captions JSON.  [default: emoji64's held-out prompts]",
+            help="One prompt a line, or a COCO captions JSON.",
+            show_default="emoji64's held-out prompts",
         ),
     ] = None,
     reference: Annotated[
         Path | None,
-        typer.Option("--reference", help="Folder of real images.  [default: emoji64's own features]"),
+        typer.Option("--reference", help="Folder of real images.", show_default="emoji64's own features"),
     ] = None,
     reference_size: Annotated[
         int | None,
@@ -551,7 +559,8 @@ def generate(
         Path | None,
         typer.Option(
             "--student",
-            help="Folder that `boostdiff distill` wrote; an engine has its own.  [default: outputs/student]",
+            help="Folder that `boostdiff distill` wrote; an engine has its own.",
+            show_default="outputs/student",
         ),
     ] = None,
     engine: EngineOption = Path("outputs/engine"),
@@ -559,7 +568,7 @@ def generate(
     use_teacher: Annotated[bool, typer.Option("--teacher", help="Two passes with guidance, no student.")] = False,
     guidance: Annotated[
         float | None,
-        typer.Option("--guidance", help="Of the teacher or a range student.  [default: 3; a student has its own]"),
+        typer.Option("--guidance", help="Of the teacher or a range student.", show_default="3; a student has its own"),
     ] = None,
     negative_prompt: Annotated[
         str | None, typer.Option("--negative-prompt", help="Of the teacher; a student has its own.")
@@ -578,14 +587,18 @@ def generate(
     ] = "torch",
     precision: Annotated[
         str | None,
-        typer.Option("--precision", help="Of the onnx runner: fp32 or fp16.  [default: what the device is faster at]"),
+        typer.Option(
+            "--precision", help="Of the onnx runner: fp32 or fp16.", show_default="what the device is faster at"
+        ),
     ] = None,
     sampler: SamplerOption = "ddim",
     steps: StepsOption = 20,
     count: Annotated[int, typer.Option("--count", min=1, help="Images of each prompt.")] = 1,
     batch_size: Annotated[
         int | None,
-        typer.Option("--batch-size", min=1, help="Images made together.  [default: 8, of more than 512 pixels fewer]"),
+        typer.Option(
+            "--batch-size", min=1, help="Images made together.", show_default="8, of more than 512 pixels fewer"
+        ),
     ] = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",

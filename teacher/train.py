@@ -268,7 +268,7 @@ def the_tokenizer(work: Path, artworks: Artworks) -> CLIPTokenizer:
 @app.command()
 def diffusion(
     work: Work = Path("teacher-work"),
-    steps: Steps = 12500,
+    steps: Steps = 20000,
     batch: Batch = 64,
     learning_rate: Rate = 8e-4,
     seed: Seed = 0,

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from boostdiff import __version__
-from boostdiff.cli import main
+from boostdiff.cli import app, main
 from boostdiff.engine.compiled import missing_compiler
 from tiny import CPU, save_images
+from typer.main import get_command
 
 SD21 = Path(__file__).parents[1] / "benchmarks" / "configs" / "sd21-base"
 
@@ -48,6 +49,16 @@ def test_help_names_every_command_and_option(tmp_path: Path) -> None:
         text = boostdiff(command, "--help", cwd=tmp_path).stdout
         assert all(option in text for option in options), command
     assert boostdiff("--version", cwd=tmp_path).stdout == f"boostdiff {__version__}\n"
+
+
+def test_help_tells_what_is_taken_by_default(tmp_path: Path) -> None:
+    """Where it is no plain value, too: rich drops a bracket in a help text."""
+    shown = boostdiff("distill", "--help", cwd=tmp_path).stdout
+    assert "[default: (the rank)]" in shown
+    assert "[default: 8]" in shown
+    options = [option for command in get_command(app).commands.values() for option in command.params]
+    assert len(options) > 50
+    assert not [option.name for option in options if "[default" in (option.help or "")]
 
 
 def test_dry_run_reads_configurations_alone(tmp_path: Path) -> None:
