@@ -30,6 +30,7 @@ from .lineup import Lineup, read_students
 from .measuring import FastestRunners
 from .quality import Quality, judge
 from .random_weights import random_model
+from .stats import Estimate
 from .throughput import WAYS, Entrant, Speed, SpeedRatio, measure
 
 SCHEMA_VERSION = 3
@@ -86,14 +87,13 @@ class BenchResult:
         student = self.quality.student
         if student.distance is None:
             return f"{words}; there was no reference to measure quality against."
+        if behind := student.behind:
+            words += f"; {_behind_in_words(behind, self.quality.features)}"
         recovered, interval = student.recovered, student.recovered_interval
         if recovered is None or interval is None:
-            return (
-                f"{words}; what guidance gains is within noise at N = {self.quality.images}: "
-                "judge quality with more --samples."
-            )
+            return f"{words}; what guidance gains the teacher is within noise at N = {self.quality.images}."
         return (
-            f"{words} and recovers {recovered:.0%} [{interval.low:.0%}–{interval.high:.0%}] of the quality that "
+            f"{words}; it recovers {recovered:.0%} [{interval.low:.0%}–{interval.high:.0%}] of the quality that "
             f"guidance adds (N = {self.quality.images})."
         )
 
@@ -216,6 +216,17 @@ def _timed(
         for name, told in skipped.items():
             report(f"{name}: left out, {told}")
         return _speed(model, contest.config, entrants, contest.guidance, contest.prompts, report), skipped
+
+
+def _behind_in_words(behind: Estimate, features: str) -> str:
+    """How a student's distance compares with the guided teacher's."""
+    if behind.low <= 0 <= behind.high:
+        return (
+            f"its {features} is level with the teacher's ({behind.value:+.1f} [{behind.low:+.1f}, {behind.high:+.1f}])"
+        )
+    low, high = sorted((abs(behind.low), abs(behind.high)))
+    side = "worse" if behind.value > 0 else "better"
+    return f"its {features} is {side} than the teacher's by {abs(behind.value):.1f} [{low:.1f}, {high:.1f}]"
 
 
 def bench_random(

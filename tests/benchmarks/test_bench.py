@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from boostdiff.benchmarks.bench import BenchResult, bench
+from boostdiff.benchmarks.bench import BenchResult, _behind_in_words, bench
 from boostdiff.benchmarks.config import BenchConfig, parse_batch_sizes
 from boostdiff.benchmarks.judging import Metrics, bounded_memory
 from boostdiff.benchmarks.report import write_report
 from boostdiff.benchmarks.sampling import backgrounds
+from boostdiff.benchmarks.stats import Estimate
 from boostdiff.benchmarks.tables import alternatives_table
 from boostdiff.distill.config import DistillConfig
 from boostdiff.distill.loop import Observers
@@ -22,6 +23,18 @@ from boostdiff.export.export import export
 from tiny import PROMPTS
 
 MANY = [f"{prompt} on a red background" for prompt in PROMPTS] * 6
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "says"),
+    [
+        (-19.6, -25.0, -14.2, "better than the teacher's by 19.6 [14.2, 25.0]"),
+        (3.0, 1.0, 5.0, "worse than the teacher's by 3.0 [1.0, 5.0]"),
+        (-1.0, -3.0, 1.0, "level with the teacher's (-1.0 [-3.0, +1.0])"),
+    ],
+)
+def test_the_verdict_tells_who_is_ahead(value: float, low: float, high: float, says: str) -> None:
+    assert _behind_in_words(Estimate(value=value, low=low, high=high, coverage=0.95), "FD") == f"its FD is {says}"
 
 
 def test_every_runner_here_is_timed(result: BenchResult) -> None:
