@@ -124,7 +124,8 @@ def markdown_table(rows: dict[str, dict[str, Any]]) -> str:
         interval = "" if row["distance_low"] is None else f" [{row['distance_low']:.1f}–{row['distance_high']:.1f}]"
         # Rows kept by an older version have no spread.
         kid = kid_cell(row["kid"], row.get("kid_spread"))
-        share = (row["distance"] - floor) / (unguided - floor)
+        # Added to, a zero has no sign.
+        share = (row["distance"] - floor) / (unguided - floor) + 0.0
         lines.append(
             f"| {name} | {row['distance']:.1f}{interval} | {share:.0%} | {kid} | {row['background']:.1%} "
             f"| {row['style']:.1%} |"
