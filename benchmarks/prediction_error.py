@@ -1,11 +1,11 @@
 """How near a student's single predictions come to the guided teacher's: quick, before any image is judged.
 
-    python -m boostdiff.benchmarks.prediction_error STUDENT … [--scales 1.5,3,5,7.5] [--prompts 24]
+    python -m boostdiff.benchmarks.prediction_error STUDENT … [--scales 1.5,3,5,7.5] [--prompts 24] [--by-timestep]
 
 On `emoji64`, at every fourth of 16 DDIM steps of the teacher's own trajectories for held-out prompts. Prints a Markdown
 table of squared errors as shares of the unguided network's: 0 is the teacher, 1 no better than not distilling. "Added"
 is the part of what a student adds that lies along the teacher's guidance, in units of one step of w: w − 1 is the
-teacher's.
+teacher's. Over all timesteps, or with `--by-timestep` a row for each.
 """
 
 from __future__ import annotations
@@ -87,23 +87,30 @@ def main(
     students: Annotated[list[Path], typer.Argument(help="Students of the embedded model.")],
     scales: Annotated[str, typer.Option(help="Guidance scales above 1, comma-separated.")] = "1.5,3,5,7.5",
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 24,
+    by_timestep: Annotated[bool, typer.Option("--by-timestep", help="A row for each timestep.")] = False,
 ) -> None:
     """Measure."""
     model = teacher_model()
     text = model.family.encode(model.pipeline, read_prompts(teacher.HELD_OUT_PROMPTS)[:prompts])
     wanted = [float(scale) for scale in scales.split(",")]
+    # By scale; a trajectory visits the same timesteps at each.
     states = {scale: trajectory(model, text, scale) for scale in wanted}
+    rows: dict[str, slice] = {"": slice(None)}
+    if by_timestep:
+        rows = {f", t = {int(state.t)}": slice(i, i + 1) for i, state in enumerate(states[wanted[0]])}
     print("| student | " + " | ".join(f"w={scale:g} | added" for scale in wanted) + " |")
     print("|---" * (1 + 2 * len(wanted)) + "|")
     for folder in students:
         info = read_student(folder)
         runner = TorchRunner(student_model(folder).unet)
         opened: Callable[[float], float | None] = info.choose_guidance if info.guidance_range else lambda scale: None
-        cells = []
-        for scale in wanted:
-            error, along = prediction_error(SinglePassDenoiser(runner, opened(scale)), states[scale], text)
-            cells.append(f"{error:.2f} | {along * (scale - 1):.2f}")
-        print(f"| {folder.name} | " + " | ".join(cells) + " |", flush=True)
+        for told, part in rows.items():
+            cells = []
+            for scale in wanted:
+                student = SinglePassDenoiser(runner, opened(scale))
+                error, along = prediction_error(student, states[scale][part], text)
+                cells.append(f"{error:.2f} | {along * (scale - 1):.2f}")
+            print(f"| {folder.name}{told} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,10 @@ PROMPTS = ("a red cat", "a blue dog on a hill", "two green birds", "a white fish
 CPU = torch.device("cpu")
 
 
-def make_pipeline(seed: int = 0, *, prediction_type: str = "epsilon") -> StableDiffusionPipeline:
-    """A randomly initialised Stable Diffusion, tiny in every part."""
-    torch.manual_seed(seed)
+def make_words() -> tuple[CLIPTokenizer, CLIPTextConfig]:
+    """A tokenizer of `PROMPTS`, and a tiny text encoder's configuration for it."""
     tokenizer = CLIPTokenizer(model_max_length=16).train_new_from_iterator(PROMPTS, vocab_size=300)
-    text_config = CLIPTextConfig(
+    return tokenizer, CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
@@ -34,6 +33,12 @@ def make_pipeline(seed: int = 0, *, prediction_type: str = "epsilon") -> StableD
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def make_pipeline(seed: int = 0, *, prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+    """A randomly initialised Stable Diffusion, tiny in every part."""
+    torch.manual_seed(seed)
+    tokenizer, text_config = make_words()
     return StableDiffusionPipeline(
         vae=AutoencoderKL(
             block_out_channels=(8, 16),

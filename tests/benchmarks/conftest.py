@@ -12,13 +12,11 @@ from boostdiff.benchmarks.features import EfficientNetLite0Features, Reference, 
 from boostdiff.benchmarks.judging import Metrics
 from boostdiff.benchmarks.report import write_report
 from boostdiff.engine.model import locate
-from tiny import PROMPTS
+from tiny import PROMPTS, make_words
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
-    CLIPTextConfig,
-    CLIPTokenizer,
     CLIPVisionConfig,
 )
 
@@ -66,18 +64,7 @@ def written_report(report_folder: Path) -> dict[str, Any]:
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP model, tiny and random."""
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer(model_max_length=16).train_new_from_iterator(PROMPTS, vocab_size=300)
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    tokenizer, text = make_words()
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
     )
