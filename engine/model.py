@@ -149,6 +149,11 @@ def locate(model: str, *, weights: bool = True) -> ModelFiles:
         InputError: there is no such model, or it is not one that can be used.
     """
     folder = teacher.MODEL_DIR if model == teacher.MODEL_NAME else Path(model)
+    if folder.is_file():
+        raise InputError(
+            f"{folder} is one file: make a pipeline folder of it once, in Python, with diffusers' "
+            f"StableDiffusionPipeline.from_single_file({str(folder)!r}).save_pretrained(FOLDER), and pass that"
+        )
     if not folder.exists():
         folder = _download(model, weights=weights)
     if not (folder / "model_index.json").is_file():

@@ -53,6 +53,13 @@ def test_a_hub_id_is_read_from_the_cache(tiny_folder: Path, tmp_path: Path, monk
     assert locate("organisation/tiny").folder == snapshot
 
 
+def test_a_checkpoint_in_one_file_says_how_to_convert_it(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(InputError, match=r"from_single_file\('.*model\.safetensors'\)\.save_pretrained"):
+        locate(str(file))
+
+
 def test_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no model_index\.json"):
         locate(str(tmp_path))
