@@ -15,7 +15,10 @@ import torch
 GEMM_SIZES = {"cpu": 1024, "cuda": 8192}
 """Side of the square matrices: large enough that arithmetic, not memory, is the limit."""
 
-GEMM_RUNS = 7
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}
+"""Far more than any cache holds."""
+
+PEAK_RUNS = 7
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -64,14 +67,30 @@ def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:
     size = GEMM_SIZES.get(device.type, 4096)
     a, b = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
     product = a @ b
+    return 2 * size**3 / _best_time(lambda: torch.mm(a, b, out=product), device) / 1e12
+
+
+def copy_peak(device: torch.device) -> float:
+    """The best rate of copying within the device's memory, in 10¹² bytes per second, read and written.
+
+    Args:
+        device: where.
+    """
+    source = torch.zeros(COPY_BYTES.get(device.type, 2**28), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * source.nbytes / _best_time(lambda: target.copy_(source), device) / 1e12
+
+
+def _best_time(work: Callable[[], object], device: torch.device) -> float:
     best = float("inf")
-    for _ in range(GEMM_RUNS):
+    for _ in range(PEAK_RUNS):
         synchronise(device)
         began = time.perf_counter()
-        torch.mm(a, b, out=product)
+        work()
         synchronise(device)
         best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best / 1e12
+    return best
 
 
 def gemm_peaks(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[str, float]:

@@ -56,7 +56,8 @@ def random_model(files: ModelFiles, *, device: torch.device, seed: int = 0) -> M
             components[name] = _component(files.folder / name, library, class_name)
     for part in components.values():
         if isinstance(part, torch.nn.Module):
-            part.to(dtype)
+            # Of torch, not diffusers, whose own warns of layers to be kept in float32 that these haven't.
+            torch.nn.Module.to(part, dtype)
     pipeline = files.family.assemble(components)
     settle(pipeline, files.family)
     return Model(files=files, pipeline=pipeline.to(device))
