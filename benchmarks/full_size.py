@@ -5,7 +5,7 @@
 Five stages, each a command of its own that is printed and can be run alone: `speed` (`boostdiff bench
 --random-weights`), `profile` (`benchmarks.where_time_goes`), `folder` (`benchmarks.random_folder`, which the next two
 need), `training` (`boostdiff distill --preset paper`, a few updates) and `engine` (`boostdiff export`, then `boostdiff
-bench` with the exported graphs). A stage that was finished in DIR is not run again, and one that fails keeps none
+bench` with the exported graphs). A stage whose results are there is not run again, and one that fails keeps none
 of the others from running. `summary.md` has the ratios that matter, from whatever is there. Large files stay in
 DIR; results go to `benchmarks/results/<gpu>-<date>/` of the source tree, or to `--output`.
 """

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,17 +18,15 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from diffusers import UNet2DConditionModel
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from ..engine.captured import CapturedRunner, missing_cuda
-from ..engine.compiled import CompiledRunner, missing_compiler
+from ..engine.draw import IN_TORCH, LACKING
 from ..engine.errors import InputError
 from ..engine.files import write_json
 from ..engine.generate import initial_noise
 from ..engine.model import Model, resolve_device
-from ..engine.runners import Runner, TorchRunner
+from ..engine.runners import Runner
 from ..engine.samplers import make_scheduler
 from .config import parse_batch_sizes
 from .device import copy_peak, gemm_peak, hardware
@@ -51,13 +49,6 @@ KINDS = {
 that fits counts, as a convolution's kernel may have "gemm" in its name, too."""
 
 OTHER = "other"
-
-RUNNERS: Mapping[str, tuple[Callable[[torch.device], str | None], Callable[[UNet2DConditionModel], Runner]]] = {
-    "torch": (lambda device: None, TorchRunner),
-    "captured": (missing_cuda, CapturedRunner),
-    "compiled": (missing_compiler, CompiledRunner),
-}
-"""By name, why it can't run on a device, and how it is made."""
 
 
 def kind_of(kernel: str) -> str:
@@ -122,7 +113,7 @@ def kernels_of(events: Iterable[Any], device: torch.device) -> tuple[float, dict
 
 
 def break_down(
-    runner: Runner, model: Model, *, batch_size: int, sampler: str, steps: int, peak: float, runs: int
+    runner: Runner, model: Model, *, batch_size: int, sampler: str, steps: int, flops: int, peak: float, runs: int
 ) -> Breakdown:
     """Time a batch of the student's, then profile one.
 
@@ -132,6 +123,7 @@ def break_down(
         batch_size: images made together.
         sampler: a name in `engine.samplers.SAMPLERS`.
         steps: sampling steps.
+        flops: of one UNet pass over one image's latents.
         peak: of matrix multiplication in the runner's precision, in 10¹² operations per second.
         runs: timed batches, after one that is thrown away.
     """
@@ -167,7 +159,7 @@ def break_down(
         busy=busy,
         kinds=kinds,
         longest=[(name, *figures) for name, figures in longest],
-        peak_share=batch_size * steps * count_flops(model).unet / parts["unet"] / 1e12 / peak,
+        peak_share=batch_size * steps * flops / parts["unet"] / 1e12 / peak,
     )
 
 
@@ -188,7 +180,7 @@ def main(
         str, typer.Argument(help="sd15, sd21-base, sdxl, or a folder with a configuration.")
     ] = "sd21-base",
     batch_sizes: Annotated[str, typer.Option(help="Images made together.")] = "1,8",
-    runners: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(RUNNERS),
+    runners: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(IN_TORCH),
     sampler: Annotated[str, typer.Option(help="ddim, dpm++, unipc or euler.")] = "dpm++",
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
     runs: Annotated[int, typer.Option(min=1, help="Timed batches of each.")] = 5,
@@ -196,25 +188,31 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Also write everything there.")] = None,
 ) -> None:
     """Measure."""
-    if unknown := set(runners.split(",")) - set(RUNNERS):
-        raise InputError(f"unknown runner {unknown.pop()!r}: choose from {', '.join(RUNNERS)}")
+    if unknown := set(runners.split(",")) - set(IN_TORCH):
+        raise InputError(f"unknown runner {unknown.pop()!r}: choose from {', '.join(IN_TORCH)}")
     target = resolve_device(device)
     loaded = random_model(locate_configs(model), device=target)
-    bandwidth = copy_peak(target)
+    bandwidth, flops = copy_peak(target), count_flops(loaded).unet
     print(f"{hardware(target)}\ncopying: {bandwidth:.2f} TB/s, read and written", flush=True)
     found: list[Breakdown] = []
     peaks: dict[str, float] = {}
     for name in runners.split(","):
-        missing, make = RUNNERS[name]
-        if reason := missing(target):
+        if name in LACKING and (reason := LACKING[name](target)):
             print(f"{name}: left out, {reason}", flush=True)
             continue
-        runner = make(loaded.unet)
+        runner = IN_TORCH[name](loaded.unet)
         precision = str(runner.precision).removeprefix("torch.")
         peaks[precision] = max(peaks.get(precision, 0.0), gemm_peak(target, runner.precision))
         for size in parse_batch_sizes(batch_sizes) or ():
             row = break_down(
-                runner, loaded, batch_size=size, sampler=sampler, steps=steps, peak=peaks[precision], runs=runs
+                runner,
+                loaded,
+                batch_size=size,
+                sampler=sampler,
+                steps=steps,
+                flops=flops,
+                peak=peaks[precision],
+                runs=runs,
             )
             found.append(row)
             print(f"\n{name}, batch {size}, the longest:", *_described(row), sep="\n", flush=True)

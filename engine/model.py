@@ -152,7 +152,8 @@ def locate(model: str, *, weights: bool = True) -> ModelFiles:
     if folder.is_file():
         raise InputError(
             f"{folder} is one file: make a pipeline folder of it once, in Python, with diffusers' "
-            f"StableDiffusionPipeline.from_single_file({str(folder)!r}).save_pretrained(FOLDER), and pass that"
+            f"StableDiffusionPipeline.from_single_file({str(folder)!r}).save_pretrained(FOLDER) "
+            "(of SDXL, StableDiffusionXLPipeline), and pass that"
         )
     if not folder.exists():
         folder = _download(model, weights=weights)
