@@ -186,6 +186,9 @@ def distill(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations, to save more.")
     ] = False,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Run torch.compile: minutes in the first update, then faster ones.")
+    ] = False,
     checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", help="Updates between checkpoints.")] = 50,
     preview_every: Annotated[
         int | None, typer.Option("--preview-every", help="Draw a grid so often, into previews/.")
@@ -245,6 +248,7 @@ def distill(
         seed=seed,
         gradient_accumulation_steps=gradient_accumulation_steps,
         gradient_checkpointing=gradient_checkpointing,
+        compile=compile_,
         checkpoint_every=checkpoint_every,
         **given,
     )

@@ -2,12 +2,13 @@
 
     python -m boostdiff.benchmarks.full_size --work DIR [--model sd21-base] [--only speed,profile] [--output DIR]
 
-Five stages, each a command of its own that is printed and can be run alone: `speed` (`boostdiff bench
---random-weights`), `profile` (`benchmarks.where_time_goes`), `folder` (`benchmarks.random_folder`, which the next two
-need), `training` (`boostdiff distill --preset paper`, a few updates) and `engine` (`boostdiff export`, then `boostdiff
-bench` with the exported graphs). A stage whose results are there is not run again, and one that fails keeps none
-of the others from running. `summary.md` has the ratios that matter, from whatever is there. Large files stay in
-DIR; results go to `benchmarks/results/<gpu>-<date>/` of the source tree, or to `--output`.
+Six stages, each a command of its own that is printed and can be run alone: `speed` (`boostdiff bench
+--random-weights`), `profile` (`benchmarks.where_time_goes`), `folder` (`benchmarks.random_folder`, which the next
+need), `training` (`boostdiff distill --preset paper`, a few updates), `compiled-training` (the same with `--compile`)
+and `engine` (`boostdiff export`, then `boostdiff bench` with the exported graphs). A stage whose results are there is
+not run again, and one that fails keeps none of the others from running. `summary.md` has the ratios that matter, from
+whatever is there. Large files stay in DIR; results go to `benchmarks/results/<gpu>-<date>/` of the source tree, or to
+`--output`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ from .tables import NOTHING
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 RESULTS = Path(__file__).parent / "results"
+
+TRAINING: dict[str, list[str]] = {"training": [], "compiled-training": ["--compile"]}
+"""Stages that train, and the options that tell them apart."""
 
 TRAINED_PASSES = 4
 """UNet passes of one state's operations: the teacher's two, the student's, and its way back to the activations, as the
@@ -106,10 +110,13 @@ def stages(
             commands=[["boostdiff.benchmarks.random_folder", model, "--half", "--output", str(folder)]],
             proof=student / "student.json",
         ),
-        "training": Stage(
-            commands=[[*trained, "--output", str(work / "trained")]],
-            proof=work / "trained" / "student.json",
-        ),
+        **{
+            name: Stage(
+                commands=[[*trained, "--output", str(work / name), *options]],
+                proof=work / name / "student.json",
+            )
+            for name, options in TRAINING.items()
+        },
         "engine": Stage(
             commands=[
                 export,
@@ -164,18 +171,23 @@ def ratios(report: Mapping[str, Any], batch_size: int) -> dict[str, str]:
     }
 
 
+def trained_students(planned: Mapping[str, Stage]) -> dict[str, Any]:
+    """`student.json` of the training stages that are finished, by stage."""
+    return {name: read_json(planned[name].proof) for name in TRAINING if planned[name].proof.exists()}
+
+
 def training(info: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, float]:
     """The paper's run by the pace of a few updates.
 
     Args:
-        info: the student's `student.json`.
+        info: a student's `student.json`.
         report: of `boostdiff bench` on the same device, for operations and the peak.
 
     Returns:
         Seconds an update, hours of the whole preset, peak memory in bytes, and the share of the GEMM peak.
     """
     result, paper = info["result"], PRESETS["paper"]
-    seconds = result["seconds"] / (result["updates"] - result["resumed_at"])
+    seconds = paper["batch_size"] / result["images_per_second"]
     operations = paper["batch_size"] * TRAINED_PASSES * report["speed"]["flops"]["unet"]
     return {
         "seconds_per_update": seconds,
@@ -205,17 +217,23 @@ def summary(planned: Mapping[str, Stage], failed: Mapping[str, str], *, model: s
             lines.append(f"| {row} | {' | '.join(columns[size][row] for size in sizes)} |")
         peaks = ", ".join(f"{dtype} {peak:.4g}" for dtype, peak in report["speed"]["peaks"].items())
         lines += ["", f"GEMM peak in this run, TFLOP/s: {peaks}.", ""]
-    if planned["training"].proof.exists() and planned["speed"].proof.exists():
-        pace = training(read_json(planned["training"].proof), read_json(planned["speed"].proof))
+    students = trained_students(planned)
+    if students and planned["speed"].proof.exists():
         lines += [
             "## training",
             "",
-            f"The paper's update of {PRESETS['paper']['batch_size']} states takes {pace['seconds_per_update']:.1f} s, "
-            f"{pace['peak_share']:.0%} of the highest GEMM peak; its "
-            f"{PRESETS['paper']['updates']} updates would take {pace['hours_of_preset']:.1f} hours. "
-            f"Peak memory {pace['peak_memory'] / 2**30:.1f} GiB.",
+            f"The paper's run, {PRESETS['paper']['updates']} updates of {PRESETS['paper']['batch_size']} states.",
             "",
+            "| | s an update | hours for all | share of the highest GEMM peak | peak memory, GiB |",
+            "|---|---|---|---|---|",
         ]
+        for name, info in students.items():
+            pace = training(info, read_json(planned["speed"].proof))
+            lines.append(
+                f"| {name} | {pace['seconds_per_update']:.1f} "
+                f"| {pace['hours_of_preset']:.1f} | {pace['peak_share']:.0%} | {pace['peak_memory'] / 2**30:.1f} |"
+            )
+        lines.append("")
     lines += [f"- {name} failed: {reason}" for name, reason in failed.items()]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -261,8 +279,8 @@ def main(
     for folder in (work, output):
         folder.mkdir(parents=True, exist_ok=True)
     failed = {name: reason for name in planned if name in wanted and (reason := run(name, planned[name]))}
-    if planned["training"].proof.exists():
-        write_json(output / "training.json", read_json(planned["training"].proof))
+    if students := trained_students(planned):
+        write_json(output / "training.json", students)
     text = summary(planned, failed, model=model, device=target)
     (output / "summary.md").write_text(text, encoding="utf-8")
     print(f"\n{text}\n{output / 'summary.md'}")

@@ -39,6 +39,7 @@ class DistillConfig:
         precision: of the forward passes: "fp32", "bf16" or "fp16" (autocast); adapters are float32 always.
         gradient_accumulation_steps: passes that share one update's states, to save memory.
         gradient_checkpointing: compute activations again in the backward pass, to save more.
+        compile: run the UNet through `torch.compile`.
         checkpoint_every: updates between checkpoints.
     """
 
@@ -62,6 +63,7 @@ class DistillConfig:
     precision: str = "fp32"
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
+    compile: bool = False
     checkpoint_every: int = 50
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from diffusers.training_utils import EMAModel
 
+from ..engine.compiled import TrainingRunner
 from ..engine.errors import BoostDiffError, InputError
 from ..engine.guidance import GuidedDenoiser, SinglePassDenoiser
 from ..engine.model import Model
@@ -30,7 +31,7 @@ from .checkpoint import TrainingState, save_training_state
 from .config import DistillConfig, learning_rate_at
 from .data import Batch, Source
 from .objective import NoiseSchedule, distillation_loss, guidance_weight, x_from_prediction
-from .watch import DivergenceWatch, StopRequest, peak_memory, stop_request
+from .watch import DivergenceWatch, Pace, StopRequest, peak_memory, stop_request
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 LOG_FILE = "log.jsonl"
@@ -44,7 +45,7 @@ class UpdateReport:
     Attributes:
         update: how many are done.
         loss: of this one, over all processes.
-        images_per_second: states trained on, over all processes.
+        images_per_second: states trained on, over all processes, as `Pace` counts them.
         peak_memory: bytes, of this process.
     """
 
@@ -122,7 +123,7 @@ class Run:
     watch: DivergenceWatch = field(default_factory=DivergenceWatch)
 
     def __post_init__(self) -> None:
-        self.runner = TorchRunner(self.model.unet)
+        self.runner = (TrainingRunner if self.config.compile else TorchRunner)(self.model.unet)
         self.prediction_type = self.model.pipeline.scheduler.config.prediction_type
         self.parameters = list(self.adapter.parameters().values())
         self.optimizer = self.accelerator.prepare(
@@ -181,16 +182,16 @@ class Run:
 
     def train(self, observers: Observers, draw: Callable[[Path], None]) -> dict[str, Any]:
         """Do the updates that are left; what `student.json` says of them."""
-        start, began = self.done, time.monotonic()
+        start, began, pace = self.done, time.monotonic(), Pace(self.config.batch_size)
         main = self.accelerator.is_main_process
         with _open_log(self.folder / LOG_FILE, start, main) as log, stop_request() as request:
             for update in range(start, self.config.updates):
                 loss, stop = self.update(update, request)
                 rate = learning_rate_at(update, self.config)
                 log.write(json.dumps({"update": update, "loss": loss, "lr": rate}) + "\n")
-                pace = self.config.batch_size * (self.done - start) / (time.monotonic() - began)
+                images_per_second = pace.after_update()
                 if observers.log_with:
-                    self.accelerator.log({"loss": loss, "lr": rate, "images/s": pace}, step=update)
+                    self.accelerator.log({"loss": loss, "lr": rate, "images/s": images_per_second}, step=update)
                 last = self.done == self.config.updates
                 if (self.done % self.config.checkpoint_every == 0 or stop) and not last:
                     log.flush()
@@ -198,9 +199,10 @@ class Run:
                     self.good = [parameter.detach().clone() for parameter in self.parameters]
                 if observers.on_update:
                     peak = peak_memory(self.model.device)
-                    observers.on_update(
-                        UpdateReport(update=self.done, loss=loss, images_per_second=pace, peak_memory=peak)
+                    report = UpdateReport(
+                        update=self.done, loss=loss, images_per_second=images_per_second, peak_memory=peak
                     )
+                    observers.on_update(report)
                 if observers.preview_every and self.done % observers.preview_every == 0 and main:
                     (self.folder / "previews").mkdir(exist_ok=True)
                     draw(self.folder / "previews" / f"{self.done:06}.png")
@@ -214,6 +216,7 @@ class Run:
             "updates": self.config.updates,
             "resumed_at": start,
             "seconds": round(time.monotonic() - began, 1),
+            "images_per_second": pace.images_per_second,
             "final_loss": sum(tail) / len(tail),
             "processes": self.accelerator.num_processes,
             "peak_memory": peak_memory(self.model.device),

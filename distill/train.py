@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 
-from ..engine.compiled import use_plain_attention
+from ..engine.compiled import missing_compiler, use_plain_attention
 from ..engine.errors import InputError
 from ..engine.files import locked, prepare_output, publish, read_json, sha256_of, write_json
 from ..engine.model import Model, ModelFiles, load, resolve_device
@@ -93,6 +93,8 @@ def distil(
         raise InputError(f"--format kohya is for --method lora, not {config.method}")
     _check_guidance(files, config)
     _check_precision(files, config, resolve_device(device))
+    if config.compile and (reason := missing_compiler(resolve_device(device))):
+        raise InputError(f"--compile: {reason}")
     prompts = read_prompts(config.prompts) if config.prompts else []
     rows = open_images(config.images) if config.images else None
     prepare_output(output, replaces=INFO_FILE)

@@ -6,6 +6,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -68,6 +69,29 @@ class DivergenceWatch:
             return False
         first, newest = self.losses[: self.WINDOW], self.losses[-self.WINDOW :]
         return sum(newest) > self.FACTOR * sum(first)
+
+
+class Pace:
+    """How fast a run goes. The first update counts only while it is the only one: kernels are chosen or compiled in it.
+
+    Attributes:
+        images_per_second: so far; None before the first update.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.images_per_second: float | None = None
+        self._since, self._updates = time.monotonic(), 0
+
+    def after_update(self) -> float:
+        """`images_per_second`, with one more update of `batch_size` images."""
+        now = time.monotonic()
+        pace = self.batch_size * max(self._updates, 1) / (now - self._since)
+        if self._updates == 0:
+            self._since = now
+        self._updates += 1
+        self.images_per_second = pace
+        return pace
 
 
 def peak_memory(device: torch.device) -> int:

@@ -7,7 +7,9 @@ import importlib.util
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -53,6 +55,19 @@ def missing_compiler(device: torch.device) -> str | None:
     return None if found else "torch.compile needs a C++ compiler"
 
 
+def _compile(unet: torch.nn.Module, *, backend: str, mode: str | None = None) -> Any:
+    torch._dynamo.config.recompile_limit = max(RECOMPILATIONS, torch._dynamo.config.recompile_limit)
+    return torch.compile(unet, backend=backend, mode=mode, dynamic=False)
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Dynamo's warnings of diffusers' code help no user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 class CompiledRunner(TorchRunner):
     """The UNet through `torch.compile`, with code of its own for each batch size; weights are not part of the code.
 
@@ -81,9 +96,7 @@ class CompiledRunner(TorchRunner):
             torch.nn.Module.to(unet, torch.bfloat16)
             unet.to(memory_format=torch.channels_last)
             use_plain_attention(unet)
-        torch._dynamo.config.recompile_limit = max(RECOMPILATIONS, torch._dynamo.config.recompile_limit)
-        mode = "max-autotune" if self._graphs else None
-        self.unet = torch.compile(unet, backend=backend, mode=mode, dynamic=False)
+        self.unet = _compile(unet, backend=backend, mode="max-autotune" if self._graphs else None)
 
     def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """See `Runner.predict`."""
@@ -99,9 +112,33 @@ class CompiledRunner(TorchRunner):
             }
         if self._graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        with torch.no_grad(), warnings.catch_warnings():
-            # Dynamo's remarks on diffusers' code, which help no user.
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), _without_remarks():
             prediction = super().predict(inputs)[:batch]
         # The next replay of a CUDA graph overwrites its output.
         return prediction.clone() if self._graphs else prediction.to(self.dtype)
+
+
+class TrainingRunner(TorchRunner):
+    """The UNet with its adapter through `torch.compile`, gradients included.
+
+    There is code for each batch size, and for the adapter on and off. The UNet itself becomes channels last. CUDA
+    graphs have no part in it: their next replay overwrites activations that the way back needs.
+    """
+
+    name = "compiled"
+
+    def __init__(self, unet: UNet2DConditionModel, *, backend: str = "inductor") -> None:
+        """Wrap; the first call compiles, and so does the first way back, minutes each.
+
+        Args:
+            unet: frozen but for its adapter.
+            backend: of `torch.compile`.
+        """
+        super().__init__(unet)
+        unet.to(memory_format=torch.channels_last)
+        self.unet = _compile(unet, backend=backend)
+
+    def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """See `Runner.predict`."""
+        with _without_remarks():
+            return super().predict(inputs)

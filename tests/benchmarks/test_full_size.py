@@ -66,7 +66,7 @@ def test_ratios_are_those_of_the_fastest_student(report: dict[str, Any]) -> None
 
 
 def test_the_papers_run_by_the_pace_of_a_few_updates(report: dict[str, Any]) -> None:
-    info = {"result": {"seconds": 8.0, "updates": 6, "resumed_at": 2, "peak_memory": 2**30}}
+    info = {"result": {"images_per_second": 256.0, "peak_memory": 2**30}}
     pace = training(info, report)
     assert pace["seconds_per_update"] == 2.0
     assert pace["hours_of_preset"] == pytest.approx(1600 * 2 / 3600)
@@ -81,10 +81,12 @@ def test_the_summary_has_what_there_is(tmp_path: Path, report: dict[str, Any]) -
     assert "| batch | 2 |" in text
     assert "engine failed: exit code 1" in text
     assert "## training" not in text
-    result = {"seconds": 8.0, "updates": 4, "resumed_at": 0, "peak_memory": 3 * 2**30}
-    plan["training"].proof.parent.mkdir(parents=True)
-    write_json(plan["training"].proof, {"result": result})
-    assert "takes 2.0 s" in summary(plan, {}, model="tiny", device=CPU)
+    for name, pace in (("training", 256.0), ("compiled-training", 512.0)):
+        plan[name].proof.parent.mkdir(parents=True)
+        write_json(plan[name].proof, {"result": {"images_per_second": pace, "peak_memory": 3 * 2**30}})
+    text = summary(plan, {}, model="tiny", device=CPU)
+    assert "| training | 2.0 | 0.9 |" in text
+    assert "| compiled-training | 1.0 | 0.4 |" in text
 
 
 def test_a_finished_stage_is_not_run_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

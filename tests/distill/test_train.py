@@ -8,13 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from boostdiff.distill import loop, train
 from boostdiff.distill.config import DistillConfig, learning_rate_at
 from boostdiff.distill.loop import CHECKPOINT_FILE, Observers
 from boostdiff.distill.presets import resolve_config
 from boostdiff.distill.train import distil, work_folder
+from boostdiff.distill.watch import Pace
+from boostdiff.engine.compiled import TrainingRunner
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.model import ModelFiles
 from boostdiff.engine.student import LORA_FILE, read_student
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
 from tiny import save_images
 
 SILENT = Observers(preview=False)
@@ -57,6 +62,48 @@ def test_half_precision_trains(tiny_files: ModelFiles, prompt_file: Path, tmp_pa
     distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
     seen = losses(tmp_path / "s")
     assert sum(seen[-5:]) < sum(seen[:5])
+
+
+def test_compiled_training_is_training(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Inductor's own code takes minutes; what dynamo and autograd make of an adapter that goes on and off is here.
+    made = []
+
+    def compiled_runner(unet: UNet2DConditionModel) -> TrainingRunner:
+        made.append(TrainingRunner(unet, backend="aot_eager"))
+        return made[-1]
+
+    monkeypatch.setattr(loop, "TrainingRunner", compiled_runner)
+    settings = {"prompts": prompt_file, "updates": 3, "batch_size": 4, "learning_rate": 0.01, "guidance_max": 7.5}
+    students = {}
+    for compiled in (False, True):
+        output = tmp_path / f"{compiled}"
+        config = DistillConfig(**settings, compile=compiled)
+        distil(tiny_files, config, output=output, device="cpu", observers=SILENT)
+        students[compiled] = load_file(output / LORA_FILE)
+    assert len(made) == 1
+    torch._dynamo.reset()
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-3)
+    for name, tensor in students[False].items():
+        torch.testing.assert_close(students[True][name], tensor, atol=1e-3, rtol=1e-2)
+
+
+def test_compiling_without_a_compiler(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "missing_compiler", lambda device: "torch.compile needs a C++ compiler")
+    with pytest.raises(InputError, match=r"--compile: torch\.compile needs a"):
+        distil(tiny_files, DistillConfig(prompts=prompt_file, compile=True), output=tmp_path / "s", device="cpu")
+    assert not list(tmp_path.glob("s*"))
+
+
+def test_pace_leaves_out_the_first_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([0.0, 100.0, 102.0, 104.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(seconds))
+    pace = Pace(batch_size=10)
+    assert pace.images_per_second is None
+    assert [pace.after_update() for _ in range(3)] == [0.1, 5.0, 5.0]
 
 
 def test_sigkill_and_resume_give_the_same_bytes(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
