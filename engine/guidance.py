@@ -82,16 +82,24 @@ class GuidedDenoiser:
         self.runner = runner
         self.guidance_scale = guidance_scale
 
-    def __call__(self, z_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
-        """See `Denoiser`."""
+    def passes(self, z_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> tuple[torch.Tensor, torch.Tensor]:
+        """The unconditional and the conditional prediction, each `(B, C, H, W)`."""
         t_both = torch.cat([t, t]) if t.ndim else t
         arguments = text.both().unet_arguments()
         (prediction,) = self.runner(torch.cat([z_t, z_t]), t_both, **arguments, return_dict=False)
         unconditional, conditional = prediction.chunk(2)
+        return unconditional, conditional
+
+    def combined(self, unconditional: torch.Tensor, conditional: torch.Tensor) -> torch.Tensor:
+        """What guidance makes of `passes`, `(B, C, H, W)`."""
         scale = self.guidance_scale
         if isinstance(scale, torch.Tensor):
-            scale = scale.to(prediction)[:, None, None, None]
+            scale = scale.to(conditional)[:, None, None, None]
         return combine(unconditional, conditional, scale)
+
+    def __call__(self, z_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
+        """See `Denoiser`."""
+        return self.combined(*self.passes(z_t, t, text))
 
 
 class SinglePassDenoiser:
