@@ -17,7 +17,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -26,6 +26,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from . import __version__, teacher
 from .engine.errors import BoostDiffError, InputError
@@ -91,6 +92,17 @@ def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
+class _NotedProgress(Progress):
+    """Progress bars with their notes below: beside them they would take bar and times from a narrow terminal."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """See `Progress.get_renderables`."""
+        yield from super().get_renderables()
+        for task in self.tasks:
+            if note := task.fields["note"]:
+                yield Text(f"  {note}", style="dim", no_wrap=True, overflow="ellipsis")
+
+
 @contextmanager
 def _progress(description: str, total: int) -> Iterator[Any]:
     """A bar with an estimate on standard error; yields `advance(count, **columns)`."""
@@ -101,9 +113,8 @@ def _progress(description: str, total: int) -> Iterator[Any]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
     )
-    progress = Progress(*columns, console=console)
+    progress = _NotedProgress(*columns, console=console)
     task = progress.add_task(description, total=total, note="")
 
     def advance(count: int = 1, **fields: Any) -> None:
@@ -117,6 +128,11 @@ def _progress(description: str, total: int) -> Iterator[Any]:
     finally:
         if progress.live.is_started:
             progress.stop()
+
+
+def _learnt(share: float | None) -> str:
+    """The share of guidance that is learnt, to stand before other things; nothing where guidance changes nothing."""
+    return "" if share is None else f"guidance learnt {share:.0%}, "
 
 
 @app.command()
@@ -260,7 +276,8 @@ def distill(
             # Wrong data shows in the first update: no bar before it.
             on_start=lambda done: advance(done) if done else None,
             on_update=lambda done: advance(
-                note=f"loss {done.loss:.4f}, {done.images_per_second:.1f} images/s, {done.peak_memory / 2**30:.1f} GB"
+                note=f"loss {done.loss:.3g}, {_learnt(done.learnt)}"
+                f"{done.images_per_second:.1f} images/s, {done.peak_memory / 2**30:.1f} GB"
             ),
             on_note=lambda note: console.print(note, style="yellow", markup=False),
             preview_every=preview_every,
@@ -284,7 +301,7 @@ def distill(
         return
     console.print(
         f"Student of {info.trainable_parameters:,} parameters in [bold]{output}[/] "
-        f"({info.result['seconds']:.0f} s, loss {info.result['final_loss']:.4f}); "
+        f"({_learnt(info.result['guidance_learnt'])}{info.result['seconds']:.0f} s); "
         f"preview: {output / 'grid.png'}\nNext: [bold]boostdiff export --trt[/]"
     )
 

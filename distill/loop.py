@@ -31,7 +31,7 @@ from .checkpoint import TrainingState, save_training_state
 from .config import DistillConfig, learning_rate_at
 from .data import Batch, Source
 from .objective import NoiseSchedule, distillation_loss, guidance_weight, x_from_prediction
-from .watch import DivergenceWatch, Pace, StopRequest, peak_memory, stop_request
+from .watch import LossWatch, Pace, StopRequest, peak_memory, stop_request
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 LOG_FILE = "log.jsonl"
@@ -45,12 +45,14 @@ class UpdateReport:
     Attributes:
         update: how many are done.
         loss: of this one, over all processes.
+        learnt: share of guidance, as `LossWatch.learnt` counts it.
         images_per_second: states trained on, over all processes, as `Pace` counts them.
         peak_memory: bytes, of this process.
     """
 
     update: int
     loss: float
+    learnt: float | None
     images_per_second: float
     peak_memory: int
 
@@ -120,7 +122,7 @@ class Run:
     config: DistillConfig
     folder: Path
     done: int = 0
-    watch: DivergenceWatch = field(default_factory=DivergenceWatch)
+    watch: LossWatch = field(default_factory=LossWatch)
 
     def __post_init__(self) -> None:
         self.runner = (TrainingRunner if self.config.compile else TorchRunner)(self.model.unet)
@@ -149,7 +151,9 @@ class Run:
         self.optimizer.load_state_dict(state.optimizer)
         self.source.restore(state.data)
         self.done = state.step
-        self.watch.losses = [json.loads(line)["loss"] for line in _log_lines(self.folder / LOG_FILE, self.done)]
+        for line in _log_lines(self.folder / LOG_FILE, self.done):
+            told = json.loads(line)
+            self.watch.add(told["loss"], told["unguided_loss"])
         self.good = [parameter.detach().clone() for parameter in self.parameters]
         if self.average is not None:
             self.average.shadow_params = [average[index].to(p.device) for index, p in enumerate(self.parameters)]
@@ -186,21 +190,25 @@ class Run:
         main = self.accelerator.is_main_process
         with _open_log(self.folder / LOG_FILE, start, main) as log, stop_request() as request:
             for update in range(start, self.config.updates):
-                loss, stop = self.update(update, request)
-                rate = learning_rate_at(update, self.config)
-                log.write(json.dumps({"update": update, "loss": loss, "lr": rate}) + "\n")
+                stop = self.update(update, request)
+                loss, unguided = self.watch.losses[-1], self.watch.unguided[-1]
+                told = {"loss": loss, "unguided_loss": unguided, "lr": learning_rate_at(update, self.config)}
+                log.write(json.dumps({"update": update, **told}) + "\n")
                 images_per_second = pace.after_update()
                 if observers.log_with:
-                    self.accelerator.log({"loss": loss, "lr": rate, "images/s": images_per_second}, step=update)
+                    self.accelerator.log({**told, "images/s": images_per_second}, step=update)
                 last = self.done == self.config.updates
                 if (self.done % self.config.checkpoint_every == 0 or stop) and not last:
                     log.flush()
                     self.checkpoint()
                     self.good = [parameter.detach().clone() for parameter in self.parameters]
                 if observers.on_update:
-                    peak = peak_memory(self.model.device)
                     report = UpdateReport(
-                        update=self.done, loss=loss, images_per_second=images_per_second, peak_memory=peak
+                        update=self.done,
+                        loss=loss,
+                        learnt=self.watch.learnt(),
+                        images_per_second=images_per_second,
+                        peak_memory=peak_memory(self.model.device),
                     )
                     observers.on_update(report)
                 if observers.preview_every and self.done % observers.preview_every == 0 and main:
@@ -211,34 +219,34 @@ class Run:
                         f"stopped by {request.name or 'another process'} after update {self.done}, saved: "
                         "the same command with --resume goes on from there"
                     )
-        tail = self.watch.losses[-max(1, len(self.watch.losses) // 10) :]
         return {
             "updates": self.config.updates,
             "resumed_at": start,
             "seconds": round(time.monotonic() - began, 1),
             "images_per_second": pace.images_per_second,
-            "final_loss": sum(tail) / len(tail),
+            "final_loss": self.watch.loss(),
+            "guidance_learnt": self.watch.learnt(),
             "processes": self.accelerator.num_processes,
             "peak_memory": peak_memory(self.model.device),
             "bad_samples": [asdict(sample) for sample in self.source.skipped()],
         }
 
-    def update(self, update: int, request: StopRequest) -> tuple[float, bool]:
-        """One optimizer step: the loss over all processes, and whether any was asked to stop.
+    def update(self, update: int, request: StopRequest) -> bool:
+        """One optimizer step, whose losses over all processes `watch` is told of; whether any was asked to stop.
 
         Raises:
             BoostDiffError: see `refuse`.
         """
         batch = self.source.batch(update)
-        targets, total = [], torch.zeros((), device=self.model.device)
+        targets, total = [], torch.zeros(2, device=self.model.device)
         for part in batch.split(self.config.gradient_accumulation_steps):
-            teacher_x, losses = self.losses(part)
+            teacher_x, losses, unguided = self.losses(part)
             targets.append(teacher_x)
             # The sum over shares and parts is the mean over the whole batch.
             loss = losses.sum() / self.config.batch_size
             self.accelerator.backward(loss)
-            total += loss.detach()
-        loss_value, stop = self.reduce(total, request)
+            total += torch.stack([loss.detach(), unguided.sum() / self.config.batch_size])
+        loss_value, unguided_value, stop = self.reduce(total, request)
         if not math.isfinite(loss_value):
             self.refuse(f"the loss is {loss_value} at update {update}")
         norm = self.accelerator.clip_grad_norm_(self.parameters, 1.0)
@@ -253,12 +261,16 @@ class Run:
             self.average.step(self.parameters)
         self.source.advance(torch.cat(targets))
         self.done = update + 1
-        if self.watch.diverges(loss_value):
+        self.watch.add(loss_value, unguided_value)
+        if self.watch.diverges():
             self.refuse(f"the loss diverges: {loss_value:.3g} at update {update}")
-        return loss_value, stop
+        return stop
 
-    def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The teacher's x̂_w `(B, C, H, W)` and equation (4) for each sample, `(B,)`."""
+    def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The teacher's x̂_w `(B, C, H, W)`, and for each sample, `(B,)`, equation (4) and the unguided loss.
+
+        The latter is that of the teacher's own conditional pass, which x̂_w needs anyway.
+        """
         dtype = self.model.unet.dtype
         alpha, sigma = self.schedule.at(batch.t)
         z_t, text = batch.z_t.to(dtype), batch.text.to(dtype)
@@ -267,31 +279,38 @@ class Run:
         student = SinglePassDenoiser(self.runner, guidance)
         autocast = self.accelerator.autocast if self.config.precision != "fp32" else nullcontext
 
-        with torch.no_grad(), self.adapter.disabled(), autocast():
-            prediction = teacher(z_t, batch.t, text).float()
-        teacher_x = x_from_prediction(prediction, batch.z_t, alpha, sigma, self.prediction_type)
-        with autocast():
-            prediction = student(z_t, batch.t, text).float()
-        student_x = x_from_prediction(prediction, batch.z_t, alpha, sigma, self.prediction_type)
-        losses = distillation_loss(student_x, teacher_x, alpha, sigma, self.config.loss_weight)
-        if guidance is not None:
-            losses = losses * guidance_weight(guidance)
-        return teacher_x, losses
+        def x_of(prediction: torch.Tensor) -> torch.Tensor:
+            return x_from_prediction(prediction.float(), batch.z_t, alpha, sigma, self.prediction_type)
 
-    def reduce(self, loss: torch.Tensor, request: StopRequest) -> tuple[float, bool]:
-        """Sum gradients, loss and requests to stop over all processes, in one exchange."""
-        if self.accelerator.num_processes == 1:
-            return loss.item(), request.name is not None
-        gradients = [parameter.grad for parameter in self.parameters]
-        assert all(gradient is not None for gradient in gradients)
-        asked = loss.new_tensor([loss.item(), float(request.name is not None)])
-        flat = torch.cat([gradient.flatten() for gradient in gradients if gradient is not None] + [asked])
-        flat = self.accelerator.reduce(flat, reduction="sum")
-        pieces = flat.split([parameter.numel() for parameter in self.parameters] + [2])
-        for parameter, piece in zip(self.parameters, pieces[:-1], strict=True):
-            parameter.grad = piece.view_as(parameter)
-        loss_sum, stops = pieces[-1].tolist()
-        return loss_sum, stops > 0
+        def loss_of(x: torch.Tensor) -> torch.Tensor:
+            losses = distillation_loss(x, teacher_x, alpha, sigma, self.config.loss_weight)
+            return losses if guidance is None else losses * guidance_weight(guidance)
+
+        with torch.no_grad(), self.adapter.disabled(), autocast():
+            unconditional, conditional = teacher.passes(z_t, batch.t, text)
+            guided = teacher.combined(unconditional, conditional)
+        teacher_x = x_of(guided)
+        with autocast():
+            prediction = student(z_t, batch.t, text)
+        losses, unguided = loss_of(x_of(prediction)), loss_of(x_of(conditional))
+        # At w = 1 the two passes differ by rounding alone.
+        return teacher_x, losses, unguided if self.config.guidance_bounds[1] > 1 else torch.zeros_like(unguided)
+
+    def reduce(self, losses: torch.Tensor, request: StopRequest) -> tuple[float, float, bool]:
+        """Sum gradients, losses `(2,)` and requests to stop over all processes, in one exchange."""
+        stopped = request.name is not None
+        if self.accelerator.num_processes > 1:
+            gradients = [parameter.grad for parameter in self.parameters]
+            assert all(gradient is not None for gradient in gradients)
+            told = [losses, losses.new_tensor([float(stopped)])]
+            flat = torch.cat([gradient.flatten() for gradient in gradients if gradient is not None] + told)
+            flat = self.accelerator.reduce(flat, reduction="sum")
+            pieces = flat.split([parameter.numel() for parameter in self.parameters] + [2, 1])
+            for parameter, piece in zip(self.parameters, pieces[:-2], strict=True):
+                parameter.grad = piece.view_as(parameter)
+            losses, stopped = pieces[-2], pieces[-1].item() > 0
+        loss, unguided = losses.tolist()
+        return loss, unguided, stopped
 
     def refuse(self, reason: str) -> None:
         """Stop, and leave the last good adapter in the unfinished run's folder.

@@ -1,4 +1,4 @@
-"""What a training run watches besides its loss: requests to stop, divergence, memory."""
+"""What a training run watches: requests to stop, what its losses tell, pace, memory."""
 
 from __future__ import annotations
 
@@ -49,11 +49,12 @@ def stop_request() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-class DivergenceWatch:
-    """Tells when a loss has left the range that it began in.
+class LossWatch:
+    """All losses of a run: whether they diverge, and how much of guidance they show to be learnt.
 
-    The loss of an update depends much on the noise levels drawn, so windows are compared: the mean of the newest
-    `WINDOW` losses with `FACTOR` times the mean of the first.
+    Attributes:
+        losses: equation (4), one an update.
+        unguided: the same of the teacher's own conditional pass, which is a student that has learnt nothing.
     """
 
     WINDOW = 10
@@ -61,14 +62,41 @@ class DivergenceWatch:
 
     def __init__(self) -> None:
         self.losses: list[float] = []
+        self.unguided: list[float] = []
 
-    def diverges(self, loss: float) -> bool:
-        """Take in one more loss."""
+    def add(self, loss: float, unguided: float) -> None:
+        """Take in one more update."""
         self.losses.append(loss)
+        self.unguided.append(unguided)
+
+    def diverges(self) -> bool:
+        """Whether the loss has left the range that it began in.
+
+        The loss of an update depends much on the noise levels drawn, so windows are compared: the mean of the newest
+        `WINDOW` losses with `FACTOR` times the mean of the first.
+        """
         if len(self.losses) < 2 * self.WINDOW:
             return False
         first, newest = self.losses[: self.WINDOW], self.losses[-self.WINDOW :]
         return sum(newest) > self.FACTOR * sum(first)
+
+    def newest(self) -> slice:
+        """The newest tenth of the updates: one alone says little."""
+        return slice(-max(1, len(self.losses) // 10), None)
+
+    def loss(self) -> float:
+        """The mean over the newest updates."""
+        losses = self.losses[self.newest()]
+        return sum(losses) / len(losses)
+
+    def learnt(self) -> float | None:
+        """The share of guidance that is learnt, over the newest updates: 1 − loss / unguided loss.
+
+        It is 0 for a student that predicts what the unguided teacher does, and 1 for the guided teacher itself. None
+        where guidance changes nothing, as at w = 1.
+        """
+        unguided = sum(self.unguided[self.newest()])
+        return 1 - sum(self.losses[self.newest()]) / unguided if unguided > 0 else None
 
 
 class Pace:

@@ -18,7 +18,7 @@ from boostdiff.distill.loop import CHECKPOINT_FILE, Observers, UpdateReport
 from boostdiff.distill.objective import NoiseSchedule
 from boostdiff.distill.order import Share
 from boostdiff.distill.train import distil, work_folder
-from boostdiff.distill.watch import DivergenceWatch
+from boostdiff.distill.watch import LossWatch
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.model import Model, ModelFiles
 from boostdiff.engine.student import LORA_FILE
@@ -88,9 +88,14 @@ def test_two_processes_train_the_same_adapter_as_one(
     assert_same_adapter(load_file(tmp_path / "two" / LORA_FILE), expected)
     # One process logs, in the student's folder.
     (events,) = (tmp_path / "two" / "boostdiff").glob("events.*")
-    logged = EventAccumulator(str(events)).Reload().Scalars("loss")
-    written = [json.loads(line)["loss"] for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
-    assert [event.value for event in logged] == pytest.approx(written)
+    logged = EventAccumulator(str(events)).Reload()
+    for name in ("loss", "unguided_loss"):
+        one, two = (
+            [json.loads(line)[name] for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
+            for run in ("one", "two")
+        )
+        assert [event.value for event in logged.Scalars(name)] == pytest.approx(two)
+        assert two == pytest.approx(one, rel=1e-3)
 
 
 def test_gradient_accumulation_and_checkpointing_change_nothing_but_memory(
@@ -196,7 +201,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_adapter
     def poisoned(*arguments: object) -> torch.Tensor:
         calls.append(1)
         loss = original(*arguments)
-        return loss * float("nan") if len(calls) == 8 else loss
+        # Each update asks for the student's loss, then for the unguided one.
+        return loss * float("nan") if len(calls) == 15 else loss
 
     calls: list[int] = []
     original = loop.distillation_loss
@@ -211,9 +217,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_adapter
 
 
 def test_divergence_is_seen() -> None:
-    watch = DivergenceWatch()
-    assert not any(watch.diverges(loss) for loss in [1.0, 3.0] * 30)
-    assert any(watch.diverges(30.0) for _ in range(10))
+    watch = LossWatch()
+
+    def diverges(loss: float) -> bool:
+        watch.add(loss, 1.0)
+        return watch.diverges()
+
+    assert not any(diverges(loss) for loss in [1.0, 3.0] * 30)
+    assert any(diverges(30.0) for _ in range(10))
+
+
+def test_what_is_learnt_is_told_by_the_newest_tenth_of_the_updates() -> None:
+    watch = LossWatch()
+    watch.add(2.0, 2.0)
+    assert watch.learnt() == 0
+    for loss in [1.0] * 17 + [0.2, 0.6]:
+        watch.add(loss, 2.0)
+    assert watch.learnt() == pytest.approx(0.8)
+    assert watch.loss() == pytest.approx(0.4)
+
+
+def test_without_guidance_there_is_nothing_to_learn() -> None:
+    watch = LossWatch()
+    watch.add(0.0, 0.0)
+    assert watch.learnt() is None
 
 
 def test_an_unknown_tracker() -> None:

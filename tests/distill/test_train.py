@@ -25,8 +25,8 @@ from tiny import save_images
 SILENT = Observers(preview=False)
 
 
-def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+def logged(folder: Path, name: str = "loss") -> list[float]:
+    return [json.loads(line)[name] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("method", ["lora", "bitfit"])
@@ -35,9 +35,13 @@ def test_training_brings_the_student_to_the_teacher(
 ) -> None:
     config = DistillConfig(method=method, prompts=prompt_file, updates=80, batch_size=8, learning_rate=0.01)
     info = distil(tiny_files, config, output=tmp_path / "s", device="cpu")
-    seen = losses(tmp_path / "s")
+    seen = logged(tmp_path / "s")
     assert len(seen) == 80
     assert sum(seen[-10:]) < 0.5 * sum(seen[:10])
+    unguided = logged(tmp_path / "s", "unguided_loss")
+    assert seen[0] == pytest.approx(unguided[0]), "an adapter begins as the teacher's conditional pass"
+    assert info.result["guidance_learnt"] == pytest.approx(1 - sum(seen[-8:]) / sum(unguided[-8:]))
+    assert 0.5 < info.result["guidance_learnt"] < 1
     assert info == read_student(tmp_path / "s", tiny_files)
     assert {path.name for path in (tmp_path / "s").iterdir()} == {
         *info.adapter_files,
@@ -53,14 +57,21 @@ def test_training_on_images(tiny_files: ModelFiles, tmp_path: Path) -> None:
     save_images(tmp_path / "images", count=6)
     config = DistillConfig(images=str(tmp_path / "images"), updates=40, batch_size=4, learning_rate=0.01)
     distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
-    seen = losses(tmp_path / "s")
+    seen = logged(tmp_path / "s")
     assert sum(seen[-10:]) < sum(seen[:10])
+
+
+def test_without_guidance_there_is_nothing_to_learn(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
+    config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2, guidance=1.0)
+    info = distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
+    assert logged(tmp_path / "s", "unguided_loss") == [0, 0]
+    assert info.result["guidance_learnt"] is None
 
 
 def test_half_precision_trains(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
     config = DistillConfig(prompts=prompt_file, updates=30, batch_size=4, learning_rate=0.01, precision="bf16")
     distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
-    seen = losses(tmp_path / "s")
+    seen = logged(tmp_path / "s")
     assert sum(seen[-5:]) < sum(seen[:5])
 
 
@@ -84,7 +95,7 @@ def test_compiled_training_is_training(
         students[compiled] = load_file(output / LORA_FILE)
     assert len(made) == 1
     torch._dynamo.reset()
-    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-3)
+    assert logged(tmp_path / "True") == pytest.approx(logged(tmp_path / "False"), rel=1e-3)
     for name, tensor in students[False].items():
         torch.testing.assert_close(students[True][name], tensor, atol=1e-3, rtol=1e-2)
 
@@ -137,7 +148,7 @@ def test_sigkill_and_resume_give_the_same_bytes(tiny_files: ModelFiles, prompt_f
     assert 20 <= info.result["resumed_at"] < 120
     whole, cut = (tmp_path / name / next(iter(info.adapter_files)) for name in ("whole", "cut"))
     assert whole.read_bytes() == cut.read_bytes()
-    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    assert logged(tmp_path / "whole") == logged(tmp_path / "cut")
 
 
 def test_resume_refuses_other_settings_and_nothing(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
