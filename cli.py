@@ -170,14 +170,19 @@ def distill(
         int, typer.Option("--max-bad-samples", help="Unreadable images that are skipped before the run stops.")
     ] = 0,
     updates: Annotated[
-        int | None, typer.Option("--updates", help="Optimizer updates.", show_default="lora 260, bitfit 300")
+        int | None,
+        typer.Option(
+            "--updates",
+            help="Optimizer updates.",
+            show_default="260; bitfit, soft-prompt 300; of a range four times as many",
+        ),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", help="States an update, over all processes.", show_default="32")
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option("--learning-rate", help="Peak learning rate.", show_default="lora 1e-3, bitfit 1e-2"),
+        typer.Option("--learning-rate", help="Peak learning rate.", show_default="1e-3; bitfit, soft-prompt 1e-2"),
     ] = None,
     loss_weight: Annotated[
         str | None,
@@ -197,7 +202,11 @@ def distill(
         typer.Option("--precision", help="fp32, bf16 or fp16.", show_default="bf16 where the device has it, else fp32"),
     ] = None,
     gradient_accumulation_steps: Annotated[
-        int, typer.Option("--gradient-accumulation-steps", help="Passes that share one update, to save memory.")
+        int,
+        typer.Option(
+            "--gradient-accumulation-steps",
+            help="Passes that share an update; more by themselves where memory runs out.",
+        ),
     ] = 1,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations, to save more.")
@@ -276,7 +285,7 @@ def distill(
             # Wrong data shows in the first update: no bar before it.
             on_start=lambda done: advance(done) if done else None,
             on_update=lambda done: advance(
-                note=f"loss {done.loss:.3g}, {_learnt(done.learnt)}"
+                note=f"loss {done.loss:.3g}, {_learnt(done.guidance_learnt)}"
                 f"{done.images_per_second:.1f} images/s, {done.peak_memory / 2**30:.1f} GB"
             ),
             on_note=lambda note: console.print(note, style="yellow", markup=False),

@@ -6,12 +6,12 @@ On `emoji64` and its held-out prompts. At each state guidance adds g = ε̂_w �
 student of the same scale adds s. Images are drawn with ε̂_1 plus one part of g at each step: none (the teacher without
 guidance), all (the teacher), what is learnt (s: the student), what is left (g − s), and g shortened to the length of s.
 
-Two shares are printed, over the teacher's own states: ⟨s, g⟩ / ‖g‖² and ‖s‖² / ‖g‖². The error of a least-squares
-estimate is orthogonal to the estimate, ⟨s, g − s⟩ = 0, which makes the two equal: the share of g that the student can
-tell from one pass.
+Two shares are printed, over the teacher's own states: ⟨s, g⟩ / ‖g‖² and ‖s‖² / ‖g‖². What a least-squares estimate
+misses is orthogonal to it, ⟨s, g − s⟩ = 0; the nearer the two are to each other, the more s is such an estimate, and
+the share is what it explains of g.
 
-A student that is not given is trained in DIR; options after `--` go to `boostdiff distill`. What is drawn is kept: a
-run that was interrupted goes on.
+A student that is not given is trained in DIR, and options after `--` then go to `boostdiff distill`. What is drawn is
+kept: a run that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -54,8 +54,12 @@ def shortened(g: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
     return g / lengths[1].clamp(min=torch.finfo(g.dtype).tiny) * lengths[0]
 
 
-PARTS: dict[str, Part] = {"g − s": lambda g, s: g - s, "g, as long as s": shortened}
-"""What can be added to the unguided prediction, from guidance g and the student's s, both `(B, C, H, W)`."""
+PARTS: dict[str, tuple[str, Part]] = {
+    "g − s": ("left out", lambda g, s: g - s),
+    "g, as long as s": ("shortened", shortened),
+}
+"""What can be added to the unguided prediction: a name for files, which hold letters and digits alone, and the part as
+a function of guidance g and the student's s, both `(B, C, H, W)`."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +98,13 @@ def rows_of(held_out: HeldOut, folder: Path, samples: int) -> dict[str, tuple[st
     merged = student_model(folder)
     name = f"{folder.name} {info.adapter_sha256[:12]}"
     alone = held_out.features({name: SinglePassDenoiser}, samples, open_model=lambda: merged)
-    # Files of features are told apart by letters and digits.
-    names = {part: f"part {number} {info.adapter_sha256[:12]}" for number, part in enumerate(PARTS)}
+    names = {part: f"{slug} {info.adapter_sha256[:12]}" for part, (slug, _) in PARTS.items()}
     with FastestRunners(merged, passes=samples * held_out.steps) as runners:
 
         def opened(runner: Runner, part: Part) -> Denoiser:
             return PartOfGuidance(runner, SinglePassDenoiser(runners(merged.unet)), info.guidance, part)
 
-        rows = {names[key]: partial(opened, part=part) for key, part in PARTS.items()}
+        rows = {names[key]: partial(opened, part=part) for key, (_, part) in PARTS.items()}
         parts = held_out.features(rows, samples, open_model=teacher_model)
     return {
         NONE: teachers[1.0],
@@ -131,6 +134,10 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
 ) -> None:
     """Measure."""
+    if student is not None and context.args:
+        raise InputError(
+            f"{' '.join(context.args)}: options of `boostdiff distill`, and --student leaves nothing to train"
+        )
     work.mkdir(parents=True, exist_ok=True)
     student = student or trained(work / "student", ["--guidance", "3", *context.args])
     held_out = HeldOut(work=work, sampler=sampler, steps=steps)

@@ -24,7 +24,7 @@ class DistillConfig:
         alpha: of LoRA and its kin; None takes the rank.
         targets: a key of `adapters.TARGETS`, or comma-separated endings of module names.
         tokens: of a soft prompt.
-        guidance: the guidance scale w to distil in, at least 1.
+        guidance: the guidance scale w to distil in, above 1; a range may begin at 1.
         guidance_max: the other end of a range that begins at `guidance`; the student then takes w as an input.
         negative_prompt: what guidance leads away from.
         prompts: one prompt a line; the source is then online trajectories.
@@ -37,7 +37,8 @@ class DistillConfig:
         ema: decay of an average of the adapter over updates, which is then what is saved; None keeps none.
         seed: of everything random.
         precision: of the forward passes: "fp32", "bf16" or "fp16" (autocast); adapters are float32 always.
-        gradient_accumulation_steps: passes that share one update's states, to save memory.
+        gradient_accumulation_steps: passes that share one update's states, to save memory; where it does not suffice
+            they become more.
         gradient_checkpointing: compute activations again in the backward pass, to save more.
         compile: run the UNet through `torch.compile`.
         checkpoint_every: updates between checkpoints.
@@ -82,6 +83,8 @@ class DistillConfig:
         for scale in (self.guidance, self.guidance_max):
             if scale is not None and (not scale >= 1 or math.isinf(scale)):
                 raise InputError(f"--guidance {scale:g} can't be distilled: it must be at least 1")
+        if self.guidance == 1 and self.guidance_max is None:
+            raise InputError("--guidance 1 is no guidance, there is nothing to distil: it must be above 1")
         if self.guidance_max is not None and self.guidance_max <= self.guidance:
             raise InputError(f"--guidance {self.guidance:g}:{self.guidance_max:g} is no range: write LOW:HIGH")
         for name in ("rank", "tokens", "updates", "batch_size", "checkpoint_every", "gradient_accumulation_steps"):

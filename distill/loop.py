@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from diffusers.training_utils import EMAModel
 
 from ..engine.compiled import TrainingRunner
@@ -45,14 +46,14 @@ class UpdateReport:
     Attributes:
         update: how many are done.
         loss: of this one, over all processes.
-        learnt: share of guidance, as `LossWatch.learnt` counts it.
+        guidance_learnt: see `LossWatch.guidance_learnt`.
         images_per_second: states trained on, over all processes, as `Pace` counts them.
         peak_memory: bytes, of this process.
     """
 
     update: int
     loss: float
-    learnt: float | None
+    guidance_learnt: float | None
     images_per_second: float
     peak_memory: int
 
@@ -112,6 +113,7 @@ class Run:
         folder: where checkpoint and log are kept.
         done: updates so far.
         watch: all losses so far.
+        parts: passes that share an update; more than configured where memory does not suffice.
     """
 
     accelerator: Accelerator
@@ -123,8 +125,10 @@ class Run:
     folder: Path
     done: int = 0
     watch: LossWatch = field(default_factory=LossWatch)
+    parts: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.parts = self.config.gradient_accumulation_steps
         self.runner = (TrainingRunner if self.config.compile else TorchRunner)(self.model.unet)
         self.prediction_type = self.model.pipeline.scheduler.config.prediction_type
         self.parameters = list(self.adapter.parameters().values())
@@ -140,7 +144,7 @@ class Run:
         """Go on from a checkpoint.
 
         Raises:
-            InputError: it is of another adapter.
+            InputError: it is of another adapter, or the log beside it is no log.
         """
         weights = {name: tensor for name, tensor in state.weights.items() if not name.startswith("ema.")}
         average = {int(name[4:]): tensor for name, tensor in state.weights.items() if name.startswith("ema.")}
@@ -151,9 +155,12 @@ class Run:
         self.optimizer.load_state_dict(state.optimizer)
         self.source.restore(state.data)
         self.done = state.step
-        for line in _log_lines(self.folder / LOG_FILE, self.done):
-            told = json.loads(line)
-            self.watch.add(told["loss"], told["unguided_loss"])
+        try:
+            for line in _log_lines(self.folder / LOG_FILE, self.done):
+                logged = json.loads(line)
+                self.watch.add(logged["loss"], logged["unguided_loss"])
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"can't resume: {self.folder / LOG_FILE} is damaged; run without --resume") from None
         self.good = [parameter.detach().clone() for parameter in self.parameters]
         if self.average is not None:
             self.average.shadow_params = [average[index].to(p.device) for index, p in enumerate(self.parameters)]
@@ -190,13 +197,13 @@ class Run:
         main = self.accelerator.is_main_process
         with _open_log(self.folder / LOG_FILE, start, main) as log, stop_request() as request:
             for update in range(start, self.config.updates):
-                stop = self.update(update, request)
+                stop = self.update(update, request, observers.note)
                 loss, unguided = self.watch.losses[-1], self.watch.unguided[-1]
-                told = {"loss": loss, "unguided_loss": unguided, "lr": learning_rate_at(update, self.config)}
-                log.write(json.dumps({"update": update, **told}) + "\n")
+                values = {"loss": loss, "unguided_loss": unguided, "lr": learning_rate_at(update, self.config)}
+                log.write(json.dumps({"update": update, **values}) + "\n")
                 images_per_second = pace.after_update()
                 if observers.log_with:
-                    self.accelerator.log({**told, "images/s": images_per_second}, step=update)
+                    self.accelerator.log({**values, "images/s": images_per_second}, step=update)
                 last = self.done == self.config.updates
                 if (self.done % self.config.checkpoint_every == 0 or stop) and not last:
                     log.flush()
@@ -206,7 +213,7 @@ class Run:
                     report = UpdateReport(
                         update=self.done,
                         loss=loss,
-                        learnt=self.watch.learnt(),
+                        guidance_learnt=self.watch.guidance_learnt(),
                         images_per_second=images_per_second,
                         peak_memory=peak_memory(self.model.device),
                     )
@@ -224,28 +231,22 @@ class Run:
             "resumed_at": start,
             "seconds": round(time.monotonic() - began, 1),
             "images_per_second": pace.images_per_second,
-            "final_loss": self.watch.loss(),
-            "guidance_learnt": self.watch.learnt(),
+            "final_loss": self.watch.mean_loss(),
+            "guidance_learnt": self.watch.guidance_learnt(),
+            "gradient_accumulation_steps": self.parts,
             "processes": self.accelerator.num_processes,
             "peak_memory": peak_memory(self.model.device),
             "bad_samples": [asdict(sample) for sample in self.source.skipped()],
         }
 
-    def update(self, update: int, request: StopRequest) -> bool:
+    def update(self, update: int, request: StopRequest, note: Callable[[str], None]) -> bool:
         """One optimizer step, whose losses over all processes `watch` is told of; whether any was asked to stop.
 
         Raises:
-            BoostDiffError: see `refuse`.
+            BoostDiffError: see `refuse` and `gradients`.
         """
         batch = self.source.batch(update)
-        targets, total = [], torch.zeros(2, device=self.model.device)
-        for part in batch.split(self.config.gradient_accumulation_steps):
-            teacher_x, losses, unguided = self.losses(part)
-            targets.append(teacher_x)
-            # The sum over shares and parts is the mean over the whole batch.
-            loss = losses.sum() / self.config.batch_size
-            self.accelerator.backward(loss)
-            total += torch.stack([loss.detach(), unguided.sum() / self.config.batch_size])
+        teacher_x, total = self.gradients(batch, note)
         loss_value, unguided_value, stop = self.reduce(total, request)
         if not math.isfinite(loss_value):
             self.refuse(f"the loss is {loss_value} at update {update}")
@@ -259,12 +260,50 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.step(self.parameters)
-        self.source.advance(torch.cat(targets))
+        self.source.advance(teacher_x)
         self.done = update + 1
         self.watch.add(loss_value, unguided_value)
         if self.watch.diverges():
             self.refuse(f"the loss diverges: {loss_value:.3g} at update {update}")
         return stop
+
+    def gradients(self, batch: Batch, note: Callable[[str], None]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute this process's gradients of the mean loss, in more parts than before where memory does not suffice.
+
+        Returns:
+            The teacher's x̂_w `(B, C, H, W)`, and this process's share of the mean of both losses, `(2,)`.
+
+        Raises:
+            BoostDiffError: not even one state fits.
+        """
+        while True:
+            try:
+                return self.gradients_in_parts(batch)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+            # Only here, after the handler, are the activations that the traceback holds let go.
+            self.optimizer.zero_grad(set_to_none=True)
+            clear_device_cache(garbage_collection=True)
+            if self.parts >= len(batch):
+                hint = "" if self.config.gradient_checkpointing else "pass --gradient-checkpointing, or "
+                raise BoostDiffError(f"out of memory with one state at a time: {hint}stop what else uses the device")
+            self.parts = min(2 * self.parts, len(batch))
+            note(
+                f"out of memory: going on with --gradient-accumulation-steps {self.parts}, which gives the same student"
+            )
+
+    def gradients_in_parts(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `gradients`."""
+        targets, total = [], torch.zeros(2, device=self.model.device)
+        for part in batch.split(self.parts):
+            teacher_x, losses, unguided = self.losses(part)
+            targets.append(teacher_x)
+            # The sum over shares and parts is the mean over the whole batch.
+            loss = losses.sum() / self.config.batch_size
+            self.accelerator.backward(loss)
+            total += torch.stack([loss.detach(), unguided.sum() / self.config.batch_size])
+        return torch.cat(targets), total
 
     def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The teacher's x̂_w `(B, C, H, W)`, and for each sample, `(B,)`, equation (4) and the unguided loss.
@@ -288,13 +327,11 @@ class Run:
 
         with torch.no_grad(), self.adapter.disabled(), autocast():
             unconditional, conditional = teacher.passes(z_t, batch.t, text)
-            guided = teacher.combined(unconditional, conditional)
-        teacher_x = x_of(guided)
+        # In float32: guidance multiplies what half precision rounds.
+        teacher_x = x_of(teacher.combined(unconditional.float(), conditional.float()))
         with autocast():
             prediction = student(z_t, batch.t, text)
-        losses, unguided = loss_of(x_of(prediction)), loss_of(x_of(conditional))
-        # At w = 1 the two passes differ by rounding alone.
-        return teacher_x, losses, unguided if self.config.guidance_bounds[1] > 1 else torch.zeros_like(unguided)
+        return teacher_x, loss_of(x_of(prediction)), loss_of(x_of(conditional))
 
     def reduce(self, losses: torch.Tensor, request: StopRequest) -> tuple[float, float, bool]:
         """Sum gradients, losses `(2,)` and requests to stop over all processes, in one exchange."""
@@ -302,8 +339,8 @@ class Run:
         if self.accelerator.num_processes > 1:
             gradients = [parameter.grad for parameter in self.parameters]
             assert all(gradient is not None for gradient in gradients)
-            told = [losses, losses.new_tensor([float(stopped)])]
-            flat = torch.cat([gradient.flatten() for gradient in gradients if gradient is not None] + told)
+            others = [losses, losses.new_tensor([float(stopped)])]
+            flat = torch.cat([gradient.flatten() for gradient in gradients if gradient is not None] + others)
             flat = self.accelerator.reduce(flat, reduction="sum")
             pieces = flat.split([parameter.numel() for parameter in self.parameters] + [2, 1])
             for parameter, piece in zip(self.parameters, pieces[:-2], strict=True):

@@ -80,23 +80,24 @@ class LossWatch:
         first, newest = self.losses[: self.WINDOW], self.losses[-self.WINDOW :]
         return sum(newest) > self.FACTOR * sum(first)
 
-    def newest(self) -> slice:
-        """The newest tenth of the updates: one alone says little."""
-        return slice(-max(1, len(self.losses) // 10), None)
+    def _newest(self, values: list[float]) -> float:
+        """The mean over the newest tenth of the updates: one alone says little."""
+        count = max(1, len(values) // 10)
+        return sum(values[-count:]) / count
 
-    def loss(self) -> float:
-        """The mean over the newest updates."""
-        losses = self.losses[self.newest()]
-        return sum(losses) / len(losses)
+    def mean_loss(self) -> float:
+        """Over the newest tenth of the updates."""
+        return self._newest(self.losses)
 
-    def learnt(self) -> float | None:
-        """The share of guidance that is learnt, over the newest updates: 1 − loss / unguided loss.
+    def guidance_learnt(self) -> float | None:
+        """The share of guidance that is learnt, over the newest tenth of the updates: 1 − loss / unguided loss.
 
-        It is 0 for a student that predicts what the unguided teacher does, and 1 for the guided teacher itself. None
-        where guidance changes nothing, as at w = 1.
+        It is 0 for a student that predicts what the unguided teacher does, 1 for the guided teacher itself, and below 0
+        for one that is further from it than the unguided teacher. It tells of the weights as they are trained, not of
+        an average over updates. None where guidance changes nothing.
         """
-        unguided = sum(self.unguided[self.newest()])
-        return 1 - sum(self.losses[self.newest()]) / unguided if unguided > 0 else None
+        unguided = self._newest(self.unguided)
+        return 1 - self._newest(self.losses) / unguided if unguided > 0 else None
 
 
 class Pace:

@@ -138,6 +138,9 @@ def _opened_in_torch(files: ModelFiles, config: DrawConfig, device: str) -> Iter
         if config.dial is not None and info.method != "lora":
             # A DoRA's magnitudes stay at weight 0: that is not the base.
             raise InputError(f"--dial is the weight of a student of method lora: this one is of method {info.method}")
+        if config.dial is not None and info.guidance_range is not None:
+            # Its guidance input would stay on.
+            raise InputError("--dial is for students of one scale: this one takes its guidance as an input, --guidance")
     target = resolve_device(device)
     if config.runner in LACKING and (reason := LACKING[config.runner](target)):
         raise BoostDiffError(reason)

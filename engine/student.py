@@ -210,7 +210,7 @@ def apply_adapter(unet: UNet2DConditionModel, folder: Path, info: StudentInfo) -
 
 
 @torch.no_grad()
-def load_biases(unet: torch.nn.Module, path: Path) -> None:
+def load_biases(unet: torch.nn.Module, path: str | Path) -> None:
     """Replace all biases of a UNet by those in a BitFit file; the one call that BitFit needs in stock diffusers.
 
     Args:
@@ -231,8 +231,12 @@ def load_biases(unet: torch.nn.Module, path: Path) -> None:
         parameter.copy_(biases[name])
 
 
-def load_peft_adapter(unet: UNet2DConditionModel, folder: Path) -> None:
-    """Put a tuner that peft saved (`adapter_config.json`, `adapter_model.safetensors`) onto a UNet.
+def load_peft_adapter(unet: UNet2DConditionModel, folder: str | Path) -> None:
+    """Put a tuner that peft saved onto a UNet.
+
+    Args:
+        unet: `pipe.unet` of the model that it was trained on.
+        folder: holds `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises:
         ValueError: the configuration is of no known tuner, or the tensors are not those of this UNet.
@@ -243,7 +247,7 @@ def load_peft_adapter(unet: UNet2DConditionModel, folder: Path) -> None:
         raise ValueError(f"adapter_config.json is unusable: {error}") from None
     dtype = unet.dtype
     unet.add_adapter(config, adapter_name=ADAPTER_NAME)
-    outcome = set_peft_model_state_dict(unet, load_file(folder / PEFT_FILE), adapter_name=ADAPTER_NAME)
+    outcome = set_peft_model_state_dict(unet, load_file(Path(folder) / PEFT_FILE), adapter_name=ADAPTER_NAME)
     if outcome is not None and outcome.unexpected_keys:
         raise ValueError(f"{PEFT_FILE} has tensors that fit no layer: {outcome.unexpected_keys[0]}")
     unet.to(dtype).requires_grad_(False)
@@ -275,7 +279,7 @@ def add_soft_prompt(unet: UNet2DConditionModel, tokens: torch.Tensor) -> SoftPro
     return hook
 
 
-def load_soft_prompt(unet: UNet2DConditionModel, path: Path) -> None:
+def load_soft_prompt(unet: UNet2DConditionModel, path: str | Path) -> None:
     """Put a learnt soft prompt onto a UNet; the one call that it needs in stock diffusers.
 
     Raises:
@@ -307,7 +311,7 @@ def add_guidance_embedding(unet: UNet2DConditionModel, width: int = GUIDANCE_WID
 
 
 @torch.no_grad()
-def load_guidance_embedding(unet: UNet2DConditionModel, path: Path) -> None:
+def load_guidance_embedding(unet: UNet2DConditionModel, path: str | Path) -> None:
     """Give a UNet the guidance input that a range student was trained with.
 
     Raises:

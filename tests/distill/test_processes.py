@@ -14,7 +14,7 @@ from boostdiff.distill import loop
 from boostdiff.distill.checkpoint import load_training_state
 from boostdiff.distill.config import DistillConfig
 from boostdiff.distill.data import Trajectories
-from boostdiff.distill.loop import CHECKPOINT_FILE, Observers, UpdateReport
+from boostdiff.distill.loop import CHECKPOINT_FILE, LOG_FILE, Observers, UpdateReport
 from boostdiff.distill.objective import NoiseSchedule
 from boostdiff.distill.order import Share
 from boostdiff.distill.train import distil, work_folder
@@ -144,6 +144,34 @@ def test_a_run_cut_short_and_resumed_gives_the_same_bytes(
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_what_the_log_tells_is_read_again_on_resuming(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path
+) -> None:
+    config = DistillConfig(prompts=prompt_file, updates=21, batch_size=2, checkpoint_every=20)
+
+    class Cut(Exception):
+        pass
+
+    def cut(report: UpdateReport) -> None:
+        if report.update == 20:
+            raise Cut
+
+    whole = distil(tiny_files, config, output=tmp_path / "whole", device="cpu", observers=SILENT)
+    with pytest.raises(Cut):
+        distil(tiny_files, config, output=tmp_path / "cut", device="cpu", observers=Observers(on_update=cut))
+    log = work_folder(tmp_path / "cut") / LOG_FILE
+    kept = log.read_text()
+    log.write_text(kept.replace("unguided_loss", "x"))
+    with pytest.raises(InputError, match=r"can't resume: .*log.jsonl is damaged"):
+        distil(tiny_files, config, output=tmp_path / "cut", device="cpu", resume=True, observers=SILENT)
+    log.write_text(kept)
+    info = distil(tiny_files, config, output=tmp_path / "cut", device="cpu", resume=True, observers=SILENT)
+    # The mean of the last two updates: one before the cut, and one after it.
+    assert info.result["resumed_at"] == 20
+    assert info.result["guidance_learnt"] == whole.result["guidance_learnt"]
+    assert info.result["final_loss"] == whole.result["final_loss"]
+
+
 def test_a_checkpoint_of_another_shape_is_refused(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
     config = DistillConfig(prompts=prompt_file, updates=4, batch_size=2, checkpoint_every=1)
 
@@ -230,17 +258,17 @@ def test_divergence_is_seen() -> None:
 def test_what_is_learnt_is_told_by_the_newest_tenth_of_the_updates() -> None:
     watch = LossWatch()
     watch.add(2.0, 2.0)
-    assert watch.learnt() == 0
+    assert watch.guidance_learnt() == 0
     for loss in [1.0] * 17 + [0.2, 0.6]:
         watch.add(loss, 2.0)
-    assert watch.learnt() == pytest.approx(0.8)
-    assert watch.loss() == pytest.approx(0.4)
+    assert watch.guidance_learnt() == pytest.approx(0.8)
+    assert watch.mean_loss() == pytest.approx(0.4)
 
 
 def test_without_guidance_there_is_nothing_to_learn() -> None:
     watch = LossWatch()
     watch.add(0.0, 0.0)
-    assert watch.learnt() is None
+    assert watch.guidance_learnt() is None
 
 
 def test_an_unknown_tracker() -> None:

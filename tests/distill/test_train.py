@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,12 +11,13 @@ import pytest
 import torch
 from boostdiff.distill import loop, train
 from boostdiff.distill.config import DistillConfig, learning_rate_at
+from boostdiff.distill.data import Batch
 from boostdiff.distill.loop import CHECKPOINT_FILE, Observers
 from boostdiff.distill.presets import resolve_config
 from boostdiff.distill.train import distil, work_folder
 from boostdiff.distill.watch import Pace
 from boostdiff.engine.compiled import TrainingRunner
-from boostdiff.engine.errors import InputError
+from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.model import ModelFiles
 from boostdiff.engine.student import LORA_FILE, read_student
 from diffusers import UNet2DConditionModel
@@ -59,13 +61,6 @@ def test_training_on_images(tiny_files: ModelFiles, tmp_path: Path) -> None:
     distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
     seen = logged(tmp_path / "s")
     assert sum(seen[-10:]) < sum(seen[:10])
-
-
-def test_without_guidance_there_is_nothing_to_learn(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
-    config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2, guidance=1.0)
-    info = distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
-    assert logged(tmp_path / "s", "unguided_loss") == [0, 0]
-    assert info.result["guidance_learnt"] is None
 
 
 def test_half_precision_trains(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
@@ -149,6 +144,9 @@ def test_sigkill_and_resume_give_the_same_bytes(tiny_files: ModelFiles, prompt_f
     whole, cut = (tmp_path / name / next(iter(info.adapter_files)) for name in ("whole", "cut"))
     assert whole.read_bytes() == cut.read_bytes()
     assert logged(tmp_path / "whole") == logged(tmp_path / "cut")
+    uncut = read_student(tmp_path / "whole", tiny_files).result
+    for name in ("final_loss", "guidance_learnt"):
+        assert info.result[name] == uncut[name]
 
 
 def test_resume_refuses_other_settings_and_nothing(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
@@ -199,6 +197,7 @@ def test_an_earlier_student_stays_until_the_new_one_is_whole(
         ({"rank": 0}, "--rank must be at least 1"),
         ({"guidance": 0.5}, "at least 1"),
         ({"guidance": float("nan")}, "at least 1"),
+        ({"guidance": 1.0}, "nothing to distil"),
         ({"updates": 0}, "--updates"),
         ({"learning_rate": 0.0}, "--learning-rate"),
         ({"loss_weight": "x"}, "unknown loss weight"),
@@ -292,6 +291,66 @@ def test_a_picture_that_can_not_be_drawn_costs_no_student(
     info = distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=observers)
     assert read_student(tmp_path / "s", tiny_files) == info
     assert [note.split(":")[1] for note in notes] == [" out of memory"] * 3
+
+
+def test_an_update_that_does_not_fit_into_memory_is_split(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"prompts": prompt_file, "updates": 3, "batch_size": 5, "learning_rate": 0.01}
+    distil(
+        tiny_files,
+        DistillConfig(**config, gradient_accumulation_steps=4),
+        output=tmp_path / "asked",
+        device="cpu",
+        observers=SILENT,
+    )
+    whole = loop.Run.losses
+
+    def bounded(run: loop.Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        found = whole(run, batch)
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return found
+
+    monkeypatch.setattr(loop.Run, "losses", bounded)
+    notes: list[str] = []
+    observers = Observers(on_note=notes.append, preview=False)
+    info = distil(tiny_files, DistillConfig(**config), output=tmp_path / "s", device="cpu", observers=observers)
+    # Five states do not fit, nor do three of the halves.
+    assert [re.search(r"steps (\d)", note)[1] for note in notes] == ["2", "4"]
+    assert info.result["gradient_accumulation_steps"] == 4
+    assert (tmp_path / "s" / LORA_FILE).read_bytes() == (tmp_path / "asked" / LORA_FILE).read_bytes()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_state_that_does_not_fit_into_memory_is_an_error_that_says_what_to_do(
+    tiny_files: ModelFiles,
+    prompt_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpointing: bool,
+) -> None:
+    def fail(run: loop.Run, batch: Batch) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(loop.Run, "losses", fail)
+    config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2, gradient_checkpointing=checkpointing)
+    with pytest.raises(BoostDiffError, match="out of memory with one state at a time") as caught:
+        distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
+    assert ("--gradient-checkpointing" in str(caught.value)) is not checkpointing
+    assert not (tmp_path / "s").exists()
+
+
+def test_other_errors_of_an_update_are_not_taken_for_memory(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(run: loop.Run, batch: Batch) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(loop.Run, "losses", fail)
+    config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
 
 
 def test_the_teacher_is_drawn_once_for_all_previews(

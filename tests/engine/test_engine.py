@@ -101,13 +101,22 @@ def test_an_interruption_keeps_what_is_drawn(tiny_files: ModelFiles, tmp_path: P
     assert names == ["a-blue-dog-on-a-hill-teacher-1.png", "a-red-cat-teacher-0.png"]
 
 
-def test_the_dial_is_for_lora_alone(tiny_files: ModelFiles, students: dict[str, Path], tmp_path: Path) -> None:
-    """A DoRA's magnitudes stay at weight 0."""
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "dora"}, "this one is of method dora"),
+        ({"guidance_range": [1.5, 7.5]}, "this one takes its guidance as an input"),
+    ],
+)
+def test_the_dial_is_for_lora_of_one_scale(
+    tiny_files: ModelFiles, students: dict[str, Path], tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    """A DoRA's magnitudes and a guidance input stay at weight 0."""
     student = shutil.copytree(students["lora"], tmp_path / "student")
     info = json.loads((student / "student.json").read_text())
-    (student / "student.json").write_text(json.dumps(info | {"method": "dora"}))
+    (student / "student.json").write_text(json.dumps(info | changes))
     config = DrawConfig(prompts=["x"], student=student, engine=tmp_path, dial=0.5)
-    with pytest.raises(InputError, match="this one is of method dora"):
+    with pytest.raises(InputError, match=message):
         draw(tiny_files, config, output=tmp_path / "images")
 
 
