@@ -211,7 +211,7 @@ def _timed(
         if compiles:
             reasons["compiled"] = missing_compiler(contest.device)
             if reasons["compiled"] is None:
-                entrants += _in_torch(CompiledRunner, model.unet, merged)
+                entrants += _in_torch(_compiled, model.unet, merged)
         skipped = {name: reason for name, reason in reasons.items() if reason is not None}
         for name, told in skipped.items():
             report(f"{name}: left out, {told}")
@@ -259,7 +259,7 @@ def bench_random(
         if reason := missing_compiler(target):
             skipped["compiled"] = reason
         else:
-            entrants += _in_torch(CompiledRunner, model.unet, model.unet)
+            entrants += _in_torch(_compiled, model.unet, model.unet)
     speed = _speed(model, config, entrants, guidance, ["a photograph of an astronaut"], report)
     return BenchResult(
         speed=speed,
@@ -275,6 +275,11 @@ def _stock(model: Model) -> list[Entrant]:
     if model.unet.config.time_cond_proj_dim is not None:
         return []
     return [StockEntrant(way="teacher", runner=TorchRunner(model.unet), pipeline=stock_pipeline(model))]
+
+
+def _compiled(unet: UNet2DConditionModel) -> Runner:
+    # On CUDA a copy, as for the captured runner; on a CPU it makes one itself.
+    return CompiledRunner(copy.deepcopy(unet) if unet.device.type == "cuda" else unet)
 
 
 def _eager(model: Model, student: UNet2DConditionModel) -> tuple[list[Entrant], dict[str, str]]:

@@ -2,12 +2,15 @@
 
     python -m boostdiff.benchmarks.full_size --work DIR [--model sd21-base] [--only speed,profile] [--output DIR]
 
-Six stages, each a command of its own that is printed and can be run alone: `speed` (`boostdiff bench
---random-weights`), `profile` (`benchmarks.where_time_goes`), `folder` (`benchmarks.random_folder`, which the next
-need), `training` (`boostdiff distill --preset paper`, a few updates), `compiled-training` (the same with `--compile`)
-and `engine` (`boostdiff export`, then `boostdiff bench` with the exported graphs). A stage whose results are there is
-not run again, and one that fails keeps none of the others from running. `summary.md` has the ratios that matter, from
-whatever is there. Large files stay in DIR; results go to `benchmarks/results/<gpu>-<date>/` of the source tree, or to
+Seven stages, each a command of its own that is printed and can be run alone: `speed` (`boostdiff bench
+--random-weights --no-compile`), `profile` (`benchmarks.where_time_goes`), `folder` (`benchmarks.random_folder`, which
+the next need), `training` (`boostdiff distill --preset paper`, a few updates), `engine` (`boostdiff export`, then
+`boostdiff bench` with the exported graphs); and last, as `torch.compile` takes minutes for each graph,
+`compiled-training` (with `--compile`) and `compiled` (`boostdiff bench --compile`, at few batch sizes).
+
+A stage whose results are there is not run again, and one that fails, or takes longer than `--limit` seconds, keeps none
+of the others from running. `summary.md` has the ratios that matter, from whatever is there, and is written anew after
+each stage. Large files stay in DIR; results go to `benchmarks/results/<gpu>-<date>/` of the source tree, or to
 `--output`.
 """
 
@@ -19,7 +22,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +34,9 @@ from .. import teacher
 from ..distill.presets import PRESETS
 from ..engine.errors import InputError
 from ..engine.files import read_json, write_json
+from ..engine.manifest import read_manifest
 from ..engine.model import resolve_device
+from ..engine.runners import EXPORTED, available_runners
 from .config import parse_batch_sizes
 from .device import hardware
 from .tables import NOTHING
@@ -55,10 +60,20 @@ class Stage:
     Attributes:
         commands: run one after the other, arguments of this Python.
         proof: the file that is there when it is finished.
+        hindrance: asked before the last command: why it would be in vain, or None.
     """
 
     commands: Sequence[Sequence[str]]
     proof: Path
+    hindrance: Callable[[], str | None] = lambda: None
+
+
+def no_exported_runner(engine: Path, device: torch.device) -> str | None:
+    """Why an exported engine can be run by nothing here, or None."""
+    reasons = available_runners(read_manifest(engine), device, EXPORTED)
+    if None in reasons.values():
+        return None
+    return "no runner of exported graphs: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
 def stages(
@@ -68,6 +83,7 @@ def stages(
     output: Path,
     device: str,
     batch_sizes: str,
+    few_batch_sizes: str,
     steps: int,
     runs: int,
     updates: int,
@@ -81,6 +97,7 @@ def stages(
         output: for results.
         device: "auto", "cpu", "cuda", …
         batch_sizes: images made together, "1,2,4,8,16".
+        few_batch_sizes: where each takes minutes, for `profile` and `compiled`.
         steps: sampling steps.
         runs: timed batches of each row.
         updates: of the training.
@@ -88,18 +105,37 @@ def stages(
     """
     folder, student, engine = work / "folder", work / "folder" / "student", work / "engine"
     common = ["--device", device]
-    speed = ["--sampler", "dpm++", "--steps", f"{steps}", "--batch-sizes", batch_sizes, "--runs", f"{runs}"]
-    bench = ["boostdiff", "bench", "--speed-only", *speed, *common]
+    bench = ["boostdiff", "bench", "--speed-only", "--sampler", "dpm++", "--steps", f"{steps}", "--runs", f"{runs}"]
+    bench += common
+    every, few = ["--batch-sizes", batch_sizes], ["--batch-sizes", few_batch_sizes]
+    random = ["--model", model, "--random-weights"]
     prompts = ["--prompts", str(teacher.HELD_OUT_PROMPTS)]
     trained = ["boostdiff", "distill", "--model", str(folder / "model"), *prompts, "--preset", "paper", *common]
     trained += ["--updates", f"{updates}", "--gradient-accumulation-steps", f"{parts}"]
-    profiled = ["boostdiff.benchmarks.where_time_goes", model, "--batch-sizes", batch_sizes, "--steps", f"{steps}"]
+    profiled = [
+        "boostdiff.benchmarks.where_time_goes",
+        model,
+        *few,
+        "--steps",
+        f"{steps}",
+        "--runners",
+        "torch,captured",
+    ]
     ours = ["--model", str(folder / "model"), "--student", str(student)]
     export = ["boostdiff", "export", *ours, "--output", str(engine), *common]
     export += ["--precision", "fp16"] if resolve_device(device).type == "cuda" else []
+
+    def to(name: str) -> list[str]:
+        return ["--output", str(output / name)]
+
+    def trained_with(name: str) -> Stage:
+        return Stage(
+            commands=[[*trained, "--output", str(work / name), *TRAINING[name]]], proof=work / name / "student.json"
+        )
+
     return {
         "speed": Stage(
-            commands=[[*bench, "--model", model, "--random-weights", "--output", str(output / "speed")]],
+            commands=[[*bench, *random, *every, "--no-compile", *to("speed")]],
             proof=output / "speed" / "report.json",
         ),
         "profile": Stage(
@@ -110,32 +146,43 @@ def stages(
             commands=[["boostdiff.benchmarks.random_folder", model, "--half", "--output", str(folder)]],
             proof=student / "student.json",
         ),
-        **{
-            name: Stage(
-                commands=[[*trained, "--output", str(work / name), *options]],
-                proof=work / name / "student.json",
-            )
-            for name, options in TRAINING.items()
-        },
+        "training": trained_with("training"),
         "engine": Stage(
             commands=[
                 export,
-                [*bench, *ours, "--engine", str(engine), "--no-compile", *prompts, "--output", str(output / "engine")],
+                [*bench, *ours, *every, *prompts, "--engine", str(engine), "--no-compile", *to("engine")],
             ],
             proof=output / "engine" / "report.json",
+            hindrance=lambda: no_exported_runner(engine, resolve_device(device)),
+        ),
+        "compiled-training": trained_with("compiled-training"),
+        "compiled": Stage(
+            commands=[[*bench, *random, *few, "--compile", *to("compiled")]],
+            proof=output / "compiled" / "report.json",
         ),
     }
 
 
-def run(name: str, stage: Stage) -> str | None:
-    """Run a stage that is not finished; why it failed, or None."""
+def run(name: str, stage: Stage, limit: float | None = None) -> str | None:
+    """Run a stage that is not finished; why it failed, or None.
+
+    Args:
+        name: of the stage.
+        stage: to run.
+        limit: seconds after which one of its commands is ended.
+    """
     if stage.proof.exists():
         print(f"{name}: finished before", flush=True)
         return None
     for command in stage.commands:
+        if command is stage.commands[-1] and (reason := stage.hindrance()):
+            return reason
         began = time.monotonic()
         print(f"{name}: python -m {shlex.join(command)}", flush=True)
-        code = subprocess.run([sys.executable, "-m", *command], check=False).returncode  # noqa: S603
+        try:
+            code = subprocess.run([sys.executable, "-m", *command], check=False, timeout=limit).returncode  # noqa: S603
+        except subprocess.TimeoutExpired:
+            return f"`python -m {shlex.join(command)}` was ended after {limit:g} s"
         print(f"{name}: exit code {code} after {time.monotonic() - began:.0f} s", flush=True)
         if code:
             return f"exit code {code} of `python -m {shlex.join(command)}`"
@@ -201,7 +248,7 @@ def summary(planned: Mapping[str, Stage], failed: Mapping[str, str], *, model: s
     """Markdown of what is there: the ratios at each batch size, the training, and what failed."""
     described = hardware(device)
     lines = [f"# {model} on {described.get('gpu', described['cpu'])}", ""]
-    for name in ("speed", "engine"):
+    for name in ("speed", "engine", "compiled"):
         if not planned[name].proof.exists():
             continue
         report = read_json(planned[name].proof)
@@ -252,15 +299,18 @@ def main(
     only: Annotated[str | None, typer.Option(help="Stages, comma-separated.  [default: all]")] = None,
     output: Annotated[Path | None, typer.Option(help="For results.  [default: by GPU and date]")] = None,
     batch_sizes: Annotated[str, typer.Option(help="Images made together.")] = "1,2,4,8,16",
+    few_batch_sizes: Annotated[str, typer.Option(help="The same of the stages profile and compiled.")] = "1,8",
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
     runs: Annotated[int, typer.Option(min=3, help="Timed batches of each row.")] = 7,
     updates: Annotated[int, typer.Option(min=1, help="Of the training.")] = 3,
     accumulate: Annotated[int, typer.Option(min=1, help="Passes that share a training update.")] = 32,
+    limit: Annotated[float | None, typer.Option(min=1, help="Seconds that a command may take.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
 ) -> None:
     """Run the stages, and write the summary."""
     target = resolve_device(device)
-    parse_batch_sizes(batch_sizes)
+    for sizes in (batch_sizes, few_batch_sizes):
+        parse_batch_sizes(sizes)
     output = output or results_folder(target)
     planned = stages(
         model=model,
@@ -268,6 +318,7 @@ def main(
         output=output,
         device=device,
         batch_sizes=batch_sizes,
+        few_batch_sizes=few_batch_sizes,
         steps=steps,
         runs=runs,
         updates=updates,
@@ -278,11 +329,15 @@ def main(
         raise InputError(f"unknown stage {unknown.pop()!r}: choose from {', '.join(planned)}")
     for folder in (work, output):
         folder.mkdir(parents=True, exist_ok=True)
-    failed = {name: reason for name in planned if name in wanted and (reason := run(name, planned[name]))}
-    if students := trained_students(planned):
-        write_json(output / "training.json", students)
-    text = summary(planned, failed, model=model, device=target)
-    (output / "summary.md").write_text(text, encoding="utf-8")
+    failed: dict[str, str] = {}
+    for name in (name for name in planned if name in wanted):
+        if reason := run(name, planned[name], limit):
+            failed[name] = reason
+        if students := trained_students(planned):
+            write_json(output / "training.json", students)
+        # After each: what ends the script must not take the results along.
+        text = summary(planned, failed, model=model, device=target)
+        (output / "summary.md").write_text(text, encoding="utf-8")
     print(f"\n{text}\n{output / 'summary.md'}")
     if failed:
         raise typer.Exit(1)

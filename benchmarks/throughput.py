@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from diffusers import SchedulerMixin
 
 from ..engine.generate import decode, initial_noise, sample
@@ -286,6 +287,8 @@ def measure(
         running = []
         for entrant in entrants:
             on_progress(f"batch {batch_size}: warming up {entrant.name}")
+            # What the one before it no longer needs is not counted as memory in use.
+            clear_device_cache()
             try:
                 timed(entrant)
                 running.append(entrant)

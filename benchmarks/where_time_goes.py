@@ -8,6 +8,7 @@ timed without the profiler, then run once under it: kernels take as long either 
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from ..engine.draw import IN_TORCH, LACKING
 from ..engine.errors import InputError
@@ -53,7 +54,11 @@ OTHER = "other"
 
 def kind_of(kernel: str) -> str:
     """A key of `KINDS`, or "other", by a kernel's name."""
-    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel.lower())), OTHER)
+    name = kernel.lower()
+    if re.match(r"triton_(poi|red|per)_", name):
+        # Named after all that is fused into them, products' and convolutions' epilogues among it.
+        return next((kind for kind in ("attention", "normalisation") if re.search(KINDS[kind], name)), "pointwise")
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), OTHER)
 
 
 def union(spans: Iterable[tuple[float, float]]) -> float:
@@ -74,7 +79,7 @@ class Breakdown:
         batch_size: images made together.
         total: prompts to pixels, the median without the profiler.
         parts: the text encoder's, the UNet's and the VAE's, likewise.
-        busy: how long the device had work; on a CPU, how long operators ran.
+        busy: how long the device had work; on a CPU, how long operators ran; 0 where the profiler saw nothing.
         kinds: the kernels' time by kind.
         longest: the kernels that took longest: name, time and how often each ran.
         peak_share: the UNet's operations a second over the peak of matrix multiplication.
@@ -142,8 +147,11 @@ def break_down(
 
     once()
     times = [once() for _ in range(runs)]
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (model.device.type == "cuda")
-    with profile(activities=activities) as profiler:
+    activity = ProfilerActivity.CUDA if model.device.type == "cuda" else ProfilerActivity.CPU
+    # The first batch under a profiler, which starts up in it, is thrown away.
+    with profile(activities=[activity], schedule=schedule(wait=0, warmup=1, active=1)) as profiler:
+        once()
+        profiler.step()
         once()
     busy, kernels = kernels_of(profiler.events() or (), model.device)
     kinds: dict[str, float] = dict.fromkeys((*KINDS, OTHER), 0.0)
@@ -168,7 +176,9 @@ def table(found: Iterable[Breakdown]) -> str:
     headings = ["runner", "batch", "ms", "of GEMM peak", *PARTS, *KINDS, OTHER, "device waits"]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for row in found:
-        shares = [*row.parts.values(), *row.kinds.values(), max(0.0, row.total - row.busy)]
+        # A profiler that saw nothing does not make a device that waits.
+        waits = max(0.0, row.total - row.busy) if row.busy else float("nan")
+        shares = [*row.parts.values(), *row.kinds.values(), waits]
         cells = [row.runner, str(row.batch_size), f"{row.total * 1e3:.1f}", f"{row.peak_share:.0%}"]
         lines.append(f"| {' | '.join([*cells, *(f'{share / row.total:.0%}' for share in shares)])} |")
     return "\n".join(lines)
@@ -200,7 +210,8 @@ def main(
         if name in LACKING and (reason := LACKING[name](target)):
             print(f"{name}: left out, {reason}", flush=True)
             continue
-        runner = IN_TORCH[name](loaded.unet)
+        # A copy, as all but eager torch change the order of the weights.
+        runner = IN_TORCH[name](loaded.unet if name == "torch" else copy.deepcopy(loaded.unet))
         precision = str(runner.precision).removeprefix("torch.")
         peaks[precision] = max(peaks.get(precision, 0.0), gemm_peak(target, runner.precision))
         for size in parse_batch_sizes(batch_sizes) or ():

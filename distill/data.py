@@ -15,10 +15,10 @@ import torch
 
 from ..engine.families import PromptEmbeds, TextEmbeddings
 from ..engine.model import Model
-from .image_files import Rows
 from .images import BadSample, ImageStream
 from .objective import NoiseSchedule, ddim_step, dpm_solver_2m
 from .order import Share, epoch_order, noise_of
+from .rows import Rows
 
 ENCODED_PIXELS = 2**21
 """What the VAE encodes at once, eight images of 512x512: its activations are hundreds of times their size."""

@@ -10,7 +10,6 @@ import json
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +25,7 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from ..engine.errors import InputError
 from ..engine.files import json_lines
 from .order import epoch_order
+from .rows import Row, Rows, one_line
 
 METADATA = "metadata.jsonl"
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
@@ -33,27 +33,6 @@ CAPTION_COLUMNS = ("text", "caption", "prompt", "TEXT", "txt")
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 SHUFFLE_BUFFER = 1000
 ROWS_A_READ = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One sample as it is stored, not decoded.
-
-    Attributes:
-        name: says where it stands, for messages.
-        image: encoded bytes, or the file that holds them.
-        caption: text, or the file whose first line that isn't blank is the caption.
-        error: why there is no sample here (a shard cut short, say); image and caption are then None.
-    """
-
-    name: str
-    image: bytes | Path | None = None
-    caption: str | Path | None = None
-    error: str | None = None
-
-
-# (seed, epoch, skip) -> the rows of that epoch from number `skip` on.
-Rows = Callable[[int, int, int], Iterator[Row]]
 
 
 def open_images(spec: str) -> Rows:
@@ -93,11 +72,6 @@ def open_images(spec: str) -> Rows:
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", spec):
         return _hub(spec)
     raise InputError(f"there is no image folder or file {spec}")
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, for a message of one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _permuted(count: int, row: Callable[[int], Row]) -> Rows:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..engine.errors import InputError
-from .image_files import Row, Rows, one_line
+from .rows import Row, Rows, one_line
 
 # Pillow's other decoders are rarely wanted and more easily attacked; EPS would even start Ghostscript.
 PIL_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")

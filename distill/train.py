@@ -24,11 +24,11 @@ from .adapters import Adapter, PeftAdapter, make_adapter
 from .checkpoint import CheckpointError, TrainingState, load_training_state
 from .config import DistillConfig
 from .data import CaptionedImages, Source, Trajectories
-from .image_files import open_images
 from .loop import CHECKPOINT_FILE, Observers, Run
 from .objective import NoiseSchedule
 from .order import Share
 from .preview import Preview
+from .rows import Rows
 
 CONFIG_FILE = "config.json"
 PREVIEW_ROWS = 6
@@ -96,7 +96,7 @@ def distil(
     if config.compile and (reason := missing_compiler(resolve_device(device))):
         raise InputError(f"--compile: {reason}")
     prompts = read_prompts(config.prompts) if config.prompts else []
-    rows = open_images(config.images) if config.images else None
+    rows = _opened(config.images) if config.images else None
     prepare_output(output, replaces=INFO_FILE)
     folder = work_folder(output)
     resolved = config.as_json() | {"unet_sha256": files.unet_sha256()}
@@ -109,6 +109,9 @@ def distil(
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
     model = load(files, device=target, dtype=torch.float32 if target.type == "cpu" else dtype)
+    if target.type == "cuda":
+        # Half-precision convolutions run on tensor cores in this order alone.
+        model.unet.to(memory_format=torch.channels_last)
     if target.type == "cpu" and dtype != torch.float32:
         use_plain_attention(model.unet)
     torch.manual_seed(config.seed)
@@ -174,6 +177,13 @@ def distil(
     accelerator.end_training()
     assert info is not None
     return info
+
+
+def _opened(images: str) -> Rows:
+    # What reads them is large, and a run on prompts does without.
+    from .image_files import open_images
+
+    return open_images(images)
 
 
 def _check_guidance(files: ModelFiles, config: DistillConfig) -> None:

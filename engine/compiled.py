@@ -71,8 +71,8 @@ def _without_remarks() -> Iterator[None]:
 class CompiledRunner(TorchRunner):
     """The UNet through `torch.compile`, with code of its own for each batch size; weights are not part of the code.
 
-    On CUDA in mode max-autotune, with CUDA graphs. On a CPU that has bfloat16 instructions, a copy of the UNet in
-    bfloat16, channels last; inputs and predictions keep their dtype.
+    On CUDA in mode max-autotune, with CUDA graphs, channels last. On a CPU that has bfloat16 instructions, a copy of
+    the UNet in bfloat16, channels last; inputs and predictions keep their dtype.
     """
 
     name = "compiled"
@@ -81,7 +81,7 @@ class CompiledRunner(TorchRunner):
         """Wrap; the first call with each batch size compiles, which takes from half a minute to many.
 
         Args:
-            unet: stays as it is.
+            unet: on CUDA its weights are put into channels-last order, in place; elsewhere it stays as it is.
             batches: sizes to compile for: others are filled up to the next of these, and compiled for beyond them.
             backend: of `torch.compile`.
         """
@@ -96,6 +96,8 @@ class CompiledRunner(TorchRunner):
             torch.nn.Module.to(unet, torch.bfloat16)
             unet.to(memory_format=torch.channels_last)
             use_plain_attention(unet)
+        if self._graphs:
+            unet.to(memory_format=torch.channels_last)
         self.unet = _compile(unet, backend=backend, mode="max-autotune" if self._graphs else None)
 
     def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -110,12 +112,15 @@ class CompiledRunner(TorchRunner):
                 name: tensor.to(self.precision) if tensor.is_floating_point() and name != "timestep" else tensor
                 for name, tensor in inputs.items()
             }
-        if self._graphs:
-            torch.compiler.cudagraph_mark_step_begin()
-        with torch.no_grad(), _without_remarks():
-            prediction = super().predict(inputs)[:batch]
-        # The next replay of a CUDA graph overwrites its output.
-        return prediction.clone() if self._graphs else prediction.to(self.dtype)
+        if not self._graphs:
+            with torch.no_grad(), _without_remarks():
+                return super().predict(inputs)[:batch].to(self.dtype)
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch.inference_mode(False), torch.no_grad(), _without_remarks():
+            # Tensors born in inference mode are another kind to dynamo, which would compile once more for them.
+            own = {name: tensor.clone() for name, tensor in inputs.items()}
+            # The next replay of the graph overwrites its output.
+            return super().predict(own)[:batch].clone()
 
 
 class TrainingRunner(TorchRunner):

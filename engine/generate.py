@@ -86,8 +86,9 @@ def decode(model: Model, latents: torch.Tensor) -> torch.Tensor:
     images = []
     for some in latents.split(together):
         decoded = vae.decode(some.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        images.append((decoded.float() / 2 + 0.5).clamp(0, 1).cpu())
-    return torch.cat(images)
+        images.append((decoded.float() / 2 + 0.5).clamp(0, 1))
+    # Copied at once: each copy is waited for.
+    return torch.cat(images).cpu()
 
 
 def default_batch_size(model: Model) -> int:

@@ -131,3 +131,8 @@ def test_no_pickles_and_no_remote_code() -> None:
             assert "trust_remote_code" not in code, path
             assert not re.search(r"\bimport pickle|shell=True", code), path
             assert all("weights_only=True" in call for call in re.findall(r"torch\.load\([^\n]*", code)), path
+
+
+def test_training_on_prompts_needs_no_library_of_images() -> None:
+    code = "import sys, boostdiff.distill.train; sys.exit('datasets' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -9,7 +9,8 @@ from boostdiff.engine.files import read_json, write_json
 from tiny import CPU
 from typer.testing import CliRunner
 
-OPTIONS = {"device": "cpu", "batch_sizes": "1,2", "steps": 2, "runs": 3, "updates": 2, "parts": 4}
+SIZES = {"batch_sizes": "1,2", "few_batch_sizes": "2"}
+OPTIONS = {"device": "cpu", **SIZES, "steps": 2, "runs": 3, "updates": 2, "parts": 4}
 
 
 def planned(tmp_path: Path) -> dict[str, Stage]:
@@ -97,6 +98,29 @@ def test_a_finished_stage_is_not_run_again(tmp_path: Path, capfd: pytest.Capture
     assert "finished before" in capfd.readouterr().out
 
 
+def test_a_command_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    stage = Stage(commands=[["http.server", "--bind", "127.0.0.1", "0"]], proof=tmp_path / "proof")
+    assert (run("slow", stage, limit=1) or "").endswith("was ended after 1 s")
+
+
+def test_a_bench_without_a_runner_for_its_engine_is_not_begun(tmp_path: Path) -> None:
+    stage = Stage(
+        commands=[["boostdiff", "--version"], ["boostdiff", "no-such-command"]],
+        proof=tmp_path / "proof",
+        hindrance=lambda: "no runner",
+    )
+    assert run("engine", stage) == "no runner"
+
+
+def test_what_runs_an_engine(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert full_size.no_exported_runner(engine, CPU) is None
+    reasons = {"onnx": "it is not installed", "tensorrt": "no GPU"}
+    monkeypatch.setattr(full_size, "available_runners", lambda *_: reasons)
+    assert full_size.no_exported_runner(engine, CPU) == (
+        "no runner of exported graphs: onnx: it is not installed; tensorrt: no GPU"
+    )
+
+
 def test_every_stage_is_a_command_with_options_that_exist(tmp_path: Path) -> None:
     for stage in planned(tmp_path).values():
         for module, *arguments in stage.commands:
@@ -111,7 +135,7 @@ def test_a_stage_runs_on_a_model_of_its_own(
     tiny_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "results"), "--model", str(tiny_folder)]
-    options += ["--batch-sizes", "1", "--steps", "1", "--runs", "3", "--device", "cpu"]
+    options += ["--batch-sizes", "1", "--few-batch-sizes", "1", "--steps", "1", "--runs", "3", "--device", "cpu"]
     result = CliRunner().invoke(app, [*options, "--only", "profile"])
     assert result.exit_code == 0, capfd.readouterr()
     assert read_json(tmp_path / "results/profile.json")["rows"][0]["runner"] == "torch"
