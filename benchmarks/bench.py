@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from ..engine.captured import CapturedRunner
-from ..engine.compiled import CompiledRunner, missing_compiler
+from ..engine.draw import IN_TORCH, LACKING
 from ..engine.engine import Engine
 from ..engine.errors import BoostDiffError, InputError
 from ..engine.manifest import Manifest, read_manifest
@@ -194,7 +193,7 @@ def _timed(
     # Torch has the base's weights at hand for the teacher; an exported graph serves all with the student's.
     model, merged = contest.model, contest.students[0].unet
     with ExitStack() as opened:
-        entrants, lacking = _eager(model, merged)
+        entrants, lacking = _in_torch(model, merged, compiles=compiles)
         reasons = available_runners(manifest, contest.device) | lacking
         for name, reason in reasons.items():
             if name in EXPORTED and reason is None:
@@ -208,10 +207,6 @@ def _timed(
                 else:
                     exported = opened.enter_context(loaded).model
                     entrants += [Entrant(way=way, runner=exported.unet, parts=exported) for way in WAYS]
-        if compiles:
-            reasons["compiled"] = missing_compiler(contest.device)
-            if reasons["compiled"] is None:
-                entrants += _in_torch(_compiled, model.unet, merged)
         skipped = {name: reason for name, reason in reasons.items() if reason is not None}
         for name, told in skipped.items():
             report(f"{name}: left out, {told}")
@@ -254,12 +249,7 @@ def bench_random(
     target = resolve_device(device)
     report("initialising random weights")
     model = random_model(files, device=target, seed=config.seed)
-    entrants, skipped = _eager(model, model.unet)
-    if config.compiles(model.unet):
-        if reason := missing_compiler(target):
-            skipped["compiled"] = reason
-        else:
-            entrants += _in_torch(_compiled, model.unet, model.unet)
+    entrants, skipped = _in_torch(model, model.unet, compiles=config.compiles(model.unet))
     speed = _speed(model, config, entrants, guidance, ["a photograph of an astronaut"], report)
     return BenchResult(
         speed=speed,
@@ -277,24 +267,29 @@ def _stock(model: Model) -> list[Entrant]:
     return [StockEntrant(way="teacher", runner=TorchRunner(model.unet), pipeline=stock_pipeline(model))]
 
 
-def _compiled(unet: UNet2DConditionModel) -> Runner:
-    # On CUDA a copy, as for the captured runner; on a CPU it makes one itself.
-    return CompiledRunner(copy.deepcopy(unet) if unet.device.type == "cuda" else unet)
+def _in_torch(model: Model, student: UNet2DConditionModel, *, compiles: bool) -> tuple[list[Entrant], dict[str, str]]:
+    """Every row of torch, stock diffusers' too, and what can't take part for a reason worth telling."""
+    entrants = [*_ways(TorchRunner, model.unet, student), *_stock(model)]
+    on_cuda = model.device.type == "cuda"
+
+    def own(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+        # Others than eager torch change the order of the weights there, and with it the other rows' speed.
+        return copy.deepcopy(unet) if on_cuda else unet
+
+    lacking: dict[str, str] = {}
+    for name in [*(["captured"] if on_cuda else []), *(["compiled"] if compiles else [])]:
+        if reason := LACKING[name](model.device):
+            lacking[name] = reason
+            continue
+        make = IN_TORCH[name]
+        try:
+            entrants += _ways(lambda unet, make=make: make(own(unet)), model.unet, student)
+        except torch.OutOfMemoryError:
+            lacking[name] = "out of memory"
+    return entrants, lacking
 
 
-def _eager(model: Model, student: UNet2DConditionModel) -> tuple[list[Entrant], dict[str, str]]:
-    """Everything of torch that needs no compiling, and what can't take part for a reason worth telling."""
-    entrants = [*_in_torch(TorchRunner, model.unet, student), *_stock(model)]
-    if model.device.type != "cuda":
-        return entrants, {}
-    try:
-        # Copies: the order of the weights in memory would change the other rows' speed.
-        return [*entrants, *_in_torch(lambda unet: CapturedRunner(copy.deepcopy(unet)), model.unet, student)], {}
-    except torch.OutOfMemoryError:
-        return entrants, {"captured": "out of memory"}
-
-
-def _in_torch(
+def _ways(
     runner: Callable[[UNet2DConditionModel], Runner], teacher: UNet2DConditionModel, student: UNet2DConditionModel
 ) -> list[Entrant]:
     """Teacher, student and floor, in torch."""

@@ -2,10 +2,10 @@
 
     python -m boostdiff.benchmarks.full_size --work DIR [--model sd21-base] [--only speed,profile] [--output DIR]
 
-Seven stages, each a command of its own that is printed and can be run alone: `speed` (`boostdiff bench
+Eight stages, each a command of its own that is printed and can be run alone: `speed` (`boostdiff bench
 --random-weights --no-compile`), `profile` (`benchmarks.where_time_goes`), `folder` (`benchmarks.random_folder`, which
-the next need), `training` (`boostdiff distill --preset paper`, a few updates), `engine` (`boostdiff export`, then
-`boostdiff bench` with the exported graphs); and last, as `torch.compile` takes minutes for each graph,
+the next need), `training` (`boostdiff distill --preset paper`, a few updates), `export` (`boostdiff export`) and
+`engine` (`boostdiff bench` with the exported graphs); and last, as `torch.compile` takes minutes for each graph,
 `compiled-training` (with `--compile`) and `compiled` (`boostdiff bench --compile`, at few batch sizes).
 
 A stage whose results are there is not run again, and one that fails, or takes longer than `--limit` seconds, keeps none
@@ -58,19 +58,22 @@ class Stage:
     """One measurement.
 
     Attributes:
-        commands: run one after the other, arguments of this Python.
+        command: arguments of this Python.
         proof: the file that is there when it is finished.
-        hindrance: asked before the last command: why it would be in vain, or None.
+        hindrance: why it would be in vain, or None; asked before it begins.
     """
 
-    commands: Sequence[Sequence[str]]
+    command: Sequence[str]
     proof: Path
     hindrance: Callable[[], str | None] = lambda: None
 
 
 def no_exported_runner(engine: Path, device: torch.device) -> str | None:
     """Why an exported engine can be run by nothing here, or None."""
-    reasons = available_runners(read_manifest(engine), device, EXPORTED)
+    try:
+        reasons = available_runners(read_manifest(engine), device, EXPORTED)
+    except InputError as error:
+        return str(error)
     if None in reasons.values():
         return None
     return "no runner of exported graphs: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
@@ -130,34 +133,32 @@ def stages(
 
     def trained_with(name: str) -> Stage:
         return Stage(
-            commands=[[*trained, "--output", str(work / name), *TRAINING[name]]], proof=work / name / "student.json"
+            command=[*trained, "--output", str(work / name), *TRAINING[name]], proof=work / name / "student.json"
         )
 
     return {
         "speed": Stage(
-            commands=[[*bench, *random, *every, "--no-compile", *to("speed")]],
+            command=[*bench, *random, *every, "--no-compile", *to("speed")],
             proof=output / "speed" / "report.json",
         ),
         "profile": Stage(
-            commands=[[*profiled, "--runs", f"{runs}", "--json", str(output / "profile.json"), *common]],
+            command=[*profiled, "--runs", f"{runs}", "--json", str(output / "profile.json"), *common],
             proof=output / "profile.json",
         ),
         "folder": Stage(
-            commands=[["boostdiff.benchmarks.random_folder", model, "--half", "--output", str(folder)]],
+            command=["boostdiff.benchmarks.random_folder", model, "--half", "--output", str(folder)],
             proof=student / "student.json",
         ),
         "training": trained_with("training"),
+        "export": Stage(command=export, proof=engine / "manifest.json"),
         "engine": Stage(
-            commands=[
-                export,
-                [*bench, *ours, *every, *prompts, "--engine", str(engine), "--no-compile", *to("engine")],
-            ],
+            command=[*bench, *ours, *every, *prompts, "--engine", str(engine), "--no-compile", *to("engine")],
             proof=output / "engine" / "report.json",
             hindrance=lambda: no_exported_runner(engine, resolve_device(device)),
         ),
         "compiled-training": trained_with("compiled-training"),
         "compiled": Stage(
-            commands=[[*bench, *random, *few, "--compile", *to("compiled")]],
+            command=[*bench, *random, *few, "--compile", *to("compiled")],
             proof=output / "compiled" / "report.json",
         ),
     }
@@ -169,24 +170,21 @@ def run(name: str, stage: Stage, limit: float | None = None) -> str | None:
     Args:
         name: of the stage.
         stage: to run.
-        limit: seconds after which one of its commands is ended.
+        limit: seconds after which it is ended.
     """
     if stage.proof.exists():
         print(f"{name}: finished before", flush=True)
         return None
-    for command in stage.commands:
-        if command is stage.commands[-1] and (reason := stage.hindrance()):
-            return reason
-        began = time.monotonic()
-        print(f"{name}: python -m {shlex.join(command)}", flush=True)
-        try:
-            code = subprocess.run([sys.executable, "-m", *command], check=False, timeout=limit).returncode  # noqa: S603
-        except subprocess.TimeoutExpired:
-            return f"`python -m {shlex.join(command)}` was ended after {limit:g} s"
-        print(f"{name}: exit code {code} after {time.monotonic() - began:.0f} s", flush=True)
-        if code:
-            return f"exit code {code} of `python -m {shlex.join(command)}`"
-    return None
+    if reason := stage.hindrance():
+        return reason
+    began, told = time.monotonic(), f"`python -m {shlex.join(stage.command)}`"
+    print(f"{name}: {told}", flush=True)
+    try:
+        code = subprocess.run([sys.executable, "-m", *stage.command], check=False, timeout=limit).returncode  # noqa: S603
+    except subprocess.TimeoutExpired:
+        return f"{told} was ended after {limit:g} s"
+    print(f"{name}: exit code {code} after {time.monotonic() - began:.0f} s", flush=True)
+    return f"exit code {code} of {told}" if code else None
 
 
 def ratios(report: Mapping[str, Any], batch_size: int) -> dict[str, str]:
@@ -304,7 +302,7 @@ def main(
     runs: Annotated[int, typer.Option(min=3, help="Timed batches of each row.")] = 7,
     updates: Annotated[int, typer.Option(min=1, help="Of the training.")] = 3,
     accumulate: Annotated[int, typer.Option(min=1, help="Passes that share a training update.")] = 32,
-    limit: Annotated[float | None, typer.Option(min=1, help="Seconds that a command may take.")] = None,
+    limit: Annotated[float | None, typer.Option(min=1, help="Seconds that a stage may take.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
 ) -> None:
     """Run the stages, and write the summary."""

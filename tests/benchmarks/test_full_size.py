@@ -91,7 +91,7 @@ def test_the_summary_has_what_there_is(tmp_path: Path, report: dict[str, Any]) -
 
 
 def test_a_finished_stage_is_not_run_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    stage = Stage(commands=[["boostdiff", "no-such-command"]], proof=tmp_path / "proof")
+    stage = Stage(command=["boostdiff", "no-such-command"], proof=tmp_path / "proof")
     assert "exit code 2 of `python -m boostdiff no-such-command`" in (run("engine", stage) or "")
     stage.proof.touch()
     assert run("engine", stage) is None
@@ -99,20 +99,17 @@ def test_a_finished_stage_is_not_run_again(tmp_path: Path, capfd: pytest.Capture
 
 
 def test_a_command_that_takes_too_long_is_ended(tmp_path: Path) -> None:
-    stage = Stage(commands=[["http.server", "--bind", "127.0.0.1", "0"]], proof=tmp_path / "proof")
+    stage = Stage(command=["http.server", "--bind", "127.0.0.1", "0"], proof=tmp_path / "proof")
     assert (run("slow", stage, limit=1) or "").endswith("was ended after 1 s")
 
 
 def test_a_bench_without_a_runner_for_its_engine_is_not_begun(tmp_path: Path) -> None:
-    stage = Stage(
-        commands=[["boostdiff", "--version"], ["boostdiff", "no-such-command"]],
-        proof=tmp_path / "proof",
-        hindrance=lambda: "no runner",
-    )
+    stage = Stage(command=["boostdiff", "no-such-command"], proof=tmp_path / "proof", hindrance=lambda: "no runner")
     assert run("engine", stage) == "no runner"
 
 
-def test_what_runs_an_engine(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_runs_an_engine(engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "boostdiff export" in (full_size.no_exported_runner(tmp_path, CPU) or "")
     assert full_size.no_exported_runner(engine, CPU) is None
     reasons = {"onnx": "it is not installed", "tensorrt": "no GPU"}
     monkeypatch.setattr(full_size, "available_runners", lambda *_: reasons)
@@ -123,12 +120,12 @@ def test_what_runs_an_engine(engine: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_every_stage_is_a_command_with_options_that_exist(tmp_path: Path) -> None:
     for stage in planned(tmp_path).values():
-        for module, *arguments in stage.commands:
-            command = import_module("boostdiff.cli" if module == "boostdiff" else module).app
-            # The parser names the first option that it doesn't know, and runs nothing.
-            result = CliRunner().invoke(command, [*arguments, "--no-such-option"])
-            assert "--no-such-option" in result.output
-            assert result.exit_code == 2
+        module, *arguments = stage.command
+        command = import_module("boostdiff.cli" if module == "boostdiff" else module).app
+        # The parser names the first option that it doesn't know, and runs nothing.
+        result = CliRunner().invoke(command, [*arguments, "--no-such-option"])
+        assert "--no-such-option" in result.output
+        assert result.exit_code == 2
 
 
 def test_a_stage_runs_on_a_model_of_its_own(
