@@ -300,7 +300,7 @@ def main(
     few_batch_sizes: Annotated[str, typer.Option(help="The same of the stages profile and compiled.")] = "1,8",
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
     runs: Annotated[int, typer.Option(min=3, help="Timed batches of each row.")] = 7,
-    updates: Annotated[int, typer.Option(min=1, help="Of the training.")] = 3,
+    updates: Annotated[int, typer.Option(min=2, help="Of the training; the first is not timed.")] = 3,
     accumulate: Annotated[int, typer.Option(min=1, help="Passes that share a training update.")] = 32,
     limit: Annotated[float | None, typer.Option(min=1, help="Seconds that a stage may take.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",

@@ -30,7 +30,7 @@ from ..engine.model import Model
 from ..engine.runners import Runner, TorchRunner
 from ..engine.student import ADAPTER_NAME, LORA_METHODS, apply_student, read_student
 from .features import DISTANCE_NAME, paired_distance
-from .held_out import HeldOut, student_model, teacher_model, trained
+from .held_out import HeldOut, refuse_training_options, student_model, teacher_model, trained
 from .plots import COLOURS, rendered
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -228,6 +228,8 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
 ) -> None:
     """Measure."""
+    if student is not None and dial is not None:
+        refuse_training_options(context.args)
     work.mkdir(parents=True, exist_ok=True)
     wanted, teacher_scales = _numbers(scales), _numbers(grid)
     if len(teacher_scales) < 3:

@@ -34,7 +34,7 @@ from ..engine.prompts import read_prompts
 from ..engine.runners import Runner, TorchRunner
 from ..engine.student import read_student
 from .features import DISTANCE_NAME, paired_distance
-from .held_out import HeldOut, student_model, teacher_model, trained
+from .held_out import HeldOut, refuse_training_options, student_model, teacher_model, trained
 from .intervals import left_out_distances
 from .measuring import FastestRunners
 from .prediction_error import prediction_error, trajectory
@@ -134,10 +134,8 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
 ) -> None:
     """Measure."""
-    if student is not None and context.args:
-        raise InputError(
-            f"{' '.join(context.args)}: options of `boostdiff distill`, and --student leaves nothing to train"
-        )
+    if student is not None:
+        refuse_training_options(context.args)
     work.mkdir(parents=True, exist_ok=True)
     student = student or trained(work / "student", ["--guidance", "3", *context.args])
     held_out = HeldOut(work=work, sampler=sampler, steps=steps)

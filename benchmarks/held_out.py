@@ -53,6 +53,16 @@ def trained(folder: Path, options: Sequence[str]) -> Path:
     return folder
 
 
+def refuse_training_options(options: Sequence[str]) -> None:
+    """For a command whose students are all given.
+
+    Raises:
+        InputError: there are options of `boostdiff distill`, which nothing would use.
+    """
+    if options:
+        raise InputError(f"{shlex.join(options)}: no such option here, and no student is left to train with it")
+
+
 def teacher_model() -> Model:
     """The embedded model, on the accelerator where there is one."""
     return load(locate(teacher.MODEL_NAME), device=resolve_device("auto"))

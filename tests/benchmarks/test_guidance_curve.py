@@ -3,7 +3,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from boostdiff.benchmarks.guidance_curve import Point, Teachers, dial_points, nearest_scale, plot, range_points, tables
+from boostdiff.benchmarks.guidance_curve import (
+    Point,
+    Teachers,
+    app,
+    dial_points,
+    nearest_scale,
+    plot,
+    range_points,
+    tables,
+)
 from boostdiff.benchmarks.held_out import HeldOut, teacher_model
 from boostdiff.benchmarks.plots import rendered
 from boostdiff.distill.config import DistillConfig
@@ -12,6 +21,7 @@ from boostdiff.distill.train import distil
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.guidance import teacher_denoiser
 from boostdiff.engine.model import Model, locate
+from typer.testing import CliRunner
 
 
 def never() -> Model:
@@ -72,3 +82,11 @@ def test_tables_and_plot() -> None:
     assert "| 3 | 100.0 | 110.0 | +10.0% | 2.50 | 0.100 |" in text
     assert "| 0.5 | 150.0 | 2.00 | 0.100 |" in text
     assert rendered(plot([point], dialled, teachers, 3.0), "png").startswith(b"\x89PNG")
+
+
+def test_options_that_nothing_would_use_are_refused(tmp_path: Path) -> None:
+    given = ["--work", str(tmp_path / "work"), "--student", "range", "--dial", "lora"]
+    result = CliRunner().invoke(app, [*given, "--sample", "4"])
+    assert isinstance(result.exception, InputError)
+    assert "--sample 4" in str(result.exception)
+    assert not (tmp_path / "work").exists()
