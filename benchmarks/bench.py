@@ -271,22 +271,21 @@ def _in_torch(model: Model, student: UNet2DConditionModel, *, compiles: bool) ->
     """Every row of torch, stock diffusers' too, and what can't take part for a reason worth telling."""
     entrants = [*_ways(TorchRunner, model.unet, student), *_stock(model)]
     on_cuda = model.device.type == "cuda"
-
-    def own(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-        # Others than eager torch change the order of the weights there, and with it the other rows' speed.
-        return copy.deepcopy(unet) if on_cuda else unet
-
     lacking: dict[str, str] = {}
     for name in [*(["captured"] if on_cuda else []), *(["compiled"] if compiles else [])]:
         if reason := LACKING[name](model.device):
             lacking[name] = reason
             continue
-        make = IN_TORCH[name]
         try:
-            entrants += _ways(lambda unet, make=make: make(own(unet)), model.unet, student)
+            entrants += _ways(partial(_on_copy, IN_TORCH[name]), model.unet, student)
         except torch.OutOfMemoryError:
             lacking[name] = "out of memory"
     return entrants, lacking
+
+
+def _on_copy(runner: Callable[[UNet2DConditionModel], Runner], unet: UNet2DConditionModel) -> Runner:
+    # On CUDA others than eager torch change the order of the weights, and with it the other rows' speed.
+    return runner(copy.deepcopy(unet) if unet.device.type == "cuda" else unet)
 
 
 def _ways(
