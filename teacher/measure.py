@@ -18,8 +18,10 @@ from ..benchmarks.features import EfficientNetLite0Features, Reference, features
 from ..engine.errors import InputError
 from . import HELD_OUT_PROMPTS, REFERENCE, TRAIN_PROMPTS
 from .architecture import make_vae
-from .dataset import Artworks, compose, draw_prompts, load_artworks
+from .captions import FULL, Caption, draw_captions
+from .dataset import Artworks, load_artworks
 from .palette import BACKGROUNDS
+from .placement import draw_pictures, to_model_range
 
 Work = Annotated[Path, typer.Option(help="Folder for downloads, checkpoints and intermediate files.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
@@ -48,11 +50,11 @@ def load_vae(work: Path) -> AutoencoderKL:
     return model.eval().requires_grad_(False)
 
 
-def real_images(artworks: Artworks, pairs: list[tuple[int, str]]) -> torch.Tensor:
-    """Artworks over named backgrounds, uint8 `(N, 3, 64, 64)`."""
-    colours = np.array([BACKGROUNDS[name] for _, name in pairs])
-    images = compose(artworks.rgba[[artwork for artwork, _ in pairs]], colours[:, None, None])
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
+def real_images(artworks: Artworks, captions: list[Caption], *, seed: int = 0) -> torch.Tensor:
+    """The pictures that captions were made for, each placed anew, uint8 `(N, 3, 64, 64)`."""
+    indices = np.array([caption.artwork for caption in captions])
+    colours = np.array([BACKGROUNDS[caption.pictured] for caption in captions])
+    return draw_pictures(artworks, indices, colours, np.random.default_rng([seed, 6]))
 
 
 @torch.inference_mode()

@@ -20,14 +20,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..distill.checkpoint import load_training_state, save_training_state
-from ..distill.order import epoch_order
-from ..engine.compiled import missing_compiler
+from ..engine.compiled import has_bfloat16, missing_compiler
 from ..engine.files import staged_folder
 from . import MODEL_DIR
 from .architecture import (
@@ -38,10 +37,12 @@ from .architecture import (
     make_vae,
     save_pipeline,
 )
-from .dataset import Artworks, compose, load_artworks, to_model_range
+from .captions import Grammar, caption, draw_captions
+from .dataset import Artworks, load_artworks
 from .judge import curve, evaluate, grids, style, vae_quality
 from .measure import Seed, Work, device, held_out_psnr, load_vae, reference, training_log, write_images
 from .palette import BACKGROUNDS
+from .placement import draw_pictures, to_model_range
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
@@ -51,7 +52,10 @@ Rate = Annotated[float, typer.Option(help="Peak learning rate of AdamW.")]
 Minutes = Annotated[float, typer.Option(help="Checkpoint every so many minutes.")]
 
 LATENT_BACKGROUNDS = 6
-"""Background colours drawn for each artwork when latents are precomputed."""
+"""Background colours and placements drawn for each artwork when latents are precomputed."""
+
+TOKENIZER_CAPTIONS = 100_000
+"""Captions that the byte-pair vocabulary is learnt from."""
 
 
 def learning_rate_factor(step: int, *, steps: int, warmup: int = 100) -> float:
@@ -171,14 +175,13 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 def draw_images(artworks: Artworks, random: np.random.Generator, count: int) -> torch.Tensor:
     """`(count, 3, 64, 64)` training images in [-1, 1], half over palette colours, half over any colour."""
-    indices = random.choice(np.flatnonzero(~artworks.held_out), count)
     palette = np.array(list(BACKGROUNDS.values()))
     colours = np.where(
         random.random((count, 1)) < 0.5,
         palette[random.integers(len(palette), size=count)],
         random.integers(256, size=(count, 3)),
     )
-    return to_model_range(compose(artworks.rgba[indices], colours[:, None, None]))
+    return to_model_range(draw_pictures(artworks, artworks.draw(random, count), colours, random))
 
 
 def reconstruction_loss(vae: AutoencoderKL, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -228,25 +231,25 @@ def vae(
 
 @app.command()
 def latents(work: Work = Path("teacher-work"), seed: Seed = 0) -> None:
-    """Encode every training artwork over a few backgrounds; choose the latents' scale."""
+    """Encode every training artwork over a few backgrounds, each placed anew; choose the latents' scale."""
     artworks = load_artworks(work)
     where = device()
     model = load_vae(work).to(where, memory_format=torch.channels_last)
     random = np.random.default_rng([seed, 1])
-    training = np.flatnonzero(~artworks.held_out)
+    training = np.flatnonzero(~artworks.held_out & (artworks.weights > 0))
     palette = np.array(list(BACKGROUNDS.values()))
     chosen = random.permuted(np.tile(np.arange(len(palette)), (len(training), 1)), axis=1)[:, :LATENT_BACKGROUNDS]
-    pairs = torch.from_numpy(np.stack([np.repeat(training, LATENT_BACKGROUNDS), chosen.ravel()], axis=1))
+    pairs = np.stack([np.repeat(training, LATENT_BACKGROUNDS), chosen.ravel()], axis=1)
     encoded = []
     with torch.inference_mode():
-        for chunk in pairs.split(200):
-            images = compose(artworks.rgba[chunk[:, 0]], palette[chunk[:, 1]][:, None, None])
-            moments = model.encode(to_model_range(images).to(where, memory_format=torch.channels_last))
+        for chunk in np.array_split(pairs, math.ceil(len(pairs) / 200)):
+            images = to_model_range(draw_pictures(artworks, chunk[:, 0], palette[chunk[:, 1]], random))
+            moments = model.encode(images.to(where, memory_format=torch.channels_last))
             encoded.append(moments.latent_dist.mean.half().cpu())
     everything = torch.cat(encoded)
     scale = 1 / everything.float().std()
     partial = work / "latents.partial.safetensors"
-    save_file({"latents": everything.contiguous(), "pairs": pairs, "scale": scale}, partial)
+    save_file({"latents": everything.contiguous(), "pairs": torch.from_numpy(pairs), "scale": scale}, partial)
     partial.replace(work / "latents.safetensors")
     print(f"latents: {len(everything)} of {tuple(everything.shape[1:])}, scaling_factor {scale:.4f}")
 
@@ -259,7 +262,8 @@ def the_tokenizer(work: Path, artworks: Artworks) -> CLIPTokenizer:
     """
     folder = work / "tokenizer"
     if not folder.exists():
-        made = make_tokenizer(artworks.caption(i, name) for i in range(len(artworks)) for name in BACKGROUNDS)
+        captions = draw_captions(artworks, held_out=False, count=TOKENIZER_CAPTIONS, seed=0)
+        made = make_tokenizer(caption.text for caption in captions)
         with staged_folder(folder, replaces="tokenizer_config.json") as staged:
             made.save_pretrained(staged)
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
@@ -274,33 +278,46 @@ def diffusion(
     seed: Seed = 0,
     checkpoint_minutes: Minutes = 3,
     empty_captions: Annotated[float, typer.Option(help="Share of captions replaced by the empty one.")] = 0.1,
+    wrong_captions: Annotated[float, typer.Option(help="Share of captions that are another picture's.")] = 0.05,
+    start_from: Annotated[
+        Path | None, typer.Option(help="Pipeline folder whose text encoder and UNet to go on from.", show_default="none")
+    ] = None,
     compiles: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Train through torch.compile, which starts minutes later.")
     ] = True,
 ) -> None:
-    """Train text encoder and UNet together on the precomputed latents (epsilon prediction, bf16 autocast)."""
+    """Train text encoder and UNet together on the precomputed latents (epsilon prediction).
+
+    In bf16 autocast where the device multiplies in bfloat16. Each time a latent is met, its caption is drawn anew.
+    """
     artworks = load_artworks(work)
     stored = load_file(work / "latents.safetensors")
     where = device()
     tokenizer = the_tokenizer(work, artworks)
     torch.manual_seed(seed)
     text_encoder, unet = make_text_encoder(tokenizer).to(where), make_unet().to(where)
+    if start_from:
+        text_encoder = CLIPTextModel.from_pretrained(start_from / "text_encoder", dtype=torch.float32).to(where)
+        unet = UNet2DConditionModel.from_pretrained(start_from / "unet").to(where)
+        text_encoder.train(), unet.train()
     # On a CPU, flash attention's backward pass takes longer than plain matrix products at these sizes.
     unet.set_attn_processor(AttnProcessor())
     train_scheduler = DDPMScheduler(**BETAS)
     latents, pairs = stored["latents"], stored["pairs"].numpy()
     scale = stored["scale"].to(where)
     names = list(BACKGROUNDS)
-    captions = [artworks.caption(artwork, names[background]) for artwork, background in pairs]
-    tokens = tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    grammar = Grammar(wrong=wrong_captions)
+    weights = artworks.weights[pairs[:, 0]]
+    weights /= weights.sum()
 
-    def batch_indices(step: int) -> torch.Tensor:
-        epoch, position = divmod(step, len(latents) // batch)
-        order = epoch_order(len(latents), seed, epoch)
-        return torch.from_numpy(order[position * batch : (position + 1) * batch])
+    def token_ids(random: np.random.Generator, chosen: np.ndarray) -> torch.Tensor:
+        described = np.where(random.random(len(chosen)) < grammar.wrong, random.permutation(chosen), chosen)
+        texts = [caption(artworks, int(a), names[b], random, grammar).text for a, b in pairs[described]]
+        texts = [text if chance >= empty_captions else "" for text, chance in zip(texts, random.random(len(texts)))]
+        return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
     def noise_loss(z_t: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(where.type, torch.bfloat16):
+        with torch.autocast(where.type, torch.bfloat16, enabled=has_bfloat16(where)):
             text = text_encoder(ids).last_hidden_state
             noise_pred = unet(z_t, t, text, return_dict=False)[0]
         return F.mse_loss(noise_pred.float(), noise)
@@ -310,12 +327,12 @@ def diffusion(
         noise_loss = torch.compile(noise_loss, dynamic=False)
 
     def loss_of(step: int) -> torch.Tensor:
+        random = np.random.default_rng([seed, step])
         generator = step_generator(seed, step)
-        chosen = batch_indices(step)
+        chosen = random.choice(len(latents), batch, p=weights)
         noise = torch.randn(batch, *latents.shape[1:], generator=generator)
         t = torch.randint(train_scheduler.config.num_train_timesteps, (batch,), generator=generator)
-        empty = torch.rand(batch, generator=generator) < empty_captions
-        ids = torch.where(empty[:, None], tokens[-1], tokens[chosen])
+        ids = token_ids(random, chosen)
         z_0 = latents[chosen].to(where).float() * scale
         noise, t = noise.to(where), t.to(where)
         return noise_loss(train_scheduler.add_noise(z_0, noise, t), noise, t, ids.to(where))
