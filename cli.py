@@ -28,7 +28,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from . import __version__, teacher
+from . import __version__
+from .engine import embedded
 from .engine.errors import BoostDiffError, InputError
 from .engine.files import is_full_disk
 
@@ -137,7 +138,7 @@ def _learnt(share: float | None) -> str:
 
 @app.command()
 def distill(
-    model: ModelOption = teacher.MODEL_NAME,
+    model: ModelOption = embedded.MODEL_NAME,
     output: Annotated[Path, typer.Option("--output", help="Folder to write.")] = Path("outputs/student"),
     method: Annotated[
         str, typer.Option("--method", help="lora, dora, bitfit, soft-prompt, loha, lokr, oft, hra or ia3.")
@@ -236,9 +237,9 @@ def distill(
     """Train an adapter that makes one pass predict what guided sampling predicts."""
     _quiet_libraries()
     from .distill.config import parse_guidance
+    from .distill.distill import FORMATS, count_parameters, distil
     from .distill.loop import Observers
     from .distill.presets import resolve_config
-    from .distill.train import FORMATS, count_parameters, distil
     from .engine.compiled import has_bfloat16
     from .engine.model import locate, resolve_device
 
@@ -260,7 +261,7 @@ def distill(
     config = resolve_config(
         preset=preset,
         in_bfloat16=has_bfloat16(resolve_device(device)),
-        embedded=model == teacher.MODEL_NAME,
+        embedded=model == embedded.MODEL_NAME,
         method=method,
         rank=rank,
         targets=targets,
@@ -317,7 +318,7 @@ def distill(
 
 @app.command()
 def export(
-    model: ModelOption = teacher.MODEL_NAME,
+    model: ModelOption = embedded.MODEL_NAME,
     student: StudentOption = Path("outputs/student"),
     output: Annotated[Path, typer.Option("--output", help="Folder to write.")] = Path("outputs/engine"),
     trt: Annotated[bool, typer.Option("--trt", help="Also build FP16 TensorRT engines.")] = False,
@@ -401,7 +402,7 @@ def export(
 
 @app.command()
 def bench(
-    model: ModelOption = teacher.MODEL_NAME,
+    model: ModelOption = embedded.MODEL_NAME,
     student: Annotated[
         list[Path] | None,
         typer.Option("--student", help="Student folder; repeat it to compare more.", show_default="outputs/student"),
@@ -483,18 +484,18 @@ def bench(
     _quiet_libraries()
     from .benchmarks.bench import bench as run
     from .benchmarks.bench import bench_random
-    from .benchmarks.compare import compare_reports
     from .benchmarks.config import BenchConfig, parse_batch_sizes
-    from .benchmarks.grid_report import terminal_grids, write_grids
-    from .benchmarks.judging import Metrics
-    from .benchmarks.random_weights import locate_configs
-    from .benchmarks.report import (
+    from .benchmarks.quality.metrics import Metrics
+    from .benchmarks.report.compare import compare_reports
+    from .benchmarks.report.grids import terminal_grids, write_grids
+    from .benchmarks.report.report import (
         REPORT_FILES,
         replaced_files,
         terminal_comparison,
         terminal_report,
         write_report,
     )
+    from .benchmarks.speed.random_weights import locate_configs
     from .benchmarks.table1 import GridConfig, measure_grids, parse_sweep
     from .engine.files import prepare_output
     from .engine.model import locate
@@ -521,7 +522,7 @@ def bench(
     students = student or [Path("outputs/student")]
     metrics = Metrics(
         # The embedded model's own statistics are of EfficientNet's features.
-        reference=reference or (teacher.REFERENCE if model == teacher.MODEL_NAME and not inception_weights else None),
+        reference=reference or (embedded.REFERENCE if model == embedded.MODEL_NAME and not inception_weights else None),
         reference_size=reference_size,
         inception_weights=inception_weights,
         clip=clip,
@@ -545,8 +546,8 @@ def bench(
             result = bench_random(files, config, device=device, report=report)
         else:
             files = locate(model)
-            if model == teacher.MODEL_NAME:
-                prompts = prompts or teacher.HELD_OUT_PROMPTS
+            if model == embedded.MODEL_NAME:
+                prompts = prompts or embedded.HELD_OUT_PROMPTS
             if prompts is None:
                 raise InputError("pass --prompts FILE: only the embedded model brings prompts of its own")
             lines = read_prompts(prompts)
@@ -584,7 +585,7 @@ def bench(
 @app.command()
 def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw, one image a prompt.")],
-    model: ModelOption = teacher.MODEL_NAME,
+    model: ModelOption = embedded.MODEL_NAME,
     student: Annotated[
         Path | None,
         typer.Option(
@@ -636,7 +637,7 @@ def generate(
 ) -> None:
     """Draw images with the student in one pass a step; with [bold]--teacher[/], in two."""
     _quiet_libraries()
-    from .engine.draw import DrawConfig, draw
+    from .engine.generate import DrawConfig, draw
     from .engine.model import locate
     from .engine.runners import EXPORTED
 

@@ -15,11 +15,11 @@ from ..engine.model import Model, ModelFiles, load, resolve_device
 from ..engine.student import StudentInfo
 from ..engine.versions import source_commit, versions
 from .config import BenchConfig
-from .device import hardware
-from .judging import Metrics
+from .fastest import SAMPLING_BATCH
 from .lineup import Student, identity_of, merged_students
-from .measuring import SAMPLING_BATCH
-from .sampling import Campaign, launched_processes
+from .quality.metrics import Metrics
+from .quality.samples import Campaign, launched_processes
+from .speed.device import hardware
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,11 @@ from ..engine.guidance import Denoiser, SinglePassDenoiser, teacher_denoiser
 from ..engine.merge import merge
 from ..engine.model import Model, ModelFiles
 from ..engine.runners import Runner, TorchRunner
-from ..engine.samplers import make_scheduler
+from ..engine.schedulers import make_scheduler
 from ..engine.student import StudentInfo, read_student
 from ..engine.versions import versions
-from .alternatives import Alternative, candidates
-from .sampling import Contestant
+from .quality.alternatives import Alternative, candidates
+from .quality.samples import Contestant
 
 RESEED = 1_000_003
 """Added to the seed for the teacher-against-teacher row: the distance that chance alone makes."""

@@ -10,16 +10,16 @@ from typing import Any
 
 from ..engine.errors import InputError
 from ..engine.model import ModelFiles
-from ..engine.samplers import make_scheduler
+from ..engine.schedulers import make_scheduler
 from .config import BenchConfig
 from .contest import Contest
-from .features import Reference, frechet_distance
-from .intervals import left_out_distances
-from .judging import Metrics, bounded_memory
+from .fastest import FastestRunners
 from .lineup import Lineup, Student, read_students
-from .measuring import FastestRunners
-from .quality import clip_interval
-from .sampling import Campaign, Contestant
+from .quality.distances import left_out_distances
+from .quality.features import Reference, frechet_distance
+from .quality.metrics import Metrics, bounded_memory
+from .quality.quality import clip_interval
+from .quality.samples import Campaign, Contestant
 from .stats import Estimate, jackknifed
 
 SCHEMA_VERSION = 3

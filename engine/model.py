@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
-from .. import teacher
+from . import embedded
 from .errors import InputError
 from .families import Family, family_of
 from .files import read_json, sha256_of
@@ -148,7 +148,7 @@ def locate(model: str, *, weights: bool = True) -> ModelFiles:
     Raises:
         InputError: there is no such model, or it is not one that can be used.
     """
-    folder = teacher.MODEL_DIR if model == teacher.MODEL_NAME else Path(model)
+    folder = embedded.MODEL_DIR if model == embedded.MODEL_NAME else Path(model)
     if folder.is_file():
         raise InputError(
             f"{folder} is one file: make a pipeline folder of it once, in Python, with diffusers' "
@@ -170,7 +170,7 @@ def locate(model: str, *, weights: bool = True) -> ModelFiles:
 
 
 def _download(model: str, *, weights: bool) -> Path:
-    missing = f"there is no model {model!r}: pass {teacher.MODEL_NAME}, a diffusers pipeline folder or a hub id"
+    missing = f"there is no model {model!r}: pass {embedded.MODEL_NAME}, a diffusers pipeline folder or a hub id"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model):
         raise InputError(missing)
     try:

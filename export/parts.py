@@ -14,9 +14,9 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
+from ..engine.exported_parts import HIDDEN_STATES
 from ..engine.families import PromptEmbeds
 from ..engine.model import LARGE_PARAMETERS, Model
-from ..engine.parts import HIDDEN_STATES
 from ..engine.runners import UNET_OUTPUT, unet_forward
 from .config import ExportConfig
 

@@ -28,16 +28,9 @@ from transformers import CLIPTokenizer
 from ..distill.checkpoint import load_training_state, save_training_state
 from ..distill.order import epoch_order
 from ..engine.compiled import missing_compiler
+from ..engine.embedded import MODEL_DIR
 from ..engine.files import staged_folder
-from . import MODEL_DIR
-from .architecture import (
-    BETAS,
-    make_text_encoder,
-    make_tokenizer,
-    make_unet,
-    make_vae,
-    save_pipeline,
-)
+from .architecture import BETAS, make_text_encoder, make_tokenizer, make_unet, make_vae, save_pipeline
 from .dataset import Artworks, compose, load_artworks, to_model_range
 from .judge import curve, evaluate, grids, style, vae_quality
 from .measure import Seed, Work, device, held_out_psnr, load_vae, reference, training_log, write_images

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("engine", "distill", "export", "benchmarks", "teacher")
+PARTS = ("benchmarks/speed", "benchmarks/quality", "benchmarks/report", "benchmarks/studies")
+FOLDERS = ("engine", "engine/embedded", "distill", "export", "benchmarks", *PARTS, "teacher")
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +57,17 @@ def test_the_wheel_holds_every_module_and_the_embedded_model(wheel: Path) -> Non
         assert f"boostdiff/{folder}/__init__.py" in names
     data = {
         f"boostdiff/{path.relative_to(ROOT)}"
-        for folder in ("teacher/emoji64", "teacher/prompts", "teacher/reference", "benchmarks/configs")
+        for folder in (
+            "engine/embedded/emoji64",
+            "engine/embedded/prompts",
+            "engine/embedded/reference",
+            "benchmarks/configs",
+        )
         for path in (ROOT / folder).rglob("*")
         if path.is_file()
     }
     data.add("boostdiff/benchmarks/report.schema.json")
-    assert "boostdiff/teacher/emoji64/unet/diffusion_pytorch_model.safetensors" in data
+    assert "boostdiff/engine/embedded/emoji64/unet/diffusion_pytorch_model.safetensors" in data
     assert modules | data <= names
     extra = {name for name in names - modules - data if ".dist-info/" not in name}
     assert extra <= {"boostdiff/teacher/README.md"}
@@ -134,5 +140,5 @@ def test_no_pickles_and_no_remote_code() -> None:
 
 
 def test_training_on_prompts_needs_no_library_of_images() -> None:
-    code = "import sys, boostdiff.distill.train; sys.exit('datasets' in sys.modules)"
+    code = "import sys, boostdiff.distill.distill; sys.exit('datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -8,16 +8,16 @@ import pytest
 import torch
 from boostdiff.benchmarks.bench import BenchResult, _behind_in_words, bench
 from boostdiff.benchmarks.config import BenchConfig, parse_batch_sizes
-from boostdiff.benchmarks.judging import Metrics, bounded_memory
-from boostdiff.benchmarks.report import write_report
-from boostdiff.benchmarks.sampling import backgrounds
+from boostdiff.benchmarks.quality.quality.metrics import Metrics, bounded_memory
+from boostdiff.benchmarks.quality.quality.samples import backgrounds
+from boostdiff.benchmarks.report.report.report import write_report
+from boostdiff.benchmarks.report.report.tables import alternatives_table
 from boostdiff.benchmarks.stats import Estimate
-from boostdiff.benchmarks.tables import alternatives_table
 from boostdiff.distill.config import DistillConfig
+from boostdiff.distill.distill import distil
 from boostdiff.distill.loop import Observers
-from boostdiff.distill.train import distil
-from boostdiff.engine.engine import Engine
 from boostdiff.engine.errors import BoostDiffError, InputError
+from boostdiff.engine.exported import Engine
 from boostdiff.engine.model import ModelFiles
 from boostdiff.export.export import export
 from tiny import PROMPTS

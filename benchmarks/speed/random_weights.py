@@ -1,0 +1,87 @@
+"""A model from its configuration files alone: random weights are as fast as trained ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from ...engine.errors import InputError
+from ...engine.files import read_json
+from ...engine.model import Model, ModelFiles, default_dtype, locate, settle
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+"""Configurations of public models, to be named on the command line as their folders are."""
+
+
+def locate_configs(model: str) -> ModelFiles:
+    """Find a model's configuration: a folder of `CONFIGS` by its name, else as `engine.model.locate`.
+
+    Raises:
+        InputError: there is no such model, or no family handles it.
+    """
+    names = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
+    if model in names:
+        return dataclasses.replace(locate(str(CONFIGS / model)), name=model)
+    try:
+        return locate(model)
+    except InputError as error:
+        raise InputError(f"{error}; with --random-weights also {', '.join(names)}") from None
+
+
+def random_model(files: ModelFiles, *, device: torch.device, seed: int = 0) -> Model:
+    """Build a pipeline with randomly initialised weights.
+
+    Args:
+        files: the model's configuration; weight files are not read.
+        device: where to put it.
+        seed: of the weights.
+
+    Raises:
+        InputError: a configuration is missing or describes nothing that can be built.
+    """
+    index = read_json(files.folder / "model_index.json")
+    entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
+    dtype = default_dtype(device)
+    components: dict[str, Any] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, (library, class_name) in entries.items():
+            if name in {"safety_checker", "feature_extractor", "image_encoder"}:
+                continue
+            components[name] = _component(files.folder / name, library, class_name)
+    for part in components.values():
+        if isinstance(part, torch.nn.Module):
+            # Of torch, not diffusers, whose own warns of layers to be kept in float32 that these haven't.
+            torch.nn.Module.to(part, dtype)
+    pipeline = files.family.assemble(components)
+    settle(pipeline, files.family)
+    return Model(files=files, pipeline=pipeline.to(device))
+
+
+def _component(folder: Path, library: str, class_name: str) -> Any:
+    if "Tokenizer" in class_name:
+        return _tokenizer(folder, class_name)
+    known = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), class_name, None)
+    if known is None:
+        raise InputError(f"{folder.parent / 'model_index.json'} names {library}.{class_name}, which is unknown here")
+    try:
+        if library == "diffusers":
+            kind = "scheduler" if folder.name == "scheduler" else ""
+            return known.from_config(read_json(folder / f"{kind}_config.json".lstrip("_")))
+        return known(known.config_class(**read_json(folder / "config.json")))
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputError(f"{folder} describes no usable {class_name}: {error}") from None
+
+
+def _tokenizer(folder: Path, class_name: str) -> Any:
+    """The model's tokenizer where the folder has one; else a stand-in, since prompts are padded to one length."""
+    if folder.is_dir():
+        return getattr(transformers, class_name).from_pretrained(folder, local_files_only=True)
+    encoder = read_json(folder.with_name(folder.name.replace("tokenizer", "text_encoder")) / "config.json")
+    stand_in = transformers.CLIPTokenizer(model_max_length=encoder["max_position_embeddings"])
+    return stand_in.train_new_from_iterator(["a stand-in"], vocab_size=encoder["vocab_size"])
