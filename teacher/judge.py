@@ -22,7 +22,6 @@ from ..benchmarks.quality.features import (
     frechet_distance,
     kernel_distance,
 )
-from ..benchmarks.quality.samples import backgrounds
 from ..benchmarks.report.plots import rendered
 from ..benchmarks.report.tables import KID_HEADING, kid_cell
 from ..benchmarks.stats import jackknifed
@@ -35,6 +34,7 @@ from ..engine.pictures import contact_sheet, labelled_grid
 from ..engine.runners import Runner
 from ..engine.sampling import generate, to_uint8
 from ..engine.schedulers import make_scheduler
+from .backgrounds import backgrounds
 from .dataset import Artworks, draw_prompts, load_artworks
 from .measure import Seed, Work, device, held_out_psnr, load_vae, real_images, reconstructed, training_log
 from .style import STYLE_FILE, StyleNetwork, style_accuracy, style_network

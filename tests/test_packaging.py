@@ -66,7 +66,6 @@ def test_the_wheel_holds_every_module_and_the_embedded_model(wheel: Path) -> Non
         for path in (ROOT / folder).rglob("*")
         if path.is_file()
     }
-    data.add("boostdiff/benchmarks/report.schema.json")
     assert "boostdiff/engine/embedded/emoji64/unet/diffusion_pytorch_model.safetensors" in data
     assert modules | data <= names
     extra = {name for name in names - modules - data if ".dist-info/" not in name}

@@ -27,7 +27,6 @@ class QualityRow:
         kid: kernel distance to real images, the mean over random subsets, and `kid_spread` their standard deviation.
         kid_spread: see `features.kernel_distance`; None where subsets can't tell it.
         paired: mean cosine distance to the guided teacher's image of the same seed.
-        background: share of images over the named background; None where prompts name none.
         distance_interval: of `distance`, over prompts and noise, the reference being as it is; None below N = 4.
         behind: `distance` less the guided teacher's, on the same prompts; None for the guided teacher itself.
         precision: share of images that look real, and `recall` of real images that are covered (diversity).
@@ -46,7 +45,6 @@ class QualityRow:
     kid: float | None
     kid_spread: float | None
     paired: float
-    background: float | None
     distance_interval: Estimate | None = None
     behind: Estimate | None = None
     precision: float | None = None
@@ -177,7 +175,6 @@ def judge(campaign: Campaign, contestants: list[Contestant], *, reference: Refer
                 kid=kid,
                 kid_spread=kid_spread,
                 paired=paired_distance(features, guided_features),
-                background=sampled.background_share(),
                 distance_interval=jackknifed(distance, left_out) if distance is not None and left_out else None,
                 behind=behind,
                 precision=covered[0] if covered else None,

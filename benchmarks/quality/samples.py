@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 from ...engine.guidance import Denoiser
 from ...engine.model import Model
 from ...engine.sampling import generate, to_uint8
-from ...teacher.palette import background_of, named_background
 from .clip_score import ClipScorer
 from .features import FeatureNetwork, features_of
 
@@ -68,31 +67,13 @@ class Sampled:
 
     Attributes:
         features: `(N, D)` float32.
-        background: `(N,)` int8: 1 over the background that the prompt names, 0 over another, −1 where it names none.
         clip: `(N,)` float32 CLIP scores; None without a scorer.
         samples: the first few images, uint8 `(n, 3, H, W)`.
     """
 
     features: torch.Tensor
-    background: torch.Tensor
     clip: torch.Tensor | None
     samples: torch.Tensor
-
-    def background_share(self) -> float | None:
-        """Share of images over the background that their prompt names; None where none is named."""
-        named = self.background[self.background >= 0]
-        return named.double().mean().item() if len(named) else None
-
-
-def backgrounds(prompts: Sequence[str], images: torch.Tensor) -> torch.Tensor:
-    """See `Sampled.background`, of uint8 images `(N, 3, H, W)`."""
-    found = torch.full((len(prompts),), -1, dtype=torch.int8)
-    named = [(i, name) for i, prompt in enumerate(prompts) if (name := named_background(prompt))]
-    if named:
-        seen = background_of(images[[i for i, _ in named]].permute(0, 2, 3, 1).numpy())
-        for (index, name), got in zip(named, seen, strict=True):
-            found[index] = got == name
-    return found
 
 
 def hash_of(value: Any) -> str:
@@ -141,7 +122,6 @@ class Campaign:
         parts = [self._shard(contestant, start) for start in self.starts()]
         return Sampled(
             features=torch.cat([part["features"] for part in parts]),
-            background=torch.cat([part["background"] for part in parts]),
             clip=torch.cat([part["clip"] for part in parts]) if self.clip else None,
             samples=parts[0]["samples"],
         )
@@ -219,7 +199,6 @@ class Campaign:
         )
         tensors = {
             "features": features_of(self.network, images),
-            "background": backgrounds(prompts, images),
             "samples": images[: max(0, self.keep - start)].clone(memory_format=torch.contiguous_format),
         }
         return tensors | ({"clip": self.clip.scores(images, prompts)} if self.clip else {})

@@ -112,7 +112,7 @@ def _figures(report: dict[str, Any]) -> dict[str, Estimate | float]:
             name = f"{row['runner']} {WAY_NAMES[row['way']]}, batch {row['batch_size']}, images/s"
             found[name] = Estimate(**row["images_per_second"])
         for row in (report["quality"] or {}).get("rows", ()):
-            for key in ("distance", "recovered", "kid", "precision", "recall", "paired", "background", "clip"):
+            for key in ("distance", "recovered", "kid", "precision", "recall", "paired", "clip"):
                 value = row[key]
                 # A CLIP score brings its interval along.
                 interval = value if isinstance(value, dict) else row.get(f"{key}_interval")

@@ -1,4 +1,4 @@
-"""The plots of a benchmark, as SVG for the page and PNG beside it."""
+"""The plots of a benchmark, as SVG for the page."""
 
 from __future__ import annotations
 

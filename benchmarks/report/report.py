@@ -20,7 +20,6 @@ from ..bench import BenchResult
 from . import tables
 from .compare import Comparison
 from .page import GRID_ROWS, html_report
-from .plots import cost_plot, quality_plot, rendered, speed_plot
 
 
 def terminal_table(title: str, table: tables.Table) -> Table:
@@ -73,7 +72,7 @@ def comparison_grid(result: BenchResult) -> Image.Image:
     return labelled_grid(columns, result.prompts[: len(columns[names[0]])])
 
 
-REPORT_FILES = ("report.html", "speed.png", "quality.png", "alternatives.png", "grid.png", "report.json")
+REPORT_FILES = ("report.html", "grid.png", "report.json")
 """All that `write_report` may write, in the order in which they take their names."""
 
 
@@ -81,12 +80,7 @@ def write_report(result: BenchResult, folder: Path) -> None:
     """Write `REPORT_FILES` into a folder, as far as there is something to show."""
     write_json(folder / "report.json", result.as_json())
     (folder / "report.html").write_text(html_report(result), encoding="utf-8")
-    (folder / "speed.png").write_bytes(rendered(speed_plot(result.speed), "png"))
     if result.quality:
-        if result.quality.rows[0].distance is not None:
-            (folder / "quality.png").write_bytes(rendered(quality_plot(result), "png"))
-            if result.quality.best_alternatives():
-                (folder / "alternatives.png").write_bytes(rendered(cost_plot(result.quality), "png"))
         comparison_grid(result).save(folder / "grid.png")
 
 

@@ -106,7 +106,7 @@ def quality_table(quality: Quality, *, brief: bool = False) -> Table:
     """
     name = quality.features
     headings = ["sampling", "passes", f"{name} [95%]", "behind CFG [95%]", KID_HEADING, "precision", "recall"]
-    headings += ["paired", "background", "CLIP [95%]", "recovered [95%]"]
+    headings += ["paired", "CLIP [95%]", "recovered [95%]"]
     cells = []
     for row in quality.main_rows():
         recovered = within(row.recovered_interval, "{:.0%}")
@@ -123,14 +123,13 @@ def quality_table(quality: Quality, *, brief: bool = False) -> Table:
                 number(row.precision, "{:.0%}"),
                 number(row.recall, "{:.0%}"),
                 f"{row.paired:.3f}",
-                number(row.background, "{:.0%}"),
                 within(row.clip),
                 recovered,
             ]
         )
     if not brief:
         return headings, cells
-    headings, cells = _columns((headings, cells), (0, 2, 6, 8, 10))
+    headings, cells = _columns((headings, cells), (0, 2, 6, 7, 9))
     return [name if heading.startswith(name) else heading for heading in headings], cells
 
 

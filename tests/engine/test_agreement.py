@@ -3,8 +3,8 @@ from pathlib import Path
 
 import torch
 from agreement import STOCK, drawn, others
+from boostdiff.engine.generate import DrawConfig
 from boostdiff.engine.model import ModelFiles
-from boostdiff.engine.sampling import DrawConfig
 from tiny import PROMPTS
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.exported import Engine
+from boostdiff.engine.generate import DrawConfig, draw
 from boostdiff.engine.model import ModelFiles
-from boostdiff.engine.sampling import DrawConfig, draw
 from PIL import Image
 from tiny import PROMPTS
 

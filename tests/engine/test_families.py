@@ -12,11 +12,12 @@ from boostdiff.distill.loop import Observers
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.exported import Engine
 from boostdiff.engine.families import family_of
+from boostdiff.engine.generate import DrawConfig, draw
 from boostdiff.engine.guidance import GuidedDenoiser
 from boostdiff.engine.merge import merge
 from boostdiff.engine.model import Model, load, locate
 from boostdiff.engine.runners import GraphRunner, TorchRunner
-from boostdiff.engine.sampling import DrawConfig, draw, generate, to_uint8
+from boostdiff.engine.sampling import generate, to_uint8
 from boostdiff.engine.schedulers import make_scheduler
 from boostdiff.engine.sessions import OnnxSession
 from boostdiff.engine.student import LORA_FILE, read_student

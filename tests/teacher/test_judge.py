@@ -3,14 +3,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from boostdiff.benchmarks.quality.quality.features import EfficientNetLite0Features, Reference
+from boostdiff.benchmarks.quality.features import EfficientNetLite0Features, Reference
 from boostdiff.distill.image_files import open_images
 from boostdiff.engine import embedded
-from boostdiff.engine.embedded import measure
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.model import load, locate
 from boostdiff.engine.prompts import read_prompts
 from boostdiff.engine.runners import TorchRunner
+from boostdiff.teacher import measure
 from boostdiff.teacher.architecture import make_vae
 from boostdiff.teacher.dataset import HELD_OUT, STYLES, Artworks, draw_prompts
 from boostdiff.teacher.judge import curve, draw, evaluate, figures, markdown_table, unseen_combinations

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from boostdiff.benchmarks.quality.quality.alternatives import CUT_OFF, FEWER, INTERVAL, Alternative, candidates
+from boostdiff.benchmarks.quality.alternatives import CUT_OFF, FEWER, INTERVAL, Alternative, candidates
 from boostdiff.benchmarks.speed.stock import stock_pipeline
 from boostdiff.engine.model import Model
 from boostdiff.engine.runners import TorchRunner

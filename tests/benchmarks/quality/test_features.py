@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from boostdiff.benchmarks.quality.quality.features import (
+from boostdiff.benchmarks.quality.features import (
     NUM_FEATURES,
     EfficientNetLite0Features,
     Reference,
@@ -12,7 +12,7 @@ from boostdiff.benchmarks.quality.quality.features import (
     kernel_distance,
     paired_distance,
 )
-from boostdiff.benchmarks.quality.quality.reference import reference_from_folder
+from boostdiff.benchmarks.quality.reference import reference_from_folder
 from boostdiff.engine import embedded
 from boostdiff.engine.errors import InputError
 from PIL import Image

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from boostdiff.benchmarks.lineup import Lineup, identity_of
-from boostdiff.benchmarks.quality.quality.features import EfficientNetLite0Features
-from boostdiff.benchmarks.quality.quality.samples import Campaign
+from boostdiff.benchmarks.quality.features import EfficientNetLite0Features
+from boostdiff.benchmarks.quality.samples import Campaign
 from boostdiff.engine.files import read_json, write_json
 from boostdiff.engine.model import Model
 from boostdiff.engine.schedulers import SAMPLERS
@@ -68,7 +68,7 @@ def test_a_killed_run_loses_one_shard_at_most(campaign: Campaign) -> None:
     assert drawn == [3 * STEPS, 3, 3, 2, 2]
     assert len(shards(campaign)) == 3
     straight = replace(campaign, cache=None).sampled(contestant)
-    for name in ("features", "background", "samples"):
+    for name in ("features", "samples"):
         assert torch.equal(getattr(resumed, name), getattr(straight, name)), name
     assert len(resumed.features) == 8
 

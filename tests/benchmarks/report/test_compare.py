@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from boostdiff.benchmarks.report.report.compare import compare_reports
-from boostdiff.benchmarks.report.report.report import terminal_comparison
+from boostdiff.benchmarks.bench import SCHEMA_VERSION
+from boostdiff.benchmarks.report.compare import compare_reports
+from boostdiff.benchmarks.report.report import terminal_comparison
 from boostdiff.engine.errors import InputError
 from rich.console import Console
 
@@ -19,9 +20,9 @@ def estimate(value: float, half: float) -> dict[str, float]:
 def report() -> dict[str, Any]:
     ratio = {"slower": "torch teacher", "faster": "torch student", "part": "images", "batch_size": 8, "ceiling": 1.9}
     row = {"runner": "torch", "way": "student", "batch_size": 8, "images_per_second": estimate(10, 1)}
-    image = dict.fromkeys(("recovered", "kid", "precision", "recall", "paired", "background", "clip"))
+    image = dict.fromkeys(("recovered", "kid", "precision", "recall", "paired", "clip"))
     return {
-        "schema_version": 3,
+        "schema_version": SCHEMA_VERSION,
         "speed": {"ratios": [ratio | {"estimate": estimate(1.8, 0.1)}], "rows": [row]},
         "quality": {
             "rows": [image | {"name": "student lora", "distance": 220.0, "distance_interval": None, "recall": 0.5}]

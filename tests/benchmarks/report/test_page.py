@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 from boostdiff.benchmarks.bench import BenchResult
-from boostdiff.benchmarks.report.report.page import GRID_ROWS, html_report
+from boostdiff.benchmarks.report.page import GRID_ROWS, html_report
 from boostdiff.benchmarks.stats import Estimate
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}

@@ -1,5 +1,5 @@
 import matplotlib.pyplot as plt
-from boostdiff.benchmarks.report.report.plots import speed_plot
+from boostdiff.benchmarks.report.plots import speed_plot
 from boostdiff.benchmarks.speed.flops import Flops
 from boostdiff.benchmarks.speed.throughput import WAYS, Speed, SpeedRow
 from boostdiff.benchmarks.stats import Estimate, Spread

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from boostdiff.benchmarks.report.report.plots import rendered
+from boostdiff.benchmarks.report.plots import rendered
 from boostdiff.benchmarks.studies.guidance_curve import (
     Point,
     Teachers,
