@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,22 @@ from accelerate.utils import broadcast_object_list
 
 from ..engine.compiled import missing_compiler, use_plain_attention
 from ..engine.errors import InputError
-from ..engine.files import locked, prepare_output, publish, read_json, sha256_of, write_json
-from ..engine.model import Model, ModelFiles, load, resolve_device
+from ..engine.files import prepare_output, publish
+from ..engine.model import ModelFiles, load, resolve_device
 from ..engine.prompts import read_prompts
 from ..engine.student import INFO_FILE, StudentInfo
-from ..engine.versions import versions
-from .adapters import Adapter, PeftAdapter, make_adapter
-from .checkpoint import CheckpointError, TrainingState, load_training_state
+from .adapters import Adapter, make_adapter
+from .captioned_images import CaptionedImages
 from .config import DistillConfig
 from .loop import CHECKPOINT_FILE, Observers, Run
 from .objective import NoiseSchedule
 from .order import Share
 from .preview import Preview
 from .rows import Rows
-from .trajectories import CaptionedImages, Source, Trajectories
+from .run_folder import begin, exclusive_lock, resumable_state, work_folder, write_student
+from .source import Source
+from .trajectories import Trajectories
 
-CONFIG_FILE = "config.json"
 PREVIEW_ROWS = 6
 FORMATS = ("diffusers", "kohya")
 
@@ -47,11 +46,6 @@ def count_parameters(files: ModelFiles, config: DistillConfig) -> dict[str, int]
     with torch.device("meta"):
         adapter = _adapter(unet, config)
     return {"trainable_parameters": adapter.count(), "total_parameters": total}
-
-
-def work_folder(output: Path) -> Path:
-    """Where an unfinished run keeps its checkpoint: beside the folder that it will become."""
-    return output.resolve().with_name(f"{output.resolve().name}.unfinished")
 
 
 def distil(
@@ -105,7 +99,7 @@ def distil(
     share = Share(batch_size=config.batch_size, index=accelerator.process_index, count=accelerator.num_processes)
     if config.batch_size < share.count:
         raise InputError(f"--batch-size {config.batch_size} is too small for {share.count} processes")
-    state = _resumable_state(folder, resolved) if resume else None
+    state = resumable_state(folder, resolved) if resume else None
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
     model = load(files, device=target, dtype=torch.float32 if target.type == "cpu" else dtype)
@@ -137,7 +131,7 @@ def distil(
     if state is not None:
         run.restore(state)
     elif accelerator.is_main_process:
-        _begin(folder, resolved, observers)
+        begin(folder, resolved, observers)
     accelerator.wait_for_everyone()
     preview = Preview(model, adapter, prompts=shown, config=config, autocast=accelerator.autocast)
 
@@ -148,7 +142,7 @@ def distil(
             observers.note(f"there is no {path.name}: out of memory")
 
     info = None
-    with _alone(folder) if accelerator.is_main_process else nullcontext():
+    with exclusive_lock(folder) if accelerator.is_main_process else nullcontext():
         if observers.on_start:
             observers.on_start(run.done)
         if observers.log_with:
@@ -162,7 +156,7 @@ def distil(
             raise
         if accelerator.is_main_process:
             run.keep_average()
-            info = _write_student(
+            info = write_student(
                 folder, model, adapter, config, formats=formats, unet_sha256=resolved["unet_sha256"], result=result
             )
             (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
@@ -201,68 +195,6 @@ def _check_precision(files: ModelFiles, config: DistillConfig, device: torch.dev
         raise InputError(f"the attention of {files.name} overflows in fp16: choose --precision bf16 or fp32")
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a run's work folder.
-
-    Raises:
-        InputError: another run does.
-    """
-    with locked(folder, wait=False) as free:
-        if not free:
-            raise InputError(f"another run is at work in {folder}: wait for it, or choose another --output")
-        yield
-
-
-def _begin(folder: Path, resolved: dict[str, Any], observers: Observers) -> None:
-    """An empty work folder with the run's settings; an earlier run that could go on is set aside, not lost."""
-    if folder.exists():
-        with _alone(folder):
-            if (folder / CHECKPOINT_FILE).exists():
-                aside = folder.with_suffix(".abandoned")
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.replace(aside)
-                observers.note(f"an unfinished run, which --resume would have gone on with, is now in {aside}")
-            else:
-                shutil.rmtree(folder)
-    folder.mkdir()
-    write_json(folder / CONFIG_FILE, resolved)
-
-
-def _write_student(
-    folder: Path,
-    model: Model,
-    adapter: Adapter,
-    config: DistillConfig,
-    *,
-    formats: tuple[str, ...],
-    unet_sha256: str,
-    result: dict[str, Any],
-) -> StudentInfo:
-    """The adapter's files, and `student.json` that names them."""
-    paths = adapter.save(folder, model.pipeline)
-    if "kohya" in formats:
-        inner = getattr(adapter, "inner", adapter)
-        assert isinstance(inner, PeftAdapter)
-        inner.save_kohya(folder)
-    low, high = config.guidance_bounds
-    info = StudentInfo(
-        method=config.method,
-        guidance=(low + high) / 2,
-        guidance_range=(low, high) if config.takes_guidance else None,
-        negative_prompt=config.negative_prompt,
-        model=model.files.name,
-        unet_sha256=unet_sha256,
-        adapter_files={path.name: sha256_of(path) for path in paths},
-        trainable_parameters=adapter.count(),
-        settings=config.as_json(),
-        versions=versions(),
-        result=result,
-    )
-    info.write(folder)
-    return info
-
-
 def _adapter(unet: Any, config: DistillConfig) -> Adapter:
     return make_adapter(
         config.method,
@@ -289,20 +221,3 @@ def _accelerator(
     )
     # Under a launcher each process has an accelerator of its own.
     return accelerator, accelerator.device if accelerator.num_processes > 1 else target
-
-
-def _resumable_state(folder: Path, resolved: dict[str, Any]) -> TrainingState | None:
-    """What the checkpoint holds; None if none was written yet. Every process reads it."""
-    if not (folder / CONFIG_FILE).is_file():
-        raise InputError(f"there is nothing to resume in {folder}: run without --resume")
-    before = read_json(folder / CONFIG_FILE)
-    changed = sorted(key for key in resolved.keys() | before.keys() if resolved.get(key) != before.get(key))
-    if changed:
-        details = ", ".join(f"{key} was {before.get(key)}, is {resolved.get(key)}" for key in changed)
-        raise InputError(f"can't resume under other settings ({details}): repeat them, or run without --resume")
-    if not (folder / CHECKPOINT_FILE).is_file():
-        return None
-    try:
-        return load_training_state(folder / CHECKPOINT_FILE)
-    except CheckpointError as error:
-        raise InputError(f"can't resume: {error}; run without --resume") from None

@@ -32,7 +32,7 @@ from .checkpoint import TrainingState, save_training_state
 from .config import DistillConfig, learning_rate_at
 from .monitoring import LossWatch, Pace, StopRequest, peak_memory, stop_request
 from .objective import NoiseSchedule, distillation_loss, guidance_weight, x_from_prediction
-from .trajectories import Batch, Source
+from .source import Batch, Source
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 LOG_FILE = "log.jsonl"

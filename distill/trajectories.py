@@ -1,113 +1,17 @@
-"""Where training states come from: online trajectories from prompts, or captioned images.
-
-Everything random is drawn from (seed, counter) pairs, so a resumed run sees what an uninterrupted one sees.
-"""
+"""Training states from prompts alone: online trajectories."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from ..engine.families import PromptEmbeds, TextEmbeddings
+from ..engine.families import TextEmbeddings
 from ..engine.model import Model
-from .images import BadSample, ImageStream
 from .objective import NoiseSchedule, ddim_step, dpm_solver_2m
 from .order import Share, epoch_order, noise_of
-from .rows import Rows
-
-ENCODED_PIXELS = 2**21
-"""What the VAE encodes at once, eight images of 512x512: its activations are hundreds of times their size."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """States to train on.
-
-    Attributes:
-        z_t: `(B, C, H, W)` float32 latents.
-        t: `(B,)` int64 timesteps.
-        text: embeddings of B prompts, float32.
-        guidance: `(B,)` guidance scales, float32.
-    """
-
-    z_t: torch.Tensor
-    t: torch.Tensor
-    text: TextEmbeddings
-    guidance: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.t)
-
-    def split(self, parts: int) -> list[Batch]:
-        """In up to `parts` batches of about equal size."""
-        bounds = [piece for piece in np.array_split(np.arange(len(self)), parts) if len(piece)]
-        return [
-            Batch(
-                z_t=self.z_t[rows.start : rows.stop],
-                t=self.t[rows.start : rows.stop],
-                text=self.text[rows.start : rows.stop],
-                guidance=self.guidance[rows.start : rows.stop],
-            )
-            for rows in (slice(int(piece[0]), int(piece[-1]) + 1) for piece in bounds)
-        ]
-
-
-class Source(ABC):
-    """A supply of batches. What it gives depends on seeds and on the share's batch size, not on the processes."""
-
-    @abstractmethod
-    def batch(self, update: int) -> Batch:
-        """This process's states of one update."""
-
-    def advance(self, teacher_x: torch.Tensor) -> None:
-        """Told of the teacher's x̂_w `(B, C, H, W)` for the batch just given."""
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint must hold for this source to go on, the same in every process; called in every one."""
-        return {}
-
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from `state()`."""
-
-    def skipped(self) -> Sequence[BadSample]:
-        """Samples that were skipped, in all processes; called in every one."""
-        return ()
-
-
-class TextCache:
-    """Embeddings of prompts, each computed once, kept on the CPU; the oldest go when memory runs short."""
-
-    def __init__(self, model: Model, limit: int = 2**30) -> None:
-        self.model, self.limit, self.bytes = model, limit, 0
-        self._kept: OrderedDict[str, PromptEmbeds] = OrderedDict()
-
-    def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """Embeddings of B prompts, float32, on the model's device.
-
-        One at a time goes through the text encoder: the batch around a prompt changes its last bits, and a resumed run
-        must give the bytes of an uninterrupted one.
-        """
-        for prompt in prompts:
-            if prompt not in self._kept:
-                embeds = self.model.family.embed(self.model.pipeline, [prompt]).to("cpu")
-                self._kept[prompt] = embeds
-                self.bytes += sum(tensor.nbytes for tensor in embeds.tensors().values())
-        found = PromptEmbeds.cat([self._kept[prompt] for prompt in prompts])
-        while self.bytes > self.limit:
-            _, oldest = self._kept.popitem(last=False)
-            self.bytes -= sum(tensor.nbytes for tensor in oldest.tensors().values())
-        return found.to(self.model.device, torch.float32)
-
-
-def draw_guidance(random: np.random.Generator, bounds: tuple[float, float]) -> float:
-    """A guidance scale, uniform between two bounds."""
-    low, high = bounds
-    return low + (high - low) * random.random()
+from .source import Batch, Source, TextCache, draw_guidance
 
 
 class Trajectories(Source):
@@ -226,91 +130,3 @@ class Trajectories(Source):
         self.z_t, self.x_previous = state["z_t"][rows].to(where), state["x_previous"][rows].to(where)
         self.position, self.t_previous = state["position"], state["t_previous"]
         self.started = int(state["started"])
-
-
-class CaptionedImages(Source):
-    """The paper's source: images encoded by the VAE, diffused to a uniformly random timestep."""
-
-    def __init__(
-        self,
-        model: Model,
-        rows: Rows,
-        schedule: NoiseSchedule,
-        *,
-        share: Share,
-        seed: int,
-        guidance: tuple[float, float],
-        negative_prompt: str = "",
-        max_bad_samples: int = 0,
-    ) -> None:
-        self.model, self.schedule, self.share, self.seed = model, schedule, share, seed
-        self.guidance_bounds = guidance
-        self.embed = TextCache(model)
-        self.unconditional = model.family.embed_negative(model.pipeline, negative_prompt).to(torch.float32)
-        height, width = image_size(model)
-        self.stream = ImageStream(
-            rows,
-            height=height,
-            width=width,
-            batch_size=share.batch_size,
-            seed=seed,
-            max_bad_samples=max_bad_samples,
-        )
-
-    def batch(self, update: int) -> Batch:
-        """See `Source.batch`.
-
-        Raises:
-            InputError: more samples are unreadable than allowed.
-        """
-        captions, images = self.stream.next_batch(self.share.members)
-        vae = self.model.pipeline.vae
-        with torch.no_grad():
-            encoded = [
-                vae.encode(some.to(vae.device, vae.dtype)).latent_dist.mode()
-                for some in images.split(max(1, ENCODED_PIXELS // images[0, 0].numel()))
-            ]
-            x = torch.cat(encoded).float() * vae.config.scaling_factor
-        timesteps, scales, noise = [], [], []
-        for member in self.share.members:
-            number = update * self.share.batch_size + member
-            random = np.random.default_rng([self.seed, number])
-            timesteps.append(int(random.integers(len(self.schedule))))
-            scales.append(draw_guidance(random, self.guidance_bounds))
-            noise.append(noise_of(x.shape[1:], self.seed, number))
-        t = torch.tensor(timesteps, device=x.device)
-        return Batch(
-            z_t=self.schedule.add_noise(x, torch.stack(noise).to(x.device), t),
-            t=t,
-            text=TextEmbeddings(conditional=self.embed(captions), unconditional=self.unconditional),
-            guidance=torch.tensor(scales, device=x.device),
-        )
-
-    def skipped(self) -> list[BadSample]:
-        """See `Source.skipped`.
-
-        Raises:
-            InputError: together the processes skipped more than allowed.
-        """
-        self.stream.know_as_bad(self.share.gather_list(self.stream.bad))
-        return self.stream.bad
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """See `Source.state`.
-
-        Raises:
-            InputError: see `skipped`.
-        """
-        self.skipped()
-        return self.stream.state()
-
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """See `Source.restore`."""
-        self.stream.restore(state)
-
-
-def image_size(model: Model) -> tuple[int, int]:
-    """Height and width in pixels of the images that a model makes."""
-    scale = 2 ** (len(model.pipeline.vae.config.block_out_channels) - 1)
-    _, height, width = model.latent_shape
-    return height * scale, width * scale

@@ -11,11 +11,12 @@ import pytest
 import torch
 from boostdiff.distill import distill, loop
 from boostdiff.distill.config import DistillConfig, learning_rate_at
-from boostdiff.distill.distill import distil, work_folder
+from boostdiff.distill.distill import distil
 from boostdiff.distill.loop import CHECKPOINT_FILE, Observers
 from boostdiff.distill.monitoring import Pace
 from boostdiff.distill.presets import resolve_config
-from boostdiff.distill.trajectories import Batch
+from boostdiff.distill.run_folder import work_folder
+from boostdiff.distill.source import Batch
 from boostdiff.engine.compiled import TrainingRunner
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.model import ModelFiles

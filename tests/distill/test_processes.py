@@ -13,11 +13,12 @@ import torch
 from boostdiff.distill import loop
 from boostdiff.distill.checkpoint import load_training_state
 from boostdiff.distill.config import DistillConfig
-from boostdiff.distill.distill import distil, work_folder
+from boostdiff.distill.distill import distil
 from boostdiff.distill.loop import CHECKPOINT_FILE, LOG_FILE, Observers, UpdateReport
 from boostdiff.distill.monitoring import LossWatch
 from boostdiff.distill.objective import NoiseSchedule
 from boostdiff.distill.order import Share
+from boostdiff.distill.run_folder import work_folder
 from boostdiff.distill.trajectories import Trajectories
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.model import Model, ModelFiles

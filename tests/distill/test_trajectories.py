@@ -3,11 +3,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from boostdiff.distill.captioned_images import CaptionedImages
 from boostdiff.distill.image_files import open_images
 from boostdiff.distill.images import pixels_of
 from boostdiff.distill.objective import NoiseSchedule, x_from_prediction
 from boostdiff.distill.order import Share, epoch_order
-from boostdiff.distill.trajectories import CaptionedImages, Trajectories
+from boostdiff.distill.trajectories import Trajectories
 from boostdiff.engine.guidance import GuidedDenoiser
 from boostdiff.engine.model import Model
 from boostdiff.engine.runners import TorchRunner
@@ -105,7 +106,7 @@ def test_large_images_are_encoded_a_few_at_a_time(
     sizes = []
     encode = tiny.pipeline.vae.encode
     monkeypatch.setattr(tiny.pipeline.vae, "encode", lambda images: (sizes.append(len(images)), encode(images))[1])
-    monkeypatch.setattr("boostdiff.distill.trajectories.ENCODED_PIXELS", 2 * 16 * 16)
+    monkeypatch.setattr("boostdiff.distill.captioned_images.ENCODED_PIXELS", 2 * 16 * 16)
     torch.testing.assert_close(source().batch(0).z_t, whole)
     assert sizes == [2, 2, 1]
 
