@@ -17,10 +17,10 @@ from ..engine.errors import BoostDiffError, InputError
 from ..engine.exported import Engine
 from ..engine.generate import IN_TORCH, LACKING
 from ..engine.manifest import Manifest, read_manifest
+from ..engine.memory import give_back_memory
 from ..engine.model import Model, ModelFiles, resolve_device
 from ..engine.runners import EXPORTED, Runner, TorchRunner, available_runners
 from ..engine.schedulers import make_scheduler
-from ..export.parts import give_back_memory
 from .config import BenchConfig
 from .contest import Contest, provenance_of
 from .fastest import FastestRunners

@@ -7,10 +7,9 @@ import torch
 
 from ..engine.families import TextEmbeddings
 from ..engine.model import Model
-from .images import BadSample, ImageStream
+from .images import BadSample, ImageStream, Rows
 from .objective import NoiseSchedule
 from .order import Share, noise_of
-from .rows import Rows
 from .source import Batch, Source, TextCache, draw_guidance
 
 ENCODED_PIXELS = 2**21

@@ -21,11 +21,11 @@ from ..engine.student import INFO_FILE, StudentInfo
 from .adapters import Adapter, make_adapter
 from .captioned_images import CaptionedImages
 from .config import DistillConfig
+from .images import Rows
 from .loop import CHECKPOINT_FILE, Observers, Run
 from .objective import NoiseSchedule
 from .order import Share
 from .preview import Preview
-from .rows import Rows
 from .run_folder import begin, exclusive_lock, resumable_state, work_folder, write_student
 from .source import Source
 from .trajectories import Trajectories

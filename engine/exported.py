@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from .model import Model, ModelFiles, resolve_device
 from .runners import EXPORTED, GraphRunner, available_runners, open_session
 from .sampling import decode, default_batch_size, generate, initial_noise, sampling, to_pil
 from .schedulers import make_scheduler
-from .sessions import Closing, Session
+from .sessions import Session
 from .student import choose_guidance
 
 
@@ -53,7 +53,7 @@ class Step:
         return to_pil(decode(self.model, self.latents))
 
 
-class Engine(Closing):
+class Engine(AbstractContextManager["Engine"]):
     """An exported student, ready to draw. A context manager; `close` frees what it holds.
 
     Attributes:
@@ -100,6 +100,9 @@ class Engine(Closing):
             )
             model = _assemble(folder, manifest, lambda part: stack.enter_context(session(part)))
             return cls(manifest=manifest, model=model, opened=stack.pop_all())
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
 
     @property
     def runner(self) -> str:

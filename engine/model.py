@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
 from . import embedded
-from .errors import InputError
+from .errors import InputError, one_line
 from .families import Family, family_of
 from .files import read_json, sha256_of
 
@@ -128,8 +128,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"can't use the device {name!r}: {reason}") from None
+        raise InputError(f"can't use the device {name!r}: {one_line(error)}") from None
     return device
 
 
@@ -179,8 +178,7 @@ def _download(model: str, *, weights: bool) -> Path:
         return Path(DiffusionPipeline.download(model, use_safetensors=True))
     except Exception as error:
         # The hub client raises dozens of types, from "repository not found" to the socket's own.
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{missing} (no such folder here, and the hub says: {reason})") from None
+        raise InputError(f"{missing} (no such folder here, and the hub says: {one_line(error)})") from None
 
 
 def load(files: ModelFiles, *, device: torch.device, dtype: torch.dtype | None = None) -> Model:
@@ -207,8 +205,7 @@ def load(files: ModelFiles, *, device: torch.device, dtype: torch.dtype | None =
             **files.family.load_options,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"can't load the model in {files.folder}: {reason}") from None
+        raise InputError(f"can't load the model in {files.folder}: {one_line(error)}") from None
     settle(pipeline, files.family)
     return Model(files=files, pipeline=pipeline.to(device))
 

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 
-from ...engine.errors import InputError
+from ...engine.errors import InputError, one_line
 from ...engine.files import sha256_of
 
 BATCH = 32
@@ -37,8 +37,9 @@ class ClipScorer:
             self._tokens = AutoTokenizer.from_pretrained(name)
             self._model = CLIPModel.from_pretrained(name, use_safetensors=True)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, HFValidationError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"can't load the CLIP model {name!r}: pass a folder or a hub id ({reason})") from None
+            raise InputError(
+                f"can't load the CLIP model {name!r}: pass a folder or a hub id ({one_line(error)})"
+            ) from None
         self._model.to(device).eval().requires_grad_(False)
         self.name = name
         files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []

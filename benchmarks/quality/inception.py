@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ...engine.errors import BoostDiffError, InputError
+from ...engine.errors import BoostDiffError, InputError, one_line
 from ...engine.files import sha256_of
 from .features import FeatureNetwork
 
@@ -26,8 +26,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"can't read the Inception weights {path}: {reason}") from None
+        raise InputError(f"can't read the Inception weights {path}: {one_line(error)}") from None
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise InputError(f"the Inception weights {path} are no state dict of tensors")
     return weights
@@ -66,8 +65,7 @@ class InceptionFeatures(FeatureNetwork):
                 "pip install 'boostdiff[fid]'"
             ) from None
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{path} holds no Inception weights of torch-fidelity: {reason}") from None
+            raise InputError(f"{path} holds no Inception weights of torch-fidelity: {one_line(error)}") from None
         self.sha256 = sha256_of(path)
         self.eval().requires_grad_(False)
 

@@ -11,6 +11,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from diffusers import SchedulerMixin
 
+from ...engine.errors import one_line
 from ...engine.guidance import GuidedDenoiser, SinglePassDenoiser
 from ...engine.model import Model
 from ...engine.runners import Runner
@@ -294,8 +295,7 @@ def measure(
                 running.append(entrant)
             except Exception as error:
                 # Out of memory, or a batch beyond an engine's profile: each library raises a type of its own.
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                speed.left_out[f"{entrant.name}, batch {batch_size}"] = reason
+                speed.left_out[f"{entrant.name}, batch {batch_size}"] = one_line(error)
         times: list[list[dict[str, float]]] = [[] for _ in running]
         for number, index in in_turn(len(running), runs):
             on_progress(f"batch {batch_size}: round {number + 1} of {runs}, {running[index].name}")
