@@ -30,6 +30,7 @@ test: lint types unit
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 
 # mypy names a package after its folder, and the clone may be called anything.
 types: install

@@ -22,11 +22,10 @@ from ..engine.model import Model, ModelFiles, resolve_device
 from ..engine.runners import EXPORTED, Runner, TorchRunner, available_runners
 from ..engine.schedulers import make_scheduler
 from .config import BenchConfig
-from .contest import Contest, provenance_of
 from .fastest import FastestRunners
-from .lineup import Lineup, read_students
 from .quality.metrics import Metrics, bounded_memory
 from .quality.quality import Quality, judge
+from .session import Contest, Lineup, provenance_of, read_students
 from .speed.random_weights import random_model
 from .speed.stock import StockEntrant, stock_pipeline
 from .speed.throughput import WAYS, Entrant, Speed, SpeedRatio, measure

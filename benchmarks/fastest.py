@@ -1,18 +1,15 @@
-"""What long measurements share: results that are kept as they come, and the fastest way to run UNets here."""
+"""The fastest way to run UNets on this machine, for measurements that draw many images."""
 
 from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeVar
 
 from diffusers import UNet2DConditionModel
 
 from ..engine.compiled import CompiledRunner, has_bfloat16, missing_compiler
-from ..engine.files import read_json, write_json
 from ..engine.merge import TIMESTEPS
 from ..engine.model import LARGE_PARAMETERS, Model
 from ..engine.runners import GraphRunner, Runner, TorchRunner
@@ -20,28 +17,6 @@ from ..engine.sessions import OnnxSession
 from ..export.config import ExportConfig
 from ..export.graph import onnx_from_part
 from ..export.parts import unet_part
-
-T = TypeVar("T")
-
-
-def remembered(path: Path, key: str, measure: Callable[[], T]) -> T:
-    """A result by its key: read from a JSON file if it is there, else measured and added to the file.
-
-    Args:
-        path: the file; it is made, with its folder, when first needed.
-        key: names all that the result depends on.
-        measure: gives a plain JSON value.
-
-    Raises:
-        InputError: the file is there, but is no JSON object.
-    """
-    known = read_json(path) if path.exists() else {}
-    if key not in known:
-        known[key] = measure()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, known)
-    return known[key]
-
 
 SAMPLING_BATCH = 8
 """Images denoised together when many are drawn; with guidance the UNet sees twice as many."""

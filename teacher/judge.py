@@ -12,16 +12,10 @@ import numpy as np
 import torch
 import typer
 
-from ..benchmarks.fastest import SAMPLING_BATCH, FastestRunners, remembered
-from ..benchmarks.quality.distances import left_out_distances
-from ..benchmarks.quality.features import (
-    DISTANCE_NAME,
-    EfficientNetLite0Features,
-    Reference,
-    features_of,
-    frechet_distance,
-    kernel_distance,
-)
+from ..benchmarks.fastest import SAMPLING_BATCH, FastestRunners
+from ..benchmarks.quality.distances import frechet_distance, kernel_distance, left_out_distances
+from ..benchmarks.quality.features import DISTANCE_NAME, EfficientNetLite0Features, features_of
+from ..benchmarks.quality.reference import Reference
 from ..benchmarks.report.plots import rendered
 from ..benchmarks.report.tables import KID_HEADING, kid_cell
 from ..benchmarks.stats import jackknifed
@@ -37,6 +31,7 @@ from ..engine.schedulers import make_scheduler
 from .backgrounds import backgrounds
 from .dataset import Artworks, draw_prompts, load_artworks
 from .measure import Seed, Work, device, held_out_psnr, load_vae, real_images, reconstructed, training_log
+from .results import remembered
 from .style import STYLE_FILE, StyleNetwork, style_accuracy, style_network
 
 Output = Annotated[Path | None, typer.Option(help="Folder for what is written.  [default: the work folder]")]

@@ -112,8 +112,15 @@ def test_what_a_page_links_to_exists(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_modules_that_a_page_runs_exist(page: Path) -> None:
-    for module in re.findall(r"python -m boostdiff\.(\w+\.\w+)", page.read_text(encoding="utf-8")):
-        assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), module
+    for module in re.findall(r"python -m boostdiff\.(\w[\w.]*\w)", page.read_text(encoding="utf-8")):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+
+
+def test_no_two_modules_share_a_name() -> None:
+    names = [path.name for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
+    shared = {name for name in names if names.count(name) > 1}
+    assert shared <= {"__init__.py", "__main__.py", "command.py", "config.py"}
 
 
 def test_the_readmes_commands_exist() -> None:

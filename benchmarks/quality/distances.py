@@ -1,19 +1,67 @@
-"""How sure a Fréchet distance is, and how much of the real images' variety is covered."""
+"""Distances between sets of features: Fréchet with its interval and its gap to a teacher, KID, precision and recall."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from torchmetrics.image.kid import KernelInceptionDistance
 
 from ..stats import Estimate, jackknifed
-from .features import Reference
+from .reference import Reference
 
 GROUPS = 20
 """Groups of the jackknife: as many distances are computed again for an interval."""
 
 NEIGHBOURS = 3
 """k of precision and recall, as in their paper."""
+
+KID_SUBSETS, KID_SUBSET = 50, 200
+"""Random subsets of KID, and images of each kind in one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distance:
+    """A Fréchet distance to real images.
+
+    Attributes:
+        value: of all images.
+        left_out: see `left_out_distances`; empty where there are too few images for an interval.
+    """
+
+    value: float
+    left_out: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, reference: Reference, features: torch.Tensor) -> Distance:
+        """Of the features `(N, D)` of the images judged, N ≥ 2; from N = 4 on with an interval."""
+        left_out = left_out_distances(reference, features) if len(features) >= 4 else ()
+        return cls(value=frechet_distance(reference, features), left_out=tuple(left_out))
+
+    @property
+    def interval(self) -> Estimate | None:
+        """Over prompts and noise, the reference being as it is."""
+        return jackknifed(self.value, self.left_out) if self.left_out else None
+
+    def gap(self, to: Distance) -> Estimate | None:
+        """This less another distance, on the same prompts, with the interval of the difference."""
+        if not self.left_out:
+            return None
+        return jackknifed(self.value - to.value, [a - b for a, b in zip(self.left_out, to.left_out, strict=True)])
+
+    def recovered(self, *, guided: Distance, unguided: Distance) -> tuple[float | None, Estimate | None]:
+        """(unguided − this) / (unguided − guided), and its interval.
+
+        The share is None where guidance gains nothing (at tiny N, say), the interval where its gain is within noise.
+        """
+        if not guided.value < unguided.value:
+            return None, None
+        share = (unguided.value - self.value) / (unguided.value - guided.value)
+        if not self.left_out:
+            return share, None
+        return share, recovered_interval(share, guided.left_out, unguided.left_out, self.left_out)
 
 
 def matrix_root(covariance: torch.Tensor) -> torch.Tensor:
@@ -22,12 +70,13 @@ def matrix_root(covariance: torch.Tensor) -> torch.Tensor:
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
+def frechet_distance(reference: Reference, features: torch.Tensor) -> float:
+    """The Fréchet distance to a reference of the images with features `(N, D)`, N ≥ 2; see `frechet_distances`."""
+    return frechet_distances(reference, features, [torch.ones(len(features), dtype=torch.bool)])[0]
+
+
 def left_out_distances(reference: Reference, features: torch.Tensor, *, groups: int = GROUPS) -> list[float]:
     """Fréchet distances of the images without each group in turn; image i is in group i mod `groups`.
-
-    ‖μ − μ_r‖² + tr Σ + tr Σ_r − 2 tr (Σ Σ_r)^½ (Heusel et al. 2017, eq. 6). The last trace sums the roots of the
-    eigenvalues of Σ Σ_r, which are those of X Σ_r Xᵀ / (n − 1) too, X being the n centred features: a matrix of n × n
-    where there are fewer images than features, else of D × D.
 
     Args:
         reference: real images; taken as they are.
@@ -40,18 +89,32 @@ def left_out_distances(reference: Reference, features: torch.Tensor, *, groups: 
     groups = min(groups, len(features) // 2)
     if groups < 2:
         raise ValueError("an interval needs at least four images")
+    member = torch.arange(len(features)) % groups
+    return frechet_distances(reference, features, [member != group for group in range(groups)])
+
+
+def frechet_distances(reference: Reference, features: torch.Tensor, kept: Sequence[torch.Tensor]) -> list[float]:
+    """Fréchet distances of several choices among the same images to real ones.
+
+    ‖μ − μ_r‖² + tr Σ + tr Σ_r − 2 tr (Σ Σ_r)^½ (Heusel et al. 2017, eq. 6). The last trace sums the roots of the
+    eigenvalues of Σ Σ_r, which are those of X Σ_r Xᵀ / (n − 1) too, X being the n centred features: a matrix of n × n
+    where there are fewer images than features, else of D × D.
+
+    Args:
+        reference: real images.
+        features: `(N, D)` of the images judged.
+        kept: masks `(N,)`, each of at least two images.
+    """
     x = features.double() - reference.mean
-    member = torch.arange(len(x)) % groups
     small = len(x) <= x.shape[1]
     gram = x @ reference.covariance @ x.T if small else None
     root = None if small else matrix_root(reference.covariance)
     distances = []
-    for group in range(groups):
-        kept = member != group
-        part = x[kept]
+    for mask in kept:
+        part = x[mask]
         mean = part.mean(dim=0)
         if gram is not None:
-            block = gram[kept][:, kept]
+            block = gram[mask][:, mask]
             block = block - block.mean(dim=0) - block.mean(dim=1, keepdim=True) + block.mean()
             product = block / (len(part) - 1)
         else:
@@ -61,6 +124,49 @@ def left_out_distances(reference: Reference, features: torch.Tensor, *, groups: 
         traces = part.var(dim=0).sum() + reference.covariance.trace()
         distances.append((mean.square().sum() + traces - 2 * roots).item())
     return distances
+
+
+class _Precomputed(torch.nn.Module):
+    """Lets torchmetrics take features in place of images."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features
+
+
+def kernel_distance(reference: Reference, features: torch.Tensor) -> tuple[float, float | None]:
+    """KID (Bińkowski et al. 2018) by torchmetrics: the mean over random subsets, and their standard deviation.
+
+    The latter is the scatter of subsets of `KID_SUBSET` images, not the mean's error, as subsets share images; None
+    where all images of a kind are in every subset, whose scatter is then none of theirs.
+
+    Args:
+        reference: real images.
+        features: `(N, D)` of the images judged, N ≥ 2.
+    """
+    smaller = min(len(features), len(reference.features))
+    size = min(KID_SUBSET, smaller)
+    with warnings.catch_warnings():
+        # It warns that it keeps all features; they are in memory anyway.
+        warnings.simplefilter("ignore", UserWarning)
+        # One process has all features: the metric must not wait for others that were launched.
+        metric = KernelInceptionDistance(
+            feature=_Precomputed(features.shape[1]), subsets=KID_SUBSETS, subset_size=size, sync_on_compute=False
+        )
+    metric.update(reference.features, real=True)
+    metric.update(features, real=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mean, spread = metric.compute()
+    return mean.item(), spread.item() if size < smaller else None
+
+
+def paired_distance(features: torch.Tensor, to: torch.Tensor) -> float:
+    """Mean cosine distance between images of one seed: 0 where the images are the same."""
+    return (1 - torch.cosine_similarity(features.double(), to.double())).mean().abs().item()
 
 
 def is_resolved(gains: Sequence[float]) -> bool:

@@ -6,19 +6,16 @@ the same formula on its features is reported as FD-EffNetLite0, never as FID.
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass
+import tempfile
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
+from safetensors.torch import load_file
 
-from ...engine.errors import BoostDiffError, InputError
+from ...engine.errors import BoostDiffError, InputError, one_line
 from ...engine.files import sha256_of
 
 DISTANCE_NAME = "FD-EffNetLite0"
@@ -87,133 +84,61 @@ def features_of(network: torch.nn.Module, images: torch.Tensor, batch_size: int 
     return torch.cat([network(chunk.to(device)).cpu() for chunk in images.split(batch_size)])
 
 
-_ALONE: dict[str, Any] = {"sync_on_compute": False}
-"""One process has all features: the metrics must not wait for others that were launched."""
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict from safetensors, or from a `.pt` or `.pth` file of nothing but tensors.
 
-
-class _Precomputed(torch.nn.Module):
-    """Lets torchmetrics take features in place of images."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return features
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reference:
-    """Statistics of real images.
-
-    Attributes:
-        mean: `(D,)` float64.
-        covariance: `(D, D)` float64, unbiased.
-        count: images behind both.
-        features: `(M, D)` float32 of real images that are not among them: for KID, and for the floor.
+    Raises:
+        InputError: it is missing, damaged, or holds other objects, which would run code when read.
     """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise InputError(f"can't read the Inception weights {path}: {one_line(error)}") from None
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise InputError(f"the Inception weights {path} are no state dict of tensors")
+    return weights
 
-    mean: torch.Tensor
-    covariance: torch.Tensor
-    count: int
-    features: torch.Tensor
 
-    @classmethod
-    def of(cls, features: torch.Tensor, held_out: torch.Tensor) -> Reference:
-        """From the features `(N, D)` of the reference set and `(M, D)` of other real images."""
-        doubled = features.double()
-        return cls(
-            mean=doubled.mean(dim=0),
-            covariance=torch.cov(doubled.T),
-            count=len(features),
-            features=held_out.float(),
-        )
+class InceptionFeatures(FeatureNetwork):
+    """The 2048 pooled features of Inception-v3 that FID is defined on (Heusel et al. 2017)."""
 
-    def save(self, path: Path) -> None:
-        """Write safetensors: the covariance's upper triangle in float32, features in float16."""
-        upper = torch.triu_indices(*self.covariance.shape)
-        tensors = {
-            "mean": self.mean.float(),
-            "covariance": self.covariance[upper[0], upper[1]].float(),
-            "count": torch.tensor(self.count),
-            "features": self.features.half(),
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path)
+    num_features = 2048
+    distance_name = "FID"
+    description = "Inception-v3 of 2015 as torch-fidelity has it, 2048 pooled features, images resized by torchmetrics"
 
-    @classmethod
-    def load(cls, path: Path) -> Reference:
-        """Read what `save` wrote.
+    def __init__(self, path: Path) -> None:
+        """Build from a weights file, such as torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`.
 
         Raises:
-            InputError: the file is missing or no reference.
+            InputError: the file can't be used.
+            BoostDiffError: torch-fidelity is not installed.
         """
+        super().__init__()
+        weights = read_weights(path)
         try:
-            tensors = load_file(path)
-            mean = tensors["mean"].double()
-            upper = torch.triu_indices(len(mean), len(mean))
-            covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
-            covariance[upper[0], upper[1]] = tensors["covariance"].double()
-            covariance[upper[1], upper[0]] = tensors["covariance"].double()
-            return cls(
-                mean=mean,
-                covariance=covariance,
-                count=int(tensors["count"]),
-                features=tensors["features"].float(),
-            )
-        except (OSError, SafetensorError, KeyError, IndexError, RuntimeError) as error:
-            raise InputError(f"can't read the reference {path}: {error}") from None
+            from torchmetrics.image.fid import NoTrainInceptionV3
 
+            with tempfile.TemporaryDirectory() as folder:
+                # torch-fidelity reads any pickle: it is handed a file that holds the checked tensors alone.
+                torch.save(weights, Path(folder) / "weights.pth")
+                self.network = NoTrainInceptionV3(
+                    name="inception-v3-compat",
+                    features_list=["2048"],
+                    feature_extractor_weights_path=str(Path(folder) / "weights.pth"),
+                )
+        except ModuleNotFoundError:
+            raise BoostDiffError(
+                "--inception-weights needs torch-fidelity, and a torchvision that fits this torch: "
+                "pip install 'boostdiff[fid]'"
+            ) from None
+        except RuntimeError as error:
+            raise InputError(f"{path} holds no Inception weights of torch-fidelity: {one_line(error)}") from None
+        self.sha256 = sha256_of(path)
+        self.eval().requires_grad_(False)
 
-def frechet_distance(reference: Reference, features: torch.Tensor) -> float:
-    """The Fréchet distance (Heusel et al. 2017, eq. 6) to a reference, by torchmetrics' `FrechetInceptionDistance`.
-
-    Args:
-        reference: real images.
-        features: `(N, D)` of the images judged, N ≥ 2.
-    """
-    metric = FrechetInceptionDistance(feature=_Precomputed(features.shape[1]), **_ALONE).set_dtype(torch.float64)
-    count = torch.tensor(reference.count)
-    # The metric's running sums, as `update(real=True)` would have left them after `count` images.
-    metric.real_features_sum = reference.mean * count
-    metric.real_features_cov_sum = reference.covariance * (count - 1) + count * torch.outer(
-        reference.mean, reference.mean
-    )
-    metric.real_features_num_samples = count
-    metric.update(features.double(), real=False)
-    return metric.compute().item()
-
-
-KID_SUBSETS, KID_SUBSET = 50, 200
-"""Random subsets of KID, and images of each kind in one."""
-
-
-def kernel_distance(reference: Reference, features: torch.Tensor) -> tuple[float, float | None]:
-    """KID (Bińkowski et al. 2018) by torchmetrics: the mean over random subsets, and their standard deviation.
-
-    The latter is the scatter of subsets of `KID_SUBSET` images, not the mean's error, as subsets share images; None
-    where all images of a kind are in every subset, whose scatter is then none of theirs.
-
-    Args:
-        reference: real images.
-        features: `(N, D)` of the images judged, N ≥ 2.
-    """
-    smaller = min(len(features), len(reference.features))
-    size = min(KID_SUBSET, smaller)
-    with warnings.catch_warnings():
-        # It warns that it keeps all features; they are in memory anyway.
-        warnings.simplefilter("ignore", UserWarning)
-        metric = KernelInceptionDistance(
-            feature=_Precomputed(features.shape[1]), subsets=KID_SUBSETS, subset_size=size, **_ALONE
-        )
-    metric.update(reference.features, real=True)
-    metric.update(features, real=False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        mean, spread = metric.compute()
-    return mean.item(), spread.item() if size < smaller else None
-
-
-def paired_distance(features: torch.Tensor, to: torch.Tensor) -> float:
-    """Mean cosine distance between images of one seed: 0 where the images are the same."""
-    return (1 - torch.cosine_similarity(features.double(), to.double())).mean().abs().item()
+    @torch.inference_mode()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 images `(N, 3, H, W)` to features `(N, 2048)` float32."""
+        return self.network(images).float()

@@ -12,9 +12,8 @@ import torch
 from ...engine.errors import BoostDiffError, InputError
 from ..fastest import SAMPLING_BATCH
 from .clip_score import ClipScorer
-from .features import EfficientNetLite0Features, FeatureNetwork, Reference
-from .inception import InceptionFeatures
-from .reference import reference_of
+from .features import EfficientNetLite0Features, FeatureNetwork, InceptionFeatures
+from .reference import Reference, reference_of
 
 
 @dataclass(frozen=True, kw_only=True)

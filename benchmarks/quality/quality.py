@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from ..stats import Estimate, jackknifed
-from .distances import GROUPS, left_out_distances, precision_recall, recovered_interval
-from .features import Reference, frechet_distance, kernel_distance, paired_distance
+from .distances import GROUPS, Distance, frechet_distance, kernel_distance, paired_distance, precision_recall
+from .reference import Reference
 from .samples import Campaign, Contestant
 
 
@@ -41,10 +42,10 @@ class QualityRow:
     method: str | None
     steps: int
     cost: int
-    distance: float | None
-    kid: float | None
-    kid_spread: float | None
     paired: float
+    distance: float | None = None
+    kid: float | None = None
+    kid_spread: float | None = None
     distance_interval: Estimate | None = None
     behind: Estimate | None = None
     precision: float | None = None
@@ -131,6 +132,35 @@ def clip_interval(scores: torch.Tensor | None) -> Estimate | None:
     return jackknifed(values.mean().item(), [values[member != group].mean().item() for group in range(groups)])
 
 
+def _against_real_images(
+    row: QualityRow, distances: Sequence[Distance], reference: Reference, features: torch.Tensor
+) -> dict[str, Any]:
+    """The fields of a row that need real images.
+
+    Args:
+        row: what is known without.
+        distances: of the guided teacher, of the unguided one, and so on down to this row's.
+        reference: real images.
+        features: `(N, D)` of the row's images.
+    """
+    *before, distance = distances
+    kid, kid_spread = kernel_distance(reference, features)
+    covered = precision_recall(reference.features, features)
+    shared = row.kind != "control" and len(before) > 1
+    recovered, within = distance.recovered(guided=before[0], unguided=before[1]) if shared else (None, None)
+    return {
+        "distance": distance.value,
+        "distance_interval": distance.interval,
+        "behind": distance.gap(before[0]) if before else None,
+        "kid": kid,
+        "kid_spread": kid_spread,
+        "precision": covered[0] if covered else None,
+        "recall": covered[1] if covered else None,
+        "recovered": recovered,
+        "recovered_interval": within,
+    }
+
+
 def judge(campaign: Campaign, contestants: list[Contestant], *, reference: Reference | None) -> Quality:
     """Measure every contestant on the same prompts, seeds and noise.
 
@@ -141,50 +171,26 @@ def judge(campaign: Campaign, contestants: list[Contestant], *, reference: Refer
     """
     rows: list[QualityRow] = []
     samples: dict[str, torch.Tensor] = {}
+    distances: list[Distance] = []
     guided_features = None
-    without: list[list[float]] = []
     for contestant in contestants:
         sampled = campaign.sampled(contestant)
-        features = sampled.features
         if guided_features is None:
-            guided_features = features
-        distance = frechet_distance(reference, features) if reference else None
-        kid, kid_spread = kernel_distance(reference, features) if reference else (None, None)
-        covered = precision_recall(reference.features, features) if reference else None
-        left_out = left_out_distances(reference, features) if reference and len(features) >= 4 else []
-        without.append(left_out)
-        behind, recovered, recovered_within = None, None, None
-        if distance is not None and rows:
-            guided, unguided = rows[0].distance, rows[min(1, len(rows) - 1)].distance
-            assert guided is not None
-            assert unguided is not None
-            if left_out:
-                behind = jackknifed(distance - guided, [a - b for a, b in zip(left_out, without[0], strict=True)])
-            # Where guidance gains nothing (tiny N, say), there is nothing to recover.
-            if contestant.kind != "control" and len(rows) >= 2 and guided < unguided:
-                recovered = (unguided - distance) / (unguided - guided)
-                recovered_within = recovered_interval(recovered, without[0], without[1], left_out) if left_out else None
-        rows.append(
-            QualityRow(
-                name=contestant.name,
-                kind=contestant.kind,
-                method=contestant.method,
-                steps=contestant.steps,
-                cost=contestant.cost,
-                distance=distance,
-                kid=kid,
-                kid_spread=kid_spread,
-                paired=paired_distance(features, guided_features),
-                distance_interval=jackknifed(distance, left_out) if distance is not None and left_out else None,
-                behind=behind,
-                precision=covered[0] if covered else None,
-                recall=covered[1] if covered else None,
-                recovered=recovered,
-                recovered_interval=recovered_within,
-                clip=clip_interval(sampled.clip),
-            )
+            guided_features = sampled.features
+        row = QualityRow(
+            name=contestant.name,
+            kind=contestant.kind,
+            method=contestant.method,
+            steps=contestant.steps,
+            cost=contestant.cost,
+            paired=paired_distance(sampled.features, guided_features),
+            clip=clip_interval(sampled.clip),
         )
-        samples[contestant.name] = sampled.samples
+        if reference:
+            distances.append(Distance.of(reference, sampled.features))
+            row = replace(row, **_against_real_images(row, distances, reference, sampled.features))
+        rows.append(row)
+        samples[row.name] = sampled.samples
     count = len(campaign.prompts)
     enough = reference is not None and len(reference.features) >= count
     return Quality(

@@ -1,20 +1,86 @@
-"""Real images: a folder of them, or the statistics that were made of one."""
+"""Real images: the statistics of a folder of them, and the file that keeps these."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from ...engine.errors import InputError
-from .features import FeatureNetwork, Reference, features_of
+from .features import FeatureNetwork, features_of
 
 BATCH = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Statistics of real images.
+
+    Attributes:
+        mean: `(D,)` float64.
+        covariance: `(D, D)` float64, unbiased.
+        count: images behind both.
+        features: `(M, D)` float32 of real images that are not among them: for KID, and for the floor.
+    """
+
+    mean: torch.Tensor
+    covariance: torch.Tensor
+    count: int
+    features: torch.Tensor
+
+    @classmethod
+    def of(cls, features: torch.Tensor, held_out: torch.Tensor) -> Reference:
+        """From the features `(N, D)` of the reference set and `(M, D)` of other real images."""
+        doubled = features.double()
+        return cls(
+            mean=doubled.mean(dim=0),
+            covariance=torch.cov(doubled.T),
+            count=len(features),
+            features=held_out.float(),
+        )
+
+    def save(self, path: Path) -> None:
+        """Write safetensors: the covariance's upper triangle in float32, features in float16."""
+        upper = torch.triu_indices(*self.covariance.shape)
+        tensors = {
+            "mean": self.mean.float(),
+            "covariance": self.covariance[upper[0], upper[1]].float(),
+            "count": torch.tensor(self.count),
+            "features": self.features.half(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Reference:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file is missing or no reference.
+        """
+        try:
+            tensors = load_file(path)
+            mean = tensors["mean"].double()
+            upper = torch.triu_indices(len(mean), len(mean))
+            covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+            covariance[upper[0], upper[1]] = tensors["covariance"].double()
+            covariance[upper[1], upper[0]] = tensors["covariance"].double()
+            return cls(
+                mean=mean,
+                covariance=covariance,
+                count=int(tensors["count"]),
+                features=tensors["features"].float(),
+            )
+        except (OSError, SafetensorError, KeyError, IndexError, RuntimeError) as error:
+            raise InputError(f"can't read the reference {path}: {error}") from None
 
 
 def reference_of(path: Path, network: FeatureNetwork, *, size: int | None = None) -> Reference:

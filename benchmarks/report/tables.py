@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ..bench import BenchResult
-from ..quality.distances import GROUPS, NEIGHBOURS
-from ..quality.features import KID_SUBSET, KID_SUBSETS
+from ..quality.distances import GROUPS, KID_SUBSET, KID_SUBSETS, NEIGHBOURS
 from ..quality.quality import Quality
 from ..speed.throughput import Speed, SpeedRatio
 from ..stats import CONFIDENCE, Estimate

@@ -1,18 +1,4 @@
-"""Everything that is claimed of a GPU, at a public model's size and on random weights: no download, no network.
-
-    python -m boostdiff.benchmarks.studies.full_size --work DIR [--model sd21-base] [--only speed] [--output DIR]
-
-Eight stages, each a command of its own that is printed and can be run alone: `speed` (`boostdiff bench
---random-weights --no-compile`), `profile` (`benchmarks.where_time_goes`), `folder` (`benchmarks.random_folder`, which
-the next need), `training` (`boostdiff distill --preset paper`, a few updates), `export` (`boostdiff export`) and
-`engine` (`boostdiff bench` with the exported graphs); and last, as `torch.compile` takes minutes for each graph,
-`compiled-training` (with `--compile`) and `compiled` (`boostdiff bench --compile`, at few batch sizes).
-
-A stage whose results are there is not run again, and one that fails, or takes longer than `--limit` seconds, keeps none
-of the others from running. `summary.md` has the ratios that matter, from whatever is there, and is written anew after
-each stage. Large files stay in DIR; results go to `benchmarks/results/<gpu>-<date>/` of the source tree, or to
-`--output`.
-"""
+"""Everything that is claimed of a GPU, at a public model's size and on random weights, stage by stage."""
 
 from __future__ import annotations
 
@@ -40,8 +26,9 @@ from ...engine.runners import EXPORTED, available_runners
 from ..config import parse_batch_sizes
 from ..report.tables import NOTHING
 from ..speed.device import hardware
+from .options import Device, Runs, Steps
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+STUDIES = ["boostdiff.benchmarks.studies"]
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -116,7 +103,8 @@ def stages(
     trained = ["boostdiff", "distill", "--model", str(folder / "model"), *prompts, "--preset", "paper", *common]
     trained += ["--updates", f"{updates}", "--gradient-accumulation-steps", f"{parts}"]
     profiled = [
-        "boostdiff.benchmarks.studies.profile",
+        *STUDIES,
+        "profile",
         model,
         *few,
         "--steps",
@@ -146,7 +134,7 @@ def stages(
             proof=output / "profile.json",
         ),
         "folder": Stage(
-            command=["boostdiff.benchmarks.studies.random_folder", model, "--half", "--output", str(folder)],
+            command=[*STUDIES, "random-folder", model, "--half", "--output", str(folder)],
             proof=student / "student.json",
         ),
         "training": trained_with("training"),
@@ -290,22 +278,33 @@ def results_folder(device: torch.device) -> Path:
     return RESULTS / f"{name}-{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
 
 
-@app.command()
-def main(
+def full_size(
     work: Annotated[Path, typer.Option(help="Folder for weights, students and engines: some 10 GB.")],
     model: Annotated[str, typer.Option(help="sd15, sd21-base, sdxl, or a pipeline folder.")] = "sd21-base",
     only: Annotated[str | None, typer.Option(help="Stages, comma-separated.  [default: all]")] = None,
     output: Annotated[Path | None, typer.Option(help="For results.  [default: by GPU and date]")] = None,
     batch_sizes: Annotated[str, typer.Option(help="Images made together.")] = "1,2,4,8,16",
     few_batch_sizes: Annotated[str, typer.Option(help="The same of the stages profile and compiled.")] = "1,8",
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
-    runs: Annotated[int, typer.Option(min=3, help="Timed batches of each row.")] = 7,
+    steps: Steps = 20,
+    runs: Runs = 7,
     updates: Annotated[int, typer.Option(min=2, help="Of the training; the first is not timed.")] = 3,
     accumulate: Annotated[int, typer.Option(min=1, help="Passes that share a training update.")] = 32,
     limit: Annotated[float | None, typer.Option(min=1, help="Seconds that a stage may take.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    device: Device = "auto",
 ) -> None:
-    """Run the stages, and write the summary."""
+    """Everything that is claimed of a GPU, at a public model's size and on random weights: no download, no network.
+
+    Eight stages, each a command of its own that is printed and can be run alone: `speed` (`boostdiff bench
+    --random-weights --no-compile`), `profile` (the study), `folder` (the study `random-folder`, which the next need),
+    `training` (`boostdiff distill --preset paper`, a few updates), `export` (`boostdiff export`) and `engine`
+    (`boostdiff bench` with the exported graphs); and last, as `torch.compile` takes minutes for each graph,
+    `compiled-training` (with `--compile`) and `compiled` (`boostdiff bench --compile`, at few batch sizes).
+
+    A stage whose results are there is not run again, and one that fails, or takes longer than `--limit` seconds, keeps
+    none of the others from running. `summary.md` has the ratios that matter, from whatever is there, and is written
+    anew after each stage. Large files stay in the work folder; results go to `benchmarks/results/<gpu>-<date>/` of the
+    source tree, or to `--output`.
+    """
     target = resolve_device(device)
     for sizes in (batch_sizes, few_batch_sizes):
         parse_batch_sizes(sizes)
@@ -339,7 +338,3 @@ def main(
     print(f"\n{text}\n{output / 'summary.md'}")
     if failed:
         raise typer.Exit(1)
-
-
-if __name__ == "__main__":
-    app()

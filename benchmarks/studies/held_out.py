@@ -1,37 +1,33 @@
-"""The embedded model and its students on the held-out prompts: features of their images, kept as they come.
+"""The embedded model and its students on the held-out prompts: what the studies that compare students share.
 
-Shared by the scripts that compare many students; a run of theirs that was interrupted goes on.
+What is sampled is kept in a study's folder: one that was interrupted goes on.
 """
 
 from __future__ import annotations
 
-import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from ...engine import embedded
 from ...engine.errors import InputError
+from ...engine.families import TextEmbeddings
 from ...engine.files import read_json, write_json
-from ...engine.guidance import Denoiser, teacher_denoiser
-from ...engine.merge import merge
 from ...engine.model import Model, load, locate, resolve_device
 from ...engine.prompts import read_prompts
-from ...engine.runners import Runner, TorchRunner
-from ...engine.sampling import generate, to_uint8
-from ...engine.schedulers import make_scheduler
 from ...engine.student import read_student
-from ..fastest import FastestRunners, remembered
-from ..quality.features import EfficientNetLite0Features, Reference, features_of, frechet_distance
-
-DISTANCES_FILE = "distances.json"
+from ..fastest import SAMPLING_BATCH, FastestRunners
+from ..quality.features import EfficientNetLite0Features
+from ..quality.reference import Reference
+from ..quality.samples import Campaign, Contestant
+from ..session import Lineup, Student, identity_of, merged_students
 
 
 def trained(folder: Path, options: Sequence[str]) -> Path:
@@ -68,15 +64,35 @@ def teacher_model() -> Model:
     return load(locate(embedded.MODEL_NAME), device=resolve_device("auto"))
 
 
-def student_model(folder: Path) -> Model:
-    """The embedded model with a student of it merged into the UNet.
+def held_out_text(model: Model, prompts: int) -> TextEmbeddings:
+    """Embeddings of the first held-out prompts."""
+    return model.family.encode(model.pipeline, read_prompts(embedded.HELD_OUT_PROMPTS)[:prompts])
+
+
+def merged_student(model: Model, folder: Path) -> Student:
+    """A student of the model, merged into a UNet of its own.
 
     Raises:
-        InputError: the student does not fit.
+        InputError: it does not fit.
     """
-    model = teacher_model()
-    model.pipeline.unet = merge(model, folder, read_student(folder, model.files))
-    return model
+    return merged_students(model, [folder], [read_student(folder, model.files)])[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Makes rows of the model's images, and gives their features.
+
+    Attributes:
+        lineup: makes contestants, and runs their UNets.
+        campaign: samples them.
+    """
+
+    lineup: Lineup
+    campaign: Campaign
+
+    def features(self, contestant: Contestant) -> torch.Tensor:
+        """Features `(N, D)` of a row's images, float32; drawn where they are not kept yet."""
+        return self.campaign.sampled(contestant).features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +100,8 @@ class HeldOut:
     """The same held-out prompts, seeds and noise for every way of drawing.
 
     Attributes:
-        work: folder for features and distances.
-        sampler: a name in `engine.samplers.SAMPLERS`.
+        work: folder for what is sampled.
+        sampler: a name in `engine.schedulers.SAMPLERS`.
         steps: sampling steps.
     """
 
@@ -94,86 +110,33 @@ class HeldOut:
     steps: int = 20
 
     @cached_property
-    def network(self) -> EfficientNetLite0Features:
-        """What gives the features."""
-        return EfficientNetLite0Features().to(resolve_device("auto"))
+    def model(self) -> Model:
+        """The embedded model."""
+        return teacher_model()
 
     @cached_property
     def reference(self) -> Reference:
         """Real images."""
         return Reference.load(embedded.REFERENCE)
 
-    def key(self, name: str, samples: int) -> str:
-        """What a row's figures are kept under."""
-        return f"{name}, {self.sampler} {self.steps}, N {samples}"
+    @cached_property
+    def network(self) -> EfficientNetLite0Features:
+        """What gives the features."""
+        return EfficientNetLite0Features().to(self.model.device)
 
-    def features(
-        self,
-        rows: Mapping[str, Callable[[Runner], Denoiser]],
-        samples: int,
-        *,
-        open_model: Callable[[], Model],
-        exported: bool = True,
-    ) -> dict[str, torch.Tensor]:
-        """Features `(samples, D)` of each row's images, float32; drawn where they are not kept yet.
-
-        Args:
-            rows: by a name that says which weights are drawn with, the denoiser on the runner that all rows share.
-            samples: images of each row; image i is the same for any number of them.
-            open_model: gives the model; called if an image is missing.
-            exported: whether a CPU may run the UNet as a graph: not where rows change its weights.
-        """
-        paths = {name: self._path(self.key(name, samples)) for name in rows}
-        missing = [name for name, path in paths.items() if not path.exists()]
-        if missing:
-            model = open_model()
-            prompts = read_prompts(embedded.HELD_OUT_PROMPTS)[:samples]
-            text = model.family.encode(model.pipeline, prompts)
-
-            def draw(runner: Runner) -> None:
-                for name in missing:
-                    images = generate(
-                        model,
-                        rows[name](runner),
-                        text=text,
-                        make_scheduler=partial(make_scheduler, self.sampler, model.pipeline.scheduler.config),
-                        steps=self.steps,
-                        seed=0,
-                    )
-                    self._keep(paths[name], features_of(self.network, to_uint8(images)))
-                    print(f"drawn: {self.key(name, samples)}", file=sys.stderr, flush=True)
-
-            if exported:
-                with FastestRunners(model, passes=len(missing) * samples * self.steps) as runners:
-                    draw(runners(model.unet))
-            else:
-                draw(TorchRunner(model.unet))
-        return {name: load_file(path)["features"] for name, path in paths.items()}
-
-    def distance(self, name: str, features: torch.Tensor) -> float:
-        """Fréchet distance to real images of a row's features, remembered by its name and their number."""
-        return remembered(
-            self.work / DISTANCES_FILE,
-            self.key(name, len(features)),
-            lambda: frechet_distance(self.reference, features),
-        )
-
-    def teachers(self, scales: Sequence[float], samples: int) -> dict[float, tuple[str, torch.Tensor]]:
-        """The teacher's rows: by guidance scale, the name and the features."""
-        weights = locate(embedded.MODEL_NAME).unet_sha256()[:12]
-        names = {scale: f"teacher w={scale:g} {weights}" for scale in scales}
-        found = self.features(
-            {name: partial(teacher_denoiser, guidance_scale=scale) for scale, name in names.items()},
-            samples,
-            open_model=teacher_model,
-        )
-        return {scale: (name, found[name]) for scale, name in names.items()}
-
-    def _path(self, key: str) -> Path:
-        return self.work / "features" / f"{re.sub(r'[^a-z0-9.+=]+', '-', key.lower())}.safetensors"
-
-    def _keep(self, path: Path, features: torch.Tensor) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial_path = path.with_suffix(".partial")
-        save_file({"features": features.contiguous()}, partial_path)
-        partial_path.replace(path)
+    @contextmanager
+    def sampling(self, samples: int) -> Iterator[Sampling]:
+        """For rows of so many images, run the fastest way; image i is the same for any number of them."""
+        with FastestRunners(self.model, passes=samples * self.steps) as runners:
+            yield Sampling(
+                lineup=Lineup(model=self.model, sampler=self.sampler, steps=self.steps, runner=runners),
+                campaign=Campaign(
+                    model=self.model,
+                    network=self.network,
+                    prompts=read_prompts(embedded.HELD_OUT_PROMPTS)[:samples],
+                    seed=0,
+                    batch_size=SAMPLING_BATCH,
+                    cache=self.work / "features",
+                    identity=identity_of(self.model) | {"runner": runners.name},
+                ),
+            )

@@ -1,15 +1,13 @@
-"""Where a batch's time goes: kernels by kind, text encoder, UNet and VAE, and the time that the device waits.
-
-    python -m boostdiff.benchmarks.studies.profile [sd21-base] [--batch-sizes 1,8] [--steps 20] [--json FILE]
-
-A model of random weights, in torch: eager, captured (on CUDA) and compiled, the student's single pass. Each batch is
-timed without the profiler, then run once under it: kernels take as long either way, but launching them does not.
-"""
+"""Where a batch's time goes, and how much memory a training update takes; both on random weights."""
 
 from __future__ import annotations
 
 import copy
+import json
 import re
+import subprocess
+import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -19,24 +17,30 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from diffusers import UNet2DConditionModel
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile, schedule
+from torch.profiler import ProfilerActivity, schedule
+from torch.profiler import profile as profiled
 
+from ...distill.adapters import make_adapter
+from ...distill.monitoring import peak_memory
+from ...distill.objective import distillation_loss
 from ...engine.errors import InputError
 from ...engine.files import write_json
 from ...engine.generate import IN_TORCH, LACKING
-from ...engine.model import Model, resolve_device
+from ...engine.guidance import combine
+from ...engine.model import Model, ModelFiles, resolve_device
 from ...engine.runners import Runner
 from ...engine.sampling import initial_noise
 from ...engine.schedulers import make_scheduler
+from ...engine.terminal import print_json
 from ..config import parse_batch_sizes
 from ..speed.device import copy_peak, gemm_peak, hardware
 from ..speed.flops import count_flops
 from ..speed.random_weights import locate_configs, random_model
 from ..speed.throughput import PARTS, Entrant
 from ..stats import median_of
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+from .options import Configuration, Device, GradientCheckpointing, Sampler, Steps
 
 KINDS = {
     "attention": r"flash|fmha|attention|attn|softmax",
@@ -149,7 +153,7 @@ def break_down(
     times = [once() for _ in range(runs)]
     activity = ProfilerActivity.CUDA if model.device.type == "cuda" else ProfilerActivity.CPU
     # The first batch under a profiler, which starts up in it, is thrown away.
-    with profile(activities=[activity], schedule=schedule(wait=0, warmup=1, active=1)) as profiler:
+    with profiled(activities=[activity], schedule=schedule(wait=0, warmup=1, active=1)) as profiler:
         once()
         profiler.step()
         once()
@@ -184,20 +188,21 @@ def table(found: Iterable[Breakdown]) -> str:
     return "\n".join(lines)
 
 
-@app.command()
-def main(
-    model: Annotated[
-        str, typer.Argument(help="sd15, sd21-base, sdxl, or a folder with a configuration.")
-    ] = "sd21-base",
+def profile(
+    model: Configuration = "sd21-base",
     batch_sizes: Annotated[str, typer.Option(help="Images made together.")] = "1,8",
     runners: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(IN_TORCH),
-    sampler: Annotated[str, typer.Option(help="ddim, dpm++, unipc or euler.")] = "dpm++",
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
+    sampler: Sampler = "dpm++",
+    steps: Steps = 20,
     runs: Annotated[int, typer.Option(min=1, help="Timed batches of each.")] = 5,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
-    json: Annotated[Path | None, typer.Option(help="Also write everything there.")] = None,
+    device: Device = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything there.")] = None,
 ) -> None:
-    """Measure."""
+    """Where a batch's time goes: kernels by kind, text encoder, UNet and VAE, and the time that the device waits.
+
+    A model of random weights, in torch: eager, captured (on CUDA) and compiled, the student's single pass. Each batch
+    is timed without the profiler, then run once under it: kernels take as long either way, but launching them does not.
+    """
     if unknown := set(runners.split(",")) - set(IN_TORCH):
         raise InputError(f"unknown runner {unknown.pop()!r}: choose from {', '.join(IN_TORCH)}")
     target = resolve_device(device)
@@ -228,9 +233,9 @@ def main(
             found.append(row)
             print(f"\n{name}, batch {size}, the longest:", *_described(row), sep="\n", flush=True)
     print(f"\nGEMM peak, TFLOP/s: {peaks}\n\n{table(found)}")
-    if json:
+    if json_file:
         write_json(
-            json,
+            json_file,
             {
                 "model": model,
                 "sampler": sampler,
@@ -247,5 +252,66 @@ def _described(row: Breakdown) -> list[str]:
     return [f"  {seconds * 1e3:8.2f} ms  {count:5d} x  {name[:100]}" for name, seconds, count in row.longest[:8]]
 
 
-if __name__ == "__main__":
-    app()
+MODES = ("fine-tune", "distil")
+
+
+def one_update(mode: str, configs: ModelFiles, batch_size: int, checkpointing: bool) -> dict[str, float]:
+    """Make the UNet, do one update, and report memory in bytes before and at its peak."""
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    unet = configs.empty_unet().to(torch.bfloat16).to_empty(device=device)
+    assert isinstance(unet, UNet2DConditionModel)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.normal_(std=0.02)
+    unet.requires_grad_(False)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    adapter = make_adapter("lora", unet, rank=8)
+    optimizer = torch.optim.AdamW(adapter.parameters().values(), lr=1e-4)
+    size, channels = unet.config.sample_size, unet.config.in_channels
+    z_t = torch.randn(batch_size, channels, size, size, device=device, dtype=torch.bfloat16)
+    text = torch.randn(2 * batch_size, 77, unet.config.cross_attention_dim, device=device, dtype=torch.bfloat16)
+    t = torch.full((batch_size,), 500, device=device)
+    alpha = sigma = torch.full((batch_size, 1, 1, 1), 0.5**0.5, device=device)
+    before, began = peak_memory(device), time.monotonic()
+    with torch.autocast(device.type, torch.bfloat16):
+        target = torch.randn(z_t.shape, device=device)
+        if mode == "distil":
+            with torch.no_grad(), adapter.disabled():
+                both = unet(torch.cat([z_t, z_t]), torch.cat([t, t]), text, return_dict=False)[0]
+                unconditional, conditional = both.float().chunk(2)
+                target = combine(unconditional, conditional, 3.0)
+        prediction = unet(z_t, t, text[batch_size:], return_dict=False)[0]
+        distillation_loss(prediction.float(), target, alpha, sigma, "constant").mean().backward()
+    optimizer.step()
+    return {"before": before, "peak": peak_memory(device), "seconds": time.monotonic() - began}
+
+
+def training_memory(
+    model: Configuration = "sd21-base",
+    batch_size: Annotated[int, typer.Option(min=1, help="States of the update.")] = 1,
+    gradient_checkpointing: GradientCheckpointing = False,
+    only: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Peak memory of one distillation update against the same update as a plain fine-tune.
+
+    Both train the same LoRA on a randomly initialised UNet in bf16, each in a process of its own; what differs is the
+    teacher's pass. Peak is the process's resident set on a CPU, allocated memory on a GPU.
+    """
+    if only is not None:
+        print_json(one_update(only, locate_configs(model), batch_size, gradient_checkpointing))
+        return
+    peaks = {}
+    for mode in MODES:
+        command = [sys.executable, "-m", "boostdiff.benchmarks.studies", "training-memory", model, "--only", mode]
+        command += ["--batch-size", str(batch_size)] + ["--gradient-checkpointing"] * gradient_checkpointing
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603
+        result = json.loads(done.stdout)
+        peaks[mode] = result["peak"]
+        print(
+            f"{mode:9}: {result['peak'] / 2**30:.2f} GiB at its peak, {result['before'] / 2**30:.2f} before, "
+            f"{result['seconds']:.0f} s",
+            flush=True,
+        )
+    print(f"ratio {peaks['distil'] / peaks['fine-tune']:.3f} (batch {batch_size})")

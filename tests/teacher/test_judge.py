@@ -3,7 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from boostdiff.benchmarks.quality.features import EfficientNetLite0Features, Reference
+from boostdiff.benchmarks.quality.features import EfficientNetLite0Features
+from boostdiff.benchmarks.quality.reference import Reference
 from boostdiff.distill.image_files import open_images
 from boostdiff.engine import embedded
 from boostdiff.engine.errors import InputError

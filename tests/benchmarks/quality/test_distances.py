@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from boostdiff.benchmarks.quality.distances import left_out_distances, precision_recall, recovered_interval
-from boostdiff.benchmarks.quality.features import Reference
+from boostdiff.benchmarks.quality.reference import Reference
 from boostdiff.benchmarks.stats import jackknifed
 from scipy.linalg import sqrtm
 

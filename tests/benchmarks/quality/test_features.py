@@ -3,16 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from boostdiff.benchmarks.quality.features import (
-    NUM_FEATURES,
-    EfficientNetLite0Features,
-    Reference,
-    features_of,
-    frechet_distance,
-    kernel_distance,
-    paired_distance,
-)
-from boostdiff.benchmarks.quality.reference import reference_from_folder
+from boostdiff.benchmarks.quality.distances import frechet_distance, kernel_distance, paired_distance
+from boostdiff.benchmarks.quality.features import NUM_FEATURES, EfficientNetLite0Features, features_of
+from boostdiff.benchmarks.quality.reference import Reference, reference_from_folder
 from boostdiff.engine import embedded
 from boostdiff.engine.errors import InputError
 from PIL import Image

@@ -8,8 +8,9 @@ import pytest
 import torch
 from boostdiff.benchmarks.quality import clip_score
 from boostdiff.benchmarks.quality.clip_score import ClipScorer
-from boostdiff.benchmarks.quality.features import Reference, frechet_distance, kernel_distance
-from boostdiff.benchmarks.quality.inception import read_weights
+from boostdiff.benchmarks.quality.distances import frechet_distance, kernel_distance
+from boostdiff.benchmarks.quality.features import read_weights
+from boostdiff.benchmarks.quality.reference import Reference
 from boostdiff.engine import embedded
 from boostdiff.engine.errors import InputError
 from safetensors.torch import load_file, save_file
@@ -104,7 +105,7 @@ def test_inception_weights_are_tensors_alone(tmp_path: Path) -> None:
 
 def test_inception_features_are_torchmetrics(tmp_path: Path) -> None:
     pytest.importorskip("torch_fidelity", exc_type=ImportError)
-    from boostdiff.benchmarks.quality.inception import InceptionFeatures
+    from boostdiff.benchmarks.quality.features import InceptionFeatures
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     from torchmetrics.image.fid import FrechetInceptionDistance
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from boostdiff.benchmarks.lineup import Lineup, identity_of
 from boostdiff.benchmarks.quality.features import EfficientNetLite0Features
 from boostdiff.benchmarks.quality.samples import Campaign
+from boostdiff.benchmarks.session import Lineup, identity_of
 from boostdiff.engine.files import read_json, write_json
 from boostdiff.engine.model import Model
 from boostdiff.engine.schedulers import SAMPLERS
@@ -143,8 +143,9 @@ from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[1])
 from boostdiff.engine import embedded
-from boostdiff.benchmarks.quality.features import EfficientNetLite0Features, Reference
-from boostdiff.benchmarks.lineup import Lineup
+from boostdiff.benchmarks.quality.features import EfficientNetLite0Features
+from boostdiff.benchmarks.quality.reference import Reference
+from boostdiff.benchmarks.session import Lineup
 from boostdiff.benchmarks.quality.quality import judge
 from boostdiff.benchmarks.quality.samples import Campaign, launched_processes
 from boostdiff.engine.model import load, locate

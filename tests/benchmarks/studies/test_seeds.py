@@ -1,3 +1,4 @@
+from boostdiff.benchmarks.quality.distances import Distance
 from boostdiff.benchmarks.studies.seeds import over_seeds, recovered
 
 
@@ -11,7 +12,12 @@ def test_the_error_is_of_the_mean() -> None:
 
 
 def test_a_share_needs_a_gain_beyond_noise() -> None:
-    share = {"guided": 150.0, "unguided": 160.0}
-    assert recovered([151.0, 149.0], gains=[10.0, 10.2, 9.8], **share) == "100% ± 10%"
-    assert recovered([151.0, 149.0], gains=[10.0, 18.0, 2.0], **share) == "–"
-    assert recovered([151.0, 149.0], gains=[1.0, -0.1, 1.0], **share) == "–"
+    def shown(*gains: float) -> str:
+        students = [Distance(value=value, left_out=(value,) * 3) for value in (151.0, 149.0)]
+        guided = Distance(value=150.0, left_out=(150.0,) * 3)
+        unguided = Distance(value=160.0, left_out=tuple(150.0 + gain for gain in gains))
+        return recovered(students, guided=guided, unguided=unguided)
+
+    assert shown(10.0, 10.2, 9.8) == "100% ± 10%"
+    assert shown(10.0, 18.0, 2.0) == "–"
+    assert shown(1.0, -0.1, 1.0) == "–"

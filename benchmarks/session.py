@@ -1,30 +1,39 @@
-"""Who takes part: the teacher with and without guidance, the students, what needs no training, and the control."""
+"""What takes part in a benchmark: a model, its students merged, every way of sampling them, and what all rows share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from diffusers import SchedulerMixin, UNet2DConditionModel
 
 from ..engine.errors import InputError
 from ..engine.files import sha256_of
 from ..engine.guidance import Denoiser, SinglePassDenoiser, teacher_denoiser
 from ..engine.merge import merge
-from ..engine.model import Model, ModelFiles
+from ..engine.model import Model, ModelFiles, load, resolve_device
 from ..engine.runners import Runner, TorchRunner
 from ..engine.schedulers import make_scheduler
 from ..engine.student import StudentInfo, read_student
-from ..engine.versions import versions
+from ..engine.versions import source_commit, versions
+from .config import BenchConfig
+from .fastest import SAMPLING_BATCH
 from .quality.alternatives import Alternative, candidates
-from .quality.samples import Contestant
+from .quality.metrics import Metrics
+from .quality.samples import Campaign, Contestant, launched_processes
+from .speed.device import hardware
 
 RESEED = 1_000_003
 """Added to the seed for the teacher-against-teacher row: the distance that chance alone makes."""
+
+
+_DETERMINING = {".safetensors", ".json", ".txt", ".model"}
+"""Suffixes of the files that determine a model's images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +104,6 @@ def identity_of(model: Model) -> dict[str, Any]:
         "dtype": str(model.unet.dtype),
         "versions": versions(),
     }
-
-
-_DETERMINING = {".safetensors", ".json", ".txt", ".model"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +177,18 @@ class Lineup:
             },
         )
 
+    def own(self, name: str, opened: Callable[[], Denoiser], *, passes: int, **identity: Any) -> Contestant:
+        """A denoiser of one's own, of so many passes a step; `name` and `identity` tell its images from all others'."""
+        return Contestant(
+            name=name,
+            kind="own",
+            steps=self.steps,
+            cost=passes * self.steps,
+            open=opened,
+            make_scheduler=self.make_scheduler,
+            identity={"way": name, **identity},
+        )
+
     def quality_rows(self, students: Sequence[Student], guidance: float, *, alternatives: bool) -> list[Contestant]:
         """Guided teacher, unguided teacher, students, alternatives, control."""
         swept = candidates(steps=self.steps, guidance=guidance) if alternatives else []
@@ -181,3 +199,116 @@ class Lineup:
             *map(self.alternative, swept),
             self.teacher(guidance, reseeded=True),
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contest:
+    """A model and the students that are compared with it.
+
+    Attributes:
+        model: the teacher's.
+        students: merged into UNets of their own.
+        guidance: the scale that all of them stand for.
+        config: what is measured.
+        prompts: the first N are drawn for quality.
+        device: of this process.
+        processes: this one and its fellows, where several were launched.
+    """
+
+    model: Model
+    students: list[Student]
+    guidance: float
+    config: BenchConfig
+    prompts: list[str]
+    device: torch.device
+    processes: PartialState | None
+
+    @classmethod
+    def open(
+        cls,
+        files: ModelFiles,
+        config: BenchConfig,
+        *,
+        students: Sequence[Path],
+        infos: Sequence[StudentInfo],
+        guidance: float,
+        prompts: list[str],
+        device: str,
+    ) -> Contest:
+        """Load the model and merge the students; cheap checks come first.
+
+        Args:
+            files: the model.
+            config: what to measure.
+            students: folders that `distill` wrote.
+            infos: their descriptions, and
+            guidance: the scale that all stand for, as `read_students` gives them.
+            prompts: at least `config.samples`.
+            device: "auto", "cpu", "cuda", …
+
+        Raises:
+            InputError: a student, the prompts or the device can't be used.
+        """
+        if len(prompts) < config.samples:
+            raise InputError(f"--samples {config.samples} needs as many prompts: there are {len(prompts)}")
+        target = resolve_device(device)
+        processes = launched_processes(target)
+        # Under a launcher each process has an accelerator of its own.
+        target = processes.device if processes else target
+        model = load(files, device=target)
+        return cls(
+            model=model,
+            students=merged_students(model, students, infos),
+            guidance=guidance,
+            config=config,
+            prompts=prompts,
+            device=target,
+            processes=processes,
+        )
+
+    def campaign(
+        self, metrics: Metrics, *, cache: Path | None, on_images: Callable[[str, int], None], runner: str
+    ) -> Campaign:
+        """What all rows of quality share.
+
+        Args:
+            metrics: what images are judged by.
+            cache: folder of the shards, or None.
+            on_images: told of progress.
+            runner: what runs the UNets; images of two differ in the last bits.
+
+        Raises:
+            InputError: see `Metrics`.
+        """
+        return Campaign(
+            model=self.model,
+            network=metrics.network(self.device),
+            clip=metrics.scorer(self.device),
+            prompts=self.prompts[: self.config.samples],
+            seed=self.config.seed,
+            batch_size=SAMPLING_BATCH,
+            negative_prompt=self.students[0].info.negative_prompt,
+            cache=cache,
+            identity=identity_of(self.model) | {"runner": runner} if cache else {},
+            on_images=on_images,
+        )
+
+    def provenance(self) -> dict[str, Any]:
+        """Of a report: everything but the hashes."""
+        students = {str(s.folder): {"method": s.info.method, "settings": s.info.settings} for s in self.students}
+        return provenance_of(self.model.files, self.config, self.guidance, self.device) | {"students": students}
+
+
+def provenance_of(files: ModelFiles, config: BenchConfig, guidance: float, device: torch.device) -> dict[str, Any]:
+    """Model, settings, hardware, versions and commit, for a report."""
+    return {
+        "model": files.name,
+        "guidance": guidance,
+        "sampler": config.sampler,
+        "steps": config.steps,
+        "seed": config.seed,
+        "config": asdict(config) | {"batch_sizes": list(config.batch_sizes_on(device))},
+        "hardware": hardware(device),
+        "commit": source_commit(),
+        "versions": versions("torchmetrics", "torch_fidelity", "tensorrt", "tensorrt_rtx"),
+    }
