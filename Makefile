@@ -5,11 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRA := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
-.PHONY: help install demo test lint types unit wheel clean
+.PHONY: help install demo test test-slow lint types unit wheel clean
 
 help:
 	@echo "make demo   install into $(VENV) and run distill, export and bench on the embedded model"
 	@echo "make test   install into $(VENV), lint, type-check and run the tests"
+	@echo "make test-slow  proofs that take minutes: kills at random moments, every runner against torch"
 	@echo "make clean  remove $(VENV), outputs and caches"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -29,6 +30,7 @@ test: lint types unit
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 
 # mypy names a package after its folder, and the clone may be called anything.
 types: install
@@ -39,6 +41,9 @@ types: install
 # A file of tests goes to one process, which makes its models once; a process a core, each of one thread.
 unit: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow -s
 
 wheel: install
 	$(BIN)/python -m build --outdir dist .

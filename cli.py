@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-# No command needs TensorFlow or JAX, and importing them beside torch takes seconds.
-os.environ.setdefault("USE_TF", "0")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
 import typer
-from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
+from rich.console import Console
 
-from . import __version__, teacher
-from .engine.errors import BoostDiffError, InputError
-from .engine.files import is_full_disk
+from . import __version__
+from .engine import embedded
+from .engine.errors import InputError
+from .engine.terminal import console, is_main_process, print_json, progress_bar, quiet_libraries
+from .engine.terminal import run as run_app
 
 app = typer.Typer(
     name="boostdiff",
@@ -40,11 +23,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-console = Console(stderr=True)
-
-# From 0.26 on typer carries its own copy of click: reach the exceptions through typer, whichever it is.
-_UsageError: Any = typer.BadParameter.__base__
-
 ModelOption = Annotated[
     str, typer.Option("--model", help="The embedded model [bold]emoji64[/], a diffusers folder or a hub id.")
 ]
@@ -73,63 +51,6 @@ def options(
     """Distil classifier-free guidance into one pass: train, merge, export, prove."""
 
 
-def _quiet_libraries() -> None:
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
-def _is_main_process() -> bool:
-    """Whether this is the one of `accelerate launch`'s processes that speaks."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
-
-
-class _NotedProgress(Progress):
-    """Progress bars with their notes below: beside them they would take bar and times from a narrow terminal."""
-
-    def get_renderables(self) -> Iterator[RenderableType]:
-        """See `Progress.get_renderables`."""
-        yield from super().get_renderables()
-        for task in self.tasks:
-            if note := task.fields["note"]:
-                yield Text(f"  {note}", style="dim", no_wrap=True, overflow="ellipsis")
-
-
-@contextmanager
-def _progress(description: str, total: int) -> Iterator[Any]:
-    """A bar with an estimate on standard error; yields `advance(count, **columns)`."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    progress = _NotedProgress(*columns, console=console)
-    task = progress.add_task(description, total=total, note="")
-
-    def advance(count: int = 1, **fields: Any) -> None:
-        # Started late: wrong input must leave nothing but its one line on standard error.
-        if not progress.live.is_started and _is_main_process():
-            progress.start()
-        progress.update(task, advance=count, **fields)
-
-    try:
-        yield advance
-    finally:
-        if progress.live.is_started:
-            progress.stop()
-
-
 def _learnt(share: float | None) -> str:
     """The share of guidance that is learnt, to stand before other things; nothing where guidance changes nothing."""
     return "" if share is None else f"guidance learnt {share:.0%}, "
@@ -137,7 +58,7 @@ def _learnt(share: float | None) -> str:
 
 @app.command()
 def distill(
-    model: ModelOption = teacher.MODEL_NAME,
+    model: ModelOption = embedded.MODEL_NAME,
     output: Annotated[Path, typer.Option("--output", help="Folder to write.")] = Path("outputs/student"),
     method: Annotated[
         str, typer.Option("--method", help="lora, dora, bitfit, soft-prompt, loha, lokr, oft, hra or ia3.")
@@ -234,11 +155,11 @@ def distill(
     as_json: JsonOption = False,
 ) -> None:
     """Train an adapter that makes one pass predict what guided sampling predicts."""
-    _quiet_libraries()
+    quiet_libraries()
     from .distill.config import parse_guidance
+    from .distill.distill import FORMATS, count_parameters, distil
     from .distill.loop import Observers
     from .distill.presets import resolve_config
-    from .distill.train import FORMATS, count_parameters, distil
     from .engine.compiled import has_bfloat16
     from .engine.model import locate, resolve_device
 
@@ -260,7 +181,7 @@ def distill(
     config = resolve_config(
         preset=preset,
         in_bfloat16=has_bfloat16(resolve_device(device)),
-        embedded=model == teacher.MODEL_NAME,
+        embedded=model == embedded.MODEL_NAME,
         method=method,
         rank=rank,
         targets=targets,
@@ -278,9 +199,9 @@ def distill(
         **given,
     )
     if dry_run:
-        _print_json({"model": model, "output": str(output), **config.as_json(), **count_parameters(files, config)})
+        print_json({"model": model, "output": str(output), **config.as_json(), **count_parameters(files, config)})
         return
-    with _progress(f"distilling {method}", config.updates) as advance:
+    with progress_bar(f"distilling {method}", config.updates) as advance:
         observers = Observers(
             # Wrong data shows in the first update: no bar before it.
             on_start=lambda done: advance(done) if done else None,
@@ -301,12 +222,12 @@ def distill(
             formats=tuple(formats or ()),
             observers=observers,
         )
-    if not _is_main_process():
+    if not is_main_process():
         return
     if skipped := info.result["bad_samples"]:
         console.print(f"{len(skipped)} unreadable samples were skipped; student.json lists them")
     if as_json:
-        _print_json({"output": str(output), **asdict(info)})
+        print_json({"output": str(output), **asdict(info)})
         return
     console.print(
         f"Student of {info.trainable_parameters:,} parameters in [bold]{output}[/] "
@@ -317,7 +238,7 @@ def distill(
 
 @app.command()
 def export(
-    model: ModelOption = teacher.MODEL_NAME,
+    model: ModelOption = embedded.MODEL_NAME,
     student: StudentOption = Path("outputs/student"),
     output: Annotated[Path, typer.Option("--output", help="Folder to write.")] = Path("outputs/engine"),
     trt: Annotated[bool, typer.Option("--trt", help="Also build FP16 TensorRT engines.")] = False,
@@ -364,7 +285,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Merge the student into the UNet and export the pipeline to ONNX and TensorRT, compared with torch before use."""
-    _quiet_libraries()
+    quiet_libraries()
     from .engine.model import locate
     from .export.config import ExportConfig, parse_profile
     from .export.export import export as run
@@ -392,7 +313,7 @@ def export(
             report=console.print,
         )
     if as_json:
-        _print_json(asdict(manifest))
+        print_json(asdict(manifest))
         return
     console.print(
         f"Engine in [bold]{output}[/]: {', '.join(manifest.artefacts)}\nNext: [bold]boostdiff bench --steps 20[/]"
@@ -401,7 +322,7 @@ def export(
 
 @app.command()
 def bench(
-    model: ModelOption = teacher.MODEL_NAME,
+    model: ModelOption = embedded.MODEL_NAME,
     student: Annotated[
         list[Path] | None,
         typer.Option("--student", help="Student folder; repeat it to compare more.", show_default="outputs/student"),
@@ -480,21 +401,21 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """Measure the student against the two-pass teacher: speed on every runner here, and image quality."""
-    _quiet_libraries()
+    quiet_libraries()
     from .benchmarks.bench import bench as run
     from .benchmarks.bench import bench_random
-    from .benchmarks.compare import compare_reports
     from .benchmarks.config import BenchConfig, parse_batch_sizes
-    from .benchmarks.grid_report import terminal_grids, write_grids
-    from .benchmarks.judging import Metrics
-    from .benchmarks.random_weights import locate_configs
-    from .benchmarks.report import (
+    from .benchmarks.quality.metrics import Metrics
+    from .benchmarks.report.compare import compare_reports
+    from .benchmarks.report.grids import terminal_grids, write_grids
+    from .benchmarks.report.report import (
         REPORT_FILES,
         replaced_files,
         terminal_comparison,
         terminal_report,
         write_report,
     )
+    from .benchmarks.speed.random_weights import locate_configs
     from .benchmarks.table1 import GridConfig, measure_grids, parse_sweep
     from .engine.files import prepare_output
     from .engine.model import locate
@@ -503,7 +424,7 @@ def bench(
     if compare:
         differences = compare_reports(*compare)
         if as_json:
-            _print_json(asdict(differences))
+            print_json(asdict(differences))
         else:
             console.print(terminal_comparison(differences))
         return
@@ -521,7 +442,7 @@ def bench(
     students = student or [Path("outputs/student")]
     metrics = Metrics(
         # The embedded model's own statistics are of EfficientNet's features.
-        reference=reference or (teacher.REFERENCE if model == teacher.MODEL_NAME and not inception_weights else None),
+        reference=reference or (embedded.REFERENCE if model == embedded.MODEL_NAME and not inception_weights else None),
         reference_size=reference_size,
         inception_weights=inception_weights,
         clip=clip,
@@ -534,7 +455,7 @@ def bench(
         grids = GridConfig(table1=table1, samplers=samplers, sweep=parse_sweep(sweep))
     result, tables = None, None
     total = grids.denoised(config, len(students)) if grids else config.denoised(len(students))
-    with _progress("measuring", total or 1) as advance:
+    with progress_bar("measuring", total or 1) as advance:
 
         def report(message: str) -> None:
             advance(0, note=message)
@@ -545,8 +466,8 @@ def bench(
             result = bench_random(files, config, device=device, report=report)
         else:
             files = locate(model)
-            if model == teacher.MODEL_NAME:
-                prompts = prompts or teacher.HELD_OUT_PROMPTS
+            if model == embedded.MODEL_NAME:
+                prompts = prompts or embedded.HELD_OUT_PROMPTS
             if prompts is None:
                 raise InputError("pass --prompts FILE: only the embedded model brings prompts of its own")
             lines = read_prompts(prompts)
@@ -567,7 +488,7 @@ def bench(
     if tables:
         write_grids(tables, output)
         if as_json:
-            _print_json({table.name: table.as_json() for table in tables})
+            print_json({table.name: table.as_json() for table in tables})
             return
         console.print(terminal_grids(tables))
         console.print(f"Tables: [bold]{', '.join(str(output / f'{table.name}.html') for table in tables)}[/]")
@@ -575,7 +496,7 @@ def bench(
         with replaced_files(output, REPORT_FILES) as folder:
             write_report(result, folder)
         if as_json:
-            _print_json(result.as_json())
+            print_json(result.as_json())
             return
         console.print(terminal_report(result))
         console.print(f"Report: [bold]{output / 'report.html'}[/]")
@@ -584,7 +505,7 @@ def bench(
 @app.command()
 def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw, one image a prompt.")],
-    model: ModelOption = teacher.MODEL_NAME,
+    model: ModelOption = embedded.MODEL_NAME,
     student: Annotated[
         Path | None,
         typer.Option(
@@ -635,8 +556,8 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Draw images with the student in one pass a step; with [bold]--teacher[/], in two."""
-    _quiet_libraries()
-    from .engine.draw import DrawConfig, draw
+    quiet_libraries()
+    from .engine.generate import DrawConfig, draw
     from .engine.model import locate
     from .engine.runners import EXPORTED
 
@@ -661,10 +582,10 @@ def generate(
     )
     files = None if runner in EXPORTED else locate(model)
     doing = "compiling, then drawing" if runner == "compiled" else "drawing"
-    with _progress(doing, config.total_steps) as advance:
+    with progress_bar(doing, config.total_steps) as advance:
         paths = draw(files, config, output=output, device=device, on_step=advance)
     if as_json:
-        _print_json({"images": [str(path) for path in paths]})
+        print_json({"images": [str(path) for path in paths]})
         return
     console.print(f"{len(paths)} image{'s' * (len(paths) > 1)} in [bold]{output}[/]: {paths[0].name} …")
 
@@ -672,44 +593,16 @@ def generate(
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Show what this machine can run, and what to install for the rest."""
-    _quiet_libraries()
+    quiet_libraries()
     from .engine.doctor import examine, table
 
     findings = examine()
     if as_json:
-        _print_json([asdict(finding) for finding in findings])
+        print_json([asdict(finding) for finding in findings])
         return
     Console().print(table(findings))
 
 
 def main() -> None:
     """Entry point: errors end as one line on standard error and exit code 1 or 2."""
-    debug = "--debug" in sys.argv[1:]
-    if debug:
-        sys.argv.remove("--debug")
-    try:
-        sys.exit(app(standalone_mode=False))
-    except Exception as error:
-        if debug:
-            raise
-        sys.exit(_report(error))
-    except KeyboardInterrupt:
-        sys.exit(_report(typer.Abort()))
-
-
-def _report(error: Exception) -> int:
-    """Print one line, and give the exit code."""
-    if isinstance(error, BoostDiffError):
-        message, code = str(error), error.exit_code
-    elif isinstance(error, _UsageError):
-        # `boostdiff` without arguments ends here too, with the help printed and no message.
-        message, code = error.format_message(), 2
-    elif is_full_disk(error):
-        message, code = f"the disk is full: free some space, or choose another --output ({error})", 2
-    elif isinstance(error, typer.Abort):
-        message, code = "interrupted", 130
-    else:
-        message, code = f"{type(error).__name__}: {error} (--debug shows where)", 1
-    if message:
-        sys.stderr.write(f"boostdiff: error: {' '.join(message.split())}\n")
-    return code
+    run_app(app)

@@ -13,27 +13,26 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from ..engine.draw import IN_TORCH, LACKING
-from ..engine.engine import Engine
 from ..engine.errors import BoostDiffError, InputError
+from ..engine.exported import Engine
+from ..engine.generate import IN_TORCH, LACKING
 from ..engine.manifest import Manifest, read_manifest
+from ..engine.memory import give_back_memory
 from ..engine.model import Model, ModelFiles, resolve_device
 from ..engine.runners import EXPORTED, Runner, TorchRunner, available_runners
-from ..engine.samplers import make_scheduler
-from ..export.parts import give_back_memory
-from .baselines import StockEntrant, stock_pipeline
+from ..engine.schedulers import make_scheduler
 from .config import BenchConfig
-from .contest import Contest, provenance_of
-from .judging import Metrics, bounded_memory
-from .lineup import Lineup, read_students
-from .measuring import FastestRunners
-from .quality import Quality, judge
-from .random_weights import random_model
+from .fastest import FastestRunners
+from .quality.metrics import Metrics, bounded_memory
+from .quality.quality import Quality, judge
+from .session import Contest, Lineup, provenance_of, read_students
+from .speed.random_weights import random_model
+from .speed.stock import StockEntrant, stock_pipeline
+from .speed.throughput import WAYS, Entrant, Speed, SpeedRatio, measure
 from .stats import Estimate
-from .throughput import WAYS, Entrant, Speed, SpeedRatio, measure
 
-SCHEMA_VERSION = 3
-"""Of `report.json`; the schema lies beside this module in `report.schema.json`."""
+SCHEMA_VERSION = 4
+"""Of `report.json`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +96,7 @@ class BenchResult:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """The content of `report.json`, as `report.schema.json` describes it."""
+        """The content of `report.json`."""
         return {
             "schema_version": SCHEMA_VERSION,
             "verdict": self.verdict(),

@@ -10,8 +10,8 @@ from diffusers import UNet2DConditionModel
 from ..engine.compiled import has_bfloat16
 from ..engine.errors import InputError
 from ..engine.model import LARGE_PARAMETERS
-from ..engine.samplers import make_scheduler
-from .alternatives import candidates
+from ..engine.schedulers import make_scheduler
+from .quality.alternatives import candidates
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,17 +10,16 @@ from typing import Any
 
 from ..engine.errors import InputError
 from ..engine.model import ModelFiles
-from ..engine.samplers import make_scheduler
+from ..engine.schedulers import make_scheduler
 from .config import BenchConfig
-from .contest import Contest
-from .features import Reference, frechet_distance
-from .intervals import left_out_distances
-from .judging import Metrics, bounded_memory
-from .lineup import Lineup, Student, read_students
-from .measuring import FastestRunners
-from .quality import clip_interval
-from .sampling import Campaign, Contestant
-from .stats import Estimate, jackknifed
+from .fastest import FastestRunners
+from .quality.distances import Distance
+from .quality.metrics import Metrics, bounded_memory
+from .quality.quality import clip_interval
+from .quality.reference import Reference
+from .quality.samples import Campaign, Contestant
+from .session import Contest, Lineup, Student, read_students
+from .stats import Estimate
 
 SCHEMA_VERSION = 3
 """Of `table1.json` and `sweep.json`."""
@@ -206,21 +205,11 @@ def _cells(
         of_paper: rows that have the paper's figures.
     """
     cells = []
-    # By column.
-    first: dict[str, tuple[float, list[float]]] = {}
+    first: dict[str, Distance] = {}
     for sampler, (column, guidance, contestant) in places:
         sampled = campaign.sampled(contestant)
-        features = sampled.features
-        distance = frechet_distance(reference, features)
-        left_out = left_out_distances(reference, features) if len(features) >= 4 else []
+        distance = Distance.of(reference, sampled.features)
         row = _row(contestant, swept=swept)
-        behind = None
-        if column not in first:
-            first[column] = distance, left_out
-        elif left_out:
-            top, top_left_out = first[column]
-            differences = [own - other for own, other in zip(left_out, top_left_out, strict=True)]
-            behind = jackknifed(distance - top, differences)
         cells.append(
             Cell(
                 row=row,
@@ -229,13 +218,14 @@ def _cells(
                 steps=contestant.steps,
                 guidance=guidance,
                 cost=contestant.cost,
-                distance=distance,
-                interval=jackknifed(distance, left_out) if left_out else None,
-                behind=behind,
+                distance=distance.value,
+                interval=distance.interval,
+                behind=distance.gap(first[column]) if column in first else None,
                 clip=clip_interval(sampled.clip),
                 paper=PAPER.get((row, sampler, contestant.steps)) if row in of_paper else None,
             )
         )
+        first.setdefault(column, distance)
     return cells
 
 

@@ -18,7 +18,7 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from ..engine.errors import InputError
+from ..engine.errors import InputError, one_line
 from ..engine.guidance import smooth_columns
 from ..engine.student import (
     ADAPTER_NAME,
@@ -106,8 +106,7 @@ class PeftAdapter(Adapter):
         try:
             unet.add_adapter(config, adapter_name=ADAPTER_NAME)
         except (ValueError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"{method} can't be put on this UNet: {reason}") from None
+            raise InputError(f"{method} can't be put on this UNet: {one_line(error)}") from None
         self._names = [name for name, parameter in unet.named_parameters() if parameter.requires_grad]
         for parameter in self.parameters().values():
             parameter.data = parameter.data.float()

@@ -22,10 +22,10 @@ from datasets.packaged_modules.arrow.arrow import Arrow
 from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
-from ..engine.errors import InputError
+from ..engine.errors import InputError, one_line
 from ..engine.files import json_lines
+from .images import Row, Rows
 from .order import epoch_order
-from .rows import Row, Rows, one_line
 
 METADATA = "metadata.jsonl"
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")

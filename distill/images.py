@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,14 +14,34 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..engine.errors import InputError
-from .rows import Row, Rows, one_line
+from ..engine.errors import InputError, one_line
 
 # Pillow's other decoders are rarely wanted and more easily attacked; EPS would even start Ghostscript.
 PIL_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 # `formats` of `Image.open` takes only what is loaded.
 Image.init()
 DECODING_THREADS = min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One sample as it is stored, not decoded.
+
+    Attributes:
+        name: says where it stands, for messages.
+        image: encoded bytes, or the file that holds them.
+        caption: text, or the file whose first line that isn't blank is the caption.
+        error: why there is no sample here (a shard cut short, say); image and caption are then None.
+    """
+
+    name: str
+    image: bytes | Path | None = None
+    caption: str | Path | None = None
+    error: str | None = None
+
+
+# (seed, epoch, skip) -> the rows of that epoch from number `skip` on.
+Rows = Callable[[int, int, int], Iterator[Row]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,9 +30,9 @@ from ..engine.runners import TorchRunner
 from .adapters import Adapter
 from .checkpoint import TrainingState, save_training_state
 from .config import DistillConfig, learning_rate_at
-from .data import Batch, Source
+from .monitoring import LossWatch, Pace, StopRequest, peak_memory, stop_request
 from .objective import NoiseSchedule, distillation_loss, guidance_weight, x_from_prediction
-from .watch import LossWatch, Pace, StopRequest, peak_memory, stop_request
+from .source import Batch, Source
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 LOG_FILE = "log.jsonl"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .. import teacher
+from ..engine.embedded import TRAIN_PROMPTS
 from ..engine.errors import InputError
 from .config import DistillConfig
 
@@ -60,6 +60,6 @@ def resolve_config(
     if options.get("guidance_max") is not None and "updates" not in PRESETS[preset or "default"]:
         defaults["updates"] *= RANGE_UPDATES
     if prompts is None and images is None and embedded:
-        prompts = teacher.TRAIN_PROMPTS
+        prompts = TRAIN_PROMPTS
     given = {name: value for name, value in options.items() if value is not None}
     return DistillConfig(method=method, prompts=prompts, images=images, **(defaults | given))

@@ -11,3 +11,9 @@ class InputError(BoostDiffError):
     """A wrong option, path or file; the message says what to do instead; exit code 2."""
 
     exit_code = 2
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an error says that isn't blank, or the name of its type."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)

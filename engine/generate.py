@@ -1,173 +1,232 @@
-"""From prompts to images: the sampling loop, and noise that depends on the seed alone."""
+"""`boostdiff generate`: prompts to PNG files, by the student or its teacher."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import UNet2DConditionModel
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from .captured import CapturedRunner, missing_cuda
+from .compiled import CompiledRunner, missing_compiler
+from .errors import BoostDiffError, InputError
+from .exported import Engine
 from .families import TextEmbeddings
-from .guidance import Denoiser
-from .model import Model
+from .files import prepare_output
+from .guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser, teacher_denoiser
+from .manifest import read_manifest
+from .merge import fold_student
+from .model import Model, ModelFiles, load, resolve_device
+from .runners import EXPORTED, Runner, TorchRunner
+from .sampling import batches, default_batch_size, to_pil
+from .schedulers import make_scheduler
+from .student import ADAPTER_NAME, apply_student, check_negative_prompt, read_student
 
-MIDDLING = 64**2
-"""Latents of an image, one channel, at 512 pixels."""
+IN_TORCH: dict[str, Callable[[UNet2DConditionModel], Runner]] = {
+    "torch": TorchRunner,
+    "captured": CapturedRunner,
+    "compiled": CompiledRunner,
+}
+LACKING: dict[str, Callable[[torch.device], str | None]] = {"captured": missing_cuda, "compiled": missing_compiler}
+"""What a device or machine lacks for a runner."""
+
+RUNNERS = (*IN_TORCH, *EXPORTED)
+DEFAULT_GUIDANCE = 3.0
 
 
-def initial_noise(shape: tuple[int, int, int], *, count: int, seed: int) -> torch.Tensor:
-    """Standard normal latents, `(count, *shape)` float32 on the CPU.
+@dataclass(frozen=True, kw_only=True)
+class DrawConfig:
+    """What to draw, and with what.
 
-    Image i is drawn from a generator seeded with `seed + i`, as a stock pipeline does when it is given
-    `generator=[torch.Generator().manual_seed(seed + i) for i in range(count)]`: an image does not depend on the
-    batch that it was made in.
-    """
-    return torch.stack(
-        [torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed + i))[0] for i in range(count)]
-    )
-
-
-@torch.inference_mode()
-def sampling(
-    denoiser: Denoiser, *, text: TextEmbeddings, noise: torch.Tensor, scheduler: SchedulerMixin, steps: int
-) -> Iterator[torch.Tensor]:
-    """Denoise from z_T to z_0, one step an item.
-
-    Args:
-        denoiser: teacher or student.
-        text: embeddings of B prompts.
-        noise: `(B, C, H, W)` standard normal.
-        scheduler: a fresh one; its state is changed.
+    Attributes:
+        prompts: one image each; image i starts from the noise of `seed + i`.
+        student: its folder; None draws with the teacher, on a runner in `EXPORTED` with the engine's student.
+        engine: what `export` wrote, for the runners that need it.
+        runner: a name in `RUNNERS`.
+        precision: "fp32" or "fp16" of the onnx runner's graphs; None takes what the device is faster at.
+        guidance: of the teacher, or of a student that takes it as an input; others have the one they learnt.
+        negative_prompt: of the teacher; a student has the one that it was distilled with.
+        dial: weight of a `lora` student, from 0 (no guidance) to 1 (the guidance that it was distilled at).
+        sampler: a name in `samplers.SAMPLERS`.
         steps: sampling steps.
-
-    Yields:
-        `(B, C, H, W)` latents after each step; the last are z_0.
+        seed: see `prompts`.
+        batch_size: images denoised together; None takes `generate.default_batch_size`.
     """
-    # Schedulers keep their tables on the CPU: a timestep from the GPU would be waited for in each step.
-    scheduler.set_timesteps(steps, device="cpu")
-    z_t = noise * scheduler.init_noise_sigma
-    for t, told in zip(scheduler.timesteps, scheduler.timesteps.to(noise.device), strict=True):
-        prediction = denoiser(scheduler.scale_model_input(z_t, t), told, text)
-        z_t = scheduler.step(prediction, t, z_t, return_dict=False)[0]
-        yield z_t
+
+    prompts: list[str]
+    student: Path | None
+    engine: Path
+    runner: str = "torch"
+    precision: str | None = None
+    guidance: float | None = None
+    negative_prompt: str | None = None
+    dial: float | None = None
+    sampler: str = "ddim"
+    steps: int = 20
+    seed: int = 0
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            InputError: a value can't be used.
+        """
+        if self.runner not in RUNNERS:
+            raise InputError(f"unknown runner {self.runner!r}: choose one of {', '.join(RUNNERS)}")
+        if self.precision not in (None, "fp32", "fp16"):
+            raise InputError(f"unknown precision {self.precision!r}: choose fp32 or fp16")
+        if self.precision and not self.runner.startswith("onnx"):
+            raise InputError("--precision is for ONNX Runtime's graphs: pass --runner onnx with it")
+        if self.steps < 1:
+            raise InputError("--steps must be at least 1")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise InputError("--batch-size must be at least 1")
+        if self.guidance is not None and not 1 <= self.guidance < float("inf"):
+            raise InputError(f"--guidance {self.guidance:g} can't be used: it must be at least 1")
+        if self.dial is not None:
+            if not 0 <= self.dial <= 1:
+                raise InputError("--dial must lie between 0 and 1")
+            if self.student is None or self.runner != "torch":
+                raise InputError("--dial is for a student on the torch runner: elsewhere its weights are merged")
+        if not all(prompt.strip() for prompt in self.prompts):
+            raise InputError("a prompt is empty")
+        make_scheduler(self.sampler, {})
+
+    @property
+    def total_steps(self) -> int:
+        """Denoising steps over all images."""
+        return len(self.prompts) * self.steps
 
 
-def sample(
-    denoiser: Denoiser,
-    *,
-    text: TextEmbeddings,
-    noise: torch.Tensor,
-    scheduler: SchedulerMixin,
-    steps: int,
-    on_step: Callable[[int], None] | None = None,
-) -> torch.Tensor:
-    """The last latents of `sampling`, `(B, C, H, W)`; `on_step` is called after each step with its index."""
-    z_t = noise
-    for index, z_t in enumerate(sampling(denoiser, text=text, noise=noise, scheduler=scheduler, steps=steps)):  # noqa: B007
-        if on_step:
-            on_step(index)
-    return z_t
+@dataclass(frozen=True, kw_only=True)
+class _Drawing:
+    model: Model
+    denoiser: Denoiser
+    text: TextEmbeddings
 
 
-def _counting(on_step: Callable[[int], None] | None, size: int) -> Callable[[int], None] | None:
-    return None if on_step is None else lambda _: on_step(size)
-
-
-@torch.inference_mode()
-def decode(model: Model, latents: torch.Tensor) -> torch.Tensor:
-    """Latents `(B, C, H, W)` to images `(B, 3, 8H or so, …)`, float32 in [0, 1], on the CPU.
-
-    From 512 pixels on a few at a time: a decoder's activations are the largest of all.
-    """
-    vae = model.pipeline.vae
-    area = latents.shape[2] * latents.shape[3]
-    together = len(latents) if area < MIDDLING else max(1, 4 * MIDDLING // area)
-    images = []
-    for some in latents.split(together):
-        decoded = vae.decode(some.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        images.append((decoded.float() / 2 + 0.5).clamp(0, 1))
-    # Copied at once: each copy is waited for.
-    return torch.cat(images).cpu()
-
-
-def default_batch_size(model: Model) -> int:
-    """Images to denoise together: 8 of up to 512 pixels, so many fewer of larger ones, such as 2 of 1024."""
-    _, height, width = model.latent_shape
-    return min(8, max(1, 8 * MIDDLING // (height * width)))
-
-
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Images in [0, 1] to uint8, rounded as diffusers' image processor rounds."""
-    return (images * 255).round().to(torch.uint8)
-
-
-def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """Images `(B, 3, H, W)` in [0, 1] to PIL."""
-    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in to_uint8(images)]
-
-
-def batches(
-    model: Model,
-    denoiser: Denoiser,
-    *,
-    text: TextEmbeddings,
-    make_scheduler: Callable[[], SchedulerMixin],
-    steps: int,
-    seed: int,
-    batch_size: int,
-    on_step: Callable[[int], None] | None = None,
-) -> Iterator[torch.Tensor]:
-    """Sample and decode any number of prompts, one batch an item.
-
-    Args:
-        model: for its latents' shape and VAE.
-        denoiser: teacher or student.
-        text: embeddings of N prompts.
-        make_scheduler: gives a fresh scheduler for each batch.
-        steps: sampling steps.
-        seed: image i starts from the noise of `seed + i`.
-        batch_size: images denoised together.
-        on_step: called after each step of each batch with the number of images in it.
-
-    Yields:
-        `(B, 3, H, W)` float32 in [0, 1], on the CPU.
-    """
-    for start in range(0, len(text), batch_size):
-        chunk = text[start : start + batch_size]
-        size = len(chunk)
-        noise = initial_noise(model.latent_shape, count=size, seed=seed + start)
-        latents = sample(
-            denoiser,
-            text=chunk,
-            noise=noise.to(model.device, chunk.conditional.dtype),
-            scheduler=make_scheduler(),
-            steps=steps,
-            on_step=_counting(on_step, size),
+@contextmanager
+def _opened_engine(config: DrawConfig, device: str) -> Iterator[_Drawing]:
+    """The engine alone: neither the model's folder nor the student's is read, but to compare a student's hashes."""
+    manifest = read_manifest(config.engine)
+    if config.student is not None:
+        manifest.check_student(read_student(config.student), engine=config.engine)
+    check_negative_prompt(config.negative_prompt, own=manifest.student["negative_prompt"])
+    with Engine.load(config.engine, runner=config.runner, device=device, precision=config.precision) as engine:
+        yield _Drawing(
+            model=engine.model, denoiser=engine.denoiser(config.guidance), text=engine.encode(config.prompts)
         )
-        yield decode(model, latents)
 
 
-def generate(
-    model: Model,
-    denoiser: Denoiser,
+@contextmanager
+def _opened_in_torch(files: ModelFiles, config: DrawConfig, device: str) -> Iterator[_Drawing]:
+    info = None
+    if config.student is not None:
+        # What the student can't do is said before the weights are read.
+        info = read_student(config.student, files)
+        info.choose_guidance(config.guidance)
+        info.check_negative_prompt(config.negative_prompt)
+        if config.dial is not None and info.method != "lora":
+            # A DoRA's magnitudes stay at weight 0: that is not the base.
+            raise InputError(f"--dial is the weight of a student of method lora: this one is of method {info.method}")
+        if config.dial is not None and info.guidance_range is not None:
+            # Its guidance input would stay on.
+            raise InputError("--dial is for students of one scale: this one takes its guidance as an input, --guidance")
+    target = resolve_device(device)
+    if config.runner in LACKING and (reason := LACKING[config.runner](target)):
+        raise BoostDiffError(reason)
+    model = load(files, device=target)
+    make_runner = IN_TORCH[config.runner]
+    away_from = None
+    if config.student is None or info is None:
+        runner = make_runner(model.unet)
+        denoiser = teacher_denoiser(runner, DEFAULT_GUIDANCE if config.guidance is None else config.guidance)
+        away_from = (config.negative_prompt or "") if isinstance(denoiser, GuidedDenoiser) else None
+    else:
+        if config.runner != "torch":
+            # Adapters would cost time in every layer.
+            fold_student(model.unet, config.student, info)
+        else:
+            apply_student(model, config.student, info)
+        if config.dial is not None:
+            model.unet.set_adapters(ADAPTER_NAME, config.dial)
+        denoiser = SinglePassDenoiser(make_runner(model.unet), info.choose_guidance(config.guidance))
+    text = model.family.encode(model.pipeline, config.prompts, negative_prompt=away_from)
+    yield _Drawing(model=model, denoiser=denoiser, text=text)
+
+
+def draw(
+    files: ModelFiles | None,
+    config: DrawConfig,
     *,
-    text: TextEmbeddings,
-    make_scheduler: Callable[[], SchedulerMixin],
-    steps: int,
-    seed: int,
-    batch_size: int = 50,
+    output: Path,
+    device: str = "auto",
     on_step: Callable[[int], None] | None = None,
-) -> torch.Tensor:
-    """All images of `batches`, which see: `(N, 3, H, W)` float32 in [0, 1], on the CPU."""
-    drawn = batches(
-        model,
-        denoiser,
-        text=text,
-        make_scheduler=make_scheduler,
-        steps=steps,
-        seed=seed,
-        batch_size=batch_size,
-        on_step=on_step,
-    )
-    return torch.cat(list(drawn))
+) -> list[Path]:
+    """Write one PNG a prompt, named after its prompt and seed; prompt and settings stand in its text chunks.
+
+    Each batch is written as it is ready: what was drawn before an interruption stays.
+
+    Args:
+        files: the model; not needed by a runner in `EXPORTED`.
+        config: what to draw.
+        output: the folder; pictures of other prompts and seeds in it stay.
+        device: "auto", "cpu", "cuda", …
+        on_step: told how many images took a step.
+
+    Raises:
+        InputError: the student, the engine or the output can't be used.
+    """
+    prepare_output(output)
+    if config.runner in EXPORTED:
+        opened = _opened_engine(config, device)
+    elif files is not None:
+        opened = _opened_in_torch(files, config, device)
+    else:
+        raise InputError(f"the runner {config.runner} needs a model")
+    paths: list[Path] = []
+    with opened as drawing:
+        drawn = batches(
+            drawing.model,
+            drawing.denoiser,
+            text=drawing.text,
+            make_scheduler=partial(make_scheduler, config.sampler, drawing.model.pipeline.scheduler.config),
+            steps=config.steps,
+            seed=config.seed,
+            batch_size=config.batch_size or default_batch_size(drawing.model),
+            on_step=on_step,
+        )
+        for images in drawn:
+            for image in to_pil(images):
+                paths.append(_write_png(image, config, len(paths), model=drawing.model.files.name, folder=output))
+    return paths
+
+
+def _write_png(image: Image.Image, config: DrawConfig, index: int, *, model: str, folder: Path) -> Path:
+    """Write the image of one prompt, whole or not at all."""
+    prompt, seed = config.prompts[index], str(config.seed + index)
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
+    kind = "teacher" if config.student is None and config.runner in IN_TORCH else "student"
+    notes = PngInfo()
+    for key, value in (
+        ("prompt", prompt),
+        ("model", model),
+        ("sampler", f"{config.sampler}, {config.steps} steps"),
+        ("seed", seed),
+    ):
+        notes.add_itxt(key, value)
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{slug}-{kind}-{seed}.png"
+    partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    image.save(partial_path, format="PNG", pnginfo=notes)
+    partial_path.replace(path)
+    return path

@@ -15,14 +15,7 @@ from .errors import BoostDiffError, InputError
 from .guidance import guidance_embedding
 from .model import LARGE_PARAMETERS, Model
 from .runners import unet_forward
-from .student import (
-    GUIDANCE_FILE,
-    LORA_FILE,
-    StudentInfo,
-    apply_adapter,
-    apply_student,
-    load_guidance_embedding,
-)
+from .student import GUIDANCE_FILE, LORA_FILE, StudentInfo, apply_adapter, apply_student, load_guidance_embedding
 
 TIMESTEPS = (1, 250, 500, 750, 981)
 TOLERANCE = 1e-4

@@ -13,8 +13,8 @@ from diffusers.models.attention_processor import AttnProcessor
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
-from .. import teacher
-from .errors import InputError
+from . import embedded
+from .errors import InputError, one_line
 from .families import Family, family_of
 from .files import read_json, sha256_of
 
@@ -128,8 +128,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"can't use the device {name!r}: {reason}") from None
+        raise InputError(f"can't use the device {name!r}: {one_line(error)}") from None
     return device
 
 
@@ -148,7 +147,7 @@ def locate(model: str, *, weights: bool = True) -> ModelFiles:
     Raises:
         InputError: there is no such model, or it is not one that can be used.
     """
-    folder = teacher.MODEL_DIR if model == teacher.MODEL_NAME else Path(model)
+    folder = embedded.MODEL_DIR if model == embedded.MODEL_NAME else Path(model)
     if folder.is_file():
         raise InputError(
             f"{folder} is one file: make a pipeline folder of it once, in Python, with diffusers' "
@@ -170,7 +169,7 @@ def locate(model: str, *, weights: bool = True) -> ModelFiles:
 
 
 def _download(model: str, *, weights: bool) -> Path:
-    missing = f"there is no model {model!r}: pass {teacher.MODEL_NAME}, a diffusers pipeline folder or a hub id"
+    missing = f"there is no model {model!r}: pass {embedded.MODEL_NAME}, a diffusers pipeline folder or a hub id"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model):
         raise InputError(missing)
     try:
@@ -179,8 +178,7 @@ def _download(model: str, *, weights: bool) -> Path:
         return Path(DiffusionPipeline.download(model, use_safetensors=True))
     except Exception as error:
         # The hub client raises dozens of types, from "repository not found" to the socket's own.
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{missing} (no such folder here, and the hub says: {reason})") from None
+        raise InputError(f"{missing} (no such folder here, and the hub says: {one_line(error)})") from None
 
 
 def load(files: ModelFiles, *, device: torch.device, dtype: torch.dtype | None = None) -> Model:
@@ -207,8 +205,7 @@ def load(files: ModelFiles, *, device: torch.device, dtype: torch.dtype | None =
             **files.family.load_options,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"can't load the model in {files.folder}: {reason}") from None
+        raise InputError(f"can't load the model in {files.folder}: {one_line(error)}") from None
     settle(pipeline, files.family)
     return Model(files=files, pipeline=pipeline.to(device))
 

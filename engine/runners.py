@@ -6,8 +6,9 @@ Each is a context manager and can be set as `pipe.unet` in a stock diffusers pip
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from .errors import BoostDiffError, InputError
 from .files import user_cache
 from .manifest import Manifest, verified_file
-from .sessions import Closing, OnnxSession, Session, execution_provider
+from .sessions import OnnxSession, Session, execution_provider
 from .trt import TensorRTSession, check_plan
 
 UNET_OUTPUT = "out_sample"
@@ -29,7 +30,7 @@ EXPORTED = ("tensorrt", "onnx", "onnx-tensorrt")
 """Runners of exported graphs: a plan, ONNX Runtime, and TensorRT within ONNX Runtime."""
 
 
-class Runner(Closing, ABC):
+class Runner(AbstractContextManager["Runner"]):
     """Executes a UNet.
 
     Attributes:
@@ -45,6 +46,12 @@ class Runner(Closing, ABC):
     dtype: torch.dtype
     precision: torch.dtype
     device: torch.device
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free what is held."""
 
     @abstractmethod
     def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -5,16 +5,16 @@ ONNX Runtime and TensorRT (`trt`) differ in nothing else to their callers. Each 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 
-from .errors import BoostDiffError, InputError
+from .errors import BoostDiffError, InputError, one_line
 
 GRAPH_TYPES = {"float": torch.float32, "float16": torch.float16, "int64": torch.int64}
 """Element types of graphs, by ONNX's names."""
@@ -24,22 +24,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """What executes graphs for ONNX Runtime, by the type of the device."""
 
 
-class Closing:
-    """A context manager that is closed at its end, however that comes."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Free what is held; nothing, unless a subclass says otherwise."""
-
-
-class Session(Closing, ABC):
+class Session(AbstractContextManager["Session"]):
     """Executes one exported graph.
 
     Attributes:
@@ -57,6 +42,12 @@ class Session(Closing, ABC):
     output_types: dict[str, torch.dtype]
     smallest_batch: int = 1
     largest_batch: int | None = None
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free what is held."""
 
     def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
         """Execute the graph, a batch that is too large in several goes, one that is too small filled up.
@@ -176,7 +167,7 @@ class OnnxSession(Session):
             )
         except Exception as error:
             # The C++ side raises its own types, none of them exported under a common base.
-            raise BoostDiffError(f"ONNX Runtime can't load {path}: {str(error).splitlines()[0]}") from None
+            raise BoostDiffError(f"ONNX Runtime can't load {path}: {one_line(error)}") from None
         if provider not in self._session.get_providers():
             # It goes on by itself, slower, where a library of CUDA or TensorRT is missing.
             used = self._session.get_providers()[0]
@@ -208,5 +199,4 @@ class OnnxSession(Session):
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0]
-            raise BoostDiffError(f"ONNX Runtime failed: {reason}") from None
+            raise BoostDiffError(f"ONNX Runtime failed: {one_line(error)}") from None

@@ -14,7 +14,7 @@ from peft.utils import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .errors import InputError
+from .errors import InputError, one_line
 from .files import read_json, sha256_of, write_json
 from .model import Model, ModelFiles
 
@@ -186,8 +186,7 @@ def apply_student(model: Model, folder: Path, info: StudentInfo | None = None) -
     try:
         apply_adapter(model.unet, folder, info)
     except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"the adapter in {folder} does not fit {model.files.name}: {reason}") from None
+        raise InputError(f"the adapter in {folder} does not fit {model.files.name}: {one_line(error)}") from None
     return info
 
 

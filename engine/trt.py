@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .errors import BoostDiffError
+from .errors import BoostDiffError, one_line
 from .files import user_cache, write_whole
 from .sessions import GRAPH_TYPES, Session
 
@@ -99,8 +99,9 @@ class TensorRTSession(Session):
             with torch.cuda.device(self.device):
                 results = self._runner.infer(dict(feeds), copy_outputs_to_host=False, check_inputs=False)
         except PolygraphyException as error:
-            reason = str(error).strip().splitlines()[0]
-            raise BoostDiffError(f"TensorRT failed, perhaps beyond the profile of its plan: {reason}") from None
+            raise BoostDiffError(
+                f"TensorRT failed, perhaps beyond the profile of its plan: {one_line(error)}"
+            ) from None
         # polygraphy hands out its own buffers, which the next call overwrites.
         for name, tensor in outputs.items():
             tensor.copy_(results[name])

@@ -14,6 +14,7 @@ import torch
 from ..engine.errors import BoostDiffError, InputError
 from ..engine.files import prepare_output, read_json, staged_folder, write_json
 from ..engine.manifest import MANIFEST_FILE, Manifest, read_manifest, verified_file
+from ..engine.memory import give_back_memory
 from ..engine.merge import TIMESTEPS, merge_in_place
 from ..engine.model import Model, ModelFiles, load, resolve_device
 from ..engine.sessions import OnnxSession
@@ -24,7 +25,6 @@ from .config import ExportConfig
 from .graph import FP16_TOLERANCE, FP32_TOLERANCE, compare, exact_float32, graph_signature, onnx_from_part
 from .parts import (
     Part,
-    give_back_memory,
     keep_attention_in_fp32,
     latent_sizes,
     text_encoder_part,

@@ -14,7 +14,7 @@ import onnx
 import onnx_ir
 import torch
 
-from ..engine.errors import BoostDiffError
+from ..engine.errors import BoostDiffError, one_line
 from ..engine.files import is_full_disk
 from ..engine.sessions import Session
 from .parts import Case, Part
@@ -94,8 +94,9 @@ def onnx_from_part(part: Part, path: Path) -> None:
         if is_full_disk(error):
             raise
         # The exporter's and the checker's exceptions share no base class.
-        reason = str(error).strip().splitlines()[0]
-        raise BoostDiffError(f"can't export the {part.name} to ONNX: {type(error).__name__}: {reason}") from error
+        raise BoostDiffError(
+            f"can't export the {part.name} to ONNX: {type(error).__name__}: {one_line(error)}"
+        ) from error
 
 
 def graph_signature(path: Path) -> dict[str, dict[str, Any]]:

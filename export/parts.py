@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import mmap
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,9 +10,10 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
+from ..engine.exported_parts import HIDDEN_STATES
 from ..engine.families import PromptEmbeds
+from ..engine.memory import give_back_memory, give_back_pages
 from ..engine.model import LARGE_PARAMETERS, Model
-from ..engine.parts import HIDDEN_STATES
 from ..engine.runners import UNET_OUTPUT, unet_forward
 from .config import ExportConfig
 
@@ -111,7 +108,7 @@ class Part:
             if storage.resizable():
                 storage.resize_(0)
             else:
-                _give_back_pages(storage)
+                give_back_pages(storage)
         del self.module
         give_back_memory()
 
@@ -121,27 +118,6 @@ class Part:
         self.inputs = {
             name: x.half() if x.is_floating_point() and name != "timestep" else x for name, x in self.inputs.items()
         }
-
-
-def give_back_memory() -> None:
-    """Collect garbage, and where torch on a GPU or the C library (glibc) would keep what was freed, make it let go."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
-
-
-def _give_back_pages(storage: torch.UntypedStorage) -> None:
-    """Let go of the whole pages of memory that was mapped from a file, whoever still refers to it."""
-    if sys.platform != "linux" or storage.device.type != "cpu":
-        return
-    start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE - start
-    if length > 0:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
 class _Unet(torch.nn.Module):

@@ -12,31 +12,26 @@ import numpy as np
 import torch
 import typer
 
-from ..benchmarks.features import (
-    DISTANCE_NAME,
-    EfficientNetLite0Features,
-    Reference,
-    features_of,
-    frechet_distance,
-    kernel_distance,
-)
-from ..benchmarks.intervals import left_out_distances
-from ..benchmarks.measuring import SAMPLING_BATCH, FastestRunners, remembered
-from ..benchmarks.plots import rendered
-from ..benchmarks.sampling import backgrounds
+from ..benchmarks.fastest import SAMPLING_BATCH, FastestRunners
+from ..benchmarks.quality.distances import frechet_distance, kernel_distance, left_out_distances
+from ..benchmarks.quality.features import DISTANCE_NAME, EfficientNetLite0Features, features_of
+from ..benchmarks.quality.reference import Reference
+from ..benchmarks.report.plots import rendered
+from ..benchmarks.report.tables import KID_HEADING, kid_cell
 from ..benchmarks.stats import jackknifed
-from ..benchmarks.tables import KID_HEADING, kid_cell
+from ..engine.embedded import MODEL_NAME, REFERENCE
 from ..engine.errors import InputError
 from ..engine.files import json_lines, sha256_of
-from ..engine.generate import generate, to_uint8
 from ..engine.guidance import teacher_denoiser
 from ..engine.model import Model, load, locate
 from ..engine.pictures import contact_sheet, labelled_grid
 from ..engine.runners import Runner
-from ..engine.samplers import make_scheduler
-from . import MODEL_NAME, REFERENCE
+from ..engine.sampling import generate, to_uint8
+from ..engine.schedulers import make_scheduler
+from .backgrounds import backgrounds
 from .dataset import Artworks, draw_prompts, load_artworks
 from .measure import Seed, Work, device, held_out_psnr, load_vae, real_images, reconstructed, training_log
+from .results import remembered
 from .style import STYLE_FILE, StyleNetwork, style_accuracy, style_network
 
 Output = Annotated[Path | None, typer.Option(help="Folder for what is written.  [default: the work folder]")]

@@ -14,9 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from ..benchmarks.features import EfficientNetLite0Features, Reference, features_of
+from ..benchmarks.quality.features import EfficientNetLite0Features, features_of
+from ..benchmarks.quality.reference import Reference
+from ..engine.embedded import HELD_OUT_PROMPTS, REFERENCE, TRAIN_PROMPTS
 from ..engine.errors import InputError
-from . import HELD_OUT_PROMPTS, REFERENCE, TRAIN_PROMPTS
 from .architecture import make_vae
 from .captions import FULL, Caption, draw_captions
 from .dataset import Artworks, load_artworks

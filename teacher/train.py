@@ -27,16 +27,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..distill.checkpoint import load_training_state, save_training_state
 from ..engine.compiled import has_bfloat16, missing_compiler
+from ..engine.embedded import MODEL_DIR
 from ..engine.files import staged_folder
-from . import MODEL_DIR
-from .architecture import (
-    BETAS,
-    make_text_encoder,
-    make_tokenizer,
-    make_unet,
-    make_vae,
-    save_pipeline,
-)
+from .architecture import BETAS, make_text_encoder, make_tokenizer, make_unet, make_vae, save_pipeline
 from .captions import Grammar, caption, draw_captions
 from .dataset import Artworks, load_artworks
 from .judge import curve, evaluate, grids, style, vae_quality

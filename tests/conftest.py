@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from boostdiff.distill.config import DistillConfig
-from boostdiff.distill.train import distil
+from boostdiff.distill.distill import distil
 from boostdiff.engine.model import Model, ModelFiles, load, locate
 from boostdiff.export.config import ExportConfig
 from boostdiff.export.export import export

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from boostdiff import __version__
-from boostdiff.cli import _progress, app, main
+from boostdiff.cli import app, main
 from boostdiff.engine.compiled import missing_compiler
+from boostdiff.engine.terminal import progress_bar
 from rich.console import Console
 from tiny import CPU, save_images
 from typer.main import get_command
@@ -56,8 +57,8 @@ def test_help_names_every_command_and_option(tmp_path: Path) -> None:
 
 def test_a_narrow_terminal_shows_a_bar_its_times_and_its_note(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Console(width=80, file=io.StringIO(), force_terminal=True, color_system=None)
-    monkeypatch.setattr("boostdiff.cli.console", terminal)
-    with _progress("distilling lora", 1040) as advance:
+    monkeypatch.setattr("boostdiff.engine.terminal.console", terminal)
+    with progress_bar("distilling lora", 1040) as advance:
         advance(1000, note="loss 0.0413, guidance learnt 21%, 91.2 images/s, 1.2 GB")
     assert isinstance(terminal.file, io.StringIO)
     bar, note = terminal.file.getvalue().split("\n")[-3:-1]

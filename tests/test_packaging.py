@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("engine", "distill", "export", "benchmarks", "teacher")
+PARTS = ("benchmarks/speed", "benchmarks/quality", "benchmarks/report", "benchmarks/studies")
+FOLDERS = ("engine", "engine/embedded", "distill", "export", "benchmarks", *PARTS, "teacher")
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +57,16 @@ def test_the_wheel_holds_every_module_and_the_embedded_model(wheel: Path) -> Non
         assert f"boostdiff/{folder}/__init__.py" in names
     data = {
         f"boostdiff/{path.relative_to(ROOT)}"
-        for folder in ("teacher/emoji64", "teacher/prompts", "teacher/reference", "benchmarks/configs")
+        for folder in (
+            "engine/embedded/emoji64",
+            "engine/embedded/prompts",
+            "engine/embedded/reference",
+            "benchmarks/configs",
+        )
         for path in (ROOT / folder).rglob("*")
         if path.is_file()
     }
-    data.add("boostdiff/benchmarks/report.schema.json")
-    assert "boostdiff/teacher/emoji64/unet/diffusion_pytorch_model.safetensors" in data
+    assert "boostdiff/engine/embedded/emoji64/unet/diffusion_pytorch_model.safetensors" in data
     assert modules | data <= names
     extra = {name for name in names - modules - data if ".dist-info/" not in name}
     assert extra <= {"boostdiff/teacher/README.md"}
@@ -107,8 +112,15 @@ def test_what_a_page_links_to_exists(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_modules_that_a_page_runs_exist(page: Path) -> None:
-    for module in re.findall(r"python -m boostdiff\.(\w+\.\w+)", page.read_text(encoding="utf-8")):
-        assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), module
+    for module in re.findall(r"python -m boostdiff\.(\w[\w.]*\w)", page.read_text(encoding="utf-8")):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+
+
+def test_no_two_modules_share_a_name() -> None:
+    names = [path.name for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
+    shared = {name for name in names if names.count(name) > 1}
+    assert shared <= {"__init__.py", "__main__.py", "command.py", "config.py"}
 
 
 def test_the_readmes_commands_exist() -> None:
@@ -134,5 +146,5 @@ def test_no_pickles_and_no_remote_code() -> None:
 
 
 def test_training_on_prompts_needs_no_library_of_images() -> None:
-    code = "import sys, boostdiff.distill.train; sys.exit('datasets' in sys.modules)"
+    code = "import sys, boostdiff.distill.distill; sys.exit('datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

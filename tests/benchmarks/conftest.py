@@ -8,9 +8,10 @@ import pytest
 import torch
 from boostdiff.benchmarks.bench import BenchResult, bench
 from boostdiff.benchmarks.config import BenchConfig
-from boostdiff.benchmarks.features import EfficientNetLite0Features, Reference, features_of
-from boostdiff.benchmarks.judging import Metrics
-from boostdiff.benchmarks.report import write_report
+from boostdiff.benchmarks.quality.features import EfficientNetLite0Features, features_of
+from boostdiff.benchmarks.quality.metrics import Metrics
+from boostdiff.benchmarks.quality.reference import Reference
+from boostdiff.benchmarks.report.report import write_report
 from boostdiff.engine.model import locate
 from tiny import PROMPTS, make_words
 from transformers import (

@@ -8,16 +8,15 @@ import pytest
 import torch
 from boostdiff.benchmarks.bench import BenchResult, _behind_in_words, bench
 from boostdiff.benchmarks.config import BenchConfig, parse_batch_sizes
-from boostdiff.benchmarks.judging import Metrics, bounded_memory
-from boostdiff.benchmarks.report import write_report
-from boostdiff.benchmarks.sampling import backgrounds
+from boostdiff.benchmarks.quality.metrics import Metrics, bounded_memory
+from boostdiff.benchmarks.report.report import write_report
+from boostdiff.benchmarks.report.tables import alternatives_table
 from boostdiff.benchmarks.stats import Estimate
-from boostdiff.benchmarks.tables import alternatives_table
 from boostdiff.distill.config import DistillConfig
+from boostdiff.distill.distill import distil
 from boostdiff.distill.loop import Observers
-from boostdiff.distill.train import distil
-from boostdiff.engine.engine import Engine
 from boostdiff.engine.errors import BoostDiffError, InputError
+from boostdiff.engine.exported import Engine
 from boostdiff.engine.model import ModelFiles
 from boostdiff.export.export import export
 from tiny import PROMPTS
@@ -101,9 +100,6 @@ def test_the_report_is_one_self_contained_page(result: BenchResult, tmp_path: Pa
     assert {path.name for path in tmp_path.iterdir()} == {
         "report.json",
         "report.html",
-        "speed.png",
-        "quality.png",
-        "alternatives.png",
         "grid.png",
     }
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -214,14 +210,6 @@ def test_default_batch_sizes() -> None:
     assert BenchConfig().batch_sizes_on(torch.device("cpu")) == (8,)
     assert BenchConfig().batch_sizes_on(torch.device("cuda")) == (1, 2, 4, 8, 16)
     assert BenchConfig(batch_sizes=(4, 1, 4)).batch_sizes_on(torch.device("cpu")) == (1, 4)
-
-
-def test_backgrounds_are_told_by_their_prompts() -> None:
-    images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
-    images[0, 0] = 222
-    images[1] = 255
-    prompts = ["x on a red background", "x on a blue background", "just x"]
-    assert backgrounds(prompts, images).tolist() == [1, 0, -1]
 
 
 def test_a_range_student_is_judged_at_the_guidance_asked_for(

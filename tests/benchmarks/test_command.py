@@ -34,7 +34,6 @@ def test_random_weights_then_compare(
     assert {path.name for path in (tmp_path / "outputs/bench").iterdir()} == {
         "report.json",
         "report.html",
-        "speed.png",
     }
     path = "outputs/bench/report.json"
     assert run(["--compare", path, path, "--json"], monkeypatch) == 0

@@ -4,17 +4,19 @@ from pathlib import Path
 import pytest
 import torch
 from boostdiff.benchmarks.config import BenchConfig
-from boostdiff.benchmarks.features import EfficientNetLite0Features, Reference, features_of, frechet_distance
-from boostdiff.benchmarks.grid_report import behind_table, grid_table, markdown, terminal_grids, write_grids
-from boostdiff.benchmarks.judging import Metrics
-from boostdiff.benchmarks.random_weights import locate_configs
+from boostdiff.benchmarks.quality.distances import frechet_distance
+from boostdiff.benchmarks.quality.features import EfficientNetLite0Features, features_of
+from boostdiff.benchmarks.quality.metrics import Metrics
+from boostdiff.benchmarks.quality.reference import Reference
+from boostdiff.benchmarks.report.grids import behind_table, grid_table, markdown, terminal_grids, write_grids
+from boostdiff.benchmarks.speed.random_weights import locate_configs
 from boostdiff.benchmarks.table1 import PAPER, Cell, Grid, GridConfig, measure_grids, papers_rows, parse_sweep
 from boostdiff.engine.errors import InputError
-from boostdiff.engine.generate import generate, to_uint8
 from boostdiff.engine.guidance import GuidedDenoiser
 from boostdiff.engine.model import load, locate
 from boostdiff.engine.runners import TorchRunner
-from boostdiff.engine.samplers import make_scheduler
+from boostdiff.engine.sampling import generate, to_uint8
+from boostdiff.engine.schedulers import make_scheduler
 from rich.console import Console
 from tiny import CPU, PROMPTS
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from boostdiff.distill.adapters import METHODS, PEFT_METHODS, PeftAdapter, make_adapter
 from boostdiff.distill.config import DistillConfig
+from boostdiff.distill.distill import count_parameters, distil
 from boostdiff.distill.loop import Observers
-from boostdiff.distill.train import count_parameters, distil
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.merge import merge_in_place
 from boostdiff.engine.model import Model, ModelFiles, load, locate

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from boostdiff.distill.config import DistillConfig, parse_guidance
-from boostdiff.distill.data import Trajectories
+from boostdiff.distill.distill import count_parameters, distil
 from boostdiff.distill.loop import Observers
 from boostdiff.distill.objective import NoiseSchedule, guidance_weight
 from boostdiff.distill.order import Share
 from boostdiff.distill.presets import RANGE_UPDATES, resolve_config
-from boostdiff.distill.train import count_parameters, distil
+from boostdiff.distill.trajectories import Trajectories
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.guidance import SinglePassDenoiser, combine, guidance_embedding, smooth_columns
 from boostdiff.engine.merge import merge, merge_in_place

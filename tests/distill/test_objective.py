@@ -8,7 +8,7 @@ from boostdiff.distill.objective import (
     dpm_solver_2m,
     x_from_prediction,
 )
-from boostdiff.engine.samplers import make_scheduler
+from boostdiff.engine.schedulers import make_scheduler
 from diffusers import DDIMScheduler
 
 SCHEDULER = DDIMScheduler(

@@ -13,12 +13,13 @@ import torch
 from boostdiff.distill import loop
 from boostdiff.distill.checkpoint import load_training_state
 from boostdiff.distill.config import DistillConfig
-from boostdiff.distill.data import Trajectories
+from boostdiff.distill.distill import distil
 from boostdiff.distill.loop import CHECKPOINT_FILE, LOG_FILE, Observers, UpdateReport
+from boostdiff.distill.monitoring import LossWatch
 from boostdiff.distill.objective import NoiseSchedule
 from boostdiff.distill.order import Share
-from boostdiff.distill.train import distil, work_folder
-from boostdiff.distill.watch import LossWatch
+from boostdiff.distill.run_folder import work_folder
+from boostdiff.distill.trajectories import Trajectories
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.model import Model, ModelFiles
 from boostdiff.engine.student import LORA_FILE

@@ -5,20 +5,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from boostdiff.benchmarks.throughput import Entrant, measure
+from boostdiff.benchmarks.speed.throughput import Entrant, measure
 from boostdiff.distill.config import DistillConfig
+from boostdiff.distill.distill import distil
 from boostdiff.distill.loop import Observers
-from boostdiff.distill.train import distil
-from boostdiff.engine.draw import DrawConfig, draw
-from boostdiff.engine.engine import Engine
 from boostdiff.engine.errors import InputError
+from boostdiff.engine.exported import Engine
 from boostdiff.engine.families import family_of
-from boostdiff.engine.generate import generate, to_uint8
+from boostdiff.engine.generate import DrawConfig, draw
 from boostdiff.engine.guidance import GuidedDenoiser
 from boostdiff.engine.merge import merge
 from boostdiff.engine.model import Model, load, locate
 from boostdiff.engine.runners import GraphRunner, TorchRunner
-from boostdiff.engine.samplers import make_scheduler
+from boostdiff.engine.sampling import generate, to_uint8
+from boostdiff.engine.schedulers import make_scheduler
 from boostdiff.engine.sessions import OnnxSession
 from boostdiff.engine.student import LORA_FILE, read_student
 from boostdiff.export.config import ExportConfig

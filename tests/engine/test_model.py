@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from boostdiff import teacher
+from boostdiff.engine import embedded
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.files import read_json, write_json
 from boostdiff.engine.model import load, locate, resolve_device
@@ -26,7 +26,7 @@ def test_the_embedded_model_is_a_stock_pipeline_under_16_megabytes() -> None:
 
 
 def test_the_embedded_model_loads_in_stock_diffusers_without_options() -> None:
-    pipeline = StableDiffusionPipeline.from_pretrained(teacher.MODEL_DIR)
+    pipeline = StableDiffusionPipeline.from_pretrained(embedded.MODEL_DIR)
     assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.float32}
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("noto emoji of cat on a red background", num_inference_steps=2).images[0].size == (64, 64)

@@ -11,19 +11,14 @@ import onnx
 import pytest
 import torch
 from boostdiff.distill.config import DistillConfig
-from boostdiff.distill.train import distil
-from boostdiff.engine.engine import Engine
+from boostdiff.distill.distill import distil
 from boostdiff.engine.errors import BoostDiffError, InputError
+from boostdiff.engine.exported import Engine
 from boostdiff.engine.files import sha256_of
 from boostdiff.engine.manifest import read_manifest, verified_file
 from boostdiff.engine.merge import merge, merge_in_place
 from boostdiff.engine.model import Model, ModelFiles, locate
-from boostdiff.engine.runners import (
-    GraphRunner,
-    available_runners,
-    open_exported,
-    open_session,
-)
+from boostdiff.engine.runners import GraphRunner, available_runners, open_exported, open_session
 from boostdiff.engine.sessions import OnnxSession
 from boostdiff.engine.student import apply_student, read_student
 from boostdiff.engine.trt import check_plan, load_tensorrt

@@ -2,7 +2,7 @@ import re
 
 import numpy as np
 import pytest
-from boostdiff import teacher
+from boostdiff.engine import embedded
 from boostdiff.teacher.dataset import Artworks, caption, clean_name, compose, draw_prompts, to_model_range
 from boostdiff.teacher.palette import BACKGROUNDS, background_of, named_background
 
@@ -52,7 +52,7 @@ def test_prompts_of_the_two_splits_share_no_artwork() -> None:
 
 def test_the_shipped_prompt_lists() -> None:
     train, held_out = (
-        path.read_text(encoding="utf-8").splitlines() for path in (teacher.TRAIN_PROMPTS, teacher.HELD_OUT_PROMPTS)
+        path.read_text(encoding="utf-8").splitlines() for path in (embedded.TRAIN_PROMPTS, embedded.HELD_OUT_PROMPTS)
     )
     assert len(train) == len(held_out) == 4000
     assert not set(train) & set(held_out)

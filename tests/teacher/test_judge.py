@@ -3,9 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from boostdiff import teacher
-from boostdiff.benchmarks.features import EfficientNetLite0Features, Reference
+from boostdiff.benchmarks.quality.features import EfficientNetLite0Features
+from boostdiff.benchmarks.quality.reference import Reference
 from boostdiff.distill.image_files import open_images
+from boostdiff.engine import embedded
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.model import load, locate
 from boostdiff.engine.prompts import read_prompts
@@ -74,15 +75,15 @@ def test_the_autoencoders_error_is_measured(artworks: Artworks) -> None:
 
 
 def test_the_shipped_models_images_are_judged_better_than_noise(artworks: Artworks) -> None:
-    prompts = read_prompts(teacher.HELD_OUT_PROMPTS)[:12]
+    prompts = read_prompts(embedded.HELD_OUT_PROMPTS)[:12]
     judges = {
         "network": EfficientNetLite0Features(),
-        "reference": Reference.load(teacher.REFERENCE),
+        "reference": Reference.load(embedded.REFERENCE),
         "styles": train_style(artworks, steps=2),
     }
     noise = torch.randint(256, (12, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     noise_row = figures(noise, prompts, **judges)
-    model = load(locate(teacher.MODEL_NAME), device=CPU)
+    model = load(locate(embedded.MODEL_NAME), device=CPU)
     images = draw(model, TorchRunner(model.unet), prompts, scale=3.0, steps=8, seed=0, batch_size=12)
     drawn = figures(images, prompts, **judges)
     assert drawn["kid"] < noise_row["kid"]

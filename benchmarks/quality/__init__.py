@@ -1,0 +1,1 @@
+"""What image quality is measured by."""

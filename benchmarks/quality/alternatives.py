@@ -1,0 +1,124 @@
+"""What saves UNet passes without training: guidance at some of the steps, or fewer steps.
+
+Swept over a few settings at equal cost, so that a student is compared with the best of each: at the student's own cost
+and at one and a half times as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+
+from ...engine.families import TextEmbeddings
+from ...engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
+
+CUT_OFF, INTERVAL, FEWER = "guidance cut off", "guidance in an interval", "fewer steps"
+SHARES = (0.25, 0.5)
+"""Of the steps, with guidance."""
+
+SCALES = (1.0, 1.5)
+"""Guidance, over the student's: less of it, in steps, wants it stronger."""
+
+BUDGETS = (1.0, 1.5)
+"""Passes an image, over the student's."""
+
+
+class IntervalDenoiser:
+    """Two passes with guidance at the steps from `first` up to `last`, one pass without at the others.
+
+    From the first step on it is guidance that is switched off after a share of the steps; from a later one, guidance in
+    a limited interval (Kynkäänniemi et al. 2024, "Applying guidance in a limited interval improves sample and
+    distribution quality in diffusion models"), the interval being counted in steps and not in noise levels.
+    """
+
+    def __init__(
+        self, runner: Callable[..., Any], guidance_scale: float, *, timesteps: torch.Tensor, first: int, last: int
+    ) -> None:
+        """See the class.
+
+        Args:
+            runner: executes the UNet.
+            guidance_scale: w inside the interval.
+            timesteps: `(S,)`, the scheduler's own, in sampling order.
+            first: index of the first guided step.
+            last: index behind the last guided step.
+        """
+        self.guided = GuidedDenoiser(runner, guidance_scale)
+        self.single = SinglePassDenoiser(runner)
+        self.guided_at = set(timesteps[first:last].tolist())
+
+    def __call__(self, z_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
+        """See `engine.guidance.Denoiser`; `t` is a scalar."""
+        denoiser: Denoiser = self.guided if t.item() in self.guided_at else self.single
+        return denoiser(z_t, t, text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """One setting.
+
+    Attributes:
+        method: `CUT_OFF`, `INTERVAL` or `FEWER`.
+        guidance: w at the guided steps.
+        steps: sampling steps.
+        first: index of the first guided step.
+        last: index behind the last guided step.
+        budget: passes an image that it was made for; it takes no more.
+    """
+
+    method: str
+    guidance: float
+    steps: int
+    first: int
+    last: int
+    budget: int
+
+    @property
+    def cost(self) -> int:
+        """UNet passes an image."""
+        return self.steps + self.last - self.first
+
+    @property
+    def name(self) -> str:
+        """Of its row: "CFG w=3 at steps 1-5 of 15"."""
+        return f"CFG w={self.guidance:g} at steps {self.first + 1}-{self.last} of {self.steps}"
+
+    def denoiser(self, runner: Callable[..., Any], make_scheduler: Callable[[], SchedulerMixin]) -> Denoiser:
+        """The denoiser for the schedulers that `make_scheduler` gives."""
+        scheduler = make_scheduler()
+        scheduler.set_timesteps(self.steps)
+        return IntervalDenoiser(runner, self.guidance, timesteps=scheduler.timesteps, first=self.first, last=self.last)
+
+
+def candidates(*, steps: int, guidance: float) -> list[Alternative]:
+    """The settings to sweep: of equal cost within each of `BUDGETS`.
+
+    n steps, k of them guided, cost n + k passes. A share k / n of `SHARES` at each of `SCALES`, from the first step on
+    or in the middle; and n = k, that is full guidance at fewer steps.
+
+    Args:
+        steps: the student's, which are its passes, too; at least 2.
+        guidance: w of the student.
+    """
+    found: dict[tuple[Any, ...], Alternative] = {}
+
+    def add(method: str, scale: float, n: int, first: int, k: int, budget: int) -> None:
+        one = Alternative(method=method, guidance=guidance * scale, steps=n, first=first, last=first + k, budget=budget)
+        found.setdefault((one.guidance, n, first, k), one)
+
+    for share_of_student in BUDGETS:
+        budget = int(steps * share_of_student)
+        for scale in SCALES:
+            add(FEWER, scale, budget // 2, 0, budget // 2, budget)
+            for share in SHARES:
+                n = round(budget / (1 + share))
+                k = budget - n
+                if 0 < k < n:
+                    add(CUT_OFF, scale, n, 0, k, budget)
+                    if (first := (n - k) // 2) > 0:
+                        add(INTERVAL, scale, n, first, k, budget)
+    return list(found.values())

@@ -1,0 +1,65 @@
+"""CLIP score: how well an image fits its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+
+from ...engine.errors import InputError, one_line
+from ...engine.files import sha256_of
+
+BATCH = 32
+
+
+class ClipScorer:
+    """100 · max(cos(image, prompt), 0) by a CLIP model (Hessel et al. 2021, with torchmetrics' weight of 100)."""
+
+    def __init__(self, name: str, *, device: torch.device) -> None:
+        """Load from safetensors.
+
+        Args:
+            name: a folder that transformers wrote, or a hub id such as "openai/clip-vit-base-patch16".
+            device: where to run.
+
+        Raises:
+            InputError: there is no such model, or it is no CLIP model in safetensors.
+        """
+        # Here, as most benchmarks need none of it.
+        from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+
+        try:
+            # The processor of PIL needs no torchvision, and is the one that CLIP was made with.
+            self._images = CLIPImageProcessorPil.from_pretrained(name)
+            self._tokens = AutoTokenizer.from_pretrained(name)
+            self._model = CLIPModel.from_pretrained(name, use_safetensors=True)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, HFValidationError) as error:
+            raise InputError(
+                f"can't load the CLIP model {name!r}: pass a folder or a hub id ({one_line(error)})"
+            ) from None
+        self._model.to(device).eval().requires_grad_(False)
+        self.name = name
+        files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+        commit = getattr(self._model.config, "_commit_hash", None)
+        self.sha256 = "-".join(map(sha256_of, files)) if files else f"{name}@{commit}"
+
+    @torch.inference_mode()
+    def scores(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Scores `(N,)` float32 of uint8 images `(N, 3, H, W)` by N prompts, on the CPU; 0 to 100."""
+        found = []
+        for start in range(0, len(images), BATCH):
+            pixels = self._images(list(images[start : start + BATCH]), return_tensors="pt")
+            tokens = self._tokens(
+                list(prompts[start : start + BATCH]),
+                padding=True,
+                truncation=True,
+                max_length=self._model.config.text_config.max_position_embeddings,
+                return_tensors="pt",
+            )
+            outputs = self._model(**pixels.to(self._model.device), **tokens.to(self._model.device))
+            # Both are of length 1 already.
+            found.append((outputs.image_embeds * outputs.text_embeds).sum(dim=1).clamp_min(0).float().cpu() * 100)
+        return torch.cat(found)

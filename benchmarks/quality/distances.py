@@ -1,0 +1,235 @@
+"""Distances between sets of features: Fréchet with its interval and its gap to a teacher, KID, precision and recall."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from ..stats import Estimate, jackknifed
+from .reference import Reference
+
+GROUPS = 20
+"""Groups of the jackknife: as many distances are computed again for an interval."""
+
+NEIGHBOURS = 3
+"""k of precision and recall, as in their paper."""
+
+KID_SUBSETS, KID_SUBSET = 50, 200
+"""Random subsets of KID, and images of each kind in one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distance:
+    """A Fréchet distance to real images.
+
+    Attributes:
+        value: of all images.
+        left_out: see `left_out_distances`; empty where there are too few images for an interval.
+    """
+
+    value: float
+    left_out: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, reference: Reference, features: torch.Tensor) -> Distance:
+        """Of the features `(N, D)` of the images judged, N ≥ 2; from N = 4 on with an interval."""
+        left_out = left_out_distances(reference, features) if len(features) >= 4 else ()
+        return cls(value=frechet_distance(reference, features), left_out=tuple(left_out))
+
+    @property
+    def interval(self) -> Estimate | None:
+        """Over prompts and noise, the reference being as it is."""
+        return jackknifed(self.value, self.left_out) if self.left_out else None
+
+    def gap(self, to: Distance) -> Estimate | None:
+        """This less another distance, on the same prompts, with the interval of the difference."""
+        if not self.left_out:
+            return None
+        return jackknifed(self.value - to.value, [a - b for a, b in zip(self.left_out, to.left_out, strict=True)])
+
+    def recovered(self, *, guided: Distance, unguided: Distance) -> tuple[float | None, Estimate | None]:
+        """(unguided − this) / (unguided − guided), and its interval.
+
+        The share is None where guidance gains nothing (at tiny N, say), the interval where its gain is within noise.
+        """
+        if not guided.value < unguided.value:
+            return None, None
+        share = (unguided.value - self.value) / (unguided.value - guided.value)
+        if not self.left_out:
+            return share, None
+        return share, recovered_interval(share, guided.left_out, unguided.left_out, self.left_out)
+
+
+def matrix_root(covariance: torch.Tensor) -> torch.Tensor:
+    """The symmetric root `(D, D)` of a positive semi-definite matrix."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+
+def frechet_distance(reference: Reference, features: torch.Tensor) -> float:
+    """The Fréchet distance to a reference of the images with features `(N, D)`, N ≥ 2; see `frechet_distances`."""
+    return frechet_distances(reference, features, [torch.ones(len(features), dtype=torch.bool)])[0]
+
+
+def left_out_distances(reference: Reference, features: torch.Tensor, *, groups: int = GROUPS) -> list[float]:
+    """Fréchet distances of the images without each group in turn; image i is in group i mod `groups`.
+
+    Args:
+        reference: real images; taken as they are.
+        features: `(N, D)`.
+        groups: at least two; no more than N / 2 are made.
+
+    Raises:
+        ValueError: there are fewer than four images, so that no group can be left out.
+    """
+    groups = min(groups, len(features) // 2)
+    if groups < 2:
+        raise ValueError("an interval needs at least four images")
+    member = torch.arange(len(features)) % groups
+    return frechet_distances(reference, features, [member != group for group in range(groups)])
+
+
+def frechet_distances(reference: Reference, features: torch.Tensor, kept: Sequence[torch.Tensor]) -> list[float]:
+    """Fréchet distances of several choices among the same images to real ones.
+
+    ‖μ − μ_r‖² + tr Σ + tr Σ_r − 2 tr (Σ Σ_r)^½ (Heusel et al. 2017, eq. 6). The last trace sums the roots of the
+    eigenvalues of Σ Σ_r, which are those of X Σ_r Xᵀ / (n − 1) too, X being the n centred features: a matrix of n × n
+    where there are fewer images than features, else of D × D.
+
+    Args:
+        reference: real images.
+        features: `(N, D)` of the images judged.
+        kept: masks `(N,)`, each of at least two images.
+    """
+    x = features.double() - reference.mean
+    small = len(x) <= x.shape[1]
+    gram = x @ reference.covariance @ x.T if small else None
+    root = None if small else matrix_root(reference.covariance)
+    distances = []
+    for mask in kept:
+        part = x[mask]
+        mean = part.mean(dim=0)
+        if gram is not None:
+            block = gram[mask][:, mask]
+            block = block - block.mean(dim=0) - block.mean(dim=1, keepdim=True) + block.mean()
+            product = block / (len(part) - 1)
+        else:
+            assert root is not None
+            product = root @ torch.cov(part.T) @ root
+        roots = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0).sqrt().sum()
+        traces = part.var(dim=0).sum() + reference.covariance.trace()
+        distances.append((mean.square().sum() + traces - 2 * roots).item())
+    return distances
+
+
+class _Precomputed(torch.nn.Module):
+    """Lets torchmetrics take features in place of images."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features
+
+
+def kernel_distance(reference: Reference, features: torch.Tensor) -> tuple[float, float | None]:
+    """KID (Bińkowski et al. 2018) by torchmetrics: the mean over random subsets, and their standard deviation.
+
+    The latter is the scatter of subsets of `KID_SUBSET` images, not the mean's error, as subsets share images; None
+    where all images of a kind are in every subset, whose scatter is then none of theirs.
+
+    Args:
+        reference: real images.
+        features: `(N, D)` of the images judged, N ≥ 2.
+    """
+    smaller = min(len(features), len(reference.features))
+    size = min(KID_SUBSET, smaller)
+    with warnings.catch_warnings():
+        # It warns that it keeps all features; they are in memory anyway.
+        warnings.simplefilter("ignore", UserWarning)
+        # One process has all features: the metric must not wait for others that were launched.
+        metric = KernelInceptionDistance(
+            feature=_Precomputed(features.shape[1]), subsets=KID_SUBSETS, subset_size=size, sync_on_compute=False
+        )
+    metric.update(reference.features, real=True)
+    metric.update(features, real=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mean, spread = metric.compute()
+    return mean.item(), spread.item() if size < smaller else None
+
+
+def paired_distance(features: torch.Tensor, to: torch.Tensor) -> float:
+    """Mean cosine distance between images of one seed: 0 where the images are the same."""
+    return (1 - torch.cosine_similarity(features.double(), to.double())).mean().abs().item()
+
+
+def is_resolved(gains: Sequence[float]) -> bool:
+    """Whether what guidance gains is beyond noise; a ratio to it means nothing otherwise.
+
+    Args:
+        gains: the unguided teacher's distance less the guided one's, without each group in turn, at least two.
+    """
+    return min(gains) > 0 and jackknifed(sum(gains) / len(gains), gains).low > 0
+
+
+def recovered_interval(
+    value: float, guided: Sequence[float], unguided: Sequence[float], student: Sequence[float]
+) -> Estimate | None:
+    """Interval of (unguided − student) / (unguided − guided), by a jackknife that leaves the same prompts out of all.
+
+    Args:
+        value: of all images.
+        guided: `left_out_distances` of the guided teacher.
+        unguided: of the unguided.
+        student: of the student.
+
+    Returns:
+        None where guidance's own gain is not resolved.
+    """
+    gains = [u - g for u, g in zip(unguided, guided, strict=True)]
+    if not is_resolved(gains):
+        return None
+    return jackknifed(value, [(u - s) / gain for u, s, gain in zip(unguided, student, gains, strict=True)])
+
+
+def _radii(features: torch.Tensor, neighbours: int) -> torch.Tensor:
+    """Distance `(N,)` of each point to its k-th nearest neighbour."""
+    chunks = features.split(1000)
+    # The nearest of all is the point itself.
+    return torch.cat([torch.cdist(chunk, features).kthvalue(neighbours + 1, dim=1).values for chunk in chunks])
+
+
+def _covered(points: torch.Tensor, by: torch.Tensor, radii: torch.Tensor) -> float:
+    """Share of points that lie in a ball around any point of another set."""
+    inside = [(torch.cdist(chunk, by) <= radii).any(dim=1) for chunk in points.split(1000)]
+    return torch.cat(inside).double().mean().item()
+
+
+def precision_recall(
+    real: torch.Tensor, generated: torch.Tensor, *, neighbours: int = NEIGHBOURS
+) -> tuple[float, float] | None:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1-3): fidelity, and diversity.
+
+    Precision is the share of generated images inside the real ones' manifold, recall the share of real images inside
+    the generated ones'. A manifold is the union of balls around its points, each up to the k-th nearest neighbour.
+
+    Args:
+        real: `(M, D)` features.
+        generated: `(N, D)` features; both sets are cut to the smaller one's size, as the paper has them equal.
+        neighbours: k.
+
+    Returns:
+        None where there are not more than k images of each.
+    """
+    size = min(len(real), len(generated))
+    if size <= neighbours:
+        return None
+    real, generated = real[:size].double(), generated[:size].double()
+    precision = _covered(generated, real, _radii(real, neighbours))
+    return precision, _covered(real, generated, _radii(generated, neighbours))

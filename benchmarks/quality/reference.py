@@ -1,0 +1,160 @@
+"""Real images: the statistics of a folder of them, and the file that keeps these."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ...engine.errors import InputError
+from .features import FeatureNetwork, features_of
+
+BATCH = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Statistics of real images.
+
+    Attributes:
+        mean: `(D,)` float64.
+        covariance: `(D, D)` float64, unbiased.
+        count: images behind both.
+        features: `(M, D)` float32 of real images that are not among them: for KID, and for the floor.
+    """
+
+    mean: torch.Tensor
+    covariance: torch.Tensor
+    count: int
+    features: torch.Tensor
+
+    @classmethod
+    def of(cls, features: torch.Tensor, held_out: torch.Tensor) -> Reference:
+        """From the features `(N, D)` of the reference set and `(M, D)` of other real images."""
+        doubled = features.double()
+        return cls(
+            mean=doubled.mean(dim=0),
+            covariance=torch.cov(doubled.T),
+            count=len(features),
+            features=held_out.float(),
+        )
+
+    def save(self, path: Path) -> None:
+        """Write safetensors: the covariance's upper triangle in float32, features in float16."""
+        upper = torch.triu_indices(*self.covariance.shape)
+        tensors = {
+            "mean": self.mean.float(),
+            "covariance": self.covariance[upper[0], upper[1]].float(),
+            "count": torch.tensor(self.count),
+            "features": self.features.half(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Reference:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file is missing or no reference.
+        """
+        try:
+            tensors = load_file(path)
+            mean = tensors["mean"].double()
+            upper = torch.triu_indices(len(mean), len(mean))
+            covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+            covariance[upper[0], upper[1]] = tensors["covariance"].double()
+            covariance[upper[1], upper[0]] = tensors["covariance"].double()
+            return cls(
+                mean=mean,
+                covariance=covariance,
+                count=int(tensors["count"]),
+                features=tensors["features"].float(),
+            )
+        except (OSError, SafetensorError, KeyError, IndexError, RuntimeError) as error:
+            raise InputError(f"can't read the reference {path}: {error}") from None
+
+
+def reference_of(path: Path, network: FeatureNetwork, *, size: int | None = None) -> Reference:
+    """The reference in a file of `Reference.save`, or of a folder of images.
+
+    Args:
+        path: either.
+        network: makes the features.
+        size: see `reference_from_folder`.
+
+    Raises:
+        InputError: it can't be read, or its features are of another network.
+    """
+    if path.is_dir() or not path.exists():
+        return reference_from_folder(path, network, size=size)
+    reference = Reference.load(path)
+    if len(reference.mean) != network.num_features:
+        raise InputError(
+            f"the reference {path} holds {len(reference.mean)} features an image, and {network.distance_name} needs "
+            f"{network.num_features}: pass --reference with the folder of images"
+        )
+    return reference
+
+
+def reference_from_folder(folder: Path, network: FeatureNetwork, *, size: int | None = None) -> Reference:
+    """The statistics of a folder of real images; every tenth is kept apart for KID, recall and the floor.
+
+    Args:
+        folder: PNG, JPEG and WebP files, at any depth, taken in the order of their names.
+        network: makes the features.
+        size: side in pixels of the square that every image is cut to about its middle and resized to; None takes the
+            images as they are, which must all have one size.
+
+    Raises:
+        InputError: there are fewer than 20 readable images, or they differ in size.
+    """
+    if not folder.is_dir():
+        raise InputError(f"there is no reference folder {folder}")
+    paths = list(_images_in(folder))
+    if len(paths) < 20:
+        raise InputError(f"the reference folder {folder} holds {len(paths)} images: at least 20 are needed")
+    features, first = [], None
+    for start in range(0, len(paths), BATCH):
+        batch = []
+        for path in paths[start : start + BATCH]:
+            pixels = _pixels(path, size)
+            first = first or pixels.shape
+            if pixels.shape != first:
+                raise InputError(
+                    f"the reference folder {folder} mixes image sizes ({first[1]}x{first[0]}, and {path.name} has "
+                    f"{pixels.shape[1]}x{pixels.shape[0]}): pass --reference-size to cut all to one square"
+                )
+            batch.append(torch.from_numpy(pixels).permute(2, 0, 1))
+        features.append(features_of(network, torch.stack(batch), batch_size=BATCH))
+    rows = torch.cat(features)
+    # Not the last tenth: a folder may be sorted by what is shown.
+    apart = torch.arange(len(rows)) % 10 == 9
+    return Reference.of(rows[~apart], rows[apart])
+
+
+def _images_in(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"}:
+            yield path
+
+
+def _pixels(path: Path, size: int | None) -> np.ndarray:
+    """uint8 `(H, W, 3)`."""
+    try:
+        # libpng and libjpeg complain on standard error by themselves.
+        with contextlib.redirect_stderr(io.StringIO()), Image.open(path) as image:
+            rgb = image.convert("RGB")
+            if size is not None:
+                rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS)
+            return np.array(rgb)
+    except (OSError, ValueError) as error:
+        raise InputError(f"can't decode the reference image {path}: {error}") from None

@@ -1,0 +1,105 @@
+"""Show a benchmark: tables in the terminal, `report.json`, `report.html`, pictures."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ...engine.files import write_json
+from ...engine.pictures import labelled_grid
+from ..bench import BenchResult
+from . import tables
+from .compare import Comparison
+from .page import GRID_ROWS, html_report
+
+
+def terminal_table(title: str, table: tables.Table) -> Table:
+    """Headings and cells for rich; the first column to the left, figures to the right."""
+    headings, cells = table
+    shown = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for index, heading in enumerate(headings):
+        shown.add_column(heading, justify="left" if index == 0 else "right")
+    for row in cells:
+        shown.add_row(*(Text(cell) for cell in row))
+    return shown
+
+
+def terminal_report(result: BenchResult) -> RenderableType:
+    """Tables and verdict for rich."""
+    parts: list[RenderableType] = [
+        terminal_table("Speed", tables.speed_table(result.speed, brief=True)),
+        terminal_table("How many times as fast", tables.ratio_table(result.speed)),
+        Text(tables.speed_note(result), style="dim"),
+    ]
+    if result.quality:
+        parts.append(terminal_table("\nQuality", tables.quality_table(result.quality, brief=True)))
+        parts.append(Text(tables.quality_note(result), style="dim"))
+        if result.quality.best_alternatives():
+            shown = tables.alternatives_table(result.quality, brief=True)
+            parts.append(terminal_table("\nWithout training, best of each sweep", shown))
+            parts.append(Text(tables.ALTERNATIVES_NOTE, style="dim"))
+    parts += [Text(f"{name} was left out: {reason}", style="dim") for name, reason in result.skipped.items()]
+    parts.append(Text(f"\n{result.verdict()}", style="bold"))
+    return Group(*parts)
+
+
+def terminal_comparison(comparison: Comparison) -> RenderableType:
+    """Two reports side by side for rich, and the settings that differ."""
+    parts: list[RenderableType] = [terminal_table("A against B", comparison.table())]
+    if levels := comparison.levels():
+        told = f"Beyond noise: the two intervals ({', '.join(f'{level:.0%}' for level in levels)}) share no point."
+        parts.append(Text(told, style="dim"))
+    parts += [Text(f"{name}: {a} in A, {b} in B", style="dim") for name, (a, b) in comparison.settings.items()]
+    if comparison.only:
+        parts.append(Text(f"{len(comparison.only)} figures are in one report alone: --json names them.", style="dim"))
+    return Group(*parts)
+
+
+def comparison_grid(result: BenchResult) -> Image.Image:
+    """The first prompts, one column a row of the quality table but the reseeded one."""
+    assert result.quality is not None
+    names = [row.name for row in result.quality.main_rows() if row.kind != "control"]
+    columns = {name: result.quality.samples[name][:GRID_ROWS] for name in names}
+    return labelled_grid(columns, result.prompts[: len(columns[names[0]])])
+
+
+REPORT_FILES = ("report.html", "grid.png", "report.json")
+"""All that `write_report` may write, in the order in which they take their names."""
+
+
+def write_report(result: BenchResult, folder: Path) -> None:
+    """Write `REPORT_FILES` into a folder, as far as there is something to show."""
+    write_json(folder / "report.json", result.as_json())
+    (folder / "report.html").write_text(html_report(result), encoding="utf-8")
+    if result.quality:
+        comparison_grid(result).save(folder / "grid.png")
+
+
+@contextmanager
+def replaced_files(output: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A new folder whose files take their names in `output` if the block ends well; all else in there stays.
+
+    Args:
+        output: made where it is missing.
+        names: files that the block may write; those that it does not are removed from `output`.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=".partial-", dir=output))
+    try:
+        yield staged
+        for name in names:
+            if (staged / name).is_file():
+                (staged / name).replace(output / name)
+            else:
+                (output / name).unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)

@@ -1,0 +1,74 @@
+"""Floating-point operations of a model, counted, and the speed-up that they allow at best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ...engine.model import Model
+from ...engine.runners import unet_forward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Operations for one image or prompt; a multiplication and an addition count as two.
+
+    Attributes:
+        unet: one pass over one image's latents.
+        vae_decode: one image.
+        text_encoder: one prompt.
+    """
+
+    unet: int
+    vae_decode: int
+    text_encoder: int
+
+    def of_batch(self, *, passes: int, steps: int, batch_size: int) -> int:
+        """Prompts to pixels for a batch; with two passes, the empty prompt is encoded once for all."""
+        prompts = batch_size + (passes > 1)
+        return batch_size * (passes * steps * self.unet + self.vae_decode) + prompts * self.text_encoder
+
+    def ceiling(self, *, steps: int, batch_size: int) -> float:
+        """Two-pass over one-pass operations: the speed-up of whole images at equal efficiency."""
+        teacher = self.of_batch(passes=2, steps=steps, batch_size=batch_size)
+        return teacher / self.of_batch(passes=1, steps=steps, batch_size=batch_size)
+
+
+def count_flops(model: Model) -> Flops:
+    """Count matrix multiplications, convolutions and attention with torch's `FlopCounterMode`.
+
+    Every part is rebuilt on the meta device from its configuration: nothing is computed, no memory is taken.
+    """
+    pipeline = model.pipeline
+    inputs = {name: _meta(tensor) for name, tensor in model.family.example_inputs(pipeline, batch=1).items()}
+    encoders = [
+        (getattr(pipeline, name), getattr(pipeline, name.replace("text_encoder", "tokenizer")).model_max_length)
+        for name in model.family.text_encoders
+    ]
+    with torch.device("meta"):
+        unet = type(pipeline.unet).from_config(pipeline.unet.config)
+        vae = type(pipeline.vae).from_config(pipeline.vae.config)
+        return Flops(
+            unet=_counted(lambda: unet_forward(unet, inputs)),
+            vae_decode=_counted(lambda: vae.decode(torch.empty(1, *model.latent_shape))),
+            text_encoder=sum(_encoder_flops(encoder, tokens) for encoder, tokens in encoders),
+        )
+
+
+def _meta(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("meta", torch.float32 if tensor.is_floating_point() else tensor.dtype)
+
+
+def _encoder_flops(encoder: torch.nn.Module, tokens: int) -> int:
+    copy = type(encoder)(encoder.config)
+    return _counted(lambda: copy(torch.zeros(1, tokens, dtype=torch.int64)))
+
+
+@torch.no_grad()
+def _counted(call: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()

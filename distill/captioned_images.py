@@ -1,0 +1,104 @@
+"""Training states from captioned images: the paper's source."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..engine.families import TextEmbeddings
+from ..engine.model import Model
+from .images import BadSample, ImageStream, Rows
+from .objective import NoiseSchedule
+from .order import Share, noise_of
+from .source import Batch, Source, TextCache, draw_guidance
+
+ENCODED_PIXELS = 2**21
+"""What the VAE encodes at once, eight images of 512x512: its activations are hundreds of times their size."""
+
+
+class CaptionedImages(Source):
+    """The paper's source: images encoded by the VAE, diffused to a uniformly random timestep."""
+
+    def __init__(
+        self,
+        model: Model,
+        rows: Rows,
+        schedule: NoiseSchedule,
+        *,
+        share: Share,
+        seed: int,
+        guidance: tuple[float, float],
+        negative_prompt: str = "",
+        max_bad_samples: int = 0,
+    ) -> None:
+        self.model, self.schedule, self.share, self.seed = model, schedule, share, seed
+        self.guidance_bounds = guidance
+        self.embed = TextCache(model)
+        self.unconditional = model.family.embed_negative(model.pipeline, negative_prompt).to(torch.float32)
+        height, width = image_size(model)
+        self.stream = ImageStream(
+            rows,
+            height=height,
+            width=width,
+            batch_size=share.batch_size,
+            seed=seed,
+            max_bad_samples=max_bad_samples,
+        )
+
+    def batch(self, update: int) -> Batch:
+        """See `Source.batch`.
+
+        Raises:
+            InputError: more samples are unreadable than allowed.
+        """
+        captions, images = self.stream.next_batch(self.share.members)
+        vae = self.model.pipeline.vae
+        with torch.no_grad():
+            encoded = [
+                vae.encode(some.to(vae.device, vae.dtype)).latent_dist.mode()
+                for some in images.split(max(1, ENCODED_PIXELS // images[0, 0].numel()))
+            ]
+            x = torch.cat(encoded).float() * vae.config.scaling_factor
+        timesteps, scales, noise = [], [], []
+        for member in self.share.members:
+            number = update * self.share.batch_size + member
+            random = np.random.default_rng([self.seed, number])
+            timesteps.append(int(random.integers(len(self.schedule))))
+            scales.append(draw_guidance(random, self.guidance_bounds))
+            noise.append(noise_of(x.shape[1:], self.seed, number))
+        t = torch.tensor(timesteps, device=x.device)
+        return Batch(
+            z_t=self.schedule.add_noise(x, torch.stack(noise).to(x.device), t),
+            t=t,
+            text=TextEmbeddings(conditional=self.embed(captions), unconditional=self.unconditional),
+            guidance=torch.tensor(scales, device=x.device),
+        )
+
+    def skipped(self) -> list[BadSample]:
+        """See `Source.skipped`.
+
+        Raises:
+            InputError: together the processes skipped more than allowed.
+        """
+        self.stream.know_as_bad(self.share.gather_list(self.stream.bad))
+        return self.stream.bad
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """See `Source.state`.
+
+        Raises:
+            InputError: see `skipped`.
+        """
+        self.skipped()
+        return self.stream.state()
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """See `Source.restore`."""
+        self.stream.restore(state)
+
+
+def image_size(model: Model) -> tuple[int, int]:
+    """Height and width in pixels of the images that a model makes."""
+    scale = 2 ** (len(model.pipeline.vae.config.block_out_channels) - 1)
+    _, height, width = model.latent_shape
+    return height * scale, width * scale

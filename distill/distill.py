@@ -1,0 +1,223 @@
+"""`boostdiff distill`: from a model and a configuration to a student's folder."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
+
+from ..engine.compiled import missing_compiler, use_plain_attention
+from ..engine.errors import InputError
+from ..engine.files import prepare_output, publish
+from ..engine.model import ModelFiles, load, resolve_device
+from ..engine.prompts import read_prompts
+from ..engine.student import INFO_FILE, StudentInfo
+from .adapters import Adapter, make_adapter
+from .captioned_images import CaptionedImages
+from .config import DistillConfig
+from .images import Rows
+from .loop import CHECKPOINT_FILE, Observers, Run
+from .objective import NoiseSchedule
+from .order import Share
+from .preview import Preview
+from .run_folder import begin, exclusive_lock, resumable_state, work_folder, write_student
+from .source import Source
+from .trajectories import Trajectories
+
+PREVIEW_ROWS = 6
+FORMATS = ("diffusers", "kohya")
+
+
+def count_parameters(files: ModelFiles, config: DistillConfig) -> dict[str, int]:
+    """Parameters that would be trained, and those of the UNet without an adapter, from its configuration alone.
+
+    Raises:
+        InputError: the UNet can't be made, or takes guidance as an input already.
+    """
+    _check_guidance(files, config)
+    unet = files.empty_unet().requires_grad_(False)
+    total = sum(p.numel() for p in unet.parameters())
+    with torch.device("meta"):
+        adapter = _adapter(unet, config)
+    return {"trainable_parameters": adapter.count(), "total_parameters": total}
+
+
+def distil(
+    files: ModelFiles,
+    config: DistillConfig,
+    *,
+    output: Path,
+    device: str = "auto",
+    resume: bool = False,
+    formats: tuple[str, ...] = ("diffusers",),
+    observers: Observers | None = None,
+) -> StudentInfo:
+    """Train an adapter that makes one conditional pass predict what guided sampling predicts.
+
+    The run works in `work_folder(output)`, which takes the name `output` only when all is there. Under
+    `accelerate launch` every process calls this with the same arguments.
+
+    Args:
+        files: the model.
+        config: the training configuration.
+        output: the student's folder.
+        device: "auto", "cpu", "cuda", …
+        resume: go on from the unfinished run's checkpoint.
+        formats: of `FORMATS`; "diffusers" (or peft's own, for other tuners) is always written.
+        observers: what is told of the run's course.
+
+    Returns:
+        What `student.json` says.
+
+    Raises:
+        InputError: the model, the data or the output can't be used, or there is nothing to resume.
+        BoostDiffError: the loss is no longer finite or diverges, or the run was asked to stop.
+    """
+    observers = observers or Observers()
+    # Checked before the weights are read: they can take minutes.
+    if config.prompts is None and config.images is None:
+        raise InputError("there is nothing to train on: pass --prompts FILE or --images DIR")
+    if "kohya" in formats and config.method != "lora":
+        raise InputError(f"--format kohya is for --method lora, not {config.method}")
+    _check_guidance(files, config)
+    _check_precision(files, config, resolve_device(device))
+    if config.compile and (reason := missing_compiler(resolve_device(device))):
+        raise InputError(f"--compile: {reason}")
+    prompts = read_prompts(config.prompts) if config.prompts else []
+    rows = _opened(config.images) if config.images else None
+    prepare_output(output, replaces=INFO_FILE)
+    folder = work_folder(output)
+    resolved = config.as_json() | {"unet_sha256": files.unet_sha256()}
+
+    accelerator, target = _accelerator(config, device, folder, observers.log_with)
+    share = Share(batch_size=config.batch_size, index=accelerator.process_index, count=accelerator.num_processes)
+    if config.batch_size < share.count:
+        raise InputError(f"--batch-size {config.batch_size} is too small for {share.count} processes")
+    state = resumable_state(folder, resolved) if resume else None
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    model = load(files, device=target, dtype=torch.float32 if target.type == "cpu" else dtype)
+    if target.type == "cuda":
+        # Half-precision convolutions run on tensor cores in this order alone.
+        model.unet.to(memory_format=torch.channels_last)
+    if target.type == "cpu" and dtype != torch.float32:
+        use_plain_attention(model.unet)
+    torch.manual_seed(config.seed)
+    adapter = _adapter(model.unet, config)
+    if config.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    schedule = NoiseSchedule.of(model.pipeline.scheduler, target)
+    common: dict[str, Any] = {
+        "share": share,
+        "seed": config.seed,
+        "guidance": config.guidance_bounds,
+        "negative_prompt": config.negative_prompt,
+    }
+    source: Source
+    if rows is not None:
+        source = CaptionedImages(model, rows, schedule, max_bad_samples=config.max_bad_samples, **common)
+        shown = source.stream.captions(PREVIEW_ROWS)
+    else:
+        source = Trajectories(model, prompts, schedule, **common)
+        # Prompts that stand far apart show more than the first few of a sorted list.
+        shown = prompts[:: max(1, len(prompts) // PREVIEW_ROWS)][:PREVIEW_ROWS]
+    run = Run(accelerator, model, adapter, source, schedule, config, folder)
+    if state is not None:
+        run.restore(state)
+    elif accelerator.is_main_process:
+        begin(folder, resolved, observers)
+    accelerator.wait_for_everyone()
+    preview = Preview(model, adapter, prompts=shown, config=config, autocast=accelerator.autocast)
+
+    def draw(path: Path) -> None:
+        try:
+            preview.write(path)
+        except torch.OutOfMemoryError:
+            observers.note(f"there is no {path.name}: out of memory")
+
+    info = None
+    with exclusive_lock(folder) if accelerator.is_main_process else nullcontext():
+        if observers.on_start:
+            observers.on_start(run.done)
+        if observers.log_with:
+            accelerator.init_trackers("boostdiff", {key: value for key, value in resolved.items() if value is not None})
+        try:
+            result = run.train(observers, draw)
+        except InputError:
+            if accelerator.is_main_process and not (folder / CHECKPOINT_FILE).exists():
+                # Data that can't be used from the start leaves nothing to go on from.
+                shutil.rmtree(folder)
+            raise
+        if accelerator.is_main_process:
+            run.keep_average()
+            info = write_student(
+                folder, model, adapter, config, formats=formats, unet_sha256=resolved["unet_sha256"], result=result
+            )
+            (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+            publish(folder, output)
+            # The last: nothing that goes wrong with a picture is worth a student.
+            if observers.preview:
+                draw(output / "grid.png")
+    accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        (info,) = broadcast_object_list([info])
+    # Finishes the trackers and leaves the process group: a process that ends in one may abort at its exit.
+    accelerator.end_training()
+    assert info is not None
+    return info
+
+
+def _opened(images: str) -> Rows:
+    # What reads them is large, and a run on prompts does without.
+    from .image_files import open_images
+
+    return open_images(images)
+
+
+def _check_guidance(files: ModelFiles, config: DistillConfig) -> None:
+    if config.takes_guidance and files.unet_config.get("time_cond_proj_dim") is not None:
+        raise InputError(f"{files.name} takes guidance as an input already: it is distilled")
+
+
+def _check_precision(files: ModelFiles, config: DistillConfig, device: torch.device) -> None:
+    if config.precision != "fp16":
+        return
+    if device.type == "cpu":
+        raise InputError("--precision fp16 needs a GPU: choose bf16 or fp32")
+    if files.unet_config.get("upcast_attention"):
+        # Autocast takes back the upcast.
+        raise InputError(f"the attention of {files.name} overflows in fp16: choose --precision bf16 or fp32")
+
+
+def _adapter(unet: Any, config: DistillConfig) -> Adapter:
+    return make_adapter(
+        config.method,
+        unet,
+        rank=config.rank,
+        alpha=config.alpha,
+        targets=config.targets,
+        tokens=config.tokens,
+        guidance_input=config.takes_guidance,
+    )
+
+
+def _accelerator(
+    config: DistillConfig, device: str, folder: Path, log_with: str | None
+) -> tuple[Accelerator, torch.device]:
+    target = resolve_device(device)
+    # accelerate keeps one state a process; a second run in it may use another precision.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(
+        mixed_precision="no" if config.precision == "fp32" else config.precision,
+        cpu=target.type == "cpu",
+        log_with=log_with,
+        project_dir=folder,
+    )
+    # Under a launcher each process has an accelerator of its own.
+    return accelerator, accelerator.device if accelerator.num_processes > 1 else target

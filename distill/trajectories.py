@@ -1,0 +1,132 @@
+"""Training states from prompts alone: online trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ..engine.families import TextEmbeddings
+from ..engine.model import Model
+from .objective import NoiseSchedule, ddim_step, dpm_solver_2m
+from .order import Share, epoch_order, noise_of
+from .source import Batch, Source, TextCache, draw_guidance
+
+
+class Trajectories(Source):
+    """Online trajectories: the teacher's own sampling runs, trained on as they happen.
+
+    A pool of B trajectories, each with its own prompt, guidance, sampler, step count, phase and position. One teacher
+    evaluation per update is both the target for every member and what moves it on by a step; a finished member is
+    replaced by a new one. Samplers (DDIM and DPM-Solver++ 2M), step counts and phases are random, so the student is
+    tied to no single setting.
+
+    Every process keeps the whole pool's book (it follows from seeds) and the latents of its own members.
+    """
+
+    STEPS = (4, 16)
+    """Fewest and most steps of a trajectory: short ones bring more prompts and noise into a run."""
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: list[str],
+        schedule: NoiseSchedule,
+        *,
+        share: Share,
+        seed: int,
+        guidance: tuple[float, float],
+        negative_prompt: str = "",
+    ) -> None:
+        self.model, self.prompts, self.schedule, self.seed = model, prompts, schedule, seed
+        self.share, self.guidance_bounds = share, guidance
+        self.embed = TextCache(model)
+        self.unconditional = model.family.embed_negative(model.pipeline, negative_prompt).to(torch.float32)
+        size = share.batch_size
+        self.number = torch.zeros(size, dtype=torch.int64)
+        self.stride, self.position = torch.zeros(size), torch.zeros(size)
+        self.t, self.t_previous = torch.full((size,), -1), torch.full((size,), -1)
+        self.multistep = torch.zeros(size, dtype=torch.bool)
+        self.guidance = torch.zeros(size)
+        self.texts = [""] * size
+        self.z_t = torch.zeros(len(share.members), *model.latent_shape, device=model.device)
+        self.x_previous = torch.zeros_like(self.z_t)
+        self.started = 0
+        self._refill(range(size))
+
+    def _refill(self, members: Sequence[int]) -> None:
+        own = self.share.members
+        for member in members:
+            self._begin(member, self.started)
+            if member in own:
+                self.z_t[member - own.start] = noise_of(self.model.latent_shape, self.seed, self.started)
+            self.started += 1
+
+    def _begin(self, member: int, number: int) -> None:
+        random = np.random.default_rng([self.seed, number])
+        stride = len(self.schedule) / random.integers(*self.STEPS, endpoint=True)
+        self.number[member] = number
+        self.stride[member] = stride
+        # Phases between "trailing" spacing (from the last timestep) and "leading" (one stride below it).
+        self.position[member] = len(self.schedule) - 1 - random.random() * stride
+        self.multistep[member] = bool(random.random() < 0.5)
+        self.guidance[member] = draw_guidance(random, self.guidance_bounds)
+        self.t_previous[member] = -1
+        epoch, index = divmod(number, len(self.prompts))
+        self.texts[member] = self.prompts[epoch_order(len(self.prompts), self.seed, epoch)[index]]
+
+    def batch(self, update: int) -> Batch:
+        """See `Source.batch`: this process's part of the pool."""
+        own, where = self.share.members, self.z_t.device
+        rows = slice(own.start, own.stop)
+        self.t = self.position.round().long()
+        return Batch(
+            z_t=self.z_t,
+            t=self.t[rows].to(where),
+            text=TextEmbeddings(conditional=self.embed(self.texts[rows]), unconditional=self.unconditional),
+            guidance=self.guidance[rows].to(where),
+        )
+
+    @torch.no_grad()
+    def advance(self, teacher_x: torch.Tensor) -> None:
+        """Step every member with the teacher; replace those that have arrived."""
+        own = self.share.members
+        rows = slice(own.start, own.stop)
+        self.position = self.position - self.stride
+        t_next = self.position.round().long().clamp(min=-1)
+        t, before, after, multistep = (
+            x[rows].to(self.z_t.device) for x in (self.t, self.t_previous, t_next, self.multistep)
+        )
+        x = teacher_x
+        second_order = multistep & (before >= 0) & (after >= 0)
+        if second_order.any():
+            x = torch.where(
+                second_order[:, None, None, None],
+                dpm_solver_2m(teacher_x, self.x_previous, *self.schedule.log_snr(before, t, after)),
+                teacher_x,
+            )
+        self.z_t = ddim_step(self.z_t, x, *self.schedule.at(t), *self.schedule.at(after))
+        self.x_previous, self.t_previous = teacher_x, self.t.clone()
+        self._refill(torch.nonzero(t_next < 0).flatten().tolist())
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """See `Source.state`; what follows from a trajectory's number is left out."""
+        return {
+            "z_t": self.share.gather(self.z_t),
+            "x_previous": self.share.gather(self.x_previous),
+            "number": self.number,
+            "position": self.position,
+            "t_previous": self.t_previous,
+            "started": torch.tensor(self.started),
+        }
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """See `Source.restore`."""
+        for member, number in enumerate(state["number"].tolist()):
+            self._begin(member, number)
+        own, where = self.share.members, self.z_t.device
+        rows = slice(own.start, own.stop)
+        self.z_t, self.x_previous = state["z_t"][rows].to(where), state["x_previous"][rows].to(where)
+        self.position, self.t_previous = state["position"], state["t_previous"]
+        self.started = int(state["started"])

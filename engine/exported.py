@@ -1,0 +1,223 @@
+"""An exported student in Python: `Engine.load("outputs/engine")("a prompt", steps=20, seed=0)`.
+
+The whole pipeline runs from the engine folder: no torch module and no model folder is needed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import SchedulerMixin
+from PIL import Image
+from transformers import CLIPTokenizer
+
+from .errors import BoostDiffError, InputError
+from .exported_parts import ExportedTextEncoder, ExportedVaeDecoder
+from .families import TextEmbeddings, family_of
+from .files import read_json
+from .guidance import Denoiser, SinglePassDenoiser
+from .manifest import Manifest, read_manifest, verified_file
+from .model import Model, ModelFiles, resolve_device
+from .runners import EXPORTED, GraphRunner, available_runners, open_session
+from .sampling import decode, default_batch_size, generate, initial_noise, sampling, to_pil
+from .schedulers import make_scheduler
+from .sessions import Session
+from .student import choose_guidance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """The state after one sampling step.
+
+    Attributes:
+        index: of the step, from 0.
+        total: steps in all.
+        latents: `(B, C, H, W)`.
+        model: decodes them.
+    """
+
+    index: int
+    total: int
+    latents: torch.Tensor
+    model: Model
+
+    def images(self) -> list[Image.Image]:
+        """The state decoded: noise at first, the finished images at the last step."""
+        return to_pil(decode(self.model, self.latents))
+
+
+class Engine(AbstractContextManager["Engine"]):
+    """An exported student, ready to draw. A context manager; `close` frees what it holds.
+
+    Attributes:
+        manifest: what was exported, and how it was checked.
+        model: its parts as a stock diffusers pipeline, `model.pipeline`, that makes one pass a step.
+        runner: a name in `runners.EXPORTED`.
+    """
+
+    def __init__(self, *, manifest: Manifest, model: Model, opened: ExitStack) -> None:
+        """Not to be called: see `load`."""
+        self.manifest, self.model, self._opened = manifest, model, opened
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, *, runner: str = "auto", device: str = "auto", precision: str | None = None
+    ) -> Self:
+        """Open what `boostdiff export` wrote. Every file is checked against the manifest first.
+
+        Args:
+            folder: the engine folder.
+            runner: a name in `runners.EXPORTED`, or "auto": TensorRT where the device can run the plan, else ONNX
+                Runtime.
+            device: "auto", "cpu", "cuda", "cuda:1", …; TensorRT runs on no CPU.
+            precision: "fp32" or "fp16" of the ONNX graphs; by default what the device is faster at.
+
+        Raises:
+            InputError: the engine is missing, incomplete or was changed.
+            BoostDiffError: this machine can't run it.
+        """
+        folder, target = Path(folder), resolve_device(device)
+        manifest = read_manifest(folder)
+        if runner == "auto":
+            (reason,) = available_runners(manifest, target, ["tensorrt"]).values()
+            runner = "onnx" if reason else "tensorrt"
+        if runner not in EXPORTED:
+            raise InputError(f"an engine has no runner {runner!r}: choose one of {', '.join(EXPORTED)}")
+        if reason := available_runners(manifest, target, [runner])[runner]:
+            raise BoostDiffError(f"can't run the engine in {folder} with {runner}: {reason}")
+        for name in manifest.configurations():
+            verified_file(folder, manifest, name)
+        with ExitStack() as stack:
+            session = partial(
+                open_session, runner, folder=folder, manifest=manifest, device=target, precision=precision
+            )
+            model = _assemble(folder, manifest, lambda part: stack.enter_context(session(part)))
+            return cls(manifest=manifest, model=model, opened=stack.pop_all())
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    @property
+    def runner(self) -> str:
+        """The name of what executes it."""
+        return self.model.unet.name
+
+    def close(self) -> None:
+        """Free sessions and their memory."""
+        self._opened.close()
+
+    def denoiser(self, guidance: float | None = None) -> Denoiser:
+        """The student's single pass.
+
+        Raises:
+            InputError: the student was not distilled for this guidance.
+        """
+        student = self.manifest.student
+        return SinglePassDenoiser(
+            self.model.unet,
+            choose_guidance(guidance, own=student["guidance"], guidance_range=student["guidance_range"]),
+        )
+
+    def encode(self, prompts: Sequence[str]) -> TextEmbeddings:
+        """Embeddings of the prompts; there is no unconditional one, since no pass needs it."""
+        if not prompts or not all(prompt.strip() for prompt in prompts):
+            raise InputError("a prompt is empty")
+        text = self.model.family.encode(self.model.pipeline, prompts, negative_prompt=None)
+        return text.to(self.model.unet.dtype)
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        steps: int = 20,
+        seed: int = 0,
+        sampler: str = "ddim",
+        guidance: float | None = None,
+        batch_size: int | None = None,
+    ) -> list[Image.Image]:
+        """Draw.
+
+        Args:
+            prompts: one image each; image i starts from the noise of `seed + i`.
+            steps: sampling steps.
+            seed: see `prompts`.
+            sampler: a name in `samplers.SAMPLERS`.
+            guidance: of a student that takes it as an input; by default its own.
+            batch_size: images denoised together; None takes `generate.default_batch_size`.
+
+        Raises:
+            InputError: a prompt is empty, the sampler is unknown, or the student was not distilled for this guidance.
+        """
+        images = generate(
+            self.model,
+            self.denoiser(guidance),
+            text=self.encode([prompts] if isinstance(prompts, str) else prompts),
+            make_scheduler=partial(self._scheduler, sampler, steps),
+            steps=steps,
+            seed=seed,
+            batch_size=batch_size or default_batch_size(self.model),
+        )
+        return to_pil(images)
+
+    def stream(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        steps: int = 20,
+        seed: int = 0,
+        sampler: str = "ddim",
+        guidance: float | None = None,
+    ) -> Iterator[Step]:
+        """As calling the engine, in one batch, with the state after every step; `Step.images` decodes it."""
+        text = self.encode([prompts] if isinstance(prompts, str) else prompts)
+        noise = initial_noise(self.model.latent_shape, count=len(text), seed=seed)
+        states = sampling(
+            self.denoiser(guidance),
+            text=text,
+            noise=noise.to(self.model.device, text.conditional.dtype),
+            scheduler=self._scheduler(sampler, steps),
+            steps=steps,
+        )
+        for index, latents in enumerate(states):
+            yield Step(index=index, total=steps, latents=latents, model=self.model)
+
+    def _scheduler(self, sampler: str, steps: int) -> SchedulerMixin:
+        if steps < 1:
+            raise InputError("steps must be at least 1")
+        return make_scheduler(sampler, self.model.pipeline.scheduler.config)
+
+
+def _assemble(folder: Path, manifest: Manifest, opened: Callable[[str], Session]) -> Model:
+    """A stock pipeline of exported parts; `opened` gives a part's session."""
+    index = read_json(folder / "model_index.json")
+    family = family_of(index)
+    components: dict[str, Any] = {}
+    for name, tokenizer in zip(family.text_encoders, family.tokenizers, strict=True):
+        components[name] = ExportedTextEncoder(opened(name), config=read_json(folder / name / "config.json"))
+        components[tokenizer] = CLIPTokenizer.from_pretrained(folder / tokenizer, local_files_only=True)
+    vae_config = read_json(folder / "vae_decoder" / "config.json")
+    components["vae"] = ExportedVaeDecoder(opened("vae_decoder"), config=vae_config)
+    components["unet"] = GraphRunner(opened("unet"), unet_config=manifest.unet_config)
+    components["scheduler"] = _scheduler_from(folder, index)
+    pipeline = family.assemble(components)
+    pipeline.set_progress_bar_config(disable=True)
+    files = ModelFiles(name=manifest.model, folder=folder, family=family, unet_config=manifest.unet_config)
+    return Model(files=files, pipeline=pipeline)
+
+
+def _scheduler_from(folder: Path, index: dict[str, Any]) -> SchedulerMixin:
+    import diffusers
+
+    class_name = index["scheduler"][1]
+    kind = getattr(diffusers, class_name, None)
+    if not (inspect.isclass(kind) and issubclass(kind, SchedulerMixin)):
+        raise InputError(f"{folder / 'model_index.json'} names the scheduler {class_name}, which diffusers lacks")
+    scheduler: Any = kind
+    return scheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))

@@ -1,0 +1,173 @@
+"""From prompts to images: the sampling loop, and noise that depends on the seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from diffusers import SchedulerMixin
+from PIL import Image
+
+from .families import TextEmbeddings
+from .guidance import Denoiser
+from .model import Model
+
+MIDDLING = 64**2
+"""Latents of an image, one channel, at 512 pixels."""
+
+
+def initial_noise(shape: tuple[int, int, int], *, count: int, seed: int) -> torch.Tensor:
+    """Standard normal latents, `(count, *shape)` float32 on the CPU.
+
+    Image i is drawn from a generator seeded with `seed + i`, as a stock pipeline does when it is given
+    `generator=[torch.Generator().manual_seed(seed + i) for i in range(count)]`: an image does not depend on the
+    batch that it was made in.
+    """
+    return torch.stack(
+        [torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed + i))[0] for i in range(count)]
+    )
+
+
+@torch.inference_mode()
+def sampling(
+    denoiser: Denoiser, *, text: TextEmbeddings, noise: torch.Tensor, scheduler: SchedulerMixin, steps: int
+) -> Iterator[torch.Tensor]:
+    """Denoise from z_T to z_0, one step an item.
+
+    Args:
+        denoiser: teacher or student.
+        text: embeddings of B prompts.
+        noise: `(B, C, H, W)` standard normal.
+        scheduler: a fresh one; its state is changed.
+        steps: sampling steps.
+
+    Yields:
+        `(B, C, H, W)` latents after each step; the last are z_0.
+    """
+    # Schedulers keep their tables on the CPU: a timestep from the GPU would be waited for in each step.
+    scheduler.set_timesteps(steps, device="cpu")
+    z_t = noise * scheduler.init_noise_sigma
+    for t, told in zip(scheduler.timesteps, scheduler.timesteps.to(noise.device), strict=True):
+        prediction = denoiser(scheduler.scale_model_input(z_t, t), told, text)
+        z_t = scheduler.step(prediction, t, z_t, return_dict=False)[0]
+        yield z_t
+
+
+def sample(
+    denoiser: Denoiser,
+    *,
+    text: TextEmbeddings,
+    noise: torch.Tensor,
+    scheduler: SchedulerMixin,
+    steps: int,
+    on_step: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """The last latents of `sampling`, `(B, C, H, W)`; `on_step` is called after each step with its index."""
+    z_t = noise
+    for index, z_t in enumerate(sampling(denoiser, text=text, noise=noise, scheduler=scheduler, steps=steps)):  # noqa: B007
+        if on_step:
+            on_step(index)
+    return z_t
+
+
+def _counting(on_step: Callable[[int], None] | None, size: int) -> Callable[[int], None] | None:
+    return None if on_step is None else lambda _: on_step(size)
+
+
+@torch.inference_mode()
+def decode(model: Model, latents: torch.Tensor) -> torch.Tensor:
+    """Latents `(B, C, H, W)` to images `(B, 3, 8H or so, …)`, float32 in [0, 1], on the CPU.
+
+    From 512 pixels on a few at a time: a decoder's activations are the largest of all.
+    """
+    vae = model.pipeline.vae
+    area = latents.shape[2] * latents.shape[3]
+    together = len(latents) if area < MIDDLING else max(1, 4 * MIDDLING // area)
+    images = []
+    for some in latents.split(together):
+        decoded = vae.decode(some.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        images.append((decoded.float() / 2 + 0.5).clamp(0, 1))
+    # Copied at once: each copy is waited for.
+    return torch.cat(images).cpu()
+
+
+def default_batch_size(model: Model) -> int:
+    """Images to denoise together: 8 of up to 512 pixels, so many fewer of larger ones, such as 2 of 1024."""
+    _, height, width = model.latent_shape
+    return min(8, max(1, 8 * MIDDLING // (height * width)))
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Images in [0, 1] to uint8, rounded as diffusers' image processor rounds."""
+    return (images * 255).round().to(torch.uint8)
+
+
+def to_pil(images: torch.Tensor) -> list[Image.Image]:
+    """Images `(B, 3, H, W)` in [0, 1] to PIL."""
+    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in to_uint8(images)]
+
+
+def batches(
+    model: Model,
+    denoiser: Denoiser,
+    *,
+    text: TextEmbeddings,
+    make_scheduler: Callable[[], SchedulerMixin],
+    steps: int,
+    seed: int,
+    batch_size: int,
+    on_step: Callable[[int], None] | None = None,
+) -> Iterator[torch.Tensor]:
+    """Sample and decode any number of prompts, one batch an item.
+
+    Args:
+        model: for its latents' shape and VAE.
+        denoiser: teacher or student.
+        text: embeddings of N prompts.
+        make_scheduler: gives a fresh scheduler for each batch.
+        steps: sampling steps.
+        seed: image i starts from the noise of `seed + i`.
+        batch_size: images denoised together.
+        on_step: called after each step of each batch with the number of images in it.
+
+    Yields:
+        `(B, 3, H, W)` float32 in [0, 1], on the CPU.
+    """
+    for start in range(0, len(text), batch_size):
+        chunk = text[start : start + batch_size]
+        size = len(chunk)
+        noise = initial_noise(model.latent_shape, count=size, seed=seed + start)
+        latents = sample(
+            denoiser,
+            text=chunk,
+            noise=noise.to(model.device, chunk.conditional.dtype),
+            scheduler=make_scheduler(),
+            steps=steps,
+            on_step=_counting(on_step, size),
+        )
+        yield decode(model, latents)
+
+
+def generate(
+    model: Model,
+    denoiser: Denoiser,
+    *,
+    text: TextEmbeddings,
+    make_scheduler: Callable[[], SchedulerMixin],
+    steps: int,
+    seed: int,
+    batch_size: int = 50,
+    on_step: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """All images of `batches`, which see: `(N, 3, H, W)` float32 in [0, 1], on the CPU."""
+    drawn = batches(
+        model,
+        denoiser,
+        text=text,
+        make_scheduler=make_scheduler,
+        steps=steps,
+        seed=seed,
+        batch_size=batch_size,
+        on_step=on_step,
+    )
+    return torch.cat(list(drawn))

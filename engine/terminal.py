@@ -1,0 +1,131 @@
+"""What commands share: the console, a progress bar, JSON output, and errors in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# No command needs TensorFlow or JAX, and importing them beside torch takes seconds.
+os.environ.setdefault("USE_TF", "0")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+import typer
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from .errors import BoostDiffError
+from .files import is_full_disk
+
+console = Console(stderr=True)
+
+# From 0.26 on typer carries its own copy of click: reach the exceptions through typer, whichever it is.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+def quiet_libraries() -> None:
+    """Warnings and progress bars of diffusers and transformers help no user."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def is_main_process() -> bool:
+    """Whether this is the one of `accelerate launch`'s processes that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def print_json(value: Any) -> None:
+    """Plain JSON values, on standard output."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+class _NotedProgress(Progress):
+    """Progress bars with their notes below: beside them they would take bar and times from a narrow terminal."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """See `Progress.get_renderables`."""
+        yield from super().get_renderables()
+        for task in self.tasks:
+            if note := task.fields["note"]:
+                yield Text(f"  {note}", style="dim", no_wrap=True, overflow="ellipsis")
+
+
+@contextmanager
+def progress_bar(description: str, total: int) -> Iterator[Any]:
+    """A bar with an estimate on standard error; yields `advance(count, **columns)`."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    progress = _NotedProgress(*columns, console=console)
+    task = progress.add_task(description, total=total, note="")
+
+    def advance(count: int = 1, **fields: Any) -> None:
+        # Started late: wrong input must leave nothing but its one line on standard error.
+        if not progress.live.is_started and is_main_process():
+            progress.start()
+        progress.update(task, advance=count, **fields)
+
+    try:
+        yield advance
+    finally:
+        if progress.live.is_started:
+            progress.stop()
+
+
+def run(app: Callable[..., Any]) -> None:
+    """Run a command and end the process: errors as one line on standard error and exit code 1 or 2.
+
+    Args:
+        app: a `typer.Typer`.
+    """
+    debug = "--debug" in sys.argv[1:]
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        sys.exit(app(standalone_mode=False))
+    except Exception as error:
+        if debug:
+            raise
+        sys.exit(_report(error))
+    except KeyboardInterrupt:
+        sys.exit(_report(typer.Abort()))
+
+
+def _report(error: Exception) -> int:
+    """Print one line, and give the exit code."""
+    if isinstance(error, BoostDiffError):
+        message, code = str(error), error.exit_code
+    elif isinstance(error, _UsageError):
+        # `boostdiff` without arguments ends here too, with the help printed and no message.
+        message, code = error.format_message(), 2
+    elif is_full_disk(error):
+        message, code = f"the disk is full: free some space, or choose another --output ({error})", 2
+    elif isinstance(error, typer.Abort):
+        message, code = "interrupted", 130
+    else:
+        message, code = f"{type(error).__name__}: {error} (--debug shows where)", 1
+    if message:
+        sys.stderr.write(f"boostdiff: error: {' '.join(message.split())}\n")
+    return code

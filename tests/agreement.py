@@ -1,0 +1,59 @@
+"""What each runner draws, as pixels to compare."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from boostdiff.engine.errors import BoostDiffError
+from boostdiff.engine.generate import DrawConfig, draw
+from boostdiff.engine.manifest import read_manifest
+from boostdiff.engine.model import ModelFiles
+from boostdiff.engine.runners import open_exported
+from diffusers import DiffusionPipeline
+from PIL import Image
+from tiny import CPU
+
+STOCK = "stock diffusers, onnx fp32 as `pipe.unet`"
+
+
+def pixels(images: list[Image.Image]) -> torch.Tensor:
+    """`(N, H, W, 3)`, float32 from 0 to 255."""
+    return torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in images]).float()
+
+
+def drawn(files: ModelFiles, config: DrawConfig) -> torch.Tensor:
+    """What `boostdiff generate` draws, read back from its files; see `pixels`."""
+    with tempfile.TemporaryDirectory() as folder:
+        return pixels([Image.open(path) for path in draw(files, config, output=Path(folder))])
+
+
+def drawn_by_stock_diffusers(files: ModelFiles, config: DrawConfig) -> torch.Tensor:
+    """What a stock pipeline draws without guidance, the exported student in the place of its UNet; see `pixels`."""
+    pipeline = DiffusionPipeline.from_pretrained(files.folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    manifest = read_manifest(config.engine)
+    with open_exported("onnx", folder=config.engine, manifest=manifest, device=CPU, precision="fp32") as runner:
+        pipeline.unet = runner
+        return pixels(
+            pipeline(
+                config.prompts,
+                num_inference_steps=config.steps,
+                guidance_scale=1.0,
+                generator=[torch.Generator().manual_seed(config.seed + i) for i in range(len(config.prompts))],
+            ).images
+        )
+
+
+def others(
+    files: ModelFiles, base: DrawConfig, runners: Sequence[tuple[str, str | None]]
+) -> Iterator[tuple[str, torch.Tensor | str]]:
+    """By name, what each other runner draws, or why it can't; the precision is that of ONNX Runtime's graphs."""
+    for runner, precision in runners:
+        try:
+            yield f"{runner} {precision or ''}".strip(), drawn(files, replace(base, runner=runner, precision=precision))
+        except BoostDiffError as error:
+            yield runner, str(error)
+    yield STOCK, drawn_by_stock_diffusers(files, base)

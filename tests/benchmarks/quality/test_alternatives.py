@@ -1,0 +1,84 @@
+"""What needs no training, against stock diffusers whose callback does the same."""
+
+from typing import Any
+
+import pytest
+import torch
+from boostdiff.benchmarks.quality.alternatives import CUT_OFF, FEWER, INTERVAL, Alternative, candidates
+from boostdiff.benchmarks.speed.stock import stock_pipeline
+from boostdiff.engine.model import Model
+from boostdiff.engine.runners import TorchRunner
+from boostdiff.engine.sampling import decode, initial_noise, sample
+from boostdiff.engine.schedulers import make_scheduler
+from tiny import PROMPTS
+
+W = 6.0
+
+
+def stock_images(model: Model, setting: Alternative, sampler: str, noise: torch.Tensor) -> torch.Tensor:
+    """Guidance switched on and off between the steps, as diffusers documents it for `callback_on_step_end`."""
+    pipeline = stock_pipeline(model)
+    pipeline.scheduler = make_scheduler(sampler, model.pipeline.scheduler.config)
+    with torch.inference_mode():
+        positive, negative = pipeline.encode_prompt(list(PROMPTS), pipeline.device, 1, True, [""] * len(PROMPTS))
+
+    def switch(pipe: Any, index: int, t: Any, kwargs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        guided = setting.first <= index + 1 < setting.last
+        pipe._guidance_scale = setting.guidance if guided else 1.0
+        kwargs["prompt_embeds"] = torch.cat([negative, positive]) if guided else positive
+        return kwargs
+
+    return pipeline(
+        list(PROMPTS),
+        num_inference_steps=setting.steps,
+        guidance_scale=setting.guidance if setting.first == 0 else 1.0,
+        latents=noise,
+        output_type="pt",
+        callback_on_step_end=switch,
+        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+    ).images
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+@pytest.mark.parametrize(("first", "last"), [(0, 3), (2, 4), (0, 6)], ids=["cut off", "interval", "throughout"])
+def test_images_are_stock_diffusers(tiny: Model, sampler: str, first: int, last: int) -> None:
+    setting = Alternative(method="any", guidance=W, steps=6, first=first, last=last, budget=12)
+    passes = []
+
+    class Counting(TorchRunner):
+        def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+            passes.append(len(inputs["sample"]))
+            return super().predict(inputs)
+
+    def schedulers() -> Any:
+        return make_scheduler(sampler, tiny.pipeline.scheduler.config)
+
+    noise = initial_noise(tiny.latent_shape, count=len(PROMPTS), seed=0)
+    text = tiny.family.encode(tiny.pipeline, PROMPTS)
+    denoiser = setting.denoiser(Counting(tiny.unet), schedulers)
+    images = decode(tiny, sample(denoiser, text=text, noise=noise, scheduler=schedulers(), steps=6))
+    expected = stock_images(tiny, setting, sampler, noise)
+    torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
+    # The cost that is reported is what was run.
+    assert sum(passes) == setting.cost * len(PROMPTS)
+    # The switch shows: guidance throughout, or nowhere, gives other images.
+    for other in (0, 6):
+        if (first, last) != (0, other):
+            unswitched = Alternative(method="any", guidance=W, steps=6, first=0, last=other, budget=12)
+            assert (stock_images(tiny, unswitched, sampler, noise) - expected).abs().max() > 2e-3
+
+
+def test_half_of_twenty_guided_steps_cost_thirty_passes() -> None:
+    assert Alternative(method=CUT_OFF, guidance=3.0, steps=20, first=0, last=10, budget=30).cost == 30
+
+
+def test_sweeps_are_of_equal_cost() -> None:
+    swept = candidates(steps=20, guidance=3.0)
+    assert {(one.method, one.cost) for one in swept} == {
+        (method, cost) for method in (CUT_OFF, INTERVAL, FEWER) for cost in (20, 30)
+    }
+    assert {one.guidance for one in swept} == {3.0, 4.5}
+    assert all(0 <= one.first < one.last <= one.steps for one in swept)
+    assert all((one.first > 0) == (one.method == INTERVAL) for one in swept)
+    assert len({one.name for one in swept}) == len(swept) == 20
+    assert all(one.cost <= 3 for one in candidates(steps=2, guidance=3.0))

@@ -1,0 +1,87 @@
+import copy
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from boostdiff.benchmarks.bench import SCHEMA_VERSION
+from boostdiff.benchmarks.report.compare import compare_reports
+from boostdiff.benchmarks.report.report import terminal_comparison
+from boostdiff.engine.errors import InputError
+from rich.console import Console
+
+
+def estimate(value: float, half: float) -> dict[str, float]:
+    return {"value": value, "low": value - half, "high": value + half, "coverage": 0.95}
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    ratio = {"slower": "torch teacher", "faster": "torch student", "part": "images", "batch_size": 8, "ceiling": 1.9}
+    row = {"runner": "torch", "way": "student", "batch_size": 8, "images_per_second": estimate(10, 1)}
+    image = dict.fromkeys(("recovered", "kid", "precision", "recall", "paired", "clip"))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "speed": {"ratios": [ratio | {"estimate": estimate(1.8, 0.1)}], "rows": [row]},
+        "quality": {
+            "rows": [image | {"name": "student lora", "distance": 220.0, "distance_interval": None, "recall": 0.5}]
+        },
+        "provenance": {"steps": 20, "hardware": {"cpu": "one"}, "students": {"a": {"rank": 8}}},
+    }
+
+
+def written(folder: Path, *reports: Any) -> list[Path]:
+    paths = [folder / f"{index}.json" for index in range(len(reports))]
+    for path, report in zip(paths, reports, strict=True):
+        path.write_text(json.dumps(report))
+    return paths
+
+
+def test_differences_and_settings(report: dict[str, Any], tmp_path: Path) -> None:
+    other = copy.deepcopy(report)
+    other["speed"]["ratios"][0]["estimate"] = estimate(1.9, 0.1)
+    other["speed"]["rows"][0]["images_per_second"] = estimate(20, 1)
+    other["quality"]["rows"][0] |= {"distance": 231.0, "recall": None}
+    other["provenance"] |= {"hardware": {"cpu": "two"}, "students": {"b": {}}}
+    comparison = compare_reports(*written(tmp_path, report, other))
+    headings, cells = comparison.table()
+    assert headings[1:3] == ["A", "B"]
+    assert [row[3:] for row in cells] == [["+5.6%", "no"], ["+100.0%", "yes"], ["+5.0%", "–"]]
+    assert cells[2] == ["student lora, distance", "220", "231", "+5.0%", "–"]
+    assert comparison.settings == {"hardware.cpu": ("one", "two")}
+    assert comparison.only == ["student lora, recall"]
+    other["speed"]["ratios"][0]["estimate"] = estimate(1.9, 0.1) | {"coverage": 0.75}
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(terminal_comparison(compare_reports(*written(tmp_path, report, other))))
+    assert "the two intervals (75%, 95%) share no point" in console.export_text()
+
+
+def test_a_share_without_an_interval_is_not_compared(report: dict[str, Any], tmp_path: Path) -> None:
+    report["quality"]["rows"][0] |= {"recovered": 2.99, "recovered_interval": None}
+    names = [row.name for row in compare_reports(*written(tmp_path, report, report)).differences]
+    assert "student lora, recovered" not in names
+    report["quality"]["rows"][0]["recovered_interval"] = estimate(2.99, 0.1)
+    names = [row.name for row in compare_reports(*written(tmp_path, report, report)).differences]
+    assert "student lora, recovered" in names
+
+
+def test_a_report_equals_itself(report: dict[str, Any], tmp_path: Path) -> None:
+    comparison = compare_reports(*written(tmp_path, report, report))
+    assert all(row.change == 0 and not row.apart for row in comparison.differences)
+    assert not comparison.settings
+    assert not comparison.only
+
+
+def test_what_is_no_report_is_refused(report: dict[str, Any], tmp_path: Path) -> None:
+    elsewhere = report | {"speed": {"ratios": [], "rows": []}, "quality": None}
+    for other, message in (
+        ({}, "no report of `boostdiff bench`"),
+        (report | {"schema_version": 1}, "of version 1"),
+        (report | {"speed": {}}, "damaged"),
+        (elsewhere, "no figure in common"),
+    ):
+        with pytest.raises(InputError, match=message):
+            compare_reports(*written(tmp_path, report, other))
+    with pytest.raises(InputError, match="can't read"):
+        compare_reports(tmp_path / "missing.json", tmp_path / "0.json")

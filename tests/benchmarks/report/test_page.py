@@ -1,0 +1,165 @@
+"""The page as a browser's parser sees it: whole, self-contained, accessible, sortable."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from boostdiff.benchmarks.bench import BenchResult
+from boostdiff.benchmarks.report.page import GRID_ROWS, html_report
+from boostdiff.benchmarks.stats import Estimate
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Collects tags with their attributes and checks that they nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text: dict[str, list[str]] = {}
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open:
+            self.text.setdefault(self.open[-1], []).append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def inside(source: str, tag: str) -> str:
+    """What the page's only element of this name holds."""
+    (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", source, flags=re.DOTALL)
+    return content
+
+
+@pytest.fixture(scope="module")
+def source(report_folder: Path) -> str:
+    return (report_folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(source: str) -> Page:
+    return Page(source)
+
+
+def test_it_asks_the_network_for_nothing(page: Page, source: str) -> None:
+    for tag, attributes in page.tags:
+        assert tag not in {"link", "iframe", "object", "video", "base"}
+        assert "srcset" not in attributes
+        assert (attributes.get("src") or "data:").startswith("data:"), tag
+        assert "href" not in attributes
+    assert not re.search(r"url\(|@import", inside(source, "style"))
+    assert not re.search(
+        r"fetch\(|XMLHttpRequest|WebSocket|EventSource|sendBeacon|\bimport\b", inside(source, "script")
+    )
+    for image in page.all("img"):
+        kind, data = (image["src"] or "").removeprefix("data:image/").split(";base64,")
+        if kind == "svg+xml":
+            root = ElementTree.fromstring(base64.b64decode(data))  # noqa: S314
+            links = [v for e in root.iter() for k, v in e.attrib.items() if k.endswith("href")]
+            assert all(link.startswith("#") for link in links)
+
+
+def test_the_verdict_comes_first(page: Page, result: BenchResult) -> None:
+    shown = [name for name, _ in page.tags]
+    assert shown.index("h1") < shown.index("p") < shown.index("table")
+    assert page.all("p")[0]["class"] == "verdict"
+    assert page.text["p"][0] == result.verdict()
+    assert page.text["h2"] == ["Speed", "Quality", "Without training", "Pictures", "Protocol", "Provenance"]
+
+
+@pytest.mark.parametrize(
+    ("interval", "shown", "hidden"),
+    [
+        (None, ("<b>within noise</b>", "<td>within noise</td>"), "297%"),
+        (Estimate(value=2.97, low=2.5, high=3.5, coverage=0.95), ("[250%–350%]", "297% [250%, 350%]"), "within noise"),
+    ],
+)
+def test_a_share_of_what_guidance_gains_has_an_interval(
+    result: BenchResult, interval: Estimate | None, shown: tuple[str, str], hidden: str
+) -> None:
+    quality = result.quality
+    assert quality is not None
+    rows = [
+        replace(row, recovered=2.97, recovered_interval=interval) if row.kind == "student" else row
+        for row in quality.rows
+    ]
+    page = html_report(replace(result, quality=replace(quality, rows=rows)))
+    # The verdict above has words of its own.
+    _, _, below = page.partition('<ul class="facts">')
+    below, _, _ = below.partition("<h2>Without training</h2>")
+    assert all(words in below for words in shown)
+    assert hidden not in below
+
+
+def test_every_picture_has_its_own_alternative_text(page: Page, result: BenchResult) -> None:
+    texts = [image["alt"] for image in page.all("img")]
+    assert all(texts)
+    # Three plots; then four ways of sampling each prompt, whose texts repeat only because these prompts do.
+    assert len(texts) == 3 + 4 * GRID_ROWS
+    assert f"student bitfit: {result.prompts[0]}" in texts
+
+
+def test_tables_sort_by_buttons(page: Page) -> None:
+    sortable = [table for table in page.all("table") if table.get("class") == "sortable"]
+    assert len(sortable) == 4
+    assert len(page.all("button")) == 5 + 14 + 11 + 8
+    assert all(text.strip() for text in page.text["button"])
+    assert len(page.all("th")) == len(page.all("button")) + 5
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_the_script_orders_rows(source: str) -> None:
+    script = inside(source, "script")
+    stub = """
+const cell = text => ({textContent: text});
+const made = ["10.5 [9, 11]", "–", "9.1x", "-2", "100%"].map(text => ({cells: [cell(text)]}));
+let click; const head = {at: null, getAttribute() { return this.at }, setAttribute(_, v) { this.at = v },
+  removeAttribute() {}, firstElementChild: {addEventListener: (_, call) => { click = call }}};
+const body = {rows: made, append(...rows) { this.rows = rows }};
+globalThis.document = {querySelectorAll: () => [{tBodies: [body], tHead: {rows: [{cells: [head]}]}}]};
+"""
+    show = "console.log(JSON.stringify(body.rows.map(row => row.cells[0].textContent)));"
+    done = subprocess.run(
+        ["node", "-e", f"{stub}{script};click();{show}click();{show}"], check=True, capture_output=True, text=True
+    )
+    up, down = (json.loads(line) for line in done.stdout.splitlines())
+    assert up == ["-2", "9.1x", "10.5 [9, 11]", "100%", "–"]
+    assert down == ["100%", "10.5 [9, 11]", "9.1x", "-2", "–"]
+
+
+def test_narrow_screens_scroll_tables_and_not_the_page(page: Page, source: str) -> None:
+    assert {"name": "viewport", "content": "width=device-width,initial-scale=1"} in page.all("meta")
+    assert source.count('<div class="scroll"') == len(page.all("table"))
+    style = inside(source, "style")
+    widths = [float(w) for w in re.findall(r"(?:^|[{;])(?:min-)?width:([\d.]+)rem", style)]
+    assert all(16 * width < 390 - 32 for width in widths)
+
+
+def test_names_are_escaped(result: BenchResult) -> None:
+    result.skipped["<b>runner"] = "a < b"
+    try:
+        text = html_report(result)
+    finally:
+        del result.skipped["<b>runner"]
+    assert "<b>runner" not in text
+    assert "&lt;b&gt;runner was left out: a &lt; b" in text

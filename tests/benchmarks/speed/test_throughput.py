@@ -1,0 +1,62 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from boostdiff.benchmarks.speed.flops import Flops, count_flops
+from boostdiff.benchmarks.speed.throughput import Entrant, in_turn, measure
+from boostdiff.engine.model import Model
+from boostdiff.engine.runners import TorchRunner
+from boostdiff.engine.schedulers import make_scheduler
+
+
+@pytest.mark.parametrize(("count", "rounds"), [(2, 4), (3, 3), (6, 5)])
+def test_calls_take_turns(count: int, rounds: int) -> None:
+    turns = list(in_turn(count, rounds))
+    for number in range(rounds):
+        assert sorted(index for at, index in turns if at == number) == list(range(count))
+    orders = [[index for at, index in turns if at == number] for number in range(rounds)]
+    assert all(one == other[::-1] for one, other in pairwise(orders))
+
+
+def test_the_ceiling_of_sd21_at_20_steps() -> None:
+    """The figures of the model's counted operations, in GFLOP."""
+    flops = Flops(unet=804, vae_decode=2515, text_encoder=45)
+    assert flops.ceiling(steps=20, batch_size=1) == pytest.approx(1.865, abs=1e-3)
+    assert flops.ceiling(steps=20, batch_size=8) == pytest.approx(1.863, abs=1e-3)
+    assert Flops(unet=1, vae_decode=0, text_encoder=0).ceiling(steps=5, batch_size=4) == 2
+
+
+def test_operations_are_counted(tiny: Model) -> None:
+    flops = count_flops(tiny)
+    conv_in = 2 * 4 * 16 * 9 * 8 * 8
+    assert flops.unet > conv_in
+    assert flops.vae_decode > 0
+    assert flops.text_encoder > 2 * 16 * 32 * 32 * 4 * 2
+
+
+class Refusing(TorchRunner):
+    """Can't run more than two images, as an engine beyond its profile."""
+
+    name = "refusing"
+
+    def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        if len(inputs["sample"]) > 2:
+            raise RuntimeError("shape out of profile\nand more")
+        return super().predict(inputs)
+
+
+def test_what_cannot_run_is_left_out_with_its_reason(tiny: Model) -> None:
+    runner = Refusing(tiny.unet)
+    speed = measure(
+        [Entrant(way=way, runner=runner) for way in ("teacher", "student")],
+        tiny,
+        prompts=["a red cat"],
+        guidance=3.0,
+        make_scheduler=lambda: make_scheduler("ddim", tiny.pipeline.scheduler.config),
+        steps=2,
+        batch_sizes=(1, 2),
+        runs=3,
+    )
+    assert [(row.way, row.batch_size) for row in speed.rows] == [("teacher", 1), ("student", 1), ("student", 2)]
+    assert speed.left_out == {"refusing teacher, batch 2": "shape out of profile"}
+    assert {ratio.batch_size for ratio in speed.ratios} == {1}

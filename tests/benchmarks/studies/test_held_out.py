@@ -1,0 +1,26 @@
+from pathlib import Path
+
+import pytest
+from boostdiff.benchmarks.studies import held_out
+from boostdiff.benchmarks.studies.held_out import trained
+from boostdiff.engine.errors import InputError
+
+
+def test_a_student_is_trained_once_and_only_with_its_own_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], *, check: bool) -> None:
+        commands.append(command)
+        (tmp_path / "lora-0").mkdir()
+
+    monkeypatch.setattr(held_out.subprocess, "run", run)
+    options = ["--method", "lora", "--images", "a folder"]
+    for _ in range(2):
+        assert trained(tmp_path / "lora-0", options) == tmp_path / "lora-0"
+    assert [command[-len(options) :] for command in commands] == [options]
+    with pytest.raises(InputError, match="was trained with --method lora --images 'a folder'"):
+        trained(tmp_path / "lora-0", ["--method", "lora"])
+    (tmp_path / "by-hand").mkdir()
+    assert trained(tmp_path / "by-hand", options) == tmp_path / "by-hand"

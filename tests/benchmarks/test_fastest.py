@@ -1,0 +1,47 @@
+import pytest
+import torch
+from boostdiff.benchmarks import fastest
+from boostdiff.benchmarks.fastest import MANY_PASSES, FastestRunners
+from boostdiff.engine.compiled import CompiledRunner
+from boostdiff.engine.model import Model
+from boostdiff.engine.runners import GraphRunner, TorchRunner
+
+
+@pytest.mark.parametrize(
+    ("passes", "bfloat16", "compiles", "expected"),
+    [
+        (MANY_PASSES, True, True, "compiled"),
+        (MANY_PASSES, True, False, "onnx"),
+        (MANY_PASSES, False, True, "onnx"),
+        (MANY_PASSES - 1, True, True, "torch"),
+    ],
+)
+def test_the_fastest_runner_depends_on_work_and_machine(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch, passes: int, bfloat16: bool, compiles: bool, expected: str
+) -> None:
+    monkeypatch.setattr(fastest, "has_bfloat16", lambda device: bfloat16)
+    monkeypatch.setattr(fastest, "missing_compiler", lambda device: None)
+    assert FastestRunners(tiny, passes=passes, compiles=compiles).name == expected
+
+
+@pytest.mark.parametrize(
+    ("passes", "compiles", "expected"),
+    [(MANY_PASSES, True, CompiledRunner), (MANY_PASSES, False, GraphRunner), (1, True, TorchRunner)],
+)
+def test_the_fastest_runner_is_opened_once_and_predicts_the_same(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch, passes: int, compiles: bool, expected: type
+) -> None:
+    monkeypatch.setattr(fastest, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(fastest, "missing_compiler", lambda device: None)
+    inputs = tiny.family.example_inputs(tiny.pipeline, batch=2)
+    with FastestRunners(tiny, passes=passes, compiles=compiles) as runners:
+        runner = runners(tiny.unet)
+        assert type(runner) is expected
+        assert runners.name == runner.name
+        assert runners(tiny.unet) is runner
+        # Compiling takes half a minute.
+        if expected is not CompiledRunner:
+            with torch.inference_mode():
+                torch.testing.assert_close(
+                    runner.predict(inputs), TorchRunner(tiny.unet).predict(inputs), atol=1e-3, rtol=1e-3
+                )

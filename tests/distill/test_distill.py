@@ -1,0 +1,374 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from boostdiff.distill import distill, loop
+from boostdiff.distill.config import DistillConfig, learning_rate_at
+from boostdiff.distill.distill import distil
+from boostdiff.distill.loop import CHECKPOINT_FILE, Observers
+from boostdiff.distill.monitoring import Pace
+from boostdiff.distill.presets import resolve_config
+from boostdiff.distill.run_folder import work_folder
+from boostdiff.distill.source import Batch
+from boostdiff.engine.compiled import TrainingRunner
+from boostdiff.engine.errors import BoostDiffError, InputError
+from boostdiff.engine.model import ModelFiles
+from boostdiff.engine.student import LORA_FILE, read_student
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+from tiny import save_images
+
+SILENT = Observers(preview=False)
+
+
+def logged(folder: Path, name: str = "loss") -> list[float]:
+    return [json.loads(line)[name] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_training_brings_the_student_to_the_teacher(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, method: str
+) -> None:
+    config = DistillConfig(method=method, prompts=prompt_file, updates=80, batch_size=8, learning_rate=0.01)
+    info = distil(tiny_files, config, output=tmp_path / "s", device="cpu")
+    seen = logged(tmp_path / "s")
+    assert len(seen) == 80
+    assert sum(seen[-10:]) < 0.5 * sum(seen[:10])
+    unguided = logged(tmp_path / "s", "unguided_loss")
+    assert seen[0] == pytest.approx(unguided[0]), "an adapter begins as the teacher's conditional pass"
+    assert info.result["guidance_learnt"] == pytest.approx(1 - sum(seen[-8:]) / sum(unguided[-8:]))
+    assert 0.5 < info.result["guidance_learnt"] < 1
+    assert info == read_student(tmp_path / "s", tiny_files)
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {
+        *info.adapter_files,
+        "student.json",
+        "config.json",
+        "log.jsonl",
+        "grid.png",
+    }
+    assert not work_folder(tmp_path / "s").exists()
+
+
+def test_training_on_images(tiny_files: ModelFiles, tmp_path: Path) -> None:
+    save_images(tmp_path / "images", count=6)
+    config = DistillConfig(images=str(tmp_path / "images"), updates=40, batch_size=4, learning_rate=0.01)
+    distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
+    seen = logged(tmp_path / "s")
+    assert sum(seen[-10:]) < sum(seen[:10])
+
+
+def test_half_precision_trains(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
+    config = DistillConfig(prompts=prompt_file, updates=30, batch_size=4, learning_rate=0.01, precision="bf16")
+    distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
+    seen = logged(tmp_path / "s")
+    assert sum(seen[-5:]) < sum(seen[:5])
+
+
+def test_compiled_training_is_training(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Inductor's own code takes minutes; what dynamo and autograd make of an adapter that goes on and off is here.
+    made = []
+
+    def compiled_runner(unet: UNet2DConditionModel) -> TrainingRunner:
+        made.append(TrainingRunner(unet, backend="aot_eager"))
+        return made[-1]
+
+    monkeypatch.setattr(loop, "TrainingRunner", compiled_runner)
+    settings = {"prompts": prompt_file, "updates": 3, "batch_size": 4, "learning_rate": 0.01, "guidance_max": 7.5}
+    students = {}
+    for compiled in (False, True):
+        output = tmp_path / f"{compiled}"
+        config = DistillConfig(**settings, compile=compiled)
+        distil(tiny_files, config, output=output, device="cpu", observers=SILENT)
+        students[compiled] = load_file(output / LORA_FILE)
+    assert len(made) == 1
+    torch._dynamo.reset()
+    assert logged(tmp_path / "True") == pytest.approx(logged(tmp_path / "False"), rel=1e-3)
+    for name, tensor in students[False].items():
+        torch.testing.assert_close(students[True][name], tensor, atol=1e-3, rtol=1e-2)
+
+
+def test_compiling_without_a_compiler(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill, "missing_compiler", lambda device: "torch.compile needs a C++ compiler")
+    with pytest.raises(InputError, match=r"--compile: torch\.compile needs a"):
+        distil(tiny_files, DistillConfig(prompts=prompt_file, compile=True), output=tmp_path / "s", device="cpu")
+    assert not list(tmp_path.glob("s*"))
+
+
+def test_pace_leaves_out_the_first_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([0.0, 100.0, 102.0, 104.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(seconds))
+    pace = Pace(batch_size=10)
+    assert pace.images_per_second is None
+    assert [pace.after_update() for _ in range(3)] == [0.1, 5.0, 5.0]
+
+
+def test_sigkill_and_resume_give_the_same_bytes(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
+    def command(output: Path, *more: str) -> list[str]:
+        options = {
+            "--model": str(tiny_files.folder),
+            "--prompts": str(prompt_file),
+            "--updates": "120",
+            "--batch-size": "4",
+            "--checkpoint-every": "20",
+            "--device": "cpu",
+            "--output": str(output),
+        }
+        flat = [word for pair in options.items() for word in pair]
+        return [sys.executable, "-m", "boostdiff", "distill", *flat, *more]
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command(tmp_path / "whole"), check=True, env=environment, capture_output=True)
+    killed = subprocess.Popen(command(tmp_path / "cut"), env=environment, stderr=subprocess.DEVNULL)
+    unfinished = work_folder(tmp_path / "cut")
+    deadline = time.monotonic() + 120
+    while not (unfinished / CHECKPOINT_FILE).exists():
+        assert time.monotonic() < deadline
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "cut").exists()
+    subprocess.run(command(tmp_path / "cut", "--resume"), check=True, env=environment, capture_output=True)
+    info = read_student(tmp_path / "cut", tiny_files)
+    assert 20 <= info.result["resumed_at"] < 120
+    whole, cut = (tmp_path / name / next(iter(info.adapter_files)) for name in ("whole", "cut"))
+    assert whole.read_bytes() == cut.read_bytes()
+    assert logged(tmp_path / "whole") == logged(tmp_path / "cut")
+    uncut = read_student(tmp_path / "whole", tiny_files).result
+    for name in ("final_loss", "guidance_learnt"):
+        assert info.result[name] == uncut[name]
+
+
+def test_resume_refuses_other_settings_and_nothing(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
+    config = DistillConfig(prompts=prompt_file, updates=4, batch_size=2, checkpoint_every=1)
+    with pytest.raises(InputError, match="nothing to resume"):
+        distil(tiny_files, config, output=tmp_path / "s", device="cpu", resume=True)
+
+    class Stop(Exception):
+        pass
+
+    def stop(report: object) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=Observers(on_update=stop))
+    changed = DistillConfig(prompts=prompt_file, updates=4, batch_size=2, checkpoint_every=1, guidance=5.0)
+    with pytest.raises(InputError, match=r"guidance was 3\.0, is 5\.0"):
+        distil(tiny_files, changed, output=tmp_path / "s", device="cpu", resume=True)
+    path = work_folder(tmp_path / "s") / CHECKPOINT_FILE
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="can't resume"):
+        distil(tiny_files, config, output=tmp_path / "s", device="cpu", resume=True)
+
+
+def test_an_earlier_student_stays_until_the_new_one_is_whole(
+    tiny_files: ModelFiles, prompt_file: Path, students: dict[str, Path], tmp_path: Path
+) -> None:
+    import shutil
+
+    output = shutil.copytree(students["lora"], tmp_path / "s")
+    before = (output / LORA_FILE).read_bytes()
+    diverging = DistillConfig(prompts=prompt_file, updates=5, batch_size=2, seed=1)
+
+    def stop(report: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distil(tiny_files, diverging, output=output, device="cpu", observers=Observers(on_update=stop))
+    assert (output / LORA_FILE).read_bytes() == before
+    distil(tiny_files, diverging, output=output, device="cpu", observers=SILENT)
+    assert (output / LORA_FILE).read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "magic"}, "unknown method"),
+        ({"rank": 0}, "--rank must be at least 1"),
+        ({"guidance": 0.5}, "at least 1"),
+        ({"guidance": float("nan")}, "at least 1"),
+        ({"guidance": 1.0}, "nothing to distil"),
+        ({"updates": 0}, "--updates"),
+        ({"learning_rate": 0.0}, "--learning-rate"),
+        ({"loss_weight": "x"}, "unknown loss weight"),
+        ({"precision": "int3"}, "unknown precision"),
+        ({"images": Path("x"), "prompts": Path("y")}, "not both"),
+    ],
+)
+def test_wrong_settings(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        DistillConfig(**changes)
+
+
+def test_nothing_to_train_on(tiny_files: ModelFiles, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="pass --prompts FILE or --images DIR"):
+        distil(tiny_files, DistillConfig(), output=tmp_path / "s", device="cpu")
+
+
+def test_the_papers_preset_and_what_overrides_it() -> None:
+    common = {"in_bfloat16": False, "embedded": True, "method": "lora", "prompts": None, "images": None}
+    paper = resolve_config(preset="paper", updates=None, **common)
+    assert (paper.updates, paper.batch_size, paper.learning_rate, paper.loss_weight) == (
+        1600,
+        512,
+        5e-5,
+        "constant",
+    )
+    assert resolve_config(preset="paper", updates=7, **common).updates == 7
+    assert resolve_config(preset=None, **common).prompts is not None
+    with pytest.raises(InputError, match="unknown preset"):
+        resolve_config(preset="x", **common)
+
+
+def test_the_learning_rate_warms_up_and_decays() -> None:
+    config = DistillConfig(updates=100, learning_rate=1e-3)
+    rates = torch.tensor([learning_rate_at(update, config) for update in range(100)])
+    assert rates.argmax() in (4, 5)
+    assert rates.max() == pytest.approx(1e-3)
+    assert (rates[5:].diff() < 0).all()
+    assert rates[-1] < 1e-5
+
+
+def test_starting_over_sets_an_unfinished_run_aside(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(report: object) -> None:
+        raise Stop
+
+    def begin(**options: object) -> None:
+        config = DistillConfig(prompts=prompt_file, updates=3, batch_size=2, checkpoint_every=1, **options)
+        observers = Observers(on_update=stop, on_note=notes.append)
+        with pytest.raises(Stop):
+            distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=observers)
+
+    notes: list[str] = []
+    begin(seed=0)
+    (work_folder(tmp_path / "s") / "stray").write_text("")
+    assert not notes
+    begin(seed=1, method="bitfit")
+    assert str(tmp_path / "s.abandoned") in notes[0]
+    assert (tmp_path / "s.abandoned" / CHECKPOINT_FILE).is_file()
+    assert {path.name for path in work_folder(tmp_path / "s").iterdir()} == {
+        CHECKPOINT_FILE,
+        "config.json",
+        "log.jsonl",
+    }
+
+
+def test_two_runs_do_not_share_a_work_folder(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
+    config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2, checkpoint_every=1)
+
+    def second(report: object) -> None:
+        for resume in (False, True):
+            with pytest.raises(InputError, match="another run is at work"):
+                distil(tiny_files, config, output=tmp_path / "s", device="cpu", resume=resume, observers=SILENT)
+
+    distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=Observers(on_update=second))
+    assert read_student(tmp_path / "s", tiny_files)
+
+
+def test_a_picture_that_can_not_be_drawn_costs_no_student(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("boostdiff.distill.preview.generate", fail)
+    notes: list[str] = []
+    config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2)
+    observers = Observers(on_note=notes.append, preview_every=1)
+    info = distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=observers)
+    assert read_student(tmp_path / "s", tiny_files) == info
+    assert [note.split(":")[1] for note in notes] == [" out of memory"] * 3
+
+
+def test_an_update_that_does_not_fit_into_memory_is_split(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"prompts": prompt_file, "updates": 3, "batch_size": 5, "learning_rate": 0.01}
+    distil(
+        tiny_files,
+        DistillConfig(**config, gradient_accumulation_steps=4),
+        output=tmp_path / "asked",
+        device="cpu",
+        observers=SILENT,
+    )
+    whole = loop.Run.losses
+
+    def bounded(run: loop.Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        found = whole(run, batch)
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return found
+
+    monkeypatch.setattr(loop.Run, "losses", bounded)
+    notes: list[str] = []
+    observers = Observers(on_note=notes.append, preview=False)
+    info = distil(tiny_files, DistillConfig(**config), output=tmp_path / "s", device="cpu", observers=observers)
+    # Five states do not fit, nor do three of the halves.
+    assert [re.search(r"steps (\d)", note)[1] for note in notes] == ["2", "4"]
+    assert info.result["gradient_accumulation_steps"] == 4
+    assert (tmp_path / "s" / LORA_FILE).read_bytes() == (tmp_path / "asked" / LORA_FILE).read_bytes()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_state_that_does_not_fit_into_memory_is_an_error_that_says_what_to_do(
+    tiny_files: ModelFiles,
+    prompt_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpointing: bool,
+) -> None:
+    def fail(run: loop.Run, batch: Batch) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(loop.Run, "losses", fail)
+    config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2, gradient_checkpointing=checkpointing)
+    with pytest.raises(BoostDiffError, match="out of memory with one state at a time") as caught:
+        distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
+    assert ("--gradient-checkpointing" in str(caught.value)) is not checkpointing
+    assert not (tmp_path / "s").exists()
+
+
+def test_other_errors_of_an_update_are_not_taken_for_memory(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(run: loop.Run, batch: Batch) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(loop.Run, "losses", fail)
+    config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
+
+
+def test_the_teacher_is_drawn_once_for_all_previews(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import boostdiff.distill.preview as preview
+
+    drawn = []
+    generate = preview.generate
+    monkeypatch.setattr(preview, "generate", lambda *a, **k: (drawn.append(type(a[1]).__name__), generate(*a, **k))[1])
+    config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2)
+    distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=Observers(preview_every=1))
+    assert drawn == ["SinglePassDenoiser", "GuidedDenoiser", *["SinglePassDenoiser"] * 3]
+    assert len(list((tmp_path / "s/previews").glob("*.png"))) == 2
+
+
+def test_half_precision_where_it_overflows(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
+    config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2, precision="fp16")
+    with pytest.raises(InputError, match="fp16 needs a GPU"):
+        distil(tiny_files, config, output=tmp_path / "s", device="cpu")

@@ -1,0 +1,211 @@
+"""An exported engine in Python: against torch, against the stock pipeline, and when its folder is not what it was."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from boostdiff.engine.errors import BoostDiffError, InputError
+from boostdiff.engine.exported import Engine
+from boostdiff.engine.generate import DrawConfig, draw
+from boostdiff.engine.model import ModelFiles
+from PIL import Image
+from tiny import PROMPTS
+
+
+@pytest.fixture
+def folder(engines: dict[str, Path]) -> Path:
+    return engines["lora"]
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def test_it_draws_what_torch_draws(
+    folder: Path, tiny_files: ModelFiles, students: dict[str, Path], tmp_path: Path
+) -> None:
+    config = DrawConfig(prompts=list(PROMPTS), student=students["lora"], engine=folder, steps=5, seed=3)
+    expected = [pixels(Image.open(path)) for path in draw(tiny_files, config, output=tmp_path)]
+    with Engine.load(folder) as engine:
+        images = engine(PROMPTS, steps=5, seed=3, batch_size=3)
+        assert engine.runner == ("onnx" if not torch.cuda.is_available() else engine.runner)
+        stock = engine.model.pipeline(
+            list(PROMPTS),
+            num_inference_steps=5,
+            guidance_scale=1.0,
+            generator=[torch.Generator().manual_seed(3 + i) for i in range(len(PROMPTS))],
+        ).images
+    for image, same, expected_image in zip(images, stock, expected, strict=True):
+        assert np.abs(pixels(image) - expected_image).max() <= 1
+        assert np.abs(pixels(image) - pixels(same)).max() <= 1
+    assert np.abs(pixels(images[0]) - pixels(images[1])).max() > 2
+
+
+def test_one_prompt_is_the_first_of_many(folder: Path) -> None:
+    with Engine.load(folder) as engine:
+        (alone,) = engine(PROMPTS[0], steps=3)
+        first, *_ = engine(PROMPTS, steps=3)
+    assert np.abs(pixels(alone) - pixels(first)).max() <= 1
+
+
+def test_a_stream_ends_with_the_image(folder: Path) -> None:
+    with Engine.load(folder) as engine:
+        steps = list(engine.stream(PROMPTS[:2], steps=4, seed=1))
+        images = engine(PROMPTS[:2], steps=4, seed=1)
+        finished, begun = steps[-1].images(), steps[0].images()
+    assert [(step.index, step.total) for step in steps] == [(i, 4) for i in range(4)]
+    for last, image in zip(finished, images, strict=True):
+        assert np.abs(pixels(last) - pixels(image)).max() <= 1
+    assert np.abs(pixels(begun[0]) - pixels(images[0])).max() > 2
+
+
+def test_generate_runs_wholly_on_the_engine(
+    folder: Path, tiny_files: ModelFiles, students: dict[str, Path], tmp_path: Path
+) -> None:
+    config = DrawConfig(prompts=[PROMPTS[0]], student=students["lora"], engine=folder, steps=4)
+    (torch_path,) = draw(tiny_files, config, output=tmp_path / "torch")
+    for precision in ("fp32", "fp16"):
+        onnx_config = DrawConfig(**vars(config) | {"runner": "onnx", "precision": precision})
+        (path,) = draw(tiny_files, onnx_config, output=tmp_path / precision)
+        assert np.abs(pixels(Image.open(path)) - pixels(Image.open(torch_path))).max() <= (
+            1 if precision == "fp32" else 8
+        )
+
+
+def test_an_engine_draws_without_model_and_student(folder: Path, tmp_path: Path) -> None:
+    config = DrawConfig(prompts=[PROMPTS[0]], student=None, engine=folder, runner="onnx", steps=2)
+    (path,) = draw(None, config, output=tmp_path, device="cpu")
+    assert path.name == "a-red-cat-student-0.png"
+    with pytest.raises(InputError, match="no negative prompt"):
+        draw(None, replace(config, negative_prompt="blurry"), output=tmp_path)
+    with pytest.raises(InputError, match="distilled at guidance 3"):
+        draw(None, replace(config, guidance=7.0), output=tmp_path, device="cpu")
+
+
+def test_an_interruption_keeps_what_is_drawn(tiny_files: ModelFiles, tmp_path: Path) -> None:
+    config = DrawConfig(prompts=list(PROMPTS), student=None, engine=tmp_path, steps=2, batch_size=2)
+    taken = []
+
+    def on_step(images: int) -> None:
+        taken.append(images)
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(tiny_files, config, output=tmp_path / "images", device="cpu", on_step=on_step)
+    names = [path.name for path in sorted((tmp_path / "images").iterdir())]
+    assert names == ["a-blue-dog-on-a-hill-teacher-1.png", "a-red-cat-teacher-0.png"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "dora"}, "this one is of method dora"),
+        ({"guidance_range": [1.5, 7.5]}, "this one takes its guidance as an input"),
+    ],
+)
+def test_the_dial_is_for_lora_of_one_scale(
+    tiny_files: ModelFiles, students: dict[str, Path], tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    """A DoRA's magnitudes and a guidance input stay at weight 0."""
+    student = shutil.copytree(students["lora"], tmp_path / "student")
+    info = json.loads((student / "student.json").read_text())
+    (student / "student.json").write_text(json.dumps(info | changes))
+    config = DrawConfig(prompts=["x"], student=student, engine=tmp_path, dial=0.5)
+    with pytest.raises(InputError, match=message):
+        draw(tiny_files, config, output=tmp_path / "images")
+
+
+def test_what_the_engine_can_not_do(folder: Path, engines: dict[str, Path]) -> None:
+    with Engine.load(folder) as engine:
+        with pytest.raises(InputError, match="distilled at guidance 3"):
+            engine(PROMPTS[0], guidance=7.0)
+        with pytest.raises(InputError, match="prompt is empty"):
+            engine(["a red cat", " "])
+        with pytest.raises(InputError, match="at least 1"):
+            engine(PROMPTS[0], steps=0)
+        with pytest.raises(InputError, match="sampler"):
+            engine(PROMPTS[0], sampler="magic")
+    with pytest.raises(InputError, match="unknown precision 'int8'"):
+        Engine.load(folder, runner="onnx", precision="int8")
+    with pytest.raises(InputError, match="no runner 'torch'"):
+        Engine.load(folder, runner="torch")
+    with pytest.raises(BoostDiffError, match="exported without --trt"):
+        Engine.load(engines["bitfit"], runner="tensorrt")
+    with pytest.raises(BoostDiffError, match="engine is closed"):
+        engine(PROMPTS[0])
+    with pytest.raises(InputError, match="run `boostdiff export` first"):
+        Engine.load(folder.parent / "nowhere")
+
+
+def test_only_what_is_wanted_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT is not, on a machine with a GPU, for ONNX Runtime or for a CPU."""
+
+    def load(flavour: str) -> None:
+        raise AssertionError(f"{flavour} was loaded")
+
+    monkeypatch.setattr("boostdiff.engine.trt.load_tensorrt", load)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for runner in ("onnx", "auto"):
+        with Engine.load(folder, runner=runner, device="cpu") as engine:
+            assert engine.runner == "onnx"
+    with pytest.raises(BoostDiffError, match="needs an NVIDIA GPU, and the device is cpu"):
+        Engine.load(folder, runner="tensorrt", device="cpu")
+
+
+PARTS = ("unet", "text_encoder", "vae_decoder")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"{part}/model.onnx" for part in PARTS),
+        *(f"{part}/model.onnx.data" for part in PARTS),
+        "tokenizer/tokenizer.json",
+        "scheduler/scheduler_config.json",
+        "model_index.json",
+        "manifest.json",
+    ],
+)
+@pytest.mark.parametrize("damage", ["flip", "remove"])
+def test_a_damaged_engine_is_refused(folder: Path, tmp_path: Path, name: str, damage: str) -> None:
+    engine = shutil.copytree(folder, tmp_path / "engine")
+    path = engine / name
+    if damage == "remove":
+        path.unlink()
+    else:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(InputError, match=r"export again|export` first|can't read") as refused:
+        Engine.load(engine)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_manifest_of_another_student_is_refused(
+    folder: Path,
+    engines: dict[str, Path],
+    tiny_files: ModelFiles,
+    students: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    engine = shutil.copytree(folder, tmp_path / "engine")
+    shutil.copy(engines["bitfit"] / "manifest.json", engine / "manifest.json")
+    with pytest.raises(InputError, match="does not match its manifest"):
+        Engine.load(engine)
+    config = DrawConfig(prompts=["x"], student=students["lora"], engine=engines["bitfit"], runner="onnx")
+    with pytest.raises(InputError, match="exported from another student"):
+        draw(tiny_files, config, output=tmp_path / "images")
+
+
+def test_a_manifest_that_was_edited_is_refused(folder: Path, tmp_path: Path) -> None:
+    engine = shutil.copytree(folder, tmp_path / "engine")
+    values = json.loads((engine / "manifest.json").read_text())
+    values["student"]["guidance"] = 7.5
+    (engine / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match="damaged"):
+        Engine.load(engine)
