@@ -158,7 +158,9 @@ def _things(tarball: Path) -> dict[str, Thing]:
     with tarfile.open(tarball) as archive:
         entries = _json(archive, "en/data.json")
         messages = _json(archive, "en/messages.json")
-        vendors = [_json(archive, f"en/shortcodes/{vendor}.json") for vendor in ("cldr", "github", "iamcal", "joypixels")]
+        vendors = [
+            _json(archive, f"en/shortcodes/{vendor}.json") for vendor in ("cldr", "github", "iamcal", "joypixels")
+        ]
     groups, subgroups = (
         {entry["order"]: clean_name(entry["message"]) for entry in messages[kind]} for kind in ("groups", "subgroups")
     )
@@ -190,9 +192,9 @@ def _raster(tarball: Path) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(tarball) as archive:
         for member in archive:
             path = Path(member.name)
-            if path.suffix in {".png", ".webp"} and path.parent.name in {"64", "assets"}:
-                if handle := archive.extractfile(member):
-                    yield _code(path.stem), handle.read()
+            wanted = path.suffix in {".png", ".webp"} and path.parent.name in {"64", "assets"}
+            if wanted and (handle := archive.extractfile(member)):
+                yield _code(path.stem), handle.read()
 
 
 def _rendered(tarball: Path, things: dict[str, Thing]) -> Iterator[tuple[str, bytes]]:

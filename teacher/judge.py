@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,15 +12,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import typer
+from diffusers import AutoencoderKL
 
 from ..benchmarks.fastest import SAMPLING_BATCH, FastestRunners
+from ..benchmarks.quality.clip_score import ClipScorer
 from ..benchmarks.quality.distances import frechet_distance, kernel_distance, left_out_distances
 from ..benchmarks.quality.features import DISTANCE_NAME, EfficientNetLite0Features, features_of
 from ..benchmarks.quality.reference import Reference
 from ..benchmarks.report.plots import rendered
 from ..benchmarks.report.tables import KID_HEADING, kid_cell
 from ..benchmarks.stats import jackknifed
-from ..engine.embedded import MODEL_NAME, REFERENCE
+from ..engine.embedded import CAPTION_MODEL, MODEL_NAME, REFERENCE
 from ..engine.errors import InputError
 from ..engine.files import json_lines, sha256_of
 from ..engine.guidance import teacher_denoiser
@@ -27,12 +30,24 @@ from ..engine.model import Model, load, locate
 from ..engine.pictures import contact_sheet, labelled_grid
 from ..engine.runners import Runner
 from ..engine.sampling import generate, to_uint8
-from ..engine.schedulers import make_scheduler
-from .backgrounds import backgrounds
-from .dataset import Artworks, draw_prompts, load_artworks
-from .measure import Seed, Work, device, held_out_psnr, load_vae, real_images, reconstructed, training_log
+from ..engine.schedulers import SAMPLERS, make_scheduler
+from .captions import FULL, Caption, Grammar, draw_captions
+from .dataset import Artworks, load_artworks
+from .measure import (
+    Seed,
+    Work,
+    device,
+    held_out_captions,
+    held_out_psnr,
+    load_vae,
+    real_images,
+    reconstructed,
+    training_log,
+)
+from .palette import background_of
 from .results import remembered
-from .style import STYLE_FILE, StyleNetwork, style_accuracy, style_network
+from .style import STYLE_FILE, StyleNetwork, style_network, style_of
+from .things import THINGS_FILE, group_labels, groups_of, things_judge
 
 Output = Annotated[Path | None, typer.Option(help="Folder for what is written.  [default: the work folder]")]
 ModelName = Annotated[str, typer.Option(help="The shipped model, or a pipeline folder as `save` writes it.")]
@@ -53,35 +68,77 @@ def weights_sha256(folder: Path) -> str:
     return "-".join(sha256_of(path)[:12] for path in files)
 
 
-def figures(
-    images: torch.Tensor,
-    prompts: list[str],
-    *,
-    network: torch.nn.Module,
-    reference: Reference,
-    styles: StyleNetwork,
-    drawn: bool = True,
-) -> dict[str, Any]:
-    """All that is measured of uint8 images `(N, 3, H, W)`, as plain JSON values.
+@dataclass(frozen=True, kw_only=True)
+class Judges:
+    """All that images of captions are measured by.
 
-    Real images and their reconstructions (not `drawn`) get no KID: the reference's own features are theirs.
+    Attributes:
+        artworks: what captions are of.
+        features: the network behind the distances.
+        reference: statistics of real images.
+        styles: names an image's style.
+        things: names the group of the thing, from features.
+        captions: the caption model; None leaves its score out.
+        identity: hashes of all of them.
     """
-    features = features_of(network, images)
-    distance = frechet_distance(reference, features)
-    left_out = left_out_distances(reference, features) if len(features) >= 4 else None
-    interval = jackknifed(distance, left_out) if left_out else None
-    kid, kid_spread = kernel_distance(reference, features) if drawn else (None, None)
-    as_named = backgrounds(prompts, images)
-    return {
-        "images": len(images),
-        "distance": distance,
-        "distance_low": interval.low if interval else None,
-        "distance_high": interval.high if interval else None,
-        "kid": kid,
-        "kid_spread": kid_spread,
-        "background": as_named[as_named >= 0].float().mean().item(),
-        "style": style_accuracy(styles, prompts, images),
-    }
+
+    artworks: Artworks
+    features: torch.nn.Module
+    reference: Reference
+    styles: StyleNetwork
+    things: dict[str, torch.Tensor]
+    captions: ClipScorer | None
+    identity: str
+
+    @classmethod
+    def load(cls, work: Path, artworks: Artworks, *, vae: AutoencoderKL, seed: int = 0) -> Judges:
+        """The shipped networks, and the judges of style and of things that `work` holds, trained if it has none."""
+        network = EfficientNetLite0Features().to(vae.device)
+        styles = style_network(work, artworks, seed=seed)
+        things = things_judge(work, artworks, network, vae, seed=seed)
+        scorer = ClipScorer(str(CAPTION_MODEL), device=vae.device) if CAPTION_MODEL.exists() else None
+        files = [REFERENCE, work / STYLE_FILE, work / THINGS_FILE]
+        hashes = [sha256_of(path)[:8] for path in files] + ([scorer.sha256[:8]] if scorer else [])
+        return cls(
+            artworks=artworks,
+            features=network,
+            reference=Reference.load(REFERENCE),
+            styles=styles,
+            things=things,
+            captions=scorer,
+            identity="-".join(hashes),
+        )
+
+    def figures(self, images: torch.Tensor, captions: list[Caption], *, drawn: bool = True) -> dict[str, Any]:
+        """All that is measured of uint8 images `(N, 3, H, W)`, as plain JSON values.
+
+        Shares are of the captions that name a background, a style; the thing counts for all, by its group. Real images
+        and their reconstructions (not `drawn`) get no KID: the reference's own features are theirs.
+        """
+        features = features_of(self.features, images)
+        distance = frechet_distance(self.reference, features)
+        left_out = left_out_distances(self.reference, features) if len(features) >= 4 else None
+        interval = jackknifed(distance, left_out) if left_out else None
+        kid, kid_spread = kernel_distance(self.reference, features) if drawn else (None, None)
+        seen_background = background_of(images.permute(0, 2, 3, 1).numpy())
+        seen_style = style_of(self.styles, images)
+        wanted = group_labels(self.artworks, np.array([caption.artwork for caption in captions]))
+        right = {
+            "background": [s == c.background for s, c in zip(seen_background, captions, strict=True) if c.background],
+            "style": [s == c.style for s, c in zip(seen_style, captions, strict=True) if c.style],
+            "thing": (groups_of(self.things, features) == wanted).tolist(),
+        }
+        scores = self.captions.scores(images, [c.text for c in captions]) if self.captions else None
+        return {
+            "images": len(images),
+            "distance": distance,
+            "distance_low": interval.low if interval else None,
+            "distance_high": interval.high if interval else None,
+            "kid": kid,
+            "kid_spread": kid_spread,
+            "caption_score": None if scores is None else scores.mean().item(),
+            "caption_score_error": None if scores is None else (scores.std() / len(scores) ** 0.5).item(),
+        } | {name: sum(hits) / len(hits) if hits else None for name, hits in right.items()}
 
 
 def draw(
@@ -92,14 +149,15 @@ def draw(
     scale: float,
     steps: int,
     seed: int,
+    sampler: str = "ddim",
     batch_size: int = SAMPLING_BATCH,
 ) -> torch.Tensor:
-    """The teacher's images, uint8 `(N, 3, H, W)`, by DDIM; image i from the noise of `seed + i`."""
+    """The teacher's images, uint8 `(N, 3, H, W)`; image i from the noise of `seed + i`."""
     images = generate(
         model,
         teacher_denoiser(runner, scale),
         text=model.family.encode(model.pipeline, prompts),
-        make_scheduler=partial(make_scheduler, "ddim", model.pipeline.scheduler.config),
+        make_scheduler=partial(make_scheduler, sampler, model.pipeline.scheduler.config),
         steps=steps,
         seed=seed,
         batch_size=batch_size,
@@ -108,22 +166,27 @@ def draw(
 
 
 def markdown_table(rows: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table of `figures` by the rows' names, among them "real images" and "w=1"."""
-    floor, unguided = rows["real images"]["distance"], rows["w=1"]["distance"]
+    """A Markdown table of `Judges.figures` by the rows' names, among them "real images" and "w=1"."""
+    real, unguided = rows["real images"]["distance"], rows["w=1"]["distance"]
     lines = [
-        f"| | {DISTANCE_NAME} [95%] | above the floor, as a share of w=1's | {KID_HEADING} | background as named "
-        "| style as named |",
-        "|---|---|---|---|---|---|",
+        f"| | {DISTANCE_NAME} [95%] | above real images, as a share of w=1's | {KID_HEADING} | caption score "
+        "| background as named | style as named | thing (its group) |",
+        "|---|---|---|---|---|---|---|---|",
     ]
+
+    def share(value: float | None) -> str:
+        return "–" if value is None else f"{value:.1%}"
+
     for name, row in rows.items():
         interval = "" if row["distance_low"] is None else f" [{row['distance_low']:.1f}–{row['distance_high']:.1f}]"
-        # Rows kept by an older version have no spread.
-        kid = kid_cell(row["kid"], row.get("kid_spread"))
+        score = "–"
+        if row["caption_score"] is not None:
+            score = f"{row['caption_score']:.2f} ± {row['caption_score_error']:.2f}"
         # Added to, a zero has no sign.
-        share = (row["distance"] - floor) / (unguided - floor) + 0.0
+        above = (row["distance"] - real) / (unguided - real) + 0.0
         lines.append(
-            f"| {name} | {row['distance']:.1f}{interval} | {share:.0%} | {kid} | {row['background']:.1%} "
-            f"| {row['style']:.1%} |"
+            f"| {name} | {row['distance']:.1f}{interval} | {above:.0%} | {kid_cell(row['kid'], row['kid_spread'])} "
+            f"| {score} | {share(row['background'])} | {share(row['style'])} | {share(row['thing'])} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -135,6 +198,8 @@ def evaluate(
     images: Images = 1000,
     scales: Scales = "1,2,3,5",
     steps: Sampling = 20,
+    sampler: Annotated[str, typer.Option(help=f"One of {', '.join(SAMPLERS)}.")] = "ddim",
+    full: Annotated[bool, typer.Option("--full/--mixed", help="Full captions, or those of the grammar.")] = False,
     batch_size: Together = SAMPLING_BATCH,
     seed: Seed = 0,
 ) -> None:
@@ -143,38 +208,30 @@ def evaluate(
     Each row is kept in judged.json as it comes, under its settings and the weights' hash: an interrupted run goes on.
 
     Raises:
-        InputError: 1 is not among the scales, or there are fewer held-out prompts than images.
+        InputError: 1 is not among the scales.
     """
     wanted = [float(scale) for scale in scales.split(",")]
     if 1.0 not in wanted:
         raise InputError(f"--scales {scales}: 1 must be among them, as shares are of its distance")
     output = output or work
     artworks = load_artworks(work)
-    pairs = draw_prompts(artworks, held_out=True, count=images, seed=0)
-    if len(pairs) < images:
-        raise InputError(f"--images {images}: there are only {len(pairs)} held-out prompts")
-    prompts = [artworks.caption(*pair) for pair in pairs]
+    captions = draw_captions(artworks, held_out=True, count=images, seed=seed, grammar=FULL if full else Grammar())
+    prompts = [caption.text for caption in captions]
     loaded = load(locate(model), device=device())
-    measured = partial(
-        figures,
-        prompts=prompts,
-        network=EfficientNetLite0Features().to(loaded.device),
-        reference=Reference.load(REFERENCE),
-        styles=style_network(work, artworks),
-    )
-    judges = f"{sha256_of(REFERENCE)[:8]}-{sha256_of(work / STYLE_FILE)[:8]}"
+    judges = Judges.load(work, artworks, vae=loaded.pipeline.vae, seed=seed)
+    kind = "full" if full else "mixed"
 
     def row(name: str, make: Callable[[], torch.Tensor], settings: str, drawn: bool) -> dict[str, Any]:
-        key = f"{name}, N {images}{settings}, judged by {judges}"
-        found = remembered(output / RESULTS_FILE, key, lambda: measured(make(), drawn=drawn))
+        key = f"{name}, N {images} {kind} captions of seed {seed}{settings}, judged by {judges.identity}"
+        found = remembered(output / RESULTS_FILE, key, lambda: judges.figures(make(), captions, drawn=drawn))
         print(f"{name}: {DISTANCE_NAME} {found['distance']:.1f}", flush=True)
         return found
 
     weights = weights_sha256(loaded.files.folder)
-    rows = {"real images": row("real images", lambda: real_images(artworks, pairs), "", False)}
+    rows = {"real images": row("real images", lambda: real_images(artworks, captions), "", False)}
     rows["reconstructions"] = row(
         "reconstructions",
-        lambda: reconstructed(loaded.pipeline.vae, real_images(artworks, pairs)),
+        lambda: reconstructed(loaded.pipeline.vae, real_images(artworks, captions)),
         f", {weights}",
         False,
     )
@@ -182,26 +239,38 @@ def evaluate(
     with FastestRunners(loaded, passes=passes) as runners:
 
         def drawn(scale: float) -> torch.Tensor:
-            runner = runners(loaded.unet)
-            return draw(loaded, runner, prompts, scale=scale, steps=steps, seed=seed, batch_size=batch_size)
+            return draw(
+                loaded,
+                runners(loaded.unet),
+                prompts,
+                scale=scale,
+                steps=steps,
+                seed=seed,
+                sampler=sampler,
+                batch_size=batch_size,
+            )
 
         for scale in wanted:
             make = partial(drawn, scale)
-            rows[f"w={scale:g}"] = row(f"w={scale:g}", make, f", DDIM {steps}, seed {seed}, {weights}", True)
+            rows[f"w={scale:g}"] = row(f"w={scale:g}", make, f", {sampler} {steps}, {weights}", True)
     table = markdown_table(rows)
     (output / TABLE_FILE).write_text(table, encoding="utf-8")
-    print(f"\nN = {images}, DDIM {steps} steps\n\n{table}")
+    print(f"\nN = {images}, {kind} captions, {sampler} {steps} steps\n\n{table}")
 
 
-def style(work: Work = Path("teacher-work"), model: ModelName = MODEL_NAME, seed: Seed = 0) -> None:
-    """Train the judge of style unless `work` has one; its accuracy on held-out images, real and reconstructed."""
+def judges(work: Work = Path("teacher-work"), model: ModelName = MODEL_NAME, seed: Seed = 0) -> None:
+    """Train the judges of style and of things unless `work` has them; their accuracy on held-out artworks."""
     artworks = load_artworks(work)
-    network = style_network(work, artworks, seed=seed)
-    pairs = draw_prompts(artworks, held_out=True, count=artworks.held_out.sum(), seed=0)
-    prompts, real = [artworks.caption(*pair) for pair in pairs], real_images(artworks, pairs)
     vae = load(locate(model), device=device()).pipeline.vae
+    loaded = Judges.load(work, artworks, vae=vae, seed=seed)
+    captions = held_out_captions(artworks)
+    real = real_images(artworks, captions)
     for name, images in (("real", real), ("reconstructed", reconstructed(vae, real))):
-        print(f"style: {style_accuracy(network, prompts, images):.1%} of {len(images)} {name} held-out images")
+        found = loaded.figures(images, captions, drawn=False)
+        print(
+            f"judges: of {len(images)} {name} held-out images, background {found['background']:.1%}, style "
+            f"{found['style']:.1%}, thing {found['thing']:.1%}"
+        )
 
 
 def vae_quality(
@@ -213,28 +282,15 @@ def vae_quality(
     """PSNR of the autoencoder on held-out artworks, and the distance of its reconstructions to real images."""
     artworks = load_artworks(work)
     vae = load_vae(work).to(device()) if from_work else load(locate(model), device=device()).pipeline.vae
-    real = real_images(artworks, draw_prompts(artworks, held_out=True, count=images, seed=0))
+    real = real_images(artworks, draw_captions(artworks, held_out=True, count=images, seed=0))
     network, reference = EfficientNetLite0Features().to(device()), Reference.load(REFERENCE)
-    floor, decoder = (
+    of_real, of_decoder = (
         frechet_distance(reference, features_of(network, shown)) for shown in (real, reconstructed(vae, real))
     )
     print(
         f"vae: held-out PSNR {held_out_psnr(vae, artworks):.2f} dB; {DISTANCE_NAME} of {len(real)} reconstructions "
-        f"{decoder:.1f}, of the real images {floor:.1f}"
+        f"{of_decoder:.1f}, of the real images {of_real:.1f}"
     )
-
-
-def unseen_combinations(artworks: Artworks, *, count: int, seed: int) -> list[int]:
-    """Held-out artworks of emoji that training shows in other styles only, one of each emoji, in random order."""
-    seen = {(artworks.styles[i], artworks.names[i]) for i in np.flatnonzero(~artworks.held_out)}
-    names = {name for _, name in seen}
-    order = np.random.default_rng([seed, 4]).permutation(np.flatnonzero(artworks.held_out))
-    found = {
-        artworks.names[i]: int(i)
-        for i in order
-        if artworks.names[i] in names and (artworks.styles[i], artworks.names[i]) not in seen
-    }
-    return list(found.values())[:count]
 
 
 def grids(
@@ -243,42 +299,41 @@ def grids(
     model: ModelName = MODEL_NAME,
     scales: Scales = "1,2,3,5,7",
     steps: Sampling = 20,
-    seen: Annotated[int, typer.Option(min=1, help="Captions of the training split.")] = 12,
-    unseen: Annotated[int, typer.Option(min=1, help="Held-out combinations of emoji and style.")] = 40,
+    rows: Annotated[int, typer.Option(min=1, help="Captions in each of seen, full and mixed.")] = 10,
+    pairs: Annotated[int, typer.Option(min=1, help="Held-out full captions of the sheet for judging by eye.")] = 48,
     seed: Seed = 0,
 ) -> None:
-    """Draw seen captions (seen.png) and unseen combinations of emoji and style (unseen-1.png, …) at each guidance.
+    """Draw seen, held-out full and held-out mixed captions at each guidance (seen.png, full.png, mixed.png).
 
-    The real artwork stands first in each row. unseen-pairs.png shows it beside the model's image, for judging by eye.
+    The real picture stands first in each row. pairs.png shows it beside the model's image at w = 3, for judging by eye.
     """
     output = output or work
     artworks = load_artworks(work)
-    random = np.random.default_rng([seed, 5])
-    combinations = unseen_combinations(artworks, count=unseen, seed=seed)
-    backgrounds = [name for _, name in draw_prompts(artworks, held_out=True, count=len(combinations), seed=seed)]
     sets = {
-        "seen": draw_prompts(artworks, held_out=False, count=seen, seed=int(random.integers(2**31))),
-        "unseen": list(zip(combinations, backgrounds, strict=True)),
+        "seen": draw_captions(artworks, held_out=False, count=rows, seed=seed + 1, grammar=FULL),
+        "full": draw_captions(artworks, held_out=True, count=rows, seed=seed + 2, grammar=FULL),
+        "mixed": draw_captions(artworks, held_out=True, count=rows, seed=seed + 3),
+        "pairs": draw_captions(artworks, held_out=True, count=pairs, seed=seed + 4, grammar=FULL),
     }
     wanted = [float(scale) for scale in scales.split(",")]
-    shown = min(wanted, key=lambda scale: abs(scale - SHOWN_SCALE))
     loaded = load(locate(model), device=device())
     output.mkdir(parents=True, exist_ok=True)
-    passes = sum((1 + (scale > 1)) * steps * (seen + unseen) for scale in wanted)
+    passes = sum((1 + (scale > 1)) * steps * 3 * rows for scale in wanted) + 2 * steps * pairs
     with FastestRunners(loaded, passes=passes) as runners:
-        for name, pairs in sets.items():
-            prompts, real = [artworks.caption(*pair) for pair in pairs], real_images(artworks, pairs)
-            columns = {"real": real} | {
-                f"w={w:g}": draw(loaded, runners(loaded.unet), prompts, scale=w, steps=steps, seed=seed) for w in wanted
-            }
-            pages = [slice(i, i + 12) for i in range(0, len(pairs), 12)]
-            for number, rows in enumerate(pages, start=1):
-                page = labelled_grid({heading: x[rows] for heading, x in columns.items()}, prompts[rows])
-                page.save(output / (f"{name}-{number}.png" if len(pages) > 1 else f"{name}.png"))
-            if name == "unseen":
-                couples = torch.stack([real, columns[f"w={shown:g}"]], dim=1).flatten(0, 1)
-                contact_sheet(couples, columns=10).save(output / "unseen-pairs.png")
-    print(f"grids: {len(sets['seen'])} seen captions, {len(combinations)} unseen combinations in {output}")
+
+        def drawn(prompts: list[str], scale: float) -> torch.Tensor:
+            return draw(loaded, runners(loaded.unet), prompts, scale=scale, steps=steps, seed=seed)
+
+        for name, captions in sets.items():
+            prompts, real = [caption.text for caption in captions], real_images(artworks, captions)
+            if name == "pairs":
+                couples = torch.stack([real, drawn(prompts, SHOWN_SCALE)], dim=1).flatten(0, 1)
+                contact_sheet(couples, columns=12).save(output / "pairs.png")
+                (output / "pairs.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+                continue
+            columns = {"real": real} | {f"w={scale:g}": drawn(prompts, scale) for scale in wanted}
+            labelled_grid(columns, prompts).save(output / f"{name}.png")
+    print(f"grids: {', '.join(sets)} in {output}")
 
 
 def curve(

@@ -16,13 +16,13 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from ..benchmarks.quality.features import EfficientNetLite0Features, features_of
 from ..benchmarks.quality.reference import Reference
-from ..engine.embedded import HELD_OUT_PROMPTS, REFERENCE, TRAIN_PROMPTS
+from ..engine.embedded import FULL_PROMPTS, HELD_OUT_PROMPTS, REFERENCE, TRAIN_PROMPTS
 from ..engine.errors import InputError
 from .architecture import make_vae
-from .captions import FULL, Caption, draw_captions
+from .captions import FULL, Caption, caption, draw_captions
 from .dataset import Artworks, load_artworks
 from .palette import BACKGROUNDS
-from .placement import draw_pictures, to_model_range
+from .placement import draw_pictures
 
 Work = Annotated[Path, typer.Option(help="Folder for downloads, checkpoints and intermediate files.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
@@ -32,6 +32,9 @@ PROMPTS = 4000
 
 FLOOR_IMAGES = 1000
 """Real images kept apart from the reference."""
+
+REFERENCE_IMAGES = 12_000
+"""Real images behind the reference."""
 
 
 def device() -> torch.device:
@@ -69,12 +72,16 @@ def reconstructed(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     return torch.cat(chunks)
 
 
+def held_out_captions(artworks: Artworks) -> list[Caption]:
+    """A full caption of every held-out artwork, over one background after the other."""
+    random, names = np.random.default_rng(0), list(BACKGROUNDS)
+    indices = np.flatnonzero(artworks.held_out & (artworks.weights > 0))
+    return [caption(artworks, int(i), names[n % len(names)], random, FULL) for n, i in enumerate(indices)]
+
+
 def held_out_psnr(vae: AutoencoderKL, artworks: Artworks) -> float:
-    """Mean over the held-out artworks, each on one background in turn, of the reconstruction's PSNR in dB."""
-    names = list(BACKGROUNDS)
-    images = real_images(
-        artworks, [(int(i), names[n % len(names)]) for n, i in enumerate(np.flatnonzero(artworks.held_out))]
-    )
+    """Mean over the held-out artworks of the reconstruction's PSNR in dB."""
+    images = real_images(artworks, held_out_captions(artworks))
     return peak_signal_noise_ratio(
         reconstructed(vae, images).float(), images.float(), data_range=255.0, dim=(1, 2, 3)
     ).item()
@@ -83,24 +90,27 @@ def held_out_psnr(vae: AutoencoderKL, artworks: Artworks) -> float:
 def reference(work: Work = Path("teacher-work"), seed: Seed = 0) -> None:
     """Write the prompt lists, and the features of real images that quality is measured against.
 
-    The reference is every training artwork once, over a random background; the features kept apart are of the real
-    images that the first held-out prompts describe, so they give the floor that a perfect model would reach.
+    The reference is of pictures drawn as training draws them; the features kept apart are of real pictures of the
+    first held-out prompts, so they give the distance that a perfect model would reach.
     """
     artworks = load_artworks(work)
-    for path, held_out in ((TRAIN_PROMPTS, False), (HELD_OUT_PROMPTS, True)):
-        pairs = draw_prompts(artworks, held_out=held_out, count=PROMPTS, seed=seed)
+    held_out = draw_captions(artworks, held_out=True, count=PROMPTS, seed=seed)
+    lists = {
+        TRAIN_PROMPTS: draw_captions(artworks, held_out=False, count=PROMPTS, seed=seed),
+        HELD_OUT_PROMPTS: held_out,
+        FULL_PROMPTS: draw_captions(artworks, held_out=True, count=PROMPTS, seed=seed, grammar=FULL),
+    }
+    for path, captions in lists.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(artworks.caption(*pair) for pair in pairs) + "\n", encoding="utf-8")
+        path.write_text("\n".join(each.text for each in captions) + "\n", encoding="utf-8")
     network = EfficientNetLite0Features().to(device())
-
-    def features(pairs: list[tuple[int, str]]) -> torch.Tensor:
-        return features_of(network, real_images(artworks, pairs))
-
     random = np.random.default_rng([seed, 3])
-    names = list(BACKGROUNDS)
-    training = [(int(i), names[random.integers(len(names))]) for i in np.flatnonzero(~artworks.held_out)]
-    Reference.of(features(training), features(pairs[:FLOOR_IMAGES])).save(REFERENCE)
-    print(f"reference: {len(training)} images, {FLOOR_IMAGES} apart, {REFERENCE.stat().st_size / 1e6:.1f} MB")
+    chosen = artworks.draw(random, REFERENCE_IMAGES)
+    colours = np.array(list(BACKGROUNDS.values()))[random.integers(len(BACKGROUNDS), size=REFERENCE_IMAGES)]
+    drawn = draw_pictures(artworks, chosen, colours, random)
+    apart = real_images(artworks, held_out[:FLOOR_IMAGES])
+    Reference.of(features_of(network, drawn), features_of(network, apart)).save(REFERENCE)
+    print(f"reference: {len(drawn)} images, {FLOOR_IMAGES} apart, {REFERENCE.stat().st_size / 1e6:.1f} MB")
 
 
 def write_images(
@@ -117,11 +127,11 @@ def write_images(
     if output.exists():
         raise InputError(f"there is something at {output} already: pass another --output")
     artworks = load_artworks(work)
-    pairs = draw_prompts(artworks, held_out=False, count=count, seed=seed)
+    drawn = draw_captions(artworks, held_out=False, count=count, seed=seed)
     output.mkdir(parents=True)
     with (output / "metadata.jsonl").open("w", encoding="utf-8") as captions:
-        for number, (pair, image) in enumerate(zip(pairs, real_images(artworks, pairs), strict=True)):
+        for number, (described, image) in enumerate(zip(drawn, real_images(artworks, drawn), strict=True)):
             name = f"{number:05}.png"
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(output / name)
-            captions.write(json.dumps({"file_name": name, "text": artworks.caption(*pair)}) + "\n")
-    print(f"images: {len(pairs)} in {output}")
+            captions.write(json.dumps({"file_name": name, "text": described.text}) + "\n")
+    print(f"images: {len(drawn)} in {output}")

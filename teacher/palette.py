@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
@@ -23,7 +21,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 
 CORNER = 4
-"""Side of the squares in an image's corners that show its background, in pixels; artworks rarely reach them."""
+"""Side of the squares in an image's corners that show its background, in pixels; few artworks reach most of them."""
 
 
 def background_of(images: np.ndarray) -> list[str]:
@@ -39,9 +37,3 @@ def background_of(images: np.ndarray) -> list[str]:
     palette = np.array([BACKGROUNDS[name] for name in names], dtype=np.float32)
     nearest = np.linalg.norm(colour[:, None] - palette[None], axis=-1).argmin(axis=1)
     return [names[i] for i in nearest]
-
-
-def named_background(prompt: str) -> str | None:
-    """The background that a caption names, or None."""
-    match = re.search(r" on an? ([a-z ]+) background$", prompt)
-    return match.group(1) if match and match.group(1) in BACKGROUNDS else None

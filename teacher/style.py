@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .dataset import STYLES, Artworks, compose, to_model_range
+from .dataset import STYLES, Artworks
 from .palette import BACKGROUNDS
+from .placement import draw_pictures, to_model_range
 
 STYLE_FILE = "style.safetensors"
 STEPS = 1200
@@ -38,7 +39,7 @@ class StyleNetwork(nn.Module):
         self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(2 * 128, len(STYLES)))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """`(N, 3, H, W)` in [-1, 1] to `(N, 3)`."""
+        """`(N, 3, H, W)` in [-1, 1] to `(N, len(STYLES))`."""
         maps = self.trunk(images)
         return self.head(torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1))
 
@@ -55,11 +56,9 @@ def _training_images(artworks: Artworks, random: np.random.Generator, count: int
 
     An autoencoder blurs, and what is judged went through one.
     """
-    chosen = random.choice(np.flatnonzero(~artworks.held_out), count)
+    chosen = artworks.draw(random, count)
     colours = np.array(list(BACKGROUNDS.values()))[random.integers(len(BACKGROUNDS), size=count)]
-    images = to_model_range(compose(artworks.rgba[chosen], colours[:, None, None]))
-    if random.random() < 0.5:
-        images = images.flip(3)
+    images = to_model_range(draw_pictures(artworks, chosen, colours, random))
     if random.random() < 0.5:
         images = torch.lerp(images, _blurred(images), random.random())
         noise = torch.from_numpy(random.standard_normal(images.shape, dtype=np.float32))
@@ -105,14 +104,3 @@ def style_of(network: StyleNetwork, images: torch.Tensor) -> list[str]:
         scores = network(pixels).softmax(dim=1) + network(pixels.flip(3)).softmax(dim=1)
         found += [STYLES[i] for i in scores.argmax(dim=1).tolist()]
     return found
-
-
-def named_style(prompt: str) -> str | None:
-    """The style that a caption names, or None."""
-    first = prompt.partition(" ")[0]
-    return first if first in STYLES else None
-
-
-def style_accuracy(network: StyleNetwork, prompts: list[str], images: torch.Tensor) -> float:
-    """Share of uint8 images `(N, 3, H, W)` in the style that their prompt names; each must name one."""
-    return sum(a == named_style(b) for a, b in zip(style_of(network, images), prompts, strict=True)) / len(prompts)

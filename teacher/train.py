@@ -1,18 +1,15 @@
 """Make `emoji64` again: `python -m boostdiff.teacher.train all --work DIR`.
 
-Stages, in order: `vae`, `latents`, `diffusion`, `save`, `reference`, and to judge what came out `style`, `vae-quality`,
-`evaluate`, `grids`, `curve`; `all` runs them one after the other. The two that train go on from their checkpoint when
-they are run again, `evaluate` from its last scale. All randomness of a step is drawn from (seed, step), so a resumed
-run takes the same steps as an uninterrupted one. `images` writes training images that `boostdiff distill` can read.
+Stages, in order: `vae`, `latents`, `diffusion`, `save`, `caption-model`, `reference`, and to judge what came out
+`judges`, `vae-quality`, `evaluate`, `grids`, `curve`; `all` runs them one after the other. Those that train go on from
+their checkpoint when they are run again, `evaluate` from its last scale. All randomness of a step is drawn from (seed,
+step), so a resumed run takes the same steps as an uninterrupted one. `images` writes training images that `boostdiff
+distill` can read.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -25,15 +22,17 @@ from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..distill.checkpoint import load_training_state, save_training_state
+from ..distill.checkpoint import load_training_state
 from ..engine.compiled import has_bfloat16, missing_compiler
 from ..engine.embedded import MODEL_DIR
 from ..engine.files import staged_folder
 from .architecture import BETAS, make_text_encoder, make_tokenizer, make_unet, make_vae, save_pipeline
+from .caption_model import caption_model
 from .captions import Grammar, caption, draw_captions
 from .dataset import Artworks, load_artworks
-from .judge import curve, evaluate, grids, style, vae_quality
-from .measure import Seed, Work, device, held_out_psnr, load_vae, reference, training_log, write_images
+from .judge import curve, evaluate, grids, judges, vae_quality
+from .measure import Seed, Work, device, held_out_psnr, load_vae, reference, write_images
+from .optimise import optimise, step_generator
 from .palette import BACKGROUNDS
 from .placement import draw_pictures, to_model_range
 
@@ -49,121 +48,6 @@ LATENT_BACKGROUNDS = 6
 
 TOKENIZER_CAPTIONS = 100_000
 """Captions that the byte-pair vocabulary is learnt from."""
-
-
-def learning_rate_factor(step: int, *, steps: int, warmup: int = 100) -> float:
-    """Linear warm-up, constant, then a cosine decay to zero over the last 40%."""
-    decay_from = 0.6 * steps
-    if step < warmup:
-        return (step + 1) / warmup
-    if step < decay_from:
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - decay_from) / (steps - decay_from)))
-
-
-def optimise(
-    *,
-    name: str,
-    modules: dict[str, torch.nn.Module],
-    loss_of: Callable[[int], torch.Tensor],
-    checkpoint: Path,
-    steps: int,
-    learning_rate: float,
-    checkpoint_minutes: float,
-    ema_horizon: float = 0.05,
-) -> None:
-    """AdamW with warm-up, decay and an EMA; resumes from `checkpoint`, and leaves the EMA in the modules.
-
-    Each step's loss goes to `NAME.log.jsonl` beside the checkpoint; a resumed run cuts off what the checkpoint lacks.
-
-    Args:
-        name: what the log lines are headed with.
-        modules: the trained modules by name.
-        loss_of: draws the batch of a step, from its seeds alone, and gives the scalar loss.
-        checkpoint: where the state is kept.
-        steps: updates in all.
-        learning_rate: its peak.
-        checkpoint_minutes: time between checkpoints.
-        ema_horizon: the EMA's time constant as a share of the steps done (Karras et al. 2024, eq. 121-127,
-            keep it relative to training time for the same reason: early weights must fade).
-    """
-    named = {
-        f"{key}.{path}": parameter for key, module in modules.items() for path, parameter in module.named_parameters()
-    }
-    optimizer = torch.optim.AdamW(named.values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
-    ema = {path: parameter.detach().clone() for path, parameter in named.items()}
-    start = 0
-    if checkpoint.exists():
-        state = load_training_state(checkpoint)
-        start = state.step
-        with torch.no_grad():
-            for path, parameter in named.items():
-                parameter.copy_(state.weights[path])
-                ema[path].copy_(state.weights[f"ema.{path}"])
-        optimizer.load_state_dict(state.optimizer)
-        print(f"{name}: goes on from step {start}", flush=True)
-
-    log_path = training_log(checkpoint.parent, name)
-    log_path.write_text("".join(_logged(log_path, start)), encoding="utf-8")
-
-    def save(step: int) -> None:
-        # Lines first: a log may run ahead of its checkpoint, never behind.
-        with log_path.open("a", encoding="utf-8") as log:
-            log.writelines(lines)
-        lines.clear()
-        weights = named | {f"ema.{path}": tensor for path, tensor in ema.items()}
-        save_training_state(checkpoint, step=step, weights=weights, optimizer=optimizer)
-
-    saved_at = began = time.monotonic()
-    recent: list[float] = []
-    lines: list[str] = []
-    for step in range(start, steps):
-        loss = loss_of(step)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * learning_rate_factor(step, steps=steps)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        decay = 1 - 1 / max(1.0, ema_horizon * step)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.values()), list(named.values()), 1 - decay)
-        recent.append(loss.item())
-        lines.append(json.dumps({"step": step + 1, "loss": recent[-1], "lr": optimizer.param_groups[0]["lr"]}) + "\n")
-        if (step + 1) % 50 == 0:
-            pace = (time.monotonic() - began) / (step + 1 - start)
-            left = pace * (steps - step - 1) / 60
-            print(
-                f"{name}: step {step + 1}/{steps} loss {statistics.mean(recent):.4f} {pace:.3f} s/step "
-                f"{left:.0f} min left",
-                flush=True,
-            )
-            recent.clear()
-        if time.monotonic() - saved_at > 60 * checkpoint_minutes or step + 1 == steps:
-            save(step + 1)
-            saved_at = time.monotonic()
-    with torch.no_grad():
-        for path, parameter in named.items():
-            parameter.copy_(ema[path])
-
-
-def _logged(path: Path, steps: int) -> list[str]:
-    """The log's lines up to a step; a last line that was cut short is left out."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
-        try:
-            step = json.loads(line)["step"]
-        except ValueError:
-            break
-        if step <= steps:
-            kept.append(line)
-    return kept
-
-
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """The generator of one step's noise."""
-    # torch's CPU generator reads 32 bits of its seed.
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
 
 
 def draw_images(artworks: Artworks, random: np.random.Generator, count: int) -> torch.Tensor:
@@ -273,7 +157,8 @@ def diffusion(
     empty_captions: Annotated[float, typer.Option(help="Share of captions replaced by the empty one.")] = 0.1,
     wrong_captions: Annotated[float, typer.Option(help="Share of captions that are another picture's.")] = 0.05,
     start_from: Annotated[
-        Path | None, typer.Option(help="Pipeline folder whose text encoder and UNet to go on from.", show_default="none")
+        Path | None,
+        typer.Option(help="Pipeline folder whose text encoder and UNet to go on from.", show_default="none"),
     ] = None,
     compiles: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Train through torch.compile, which starts minutes later.")
@@ -306,7 +191,7 @@ def diffusion(
     def token_ids(random: np.random.Generator, chosen: np.ndarray) -> torch.Tensor:
         described = np.where(random.random(len(chosen)) < grammar.wrong, random.permutation(chosen), chosen)
         texts = [caption(artworks, int(a), names[b], random, grammar).text for a, b in pairs[described]]
-        texts = [text if chance >= empty_captions else "" for text, chance in zip(texts, random.random(len(texts)))]
+        texts = [text if random.random() >= empty_captions else "" for text in texts]
         return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
     def noise_loss(z_t: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -363,7 +248,7 @@ def save(
 
 
 app.command("images")(write_images)
-for stage in (reference, style, vae_quality, evaluate, grids, curve):
+for stage in (caption_model, reference, judges, vae_quality, evaluate, grids, curve):
     app.command()(stage)
 
 
@@ -374,8 +259,9 @@ def everything(work: Work = Path("teacher-work"), seed: Seed = 0) -> None:
     latents(work, seed=seed)
     diffusion(work, seed=seed)
     save(work)
+    caption_model(work, seed=seed)
     reference(work, seed=seed)
-    style(work, seed=seed)
+    judges(work, seed=seed)
     vae_quality(work)
     evaluate(work)
     grids(work)

@@ -46,10 +46,15 @@ class ClipScorer:
         commit = getattr(self._model.config, "_commit_hash", None)
         self.sha256 = "-".join(map(sha256_of, files)) if files else f"{name}@{commit}"
 
-    @torch.inference_mode()
     def scores(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Scores `(N,)` float32 of uint8 images `(N, 3, H, W)` by N prompts, on the CPU; 0 to 100."""
-        found = []
+        of_images, of_prompts = self.embeddings(images, prompts)
+        return (of_images * of_prompts).sum(dim=1).clamp_min(0) * 100
+
+    @torch.inference_mode()
+    def embeddings(self, images: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings of length 1, each `(N, D)` float32 on the CPU, of uint8 images `(N, 3, H, W)` and N prompts."""
+        of_images, of_prompts = [], []
         for start in range(0, len(images), BATCH):
             pixels = self._images(list(images[start : start + BATCH]), return_tensors="pt")
             tokens = self._tokens(
@@ -60,6 +65,6 @@ class ClipScorer:
                 return_tensors="pt",
             )
             outputs = self._model(**pixels.to(self._model.device), **tokens.to(self._model.device))
-            # Both are of length 1 already.
-            found.append((outputs.image_embeds * outputs.text_embeds).sum(dim=1).clamp_min(0).float().cpu() * 100)
-        return torch.cat(found)
+            of_images.append(outputs.image_embeds.float().cpu())
+            of_prompts.append(outputs.text_embeds.float().cpu())
+        return torch.cat(of_images), torch.cat(of_prompts)

@@ -1,4 +1,4 @@
-"""The embedded model `emoji64` as data: where its weights, its prompts and its reference lie."""
+"""The embedded model `emoji64` as data: where its weights, its caption model, its prompts and its reference lie."""
 
 from pathlib import Path
 
@@ -7,4 +7,6 @@ MODEL_NAME = "emoji64"
 MODEL_DIR = ROOT / MODEL_NAME
 TRAIN_PROMPTS = ROOT / "prompts" / "train.txt"
 HELD_OUT_PROMPTS = ROOT / "prompts" / "held_out.txt"
+FULL_PROMPTS = ROOT / "prompts" / "held_out_full.txt"
+CAPTION_MODEL = ROOT / "emoji64-clip"
 REFERENCE = ROOT / "reference" / "efficientnet_lite0.safetensors"

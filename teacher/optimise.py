@@ -1,0 +1,131 @@
+"""The recipe's training loop: AdamW with warm-up, decay and an EMA, from a checkpoint to the same numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..distill.checkpoint import load_training_state, save_training_state
+from .measure import training_log
+
+
+def learning_rate_factor(step: int, *, steps: int, warmup: int = 100) -> float:
+    """Linear warm-up, constant, then a cosine decay to zero over the last 40%."""
+    decay_from = 0.6 * steps
+    if step < warmup:
+        return (step + 1) / warmup
+    if step < decay_from:
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - decay_from) / (steps - decay_from)))
+
+
+def optimise(
+    *,
+    name: str,
+    modules: dict[str, torch.nn.Module],
+    loss_of: Callable[[int], torch.Tensor],
+    checkpoint: Path,
+    steps: int,
+    learning_rate: float,
+    checkpoint_minutes: float,
+    ema_horizon: float = 0.05,
+) -> None:
+    """AdamW with warm-up, decay and an EMA; resumes from `checkpoint`, and leaves the EMA in the modules.
+
+    Each step's loss goes to `NAME.log.jsonl` beside the checkpoint; a resumed run cuts off what the checkpoint lacks.
+
+    Args:
+        name: what the log lines are headed with.
+        modules: the trained modules by name.
+        loss_of: draws the batch of a step, from its seeds alone, and gives the scalar loss.
+        checkpoint: where the state is kept.
+        steps: updates in all.
+        learning_rate: its peak.
+        checkpoint_minutes: time between checkpoints.
+        ema_horizon: the EMA's time constant as a share of the steps done (Karras et al. 2024, eq. 121-127,
+            keep it relative to training time for the same reason: early weights must fade).
+    """
+    named = {
+        f"{key}.{path}": parameter for key, module in modules.items() for path, parameter in module.named_parameters()
+    }
+    optimizer = torch.optim.AdamW(named.values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
+    ema = {path: parameter.detach().clone() for path, parameter in named.items()}
+    start = 0
+    if checkpoint.exists():
+        state = load_training_state(checkpoint)
+        start = state.step
+        with torch.no_grad():
+            for path, parameter in named.items():
+                parameter.copy_(state.weights[path])
+                ema[path].copy_(state.weights[f"ema.{path}"])
+        optimizer.load_state_dict(state.optimizer)
+        print(f"{name}: goes on from step {start}", flush=True)
+
+    log_path = training_log(checkpoint.parent, name)
+    log_path.write_text("".join(_logged(log_path, start)), encoding="utf-8")
+
+    def save(step: int) -> None:
+        # Lines first: a log may run ahead of its checkpoint, never behind.
+        with log_path.open("a", encoding="utf-8") as log:
+            log.writelines(lines)
+        lines.clear()
+        weights = named | {f"ema.{path}": tensor for path, tensor in ema.items()}
+        save_training_state(checkpoint, step=step, weights=weights, optimizer=optimizer)
+
+    saved_at = began = time.monotonic()
+    recent: list[float] = []
+    lines: list[str] = []
+    for step in range(start, steps):
+        loss = loss_of(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * learning_rate_factor(step, steps=steps)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay = 1 - 1 / max(1.0, ema_horizon * step)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.values()), list(named.values()), 1 - decay)
+        recent.append(loss.item())
+        lines.append(json.dumps({"step": step + 1, "loss": recent[-1], "lr": optimizer.param_groups[0]["lr"]}) + "\n")
+        if (step + 1) % 50 == 0:
+            pace = (time.monotonic() - began) / (step + 1 - start)
+            left = pace * (steps - step - 1) / 60
+            print(
+                f"{name}: step {step + 1}/{steps} loss {statistics.mean(recent):.4f} {pace:.3f} s/step "
+                f"{left:.0f} min left",
+                flush=True,
+            )
+            recent.clear()
+        if time.monotonic() - saved_at > 60 * checkpoint_minutes or step + 1 == steps:
+            save(step + 1)
+            saved_at = time.monotonic()
+    with torch.no_grad():
+        for path, parameter in named.items():
+            parameter.copy_(ema[path])
+
+
+def _logged(path: Path, steps: int) -> list[str]:
+    """The log's lines up to a step; a last line that was cut short is left out."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
+        try:
+            step = json.loads(line)["step"]
+        except ValueError:
+            break
+        if step <= steps:
+            kept.append(line)
+    return kept
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The generator of one step's noise."""
+    # torch's CPU generator reads 32 bits of its seed.
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))

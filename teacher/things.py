@@ -1,0 +1,92 @@
+"""A judge of things: to which group of emoji ("food drink", "animals nature") does what an image shows belong?
+
+A linear layer on the features of EfficientNet-Lite0 that the distances are made of, fitted to real images and to what
+the autoencoder makes of them. It isn't shipped.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+
+from ..benchmarks.quality.features import features_of
+from .dataset import Artworks
+from .palette import BACKGROUNDS
+from .placement import draw_pictures
+
+THINGS_FILE = "things.safetensors"
+IMAGES = 6000
+STEPS = 1500
+PEAK_RATE = 2e-3
+"""Adam's, under a one-cycle schedule."""
+
+
+def group_labels(artworks: Artworks, indices: np.ndarray) -> torch.Tensor:
+    """`(n,)` int64: the position of each artwork's group in `Artworks.groups`."""
+    return torch.tensor([artworks.groups.index(artworks.things[i].group) for i in indices])
+
+
+def fit_groups(features: torch.Tensor, labels: torch.Tensor, groups: int, *, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Multinomial logistic regression of labels `(N,)` on standardised features `(N, D)`, with dropout."""
+    mean, scale = features.mean(dim=0), features.std(dim=0).clamp_min(1e-3)
+    x = (features - mean) / scale
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layer = torch.nn.Linear(x.shape[1], groups)
+        optimizer = torch.optim.AdamW(layer.parameters(), weight_decay=0.1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=STEPS)
+        for _ in range(STEPS):
+            chosen = torch.randint(len(x), (min(256, len(x)),))
+            loss = F.cross_entropy(layer(F.dropout(x[chosen], 0.5)), labels[chosen])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    weight = layer.weight.detach() / scale
+    return {"weight": weight.contiguous(), "bias": (layer.bias.detach() - weight @ mean).contiguous()}
+
+
+def things_judge(
+    work: Path,
+    artworks: Artworks,
+    network: torch.nn.Module,
+    vae: AutoencoderKL | None,
+    *,
+    seed: int = 0,
+    images: int = IMAGES,
+) -> dict[str, torch.Tensor]:
+    """The judge that `work` holds; fitted and put there if it holds none.
+
+    Args:
+        work: the recipe's work folder.
+        artworks: those that are not held out are learnt from.
+        network: `(N, 3, 64, 64)` uint8 to features.
+        vae: every second image is learnt from as it comes out of this autoencoder; None learns from real ones alone.
+        seed: of what is drawn.
+        images: pictures to learn from.
+    """
+    from .measure import reconstructed
+
+    path = work / THINGS_FILE
+    if not path.exists():
+        random = np.random.default_rng([seed, 8])
+        chosen = artworks.draw(random, images)
+        colours = np.array(list(BACKGROUNDS.values()))[random.integers(len(BACKGROUNDS), size=images)]
+        pictures = draw_pictures(artworks, chosen, colours, random)
+        if vae is not None:
+            pictures[::2] = reconstructed(vae, pictures[::2])
+        fitted = fit_groups(
+            features_of(network, pictures), group_labels(artworks, chosen), len(artworks.groups), seed=seed
+        )
+        save_file(fitted, path)
+    return load_file(path)
+
+
+def groups_of(judge: dict[str, torch.Tensor], features: torch.Tensor) -> torch.Tensor:
+    """`(N,)` int64: the group that each image's features `(N, D)` speak for."""
+    return F.linear(features, judge["weight"], judge["bias"]).argmax(dim=1)
