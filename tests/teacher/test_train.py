@@ -1,13 +1,13 @@
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from artworks import make_artworks
 from boostdiff.engine.files import json_lines
 from boostdiff.teacher.architecture import make_unet, make_vae
-from boostdiff.teacher.dataset import Artworks
 from boostdiff.teacher.measure import training_log
-from boostdiff.teacher.train import learning_rate_factor, optimise, step_generator, the_tokenizer
+from boostdiff.teacher.optimise import learning_rate_factor, optimise, step_generator
+from boostdiff.teacher.train import the_tokenizer
 
 
 def test_the_schedule_warms_up_stays_and_decays() -> None:
@@ -41,14 +41,14 @@ def train(checkpoint: Path, steps: int) -> torch.Tensor:
 def test_training_resumes_exactly_and_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train(tmp_path / "whole", 200)
     assert (whole - 1).abs().max() < 0.2
-    monkeypatch.setattr("boostdiff.teacher.train.learning_rate_factor", lambda step, *, steps: 1.0)
+    monkeypatch.setattr("boostdiff.teacher.optimise.learning_rate_factor", lambda step, *, steps: 1.0)
     expected = train(tmp_path / "a", 60)
     train(tmp_path / "b", 25)
     assert torch.equal(train(tmp_path / "b", 60), expected)
 
 
 def test_a_resumed_run_leaves_the_log_of_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("boostdiff.teacher.train.learning_rate_factor", lambda step, *, steps: 1.0)
+    monkeypatch.setattr("boostdiff.teacher.optimise.learning_rate_factor", lambda step, *, steps: 1.0)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     train(tmp_path / "a" / "checkpoint", 60)
@@ -70,21 +70,13 @@ def test_networks_have_the_documented_size() -> None:
     assert vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mean.shape == (1, 4, 16, 16)
 
 
-def test_a_work_folder_keeps_its_tokenizer(tmp_path: Path) -> None:
+def test_a_work_folder_keeps_its_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that goes on must number the words as the run before it did."""
-
-    def artworks(*names: str) -> Artworks:
-        count = len(names)
-        return Artworks(
-            rgba=np.zeros((count, 64, 64, 4), dtype=np.uint8),
-            styles=("noto",) * count,
-            names=names,
-            held_out=np.zeros(count, dtype=bool),
-        )
-
+    monkeypatch.setattr("boostdiff.teacher.train.TOKENIZER_CAPTIONS", 50)
     caption = "noto emoji of octopus on a light blue background"
-    first = the_tokenizer(tmp_path, artworks("octopus", "red apple"))
-    again = the_tokenizer(tmp_path, artworks("a list", "of quite", "other names"))
+    one, other = (make_artworks(3, names=names) for names in (["octopus", "red apple", "cat"], ["a list", "of", "dog"]))
+    first = the_tokenizer(tmp_path, one)
+    again = the_tokenizer(tmp_path, other)
     assert again(caption).input_ids == first(caption).input_ids
     assert again.get_vocab() == first.get_vocab()
-    assert the_tokenizer(tmp_path / "other", artworks("a list", "of quite")).get_vocab() != first.get_vocab()
+    assert the_tokenizer(tmp_path / "other", other).get_vocab() != first.get_vocab()
