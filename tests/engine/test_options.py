@@ -1,0 +1,65 @@
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import typer
+from boostdiff.engine.options import DeviceOption, options_of
+from typer.testing import CliRunner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    rank: Annotated[int, typer.Option(help="LoRA rank r.")] = 8
+    alpha: Annotated[float | None, typer.Option(show_default="the rank", help="LoRA alpha.")] = None
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="A file.")] = None
+    seed: int = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Other:
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20
+
+
+def make_app(seen: list[Any]) -> typer.Typer:
+    app = typer.Typer(add_completion=False)
+
+    @app.command()
+    @options_of(Config, Other)
+    def train(
+        device: DeviceOption = "auto", steps: Annotated[int, typer.Option(help="Own.")] = 3, **options: Any
+    ) -> None:
+        """Train."""
+        seen.append((device, steps, Config(**options)))
+
+    return app
+
+
+def test_a_command_takes_what_its_configs_declare() -> None:
+    seen: list[Any] = []
+    result = CliRunner().invoke(make_app(seen), ["--rank", "4", "--device", "cpu", "--prompts", "p.txt"])
+    assert result.exit_code == 0, result.output
+    assert seen == [("cpu", 3, Config(rank=4, prompts=Path("p.txt")))]
+    assert CliRunner().invoke(make_app(seen), ["--rank", "four"]).exit_code == 2
+    assert CliRunner().invoke(make_app(seen), ["--seed", "1"]).exit_code == 2
+
+
+def test_help_and_defaults_are_the_fields() -> None:
+    text = " ".join(CliRunner().invoke(make_app([]), ["--help"], env={"COLUMNS": "200"}).output.split())
+    assert "LoRA rank r. [default: 8]" in text
+    assert "[default: (the rank)]" in text
+    assert "Own. [default: 3]" in text
+    assert "Sampling steps" not in text
+
+
+def test_a_command_without_room_or_with_two_of_a_name_is_refused() -> None:
+    def narrow(device: DeviceOption = "auto") -> None:
+        """Nothing."""
+
+    def wide(**options: Any) -> None:
+        """Nothing."""
+
+    with pytest.raises(TypeError, match="takes no"):
+        options_of(Config)(narrow)
+    with pytest.raises(TypeError, match="rank is declared twice"):
+        options_of(Config, Config)(wide)
