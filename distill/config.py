@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..engine.adapters import METHODS
 from ..engine.errors import InputError
-from .adapters import METHODS
 from .objective import LOSS_WEIGHTS
 
 PRECISIONS = ("fp32", "bf16", "fp16")

@@ -12,13 +12,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 
+from ..engine.adapters import Adapter
 from ..engine.compiled import missing_compiler, use_plain_attention
 from ..engine.errors import InputError
 from ..engine.files import prepare_output, publish
+from ..engine.guidance_input import make_adapter
 from ..engine.model import ModelFiles, load, resolve_device
 from ..engine.prompts import read_prompts
 from ..engine.student import INFO_FILE, StudentInfo
-from .adapters import Adapter, make_adapter
 from .captioned_images import CaptionedImages
 from .config import DistillConfig
 from .images import Rows

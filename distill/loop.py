@@ -22,12 +22,12 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from diffusers.training_utils import EMAModel
 
+from ..engine.adapters import Adapter
 from ..engine.compiled import TrainingRunner
 from ..engine.errors import BoostDiffError, InputError
 from ..engine.guidance import GuidedDenoiser, SinglePassDenoiser
 from ..engine.model import Model
 from ..engine.runners import TorchRunner
-from .adapters import Adapter
 from .checkpoint import TrainingState, save_training_state
 from .config import DistillConfig, learning_rate_at
 from .monitoring import LossWatch, Pace, StopRequest, peak_memory, stop_request
@@ -149,7 +149,7 @@ class Run:
         weights = {name: tensor for name, tensor in state.weights.items() if not name.startswith("ema.")}
         average = {int(name[4:]): tensor for name, tensor in state.weights.items() if name.startswith("ema.")}
         try:
-            self.adapter.load(weights)
+            self.adapter.restore(weights)
         except ValueError as error:
             raise InputError(f"can't resume: {error}; run without --resume") from None
         self.optimizer.load_state_dict(state.optimizer)

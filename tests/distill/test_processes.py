@@ -20,9 +20,9 @@ from boostdiff.distill.objective import NoiseSchedule
 from boostdiff.distill.order import Share
 from boostdiff.distill.run_folder import work_folder
 from boostdiff.distill.trajectories import Trajectories
+from boostdiff.engine.adapters import LORA_FILE
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.model import Model, ModelFiles
-from boostdiff.engine.student import LORA_FILE
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
