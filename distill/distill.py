@@ -32,7 +32,8 @@ from .source import Source
 from .trajectories import Trajectories
 
 PREVIEW_ROWS = 6
-FORMATS = ("diffusers", "kohya")
+FORMATS = ("kohya",)
+"""Written besides what diffusers loads (or peft, of other tuners)."""
 
 
 def count_parameters(files: ModelFiles, config: DistillConfig) -> dict[str, int]:
@@ -56,7 +57,7 @@ def distil(
     output: Path,
     device: str = "auto",
     resume: bool = False,
-    formats: tuple[str, ...] = ("diffusers",),
+    formats: tuple[str, ...] = (),
     observers: Observers | None = None,
 ) -> StudentInfo:
     """Train an adapter that makes one conditional pass predict what guided sampling predicts.
@@ -70,7 +71,7 @@ def distil(
         output: the student's folder.
         device: "auto", "cpu", "cuda", …
         resume: go on from the unfinished run's checkpoint.
-        formats: of `FORMATS`; "diffusers" (or peft's own, for other tuners) is always written.
+        formats: of `FORMATS`.
         observers: what is told of the run's course.
 
     Returns:
@@ -156,7 +157,6 @@ def distil(
                 shutil.rmtree(folder)
             raise
         if accelerator.is_main_process:
-            run.keep_average()
             info = write_student(
                 folder, model, adapter, config, formats=formats, unet_sha256=resolved["unet_sha256"], result=result
             )

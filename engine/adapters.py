@@ -86,7 +86,7 @@ class Adapter(ABC):
 
     @staticmethod
     @abstractmethod
-    def load(unet: UNet2DConditionModel, folder: Path) -> None:
+    def load(unet: UNet2DConditionModel, folder: str | Path) -> None:
         """Put what `save` wrote onto the UNet of the model that it was trained on.
 
         Raises:
@@ -170,8 +170,9 @@ class PeftAdapter(Adapter):
         return [folder / LORA_FILE]
 
     @staticmethod
-    def load(unet: UNet2DConditionModel, folder: Path) -> None:
+    def load(unet: UNet2DConditionModel, folder: str | Path) -> None:
         """See `Adapter.load`."""
+        folder = Path(folder)
         if (folder / LORA_FILE).is_file():
             tensors = load_file(folder / LORA_FILE)
             if not tensors or not all(name.startswith("unet.") for name in tensors):
@@ -261,9 +262,9 @@ class BitFit(Adapter):
 
     @staticmethod
     @torch.no_grad()
-    def load(unet: UNet2DConditionModel, folder: Path) -> None:
+    def load(unet: UNet2DConditionModel, folder: str | Path) -> None:
         """See `Adapter.load`: every bias of the UNet is replaced."""
-        biases = load_file(folder / BITFIT_FILE)
+        biases = load_file(Path(folder) / BITFIT_FILE)
         parameters = {name: p for name, p in unet.named_parameters() if name.endswith(".bias")}
         if biases.keys() != parameters.keys():
             raise KeyError(f"its {len(biases)} biases are not the {len(parameters)} of the UNet")
@@ -319,9 +320,9 @@ class SoftPrompt(Adapter):
         return [folder / SOFT_PROMPT_FILE]
 
     @staticmethod
-    def load(unet: UNet2DConditionModel, folder: Path) -> None:
+    def load(unet: UNet2DConditionModel, folder: str | Path) -> None:
         """See `Adapter.load`: a hook, which exported graphs take with them."""
-        tokens = load_file(folder / SOFT_PROMPT_FILE)["tokens"]
+        tokens = load_file(Path(folder) / SOFT_PROMPT_FILE)["tokens"]
         if tokens.ndim != 2 or tokens.shape[1] != unet.config.cross_attention_dim:
             raise ValueError(f"its tokens have shape {tuple(tokens.shape)}, not (k, {unet.config.cross_attention_dim})")
         SoftPromptHook(unet, tokens).requires_grad_(False)

@@ -56,9 +56,9 @@ class GuidanceConditioned(Adapter):
 
     @staticmethod
     @torch.no_grad()
-    def load(unet: UNet2DConditionModel, folder: Path) -> None:
+    def load(unet: UNet2DConditionModel, folder: str | Path) -> None:
         """See `Adapter.load`, of the projection; the other adapter has its own."""
-        weight = load_file(folder / GUIDANCE_FILE)["time_embedding.cond_proj.weight"]
+        weight = load_file(Path(folder) / GUIDANCE_FILE)["time_embedding.cond_proj.weight"]
         projection = add_guidance_embedding(unet, weight.shape[1]).to(unet.dtype).requires_grad_(False)
         if weight.shape != projection.weight.shape:
             raise ValueError(f"its guidance embedding has shape {tuple(weight.shape)}")
