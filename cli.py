@@ -111,9 +111,6 @@ def distill(
             "--loss-weight", help="constant (the paper), snr, truncated-snr, snr+1, min-snr.", show_default="snr"
         ),
     ] = None,
-    ema: Annotated[
-        float | None, typer.Option("--ema", help="Save an average of the adapter over updates: its decay, as 0.99.")
-    ] = None,
     preset: Annotated[
         str | None,
         typer.Option("--preset", help="[bold]paper[/]: 1600 updates of 512 at 5e-5, constant weight."),
@@ -175,7 +172,6 @@ def distill(
         "loss_weight": loss_weight,
         "precision": precision,
         "alpha": alpha,
-        "ema": ema,
         "guidance_max": high,
     }
     config = resolve_config(

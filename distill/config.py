@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..engine.adapters import METHODS
 from ..engine.errors import InputError
-from .adapters import METHODS
 from .objective import LOSS_WEIGHTS
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -34,7 +34,6 @@ class DistillConfig:
         batch_size: states an update, over all processes.
         learning_rate: peak of AdamW's; linear warm-up over 5% of the updates, then a cosine decay to zero.
         loss_weight: a key of `LOSS_WEIGHTS`.
-        ema: decay of an average of the adapter over updates, which is then what is saved; None keeps none.
         seed: of everything random.
         precision: of the forward passes: "fp32", "bf16" or "fp16" (autocast); adapters are float32 always.
         gradient_accumulation_steps: passes that share one update's states, to save memory; where it does not suffice
@@ -59,7 +58,6 @@ class DistillConfig:
     batch_size: int = 32
     learning_rate: float = 1e-3
     loss_weight: str = "snr"
-    ema: float | None = None
     seed: int = 0
     precision: str = "fp32"
     gradient_accumulation_steps: int = 1
@@ -96,8 +94,6 @@ class DistillConfig:
             raise InputError("--learning-rate must lie between 0 and 1")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise InputError("--alpha must be above 0")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise InputError("--ema must lie between 0 and 1, near 1: 0.99, say")
         if self.prompts and self.images:
             raise InputError("pass --prompts FILE or --images DIR, not both")
 

@@ -12,13 +12,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 
+from ..engine.adapters import Adapter
 from ..engine.compiled import missing_compiler, use_plain_attention
 from ..engine.errors import InputError
 from ..engine.files import prepare_output, publish
+from ..engine.guidance_input import make_adapter
 from ..engine.model import ModelFiles, load, resolve_device
 from ..engine.prompts import read_prompts
 from ..engine.student import INFO_FILE, StudentInfo
-from .adapters import Adapter, make_adapter
 from .captioned_images import CaptionedImages
 from .config import DistillConfig
 from .images import Rows
@@ -31,7 +32,8 @@ from .source import Source
 from .trajectories import Trajectories
 
 PREVIEW_ROWS = 6
-FORMATS = ("diffusers", "kohya")
+FORMATS = ("kohya",)
+"""Written besides what diffusers loads (or peft, of other tuners)."""
 
 
 def count_parameters(files: ModelFiles, config: DistillConfig) -> dict[str, int]:
@@ -55,7 +57,7 @@ def distil(
     output: Path,
     device: str = "auto",
     resume: bool = False,
-    formats: tuple[str, ...] = ("diffusers",),
+    formats: tuple[str, ...] = (),
     observers: Observers | None = None,
 ) -> StudentInfo:
     """Train an adapter that makes one conditional pass predict what guided sampling predicts.
@@ -69,7 +71,7 @@ def distil(
         output: the student's folder.
         device: "auto", "cpu", "cuda", …
         resume: go on from the unfinished run's checkpoint.
-        formats: of `FORMATS`; "diffusers" (or peft's own, for other tuners) is always written.
+        formats: of `FORMATS`.
         observers: what is told of the run's course.
 
     Returns:
@@ -155,7 +157,6 @@ def distil(
                 shutil.rmtree(folder)
             raise
         if accelerator.is_main_process:
-            run.keep_average()
             info = write_student(
                 folder, model, adapter, config, formats=formats, unet_sha256=resolved["unet_sha256"], result=result
             )

@@ -20,14 +20,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from diffusers.training_utils import EMAModel
 
+from ..engine.adapters import Adapter
 from ..engine.compiled import TrainingRunner
 from ..engine.errors import BoostDiffError, InputError
 from ..engine.guidance import GuidedDenoiser, SinglePassDenoiser
 from ..engine.model import Model
 from ..engine.runners import TorchRunner
-from .adapters import Adapter
 from .checkpoint import TrainingState, save_training_state
 from .config import DistillConfig, learning_rate_at
 from .monitoring import LossWatch, Pace, StopRequest, peak_memory, stop_request
@@ -136,8 +135,6 @@ class Run:
             torch.optim.AdamW(self.parameters, lr=self.config.learning_rate, weight_decay=0.0),
             device_placement=[False],
         )
-        decay = self.config.ema
-        self.average = None if decay is None else EMAModel(self.parameters, decay=decay)
         self.good = [parameter.detach().clone() for parameter in self.parameters]
 
     def restore(self, state: TrainingState) -> None:
@@ -146,10 +143,8 @@ class Run:
         Raises:
             InputError: it is of another adapter, or the log beside it is no log.
         """
-        weights = {name: tensor for name, tensor in state.weights.items() if not name.startswith("ema.")}
-        average = {int(name[4:]): tensor for name, tensor in state.weights.items() if name.startswith("ema.")}
         try:
-            self.adapter.load(weights)
+            self.adapter.restore(state.weights)
         except ValueError as error:
             raise InputError(f"can't resume: {error}; run without --resume") from None
         self.optimizer.load_state_dict(state.optimizer)
@@ -162,9 +157,6 @@ class Run:
         except (ValueError, KeyError, TypeError):
             raise InputError(f"can't resume: {self.folder / LOG_FILE} is damaged; run without --resume") from None
         self.good = [parameter.detach().clone() for parameter in self.parameters]
-        if self.average is not None:
-            self.average.shadow_params = [average[index].to(p.device) for index, p in enumerate(self.parameters)]
-            self.average.optimization_step = self.done
         if self.accelerator.scaler is not None and state.header.get("scaler"):
             self.accelerator.scaler.load_state_dict(state.header["scaler"])
 
@@ -173,23 +165,15 @@ class Run:
         data = self.source.state()
         if not self.accelerator.is_main_process:
             return
-        weights: dict[str, torch.Tensor] = dict(self.adapter.parameters())
-        if self.average is not None:
-            weights |= {f"ema.{index}": tensor for index, tensor in enumerate(self.average.shadow_params)}
         scaler = self.accelerator.scaler
         save_training_state(
             self.folder / CHECKPOINT_FILE,
             step=self.done,
-            weights=weights,
+            weights=dict(self.adapter.parameters()),
             optimizer=self.optimizer,
             data=data,
             header={"scaler": None if scaler is None else scaler.state_dict()},
         )
-
-    def keep_average(self) -> None:
-        """Let the average take the adapter's place, if one was kept."""
-        if self.average is not None:
-            self.average.copy_to(self.parameters)
 
     def train(self, observers: Observers, draw: Callable[[Path], None]) -> dict[str, Any]:
         """Do the updates that are left; what `student.json` says of them."""
@@ -258,8 +242,6 @@ class Run:
             group["lr"] = learning_rate_at(update, self.config)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.step(self.parameters)
         self.source.advance(teacher_x)
         self.done = update + 1
         self.watch.add(loss_value, unguided_value)

@@ -93,8 +93,7 @@ class LossWatch:
         """The share of guidance that is learnt, over the newest tenth of the updates: 1 − loss / unguided loss.
 
         It is 0 for a student that predicts what the unguided teacher does, 1 for the guided teacher itself, and below 0
-        for one that is further from it than the unguided teacher. It tells of the weights as they are trained, not of
-        an average over updates. None where guidance changes nothing.
+        for one that is further from it than the unguided teacher. None where guidance changes nothing.
         """
         unguided = self._newest(self.unguided)
         return 1 - self._newest(self.losses) / unguided if unguided > 0 else None

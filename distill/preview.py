@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
+from ..engine.adapters import Adapter
 from ..engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
 from ..engine.model import Model
 from ..engine.pictures import labelled_grid
 from ..engine.runners import TorchRunner
 from ..engine.sampling import default_batch_size, generate, to_uint8
 from ..engine.schedulers import make_scheduler
-from .adapters import Adapter
 from .config import DistillConfig
 
 PREVIEW_STEPS = 20

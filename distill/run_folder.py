@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..engine.adapters import Adapter, PeftAdapter
 from ..engine.errors import InputError
 from ..engine.files import locked, read_json, sha256_of, write_json
 from ..engine.model import Model
 from ..engine.student import StudentInfo
 from ..engine.versions import versions
-from .adapters import Adapter, PeftAdapter
 from .checkpoint import CheckpointError, TrainingState, load_training_state
 from .config import DistillConfig
 from .loop import CHECKPOINT_FILE, Observers

@@ -15,6 +15,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from .adapters import ADAPTER_NAME
 from .captured import CapturedRunner, missing_cuda
 from .compiled import CompiledRunner, missing_compiler
 from .errors import BoostDiffError, InputError
@@ -28,7 +29,7 @@ from .model import Model, ModelFiles, load, resolve_device
 from .runners import EXPORTED, Runner, TorchRunner
 from .sampling import batches, default_batch_size, to_pil
 from .schedulers import make_scheduler
-from .student import ADAPTER_NAME, apply_student, check_negative_prompt, read_student
+from .student import apply_student, check_negative_prompt, read_student
 
 IN_TORCH: dict[str, Callable[[UNet2DConditionModel], Runner]] = {
     "torch": TorchRunner,

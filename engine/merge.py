@@ -8,14 +8,13 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
 
-from .errors import BoostDiffError, InputError
+from .adapters import adapter_class
+from .errors import BoostDiffError
 from .guidance import guidance_embedding
 from .model import LARGE_PARAMETERS, Model
 from .runners import unet_forward
-from .student import GUIDANCE_FILE, LORA_FILE, StudentInfo, apply_adapter, apply_student, load_guidance_embedding
+from .student import StudentInfo, apply_adapter, apply_student
 
 TIMESTEPS = (1, 250, 500, 750, 981)
 TOLERANCE = 1e-4
@@ -39,48 +38,6 @@ class MergeProof:
     change: float
 
 
-@torch.no_grad()
-def fold_lora(unet: UNet2DConditionModel, path: Path) -> None:
-    """Put W + B A in place of W (Hu et al. 2021, eq. 3), computed in float32.
-
-    Args:
-        unet: the base, without adapters.
-        path: a LoRA file as `distill` writes it: of linear layers or convolutions, its scale α / r folded into B.
-
-    Raises:
-        InputError: a tensor of the file fits no layer.
-    """
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    downs = {n.removesuffix(".lora_A.weight"): t for n, t in tensors.items() if n.endswith(".lora_A.weight")}
-    if len(tensors) != 2 * len(downs) or not downs:
-        raise InputError(f"{path} is no LoRA: it has {len(tensors)} tensors, {len(downs)} of them lora_A")
-    for name, down in downs.items():
-        try:
-            layer = unet.get_submodule(name.removeprefix("unet."))
-            # A convolution's B is 1 by 1, so that flattened the product is the same.
-            delta = (tensors[f"{name}.lora_B.weight"].flatten(1) @ down.flatten(1)).view_as(layer.weight)
-            weight = layer.weight.float() + delta.to(layer.weight.device)
-        except (AttributeError, KeyError, RuntimeError):
-            raise InputError(f"{path} does not fit this UNet: {name}") from None
-        layer.weight.copy_(weight)
-
-
-def merge_tuner(unet: UNet2DConditionModel) -> None:
-    """Fold the active tuner of each layer into its weights, by peft's own merge, and put the bare layers back.
-
-    Raises:
-        BoostDiffError: the tuner can't be merged.
-    """
-    for name, layer in [item for item in unet.named_modules() if isinstance(item[1], BaseTunerLayer)]:
-        try:
-            layer.merge(safe_merge=True)
-        except (ValueError, NotImplementedError) as error:
-            raise BoostDiffError(f"{name} can't be merged: {error}") from None
-        parent, _, attribute = name.rpartition(".")
-        setattr(unet.get_submodule(parent), attribute, layer.get_base_layer())
-
-
 def merge(model: Model, folder: Path, info: StudentInfo) -> UNet2DConditionModel:
     """The student as a plain UNet, see `fold_student`; the model is left as it is."""
     merged = copy.deepcopy(model.unet)
@@ -102,16 +59,11 @@ def fold_student(unet: UNet2DConditionModel, folder: Path, info: StudentInfo) ->
         InputError: the adapter does not fit.
         BoostDiffError: the tuner can't be merged.
     """
-    if info.method == "lora":
-        fold_lora(unet, folder / LORA_FILE)
-        if info.guidance_range is not None:
-            load_guidance_embedding(unet, folder / GUIDANCE_FILE)
-    else:
-        apply_adapter(unet, folder, info)
-        merge_tuner(unet)
+    apply_adapter(unet, folder, info)
+    adapter_class(info.method).merge(unet)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def merge_in_place(model: Model, folder: Path, info: StudentInfo) -> MergeProof:
     """Turn the model's own UNet into the student's, and prove it: at any time one UNet is in memory.
 
@@ -144,11 +96,7 @@ def merge_in_place(model: Model, folder: Path, info: StudentInfo) -> MergeProof:
     base = predictions()
     apply_student(model, folder, info)
     adapted = predictions()
-    if info.method == "lora":
-        unet.unload_lora()
-        fold_lora(unet, folder / LORA_FILE)
-    else:
-        merge_tuner(unet)
+    adapter_class(info.method).merge(unet)
     return proof_of(base=base, adapted=adapted, merged=predictions())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 
 import torch
+from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageFont
 
 _MARGIN = 8
@@ -35,18 +36,18 @@ def labelled_grid(columns: dict[str, torch.Tensor], captions: list[str], *, cell
         draw.text((x, _MARGIN // 2), heading, _INK, font=font)
         for row in range(rows):
             y = 2 * _MARGIN + _TEXT + row * (cell + _MARGIN)
-            image = Image.fromarray(images[row].permute(1, 2, 0).numpy())
-            method = Image.Resampling.NEAREST if image.width <= cell else Image.Resampling.LANCZOS
-            canvas.paste(image.resize((cell, cell), method), (x, y))
+            canvas.paste(_enlarged(images[row], cell), (x, y))
     return canvas
 
 
 def contact_sheet(images: torch.Tensor, *, columns: int, cell: int = 128) -> Image.Image:
-    """Tile uint8 images `(N, 3, H, W)` without captions."""
-    rows = -(-len(images) // columns)
-    canvas = Image.new("RGB", (columns * cell, rows * cell), _PAPER)
-    for index, pixels in enumerate(images):
-        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        method = Image.Resampling.NEAREST if image.width <= cell else Image.Resampling.LANCZOS
-        canvas.paste(image.resize((cell, cell), method), (index % columns * cell, index // columns * cell))
-    return canvas
+    """Tile uint8 images `(N, 3, H, W)` without captions; the last row is filled up with paper."""
+    tiles = [_enlarged(pixels, cell) for pixels in images]
+    tiles += [Image.new("RGB", (cell, cell), _PAPER)] * (-len(tiles) % columns)
+    return make_image_grid(tiles, rows=len(tiles) // columns, cols=columns)
+
+
+def _enlarged(pixels: torch.Tensor, cell: int) -> Image.Image:
+    """A uint8 image `(3, H, W)` as a square of `cell` pixels; small ones without smoothing."""
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    return image.resize((cell, cell), Image.Resampling.NEAREST if image.width <= cell else Image.Resampling.LANCZOS)

@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import peft
-import torch
 from diffusers import UNet2DConditionModel
-from peft.utils import set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from .errors import InputError, one_line
 from .files import read_json, sha256_of, write_json
+from .guidance_input import load_adapter
 from .model import Model, ModelFiles
 
 INFO_FILE = "student.json"
-LORA_FILE = "pytorch_lora_weights.safetensors"
-KOHYA_FILE = "kohya.safetensors"
-PEFT_FILE = "adapter_model.safetensors"
-BITFIT_FILE = "bitfit.safetensors"
-SOFT_PROMPT_FILE = "soft_prompt.safetensors"
-GUIDANCE_FILE = "guidance_embedding.safetensors"
-ADAPTER_NAME = "boostdiff"
-LORA_METHODS = ("lora", "dora")
-"""Methods whose file diffusers' `load_lora_weights` reads."""
-
-GUIDANCE_WIDTH = 256
-"""Width of the guidance embedding, as in latent consistency models (Luo et al. 2023) and diffusers' examples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,142 +167,17 @@ def apply_student(model: Model, folder: Path, info: StudentInfo | None = None) -
         InputError: see `read_student`; or the adapter's tensors don't fit the UNet.
     """
     info = info or read_student(folder, model.files)
-    try:
-        apply_adapter(model.unet, folder, info)
-    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        raise InputError(f"the adapter in {folder} does not fit {model.files.name}: {one_line(error)}") from None
+    apply_adapter(model.unet, folder, info)
     return info
 
 
 def apply_adapter(unet: UNet2DConditionModel, folder: Path, info: StudentInfo) -> None:
-    """Put an adapter that was checked by `read_student` onto a UNet.
+    """Put an adapter that was checked by `read_student` onto a UNet, unmerged.
 
     Raises:
-        SafetensorError, RuntimeError, ValueError, KeyError: its tensors don't fit.
-    """
-    if info.method in LORA_METHODS:
-        unet.load_lora_adapter(load_file(folder / LORA_FILE), prefix="unet", adapter_name=ADAPTER_NAME)
-    elif info.method == "bitfit":
-        load_biases(unet, folder / BITFIT_FILE)
-    elif info.method == "soft-prompt":
-        load_soft_prompt(unet, folder / SOFT_PROMPT_FILE)
-    else:
-        load_peft_adapter(unet, folder)
-    if info.guidance_range is not None:
-        load_guidance_embedding(unet, folder / GUIDANCE_FILE)
-
-
-@torch.no_grad()
-def load_biases(unet: torch.nn.Module, path: str | Path) -> None:
-    """Replace all biases of a UNet by those in a BitFit file; the one call that BitFit needs in stock diffusers.
-
-    Args:
-        unet: `pipe.unet` of the model that the file was trained on.
-        path: `bitfit.safetensors`: every `.bias` parameter by its name.
-
-    Raises:
-        KeyError: the file's biases are not those of this UNet.
-        ValueError: one has another shape.
-    """
-    biases = load_file(path)
-    parameters = {name: p for name, p in unet.named_parameters() if name.endswith(".bias")}
-    if biases.keys() != parameters.keys():
-        raise KeyError(f"its {len(biases)} biases are not the {len(parameters)} of the UNet")
-    for name, parameter in parameters.items():
-        if parameter.shape != biases[name].shape:
-            raise ValueError(f"{name} has shape {tuple(biases[name].shape)}, not {tuple(parameter.shape)}")
-        parameter.copy_(biases[name])
-
-
-def load_peft_adapter(unet: UNet2DConditionModel, folder: str | Path) -> None:
-    """Put a tuner that peft saved onto a UNet.
-
-    Args:
-        unet: `pipe.unet` of the model that it was trained on.
-        folder: holds `adapter_config.json` and `adapter_model.safetensors`.
-
-    Raises:
-        ValueError: the configuration is of no known tuner, or the tensors are not those of this UNet.
+        InputError: its tensors don't fit.
     """
     try:
-        config = peft.PeftConfig.from_pretrained(str(folder))
-    except (TypeError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"adapter_config.json is unusable: {error}") from None
-    dtype = unet.dtype
-    unet.add_adapter(config, adapter_name=ADAPTER_NAME)
-    outcome = set_peft_model_state_dict(unet, load_file(Path(folder) / PEFT_FILE), adapter_name=ADAPTER_NAME)
-    if outcome is not None and outcome.unexpected_keys:
-        raise ValueError(f"{PEFT_FILE} has tensors that fit no layer: {outcome.unexpected_keys[0]}")
-    unet.to(dtype).requires_grad_(False)
-
-
-class SoftPromptHook(torch.nn.Module):
-    """Appends learnt tokens `(k, D)` to the UNet's text embedding as long as it is enabled."""
-
-    def __init__(self, tokens: torch.Tensor) -> None:
-        super().__init__()
-        self.tokens = torch.nn.Parameter(tokens)
-        self.enabled = True
-
-    def __call__(self, unet: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """As a forward pre-hook: `encoder_hidden_states` `(B, L, D)` becomes `(B, L + k, D)`."""
-        if not self.enabled:
-            return None
-        hidden = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
-        longer = torch.cat([hidden, self.tokens.to(hidden).expand(len(hidden), -1, -1)], dim=1)
-        if len(args) > 2:
-            return (*args[:2], longer, *args[3:]), kwargs
-        return args, kwargs | {"encoder_hidden_states": longer}
-
-
-def add_soft_prompt(unet: UNet2DConditionModel, tokens: torch.Tensor) -> SoftPromptHook:
-    """Make a UNet see `tokens` `(k, D)` behind every text embedding."""
-    hook = SoftPromptHook(tokens.to(unet.device))
-    unet.register_forward_pre_hook(hook, with_kwargs=True)
-    return hook
-
-
-def load_soft_prompt(unet: UNet2DConditionModel, path: str | Path) -> None:
-    """Put a learnt soft prompt onto a UNet; the one call that it needs in stock diffusers.
-
-    Raises:
-        KeyError: the file holds no soft prompt.
-        ValueError: its tokens are of another width.
-    """
-    tokens = load_file(path)["tokens"]
-    if tokens.ndim != 2 or tokens.shape[1] != unet.config.cross_attention_dim:
-        raise ValueError(f"its tokens have shape {tuple(tokens.shape)}, not (k, {unet.config.cross_attention_dim})")
-    add_soft_prompt(unet, tokens).requires_grad_(False)
-
-
-def add_guidance_embedding(unet: UNet2DConditionModel, width: int = GUIDANCE_WIDTH) -> torch.nn.Linear:
-    """Give a UNet the input `timestep_cond`, through which a stock pipeline hands it any `guidance_scale`.
-
-    The projection is float32 and starts at zero, so that nothing changes before it is trained: diffusers' own
-    (`TimestepEmbedding.cond_proj`) starts at random.
-
-    Raises:
-        ValueError: the UNet has one already.
-    """
-    if unet.config.time_cond_proj_dim is not None:
-        raise ValueError("the UNet takes guidance as an input already")
-    projection = torch.nn.Linear(width, unet.time_embedding.linear_1.in_features, bias=False, device=unet.device)
-    torch.nn.init.zeros_(projection.weight)
-    unet.time_embedding.cond_proj = projection
-    unet.register_to_config(time_cond_proj_dim=width)
-    return projection
-
-
-@torch.no_grad()
-def load_guidance_embedding(unet: UNet2DConditionModel, path: str | Path) -> None:
-    """Give a UNet the guidance input that a range student was trained with.
-
-    Raises:
-        KeyError: the file holds no guidance embedding.
-        ValueError: it is for another UNet.
-    """
-    weight = load_file(path)["time_embedding.cond_proj.weight"]
-    projection = add_guidance_embedding(unet, weight.shape[1]).to(unet.dtype).requires_grad_(False)
-    if weight.shape != projection.weight.shape:
-        raise ValueError(f"its guidance embedding has shape {tuple(weight.shape)}")
-    projection.weight.copy_(weight)
+        load_adapter(unet, folder, method=info.method, guidance_input=info.guidance_range is not None)
+    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        raise InputError(f"the adapter in {folder} does not fit {info.model}: {one_line(error)}") from None

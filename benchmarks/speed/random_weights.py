@@ -11,9 +11,9 @@ import torch
 import transformers
 import typer
 
-from ...distill.adapters import make_adapter
 from ...engine.errors import InputError
 from ...engine.files import read_json, sha256_of, staged_folder
+from ...engine.guidance_input import make_adapter
 from ...engine.model import Model, ModelFiles, default_dtype, locate, settle
 from ...engine.student import INFO_FILE, StudentInfo
 from ...engine.versions import versions

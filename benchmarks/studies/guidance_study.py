@@ -17,12 +17,13 @@ import numpy as np
 import torch
 import typer
 
+from ...engine.adapters import ADAPTER_NAME, LORA_METHODS
 from ...engine.errors import InputError
 from ...engine.families import TextEmbeddings
 from ...engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
 from ...engine.model import Model
 from ...engine.runners import TorchRunner
-from ...engine.student import ADAPTER_NAME, LORA_METHODS, apply_student, read_student
+from ...engine.student import apply_student, read_student
 from ..quality.distances import Distance, frechet_distance, paired_distance
 from ..quality.features import DISTANCE_NAME
 from ..quality.predictions import error_and_share, trajectory

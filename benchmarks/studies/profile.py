@@ -22,13 +22,13 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, schedule
 from torch.profiler import profile as profiled
 
-from ...distill.adapters import make_adapter
 from ...distill.monitoring import peak_memory
 from ...distill.objective import distillation_loss
 from ...engine.errors import InputError
 from ...engine.files import write_json
 from ...engine.generate import IN_TORCH, LACKING
 from ...engine.guidance import combine
+from ...engine.guidance_input import make_adapter
 from ...engine.model import Model, ModelFiles, resolve_device
 from ...engine.runners import Runner
 from ...engine.sampling import initial_noise

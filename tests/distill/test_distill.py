@@ -17,10 +17,11 @@ from boostdiff.distill.monitoring import Pace
 from boostdiff.distill.presets import resolve_config
 from boostdiff.distill.run_folder import work_folder
 from boostdiff.distill.source import Batch
+from boostdiff.engine.adapters import LORA_FILE
 from boostdiff.engine.compiled import TrainingRunner
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.model import ModelFiles
-from boostdiff.engine.student import LORA_FILE, read_student
+from boostdiff.engine.student import read_student
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from tiny import save_images

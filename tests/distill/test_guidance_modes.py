@@ -12,12 +12,14 @@ from boostdiff.distill.objective import NoiseSchedule, guidance_weight
 from boostdiff.distill.order import Share
 from boostdiff.distill.presets import RANGE_UPDATES, resolve_config
 from boostdiff.distill.trajectories import Trajectories
+from boostdiff.engine.adapters import ADAPTER_NAME
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.guidance import SinglePassDenoiser, combine, guidance_embedding, smooth_columns
+from boostdiff.engine.guidance_input import GUIDANCE_FILE
 from boostdiff.engine.merge import merge, merge_in_place
 from boostdiff.engine.model import Model, ModelFiles, load, locate
 from boostdiff.engine.runners import TorchRunner
-from boostdiff.engine.student import ADAPTER_NAME, GUIDANCE_FILE, apply_student, read_student
+from boostdiff.engine.student import apply_student, read_student
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from tiny import CPU, PROMPTS

@@ -9,6 +9,7 @@ from boostdiff.benchmarks.speed.throughput import Entrant, measure
 from boostdiff.distill.config import DistillConfig
 from boostdiff.distill.distill import distil
 from boostdiff.distill.loop import Observers
+from boostdiff.engine.adapters import LORA_FILE
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.exported import Engine
 from boostdiff.engine.families import family_of
@@ -20,7 +21,7 @@ from boostdiff.engine.runners import GraphRunner, TorchRunner
 from boostdiff.engine.sampling import generate, to_uint8
 from boostdiff.engine.schedulers import make_scheduler
 from boostdiff.engine.sessions import OnnxSession
-from boostdiff.engine.student import LORA_FILE, read_student
+from boostdiff.engine.student import read_student
 from boostdiff.export.config import ExportConfig
 from boostdiff.export.export import export
 from diffusers import DDIMScheduler, DiffusionPipeline

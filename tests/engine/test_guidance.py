@@ -2,9 +2,9 @@ import pytest
 import torch
 from boostdiff.engine.families import TextEmbeddings
 from boostdiff.engine.guidance import GuidedDenoiser, SinglePassDenoiser, combine, guidance_embedding
+from boostdiff.engine.guidance_input import add_guidance_embedding
 from boostdiff.engine.model import Model
 from boostdiff.engine.runners import TorchRunner
-from boostdiff.engine.student import add_guidance_embedding
 
 
 @pytest.mark.parametrize("w", [1.0, 3.0, 7.5])

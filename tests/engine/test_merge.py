@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from boostdiff.engine.adapters import LORA_FILE
 from boostdiff.engine.errors import BoostDiffError, InputError
-from boostdiff.engine.merge import fold_lora, merge, merge_in_place, proof_of
+from boostdiff.engine.merge import fold_student, merge, merge_in_place, proof_of
 from boostdiff.engine.model import Model, ModelFiles, load
 from boostdiff.engine.student import apply_student, read_student
 from safetensors.torch import save_file
@@ -46,13 +47,13 @@ def test_the_proof_fails_for_a_wrong_merge() -> None:
         proof_of(base=base, adapted=base, merged=base)
 
 
-def test_a_lora_of_another_architecture(tiny: Model, tmp_path: Path) -> None:
-    save_file({"unet.x.lora_A.weight": torch.zeros(1, 1), "unet.x.lora_B.weight": torch.zeros(1, 1)}, tmp_path / "l")
-    with pytest.raises(InputError, match="does not fit this UNet"):
-        fold_lora(tiny.unet, tmp_path / "l")
-    save_file({"conv.weight": torch.zeros(1)}, tmp_path / "none")
-    with pytest.raises(InputError, match="is no LoRA"):
-        fold_lora(tiny.unet, tmp_path / "none")
+def test_a_lora_of_another_architecture(tiny: Model, students: dict[str, Path], tmp_path: Path) -> None:
+    info = read_student(students["lora"])
+    for name in ("unet.x", "conv"):
+        tensors = {f"{name}.lora_{side}.weight": torch.zeros(1, 1) for side in "AB"}
+        save_file(tensors, tmp_path / LORA_FILE)
+        with pytest.raises(InputError, match="does not fit"):
+            fold_student(tiny.unet, tmp_path, info)
 
 
 def test_merging_is_repeatable(tiny: Model, students: dict[str, Path]) -> None:

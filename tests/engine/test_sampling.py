@@ -5,13 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from boostdiff.engine.adapters import LORA_FILE
 from boostdiff.engine.families import TextEmbeddings
 from boostdiff.engine.guidance import GuidedDenoiser, SinglePassDenoiser
 from boostdiff.engine.model import Model, locate
 from boostdiff.engine.runners import TorchRunner
 from boostdiff.engine.sampling import decode, default_batch_size, generate, initial_noise, sample, to_uint8
 from boostdiff.engine.schedulers import SAMPLERS, make_scheduler
-from boostdiff.engine.student import LORA_FILE, apply_student
+from boostdiff.engine.student import apply_student
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from tiny import PROMPTS, make_pipeline
 

@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from boostdiff.engine.adapters import BITFIT_FILE, LORA_FILE, BitFit
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.model import Model, ModelFiles, load, locate
-from boostdiff.engine.student import BITFIT_FILE, LORA_FILE, apply_student, load_biases, read_student
+from boostdiff.engine.student import apply_student, read_student
 from safetensors.torch import load_file, save_file
 from tiny import CPU, make_pipeline
 
@@ -56,10 +57,10 @@ def test_bitfit_replaces_every_bias_and_nothing_else(students: dict[str, Path], 
 
 def test_biases_of_another_architecture(tiny_files: ModelFiles, tmp_path: Path) -> None:
     unet = load(tiny_files, device=CPU).unet
-    save_file({"conv_in.bias": torch.zeros(16)}, tmp_path / "few.safetensors")
+    save_file({"conv_in.bias": torch.zeros(16)}, tmp_path / BITFIT_FILE)
     with pytest.raises(KeyError, match="1 biases"):
-        load_biases(unet, tmp_path / "few.safetensors")
+        BitFit.load(unet, tmp_path)
     wrong = {name: torch.zeros(3) for name, _ in unet.named_parameters() if name.endswith(".bias")}
-    save_file(wrong, tmp_path / "wrong.safetensors")
+    save_file(wrong, tmp_path / BITFIT_FILE)
     with pytest.raises(ValueError, match="has shape"):
-        load_biases(unet, tmp_path / "wrong.safetensors")
+        BitFit.load(unet, tmp_path)

@@ -1,7 +1,7 @@
-"""Adapters: what is trained while the UNet stays frozen.
+"""Adapters: what is trained while the UNet stays frozen. One class for each kind attaches, saves, loads and merges it.
 
 Teacher and student share one UNet: `disabled()` turns it back into the teacher for as long as the block lasts.
-Most methods are tuners of peft and share one path: to add one, give it a row in `PEFT_METHODS`.
+Most methods are tuners of peft and share one class: to add one, give it a row in `PEFT_METHODS`.
 """
 
 from __future__ import annotations
@@ -10,28 +10,27 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
-from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
-from ..engine.errors import InputError, one_line
-from ..engine.guidance import smooth_columns
-from ..engine.student import (
-    ADAPTER_NAME,
-    BITFIT_FILE,
-    GUIDANCE_FILE,
-    KOHYA_FILE,
-    LORA_FILE,
-    LORA_METHODS,
-    PEFT_FILE,
-    SOFT_PROMPT_FILE,
-    add_guidance_embedding,
-    add_soft_prompt,
-)
+from .errors import BoostDiffError, InputError, one_line
+
+ADAPTER_NAME = "boostdiff"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "kohya.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
+BITFIT_FILE = "bitfit.safetensors"
+SOFT_PROMPT_FILE = "soft_prompt.safetensors"
+LORA_METHODS = ("lora", "dora")
+"""Methods whose file diffusers' `load_lora_weights` reads."""
+
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_k", "to_out.0", "to_q", "to_v"),
@@ -60,7 +59,11 @@ METHODS = (*PEFT_METHODS, "bitfit", "soft-prompt")
 
 
 class Adapter(ABC):
-    """Trainable float32 parameters on a frozen UNet of any precision; run it under autocast if that is a lower one."""
+    """Trainable float32 parameters on a frozen UNet of any precision; run it under autocast if that is a lower one.
+
+    An instance is there for training. What it saved is put onto a UNet for use by `load`, in stock diffusers too, and
+    folded into its weights by `merge`.
+    """
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         self.unet = unet
@@ -81,9 +84,26 @@ class Adapter(ABC):
     def save(self, folder: Path, pipeline: DiffusionPipeline) -> list[Path]:
         """Write the adapter as safetensors into a folder and return its files."""
 
+    @staticmethod
+    @abstractmethod
+    def load(unet: UNet2DConditionModel, folder: str | Path) -> None:
+        """Put what `save` wrote onto the UNet of the model that it was trained on.
+
+        Raises:
+            SafetensorError, RuntimeError, ValueError, KeyError: it does not fit.
+        """
+
+    @staticmethod
+    def merge(unet: UNet2DConditionModel) -> None:
+        """Fold what `load` put onto a UNet into its weights; nothing where it is there already, or stays as a hook.
+
+        Raises:
+            BoostDiffError: it can't be merged.
+        """
+
     @torch.no_grad()
-    def load(self, weights: dict[str, torch.Tensor]) -> None:
-        """Take over weights by name.
+    def restore(self, weights: dict[str, torch.Tensor]) -> None:
+        """Take over trained parameters by name.
 
         Raises:
             ValueError: names or shapes are not this adapter's.
@@ -149,6 +169,41 @@ class PeftAdapter(Adapter):
         )
         return [folder / LORA_FILE]
 
+    @staticmethod
+    def load(unet: UNet2DConditionModel, folder: str | Path) -> None:
+        """See `Adapter.load`."""
+        folder = Path(folder)
+        if (folder / LORA_FILE).is_file():
+            tensors = load_file(folder / LORA_FILE)
+            if not tensors or not all(name.startswith("unet.") for name in tensors):
+                raise ValueError(f"{LORA_FILE} is no LoRA of a UNet")
+            unet.load_lora_adapter(tensors, prefix="unet", adapter_name=ADAPTER_NAME)
+            return
+        try:
+            config = peft.PeftConfig.from_pretrained(str(folder))
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"adapter_config.json is unusable: {error}") from None
+        dtype = unet.dtype
+        unet.add_adapter(config, adapter_name=ADAPTER_NAME)
+        outcome = set_peft_model_state_dict(unet, load_file(folder / PEFT_FILE), adapter_name=ADAPTER_NAME)
+        if outcome is not None and outcome.unexpected_keys:
+            raise ValueError(f"{PEFT_FILE} has tensors that fit no layer: {outcome.unexpected_keys[0]}")
+        unet.to(dtype).requires_grad_(False)
+
+    @staticmethod
+    @torch.no_grad()
+    def merge(unet: UNet2DConditionModel) -> None:
+        """See `Adapter.merge`; layer by layer, in float32, by peft's own merge. The bare layers are put back."""
+        for name, layer in [item for item in unet.named_modules() if isinstance(item[1], BaseTunerLayer)]:
+            dtype = layer.get_base_layer().weight.dtype
+            try:
+                layer.float().merge(safe_merge=True)
+            except (ValueError, NotImplementedError) as error:
+                raise BoostDiffError(f"{name} can't be merged: {error}") from None
+            parent, _, attribute = name.rpartition(".")
+            setattr(unet.get_submodule(parent), attribute, layer.get_base_layer().to(dtype))
+        unet.unload_lora()
+
     def save_kohya(self, folder: Path) -> Path:
         """Write a LoRA once more by the names that ComfyUI, A1111 and kohya's scripts read.
 
@@ -198,12 +253,45 @@ class BitFit(Adapter):
             parameter.data, self._base[name] = self._base[name], parameter.data
 
     def save(self, folder: Path, pipeline: DiffusionPipeline) -> list[Path]:
-        """Write every bias by its name; `boostdiff.engine.student.load_biases` reads it."""
+        """Write every bias by its name."""
         save_file(
             {name: p.detach().cpu().contiguous() for name, p in self.parameters().items()},
             folder / BITFIT_FILE,
         )
         return [folder / BITFIT_FILE]
+
+    @staticmethod
+    @torch.no_grad()
+    def load(unet: UNet2DConditionModel, folder: str | Path) -> None:
+        """See `Adapter.load`: every bias of the UNet is replaced."""
+        biases = load_file(Path(folder) / BITFIT_FILE)
+        parameters = {name: p for name, p in unet.named_parameters() if name.endswith(".bias")}
+        if biases.keys() != parameters.keys():
+            raise KeyError(f"its {len(biases)} biases are not the {len(parameters)} of the UNet")
+        for name, parameter in parameters.items():
+            if parameter.shape != biases[name].shape:
+                raise ValueError(f"{name} has shape {tuple(biases[name].shape)}, not {tuple(parameter.shape)}")
+            parameter.copy_(biases[name])
+
+
+class SoftPromptHook(torch.nn.Module):
+    """Appends learnt tokens `(k, D)` to the UNet's text embedding as long as it is enabled."""
+
+    def __init__(self, unet: UNet2DConditionModel, tokens: torch.Tensor) -> None:
+        super().__init__()
+        self.tokens = torch.nn.Parameter(tokens.to(unet.device))
+        self.enabled = True
+        unet.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, unet: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As a forward pre-hook: `encoder_hidden_states` `(B, L, D)` becomes `(B, L + k, D)`."""
+        if not self.enabled:
+            return None
+        hidden = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
+        longer = torch.cat([hidden, self.tokens.to(hidden).expand(len(hidden), -1, -1)], dim=1)
+        if len(args) > 2:
+            return (*args[:2], longer, *args[3:]), kwargs
+        return args, kwargs | {"encoder_hidden_states": longer}
 
 
 class SoftPrompt(Adapter):
@@ -211,8 +299,7 @@ class SoftPrompt(Adapter):
 
     def __init__(self, unet: UNet2DConditionModel, tokens: int) -> None:
         super().__init__(unet)
-        self.prompt = add_soft_prompt(unet, 0.02 * torch.randn(tokens, unet.config.cross_attention_dim))
-        self.prompt.tokens.requires_grad_(True)
+        self.prompt = SoftPromptHook(unet, 0.02 * torch.randn(tokens, unet.config.cross_attention_dim))
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """See `Adapter.parameters`."""
@@ -228,78 +315,20 @@ class SoftPrompt(Adapter):
             self.prompt.enabled = True
 
     def save(self, folder: Path, pipeline: DiffusionPipeline) -> list[Path]:
-        """Write `tokens` `(k, D)`; `boostdiff.engine.student.load_soft_prompt` reads it."""
+        """Write `tokens` `(k, D)`."""
         save_file({"tokens": self.prompt.tokens.detach().cpu().contiguous()}, folder / SOFT_PROMPT_FILE)
         return [folder / SOFT_PROMPT_FILE]
 
-
-class GuidanceConditioned(Adapter):
-    """Another adapter, and with it a guidance embedding: the student takes w as an input (Meng et al. 2023, §3.1).
-
-    The embedding enters beside the timestep's, through a projection that starts at zero. The teacher, which is given
-    no w, does not see it.
-    """
-
-    def __init__(self, unet: UNet2DConditionModel, inner: Adapter) -> None:
-        super().__init__(unet)
-        self.inner = inner
-        self.projection = add_guidance_embedding(unet)
-        self.projection.requires_grad_(True)
-        # The other columns stay at zero: trained, they add noise at every scale that was not drawn.
-        smooth = smooth_columns(self.projection.in_features).to(self.projection.weight.device)
-        self.projection.weight.register_hook(lambda gradient: gradient * smooth)
-
-    def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """See `Adapter.parameters`."""
-        name = "time_embedding.cond_proj.weight"
-        return {**self.inner.parameters(), name: self.unet.get_parameter(name)}
-
-    def count(self) -> int:
-        """See `Adapter.count`: the projection's smooth columns alone."""
-        columns = int(smooth_columns(self.projection.in_features).sum())
-        return self.inner.count() + columns * self.projection.out_features
-
-    def disabled(self) -> AbstractContextManager[None]:
-        """See `Adapter.disabled`."""
-        return self.inner.disabled()
-
-    def save(self, folder: Path, pipeline: DiffusionPipeline) -> list[Path]:
-        """Write the other adapter, and the projection in a file of its own."""
-        weights = {"time_embedding.cond_proj.weight": self.projection.weight.detach().cpu().contiguous()}
-        save_file(weights, folder / GUIDANCE_FILE)
-        return [*self.inner.save(folder, pipeline), folder / GUIDANCE_FILE]
+    @staticmethod
+    def load(unet: UNet2DConditionModel, folder: str | Path) -> None:
+        """See `Adapter.load`: a hook, which exported graphs take with them."""
+        tokens = load_file(Path(folder) / SOFT_PROMPT_FILE)["tokens"]
+        if tokens.ndim != 2 or tokens.shape[1] != unet.config.cross_attention_dim:
+            raise ValueError(f"its tokens have shape {tuple(tokens.shape)}, not (k, {unet.config.cross_attention_dim})")
+        SoftPromptHook(unet, tokens).requires_grad_(False)
 
 
-def make_adapter(
-    method: str,
-    unet: UNet2DConditionModel,
-    *,
-    rank: int = 8,
-    alpha: float | None = None,
-    targets: str = "attention",
-    tokens: int = 16,
-    guidance_input: bool = False,
-) -> Adapter:
-    """Put a new adapter on a frozen UNet; its initial weights come from torch's default generator.
-
-    Args:
-        method: one of `METHODS`.
-        unet: its parameters must not require gradients.
-        rank: of the low-rank methods.
-        alpha: of LoRA and its kin; by default the rank.
-        targets: a key of `TARGETS`, or comma-separated endings of module names.
-        tokens: of a soft prompt.
-        guidance_input: the student takes its guidance as an input.
-
-    Raises:
-        InputError: no layer has such a name, or the tuner can't take one that has.
-    """
-    adapter: Adapter
-    if method == "bitfit":
-        adapter = BitFit(unet)
-    elif method == "soft-prompt":
-        adapter = SoftPrompt(unet, tokens)
-    else:
-        modules = list(TARGETS.get(targets, tuple(part.strip() for part in targets.split(","))))
-        adapter = PeftAdapter(unet, method, PEFT_METHODS[method](rank, alpha or rank, modules))
-    return GuidanceConditioned(unet, adapter) if guidance_input else adapter
+def adapter_class(method: str) -> type[Adapter]:
+    """What handles a method of `METHODS`."""
+    others: dict[str, type[Adapter]] = {"bitfit": BitFit, "soft-prompt": SoftPrompt}
+    return others.get(method, PeftAdapter)

@@ -2,11 +2,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from boostdiff.distill.adapters import METHODS, PEFT_METHODS, PeftAdapter, make_adapter
 from boostdiff.distill.config import DistillConfig
 from boostdiff.distill.distill import count_parameters, distil
 from boostdiff.distill.loop import Observers
+from boostdiff.engine.adapters import METHODS, PEFT_METHODS, PeftAdapter
 from boostdiff.engine.errors import InputError
+from boostdiff.engine.guidance_input import make_adapter
 from boostdiff.engine.merge import merge_in_place
 from boostdiff.engine.model import Model, ModelFiles, load, locate
 from diffusers import StableDiffusionPipeline
@@ -87,12 +88,12 @@ def test_a_lora_file_loads_in_stock_diffusers(tiny: Model, tiny_folder: Path, tm
 def test_weights_of_another_adapter_are_refused(tiny: Model, tiny_files: ModelFiles, method: str) -> None:
     adapter = make_adapter(method, tiny.unet, rank=4)
     with pytest.raises(ValueError, match="another adapter"):
-        adapter.load({"x": torch.zeros(1)})
+        adapter.restore({"x": torch.zeros(1)})
     with pytest.raises(ValueError, match="has shape"):
-        adapter.load({name: torch.zeros(1, 1) for name in adapter.parameters()})
+        adapter.restore({name: torch.zeros(1, 1) for name in adapter.parameters()})
     other = make_adapter(method, load(tiny_files, device=CPU).unet, rank=4)
     perturb(other)
-    adapter.load(dict(other.parameters()))
+    adapter.restore(dict(other.parameters()))
     for name, parameter in adapter.parameters().items():
         assert torch.equal(parameter, other.parameters()[name])
 

@@ -1,0 +1,132 @@
+"""Guidance as an input of the student (Meng et al. 2023), and a student's adapter with or without it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from .adapters import PEFT_METHODS, TARGETS, Adapter, BitFit, PeftAdapter, SoftPrompt, adapter_class
+from .guidance import smooth_columns
+
+GUIDANCE_FILE = "guidance_embedding.safetensors"
+
+
+GUIDANCE_WIDTH = 256
+"""Width of the guidance embedding, as in latent consistency models (Luo et al. 2023) and diffusers' examples."""
+
+
+class GuidanceConditioned(Adapter):
+    """Another adapter, and with it a guidance embedding: the student takes w as an input (Meng et al. 2023, §3.1).
+
+    The embedding enters beside the timestep's, through a projection that starts at zero. The teacher, which is given
+    no w, does not see it.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, inner: Adapter) -> None:
+        super().__init__(unet)
+        self.inner = inner
+        self.projection = add_guidance_embedding(unet)
+        # The other columns stay at zero: trained, they add noise at every scale that was not drawn.
+        smooth = smooth_columns(self.projection.in_features).to(self.projection.weight.device)
+        self.projection.weight.register_hook(lambda gradient: gradient * smooth)
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """See `Adapter.parameters`."""
+        name = "time_embedding.cond_proj.weight"
+        return {**self.inner.parameters(), name: self.unet.get_parameter(name)}
+
+    def count(self) -> int:
+        """See `Adapter.count`: the projection's smooth columns alone."""
+        columns = int(smooth_columns(self.projection.in_features).sum())
+        return self.inner.count() + columns * self.projection.out_features
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """See `Adapter.disabled`."""
+        return self.inner.disabled()
+
+    def save(self, folder: Path, pipeline: DiffusionPipeline) -> list[Path]:
+        """Write the other adapter, and the projection in a file of its own."""
+        weights = {"time_embedding.cond_proj.weight": self.projection.weight.detach().cpu().contiguous()}
+        save_file(weights, folder / GUIDANCE_FILE)
+        return [*self.inner.save(folder, pipeline), folder / GUIDANCE_FILE]
+
+    @staticmethod
+    @torch.no_grad()
+    def load(unet: UNet2DConditionModel, folder: str | Path) -> None:
+        """See `Adapter.load`, of the projection; the other adapter has its own."""
+        weight = load_file(Path(folder) / GUIDANCE_FILE)["time_embedding.cond_proj.weight"]
+        projection = add_guidance_embedding(unet, weight.shape[1]).to(unet.dtype).requires_grad_(False)
+        if weight.shape != projection.weight.shape:
+            raise ValueError(f"its guidance embedding has shape {tuple(weight.shape)}")
+        projection.weight.copy_(weight)
+
+
+def add_guidance_embedding(unet: UNet2DConditionModel, width: int = GUIDANCE_WIDTH) -> torch.nn.Linear:
+    """Give a UNet the input `timestep_cond`, through which a stock pipeline hands it any `guidance_scale`.
+
+    The projection is float32 and starts at zero, so that nothing changes before it is trained: diffusers' own
+    (`TimestepEmbedding.cond_proj`) starts at random.
+
+    Raises:
+        ValueError: the UNet has one already.
+    """
+    if unet.config.time_cond_proj_dim is not None:
+        raise ValueError("the UNet takes guidance as an input already")
+    projection = torch.nn.Linear(width, unet.time_embedding.linear_1.in_features, bias=False, device=unet.device)
+    torch.nn.init.zeros_(projection.weight)
+    unet.time_embedding.cond_proj = projection
+    unet.register_to_config(time_cond_proj_dim=width)
+    return projection
+
+
+def load_adapter(unet: UNet2DConditionModel, folder: Path, *, method: str, guidance_input: bool) -> None:
+    """Put a saved adapter onto a UNet, unmerged; see `Adapter.load`.
+
+    Args:
+        unet: of the model that it was trained on.
+        folder: the student's.
+        method: one of `METHODS`.
+        guidance_input: whether the student takes its guidance as an input.
+    """
+    adapter_class(method).load(unet, folder)
+    if guidance_input:
+        GuidanceConditioned.load(unet, folder)
+
+
+def make_adapter(
+    method: str,
+    unet: UNet2DConditionModel,
+    *,
+    rank: int = 8,
+    alpha: float | None = None,
+    targets: str = "attention",
+    tokens: int = 16,
+    guidance_input: bool = False,
+) -> Adapter:
+    """Put a new adapter on a frozen UNet; its initial weights come from torch's default generator.
+
+    Args:
+        method: one of `METHODS`.
+        unet: its parameters must not require gradients.
+        rank: of the low-rank methods.
+        alpha: of LoRA and its kin; by default the rank.
+        targets: a key of `TARGETS`, or comma-separated endings of module names.
+        tokens: of a soft prompt.
+        guidance_input: the student takes its guidance as an input.
+
+    Raises:
+        InputError: no layer has such a name, or the tuner can't take one that has.
+    """
+    adapter: Adapter
+    if method == "bitfit":
+        adapter = BitFit(unet)
+    elif method == "soft-prompt":
+        adapter = SoftPrompt(unet, tokens)
+    else:
+        modules = list(TARGETS.get(targets, tuple(part.strip() for part in targets.split(","))))
+        adapter = PeftAdapter(unet, method, PEFT_METHODS[method](rank, alpha or rank, modules))
+    return GuidanceConditioned(unet, adapter) if guidance_input else adapter
