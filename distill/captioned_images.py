@@ -99,6 +99,6 @@ class CaptionedImages(Source):
 
 def image_size(model: Model) -> tuple[int, int]:
     """Height and width in pixels of the images that a model makes."""
-    scale = 2 ** (len(model.pipeline.vae.config.block_out_channels) - 1)
+    scale = model.pipeline.vae_scale_factor
     _, height, width = model.latent_shape
     return height * scale, width * scale

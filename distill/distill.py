@@ -17,7 +17,7 @@ from ..engine.compiled import missing_compiler, use_plain_attention
 from ..engine.errors import InputError
 from ..engine.files import prepare_output, publish
 from ..engine.guidance_input import make_adapter
-from ..engine.model import ModelFiles, load, resolve_device
+from ..engine.model import Model, ModelFiles, load, resolve_device
 from ..engine.prompts import read_prompts
 from ..engine.student import INFO_FILE, StudentInfo
 from .captioned_images import CaptionedImages
@@ -83,56 +83,23 @@ def distil(
     """
     observers = observers or Observers()
     # Checked before the weights are read: they can take minutes.
-    if config.prompts is None and config.images is None:
-        raise InputError("there is nothing to train on: pass --prompts FILE or --images DIR")
-    if "kohya" in formats and config.method != "lora":
-        raise InputError(f"--format kohya is for --method lora, not {config.method}")
-    _check_guidance(files, config)
-    _check_precision(files, config, resolve_device(device))
-    if config.compile and (reason := missing_compiler(resolve_device(device))):
-        raise InputError(f"--compile: {reason}")
+    _check(files, config, formats, resolve_device(device))
     prompts = read_prompts(config.prompts) if config.prompts else []
     rows = _opened(config.images) if config.images else None
     prepare_output(output, replaces=INFO_FILE)
     folder = work_folder(output)
     resolved = config.as_json() | {"unet_sha256": files.unet_sha256()}
-
     accelerator, target = _accelerator(config, device, folder, observers.log_with)
-    share = Share(batch_size=config.batch_size, index=accelerator.process_index, count=accelerator.num_processes)
-    if config.batch_size < share.count:
-        raise InputError(f"--batch-size {config.batch_size} is too small for {share.count} processes")
+    main = accelerator.is_main_process
     state = resumable_state(folder, resolved) if resume else None
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-    model = load(files, device=target, dtype=torch.float32 if target.type == "cpu" else dtype)
-    if target.type == "cuda":
-        # Half-precision convolutions run on tensor cores in this order alone.
-        model.unet.to(memory_format=torch.channels_last)
-    if target.type == "cpu" and dtype != torch.float32:
-        use_plain_attention(model.unet)
-    torch.manual_seed(config.seed)
-    adapter = _adapter(model.unet, config)
-    if config.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
+    model, adapter = _load(files, config, target)
     schedule = NoiseSchedule.of(model.pipeline.scheduler, target)
-    common: dict[str, Any] = {
-        "share": share,
-        "seed": config.seed,
-        "guidance": config.guidance_bounds,
-        "negative_prompt": config.negative_prompt,
-    }
-    source: Source
-    if rows is not None:
-        source = CaptionedImages(model, rows, schedule, max_bad_samples=config.max_bad_samples, **common)
-        shown = source.stream.captions(PREVIEW_ROWS)
-    else:
-        source = Trajectories(model, prompts, schedule, **common)
-        # Prompts that stand far apart show more than the first few of a sorted list.
-        shown = prompts[:: max(1, len(prompts) // PREVIEW_ROWS)][:PREVIEW_ROWS]
+    source, shown = _source(model, config, accelerator, schedule, prompts, rows)
     run = Run(accelerator, model, adapter, source, schedule, config, folder)
     if state is not None:
         run.restore(state)
-    elif accelerator.is_main_process:
+    elif main:
         begin(folder, resolved, observers)
     accelerator.wait_for_everyone()
     preview = Preview(model, adapter, prompts=shown, config=config, autocast=accelerator.autocast)
@@ -144,7 +111,7 @@ def distil(
             observers.note(f"there is no {path.name}: out of memory")
 
     info = None
-    with exclusive_lock(folder) if accelerator.is_main_process else nullcontext():
+    with exclusive_lock(folder) if main else nullcontext():
         if observers.on_start:
             observers.on_start(run.done)
         if observers.log_with:
@@ -152,11 +119,11 @@ def distil(
         try:
             result = run.train(observers, draw)
         except InputError:
-            if accelerator.is_main_process and not (folder / CHECKPOINT_FILE).exists():
+            if main and not (folder / CHECKPOINT_FILE).exists():
                 # Data that can't be used from the start leaves nothing to go on from.
                 shutil.rmtree(folder)
             raise
-        if accelerator.is_main_process:
+        if main:
             info = write_student(
                 folder, model, adapter, config, formats=formats, unet_sha256=resolved["unet_sha256"], result=result
             )
@@ -174,6 +141,67 @@ def distil(
     return info
 
 
+def _check(files: ModelFiles, config: DistillConfig, formats: tuple[str, ...], device: torch.device) -> None:
+    """Refuse what can't be trained.
+
+    Raises:
+        InputError: there is no data, or model, configuration and device don't go together.
+    """
+    if config.prompts is None and config.images is None:
+        raise InputError("there is nothing to train on: pass --prompts FILE or --images DIR")
+    if "kohya" in formats and config.method != "lora":
+        raise InputError(f"--format kohya is for --method lora, not {config.method}")
+    _check_guidance(files, config)
+    if config.precision == "fp16":
+        if device.type == "cpu":
+            raise InputError("--precision fp16 needs a GPU: choose bf16 or fp32")
+        if files.unet_config.get("upcast_attention"):
+            # Autocast takes back the upcast.
+            raise InputError(f"the attention of {files.name} overflows in fp16: choose --precision bf16 or fp32")
+    if config.compile and (reason := missing_compiler(device)):
+        raise InputError(f"--compile: {reason}")
+
+
+def _load(files: ModelFiles, config: DistillConfig, device: torch.device) -> tuple[Model, Adapter]:
+    """The model in the run's precision, and a new adapter on its UNet."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    model = load(files, device=device, dtype=torch.float32 if device.type == "cpu" else dtype)
+    if device.type == "cuda":
+        # Half-precision convolutions run on tensor cores in this order alone.
+        model.unet.to(memory_format=torch.channels_last)
+    if device.type == "cpu" and dtype != torch.float32:
+        use_plain_attention(model.unet)
+    torch.manual_seed(config.seed)
+    adapter = _adapter(model.unet, config)
+    if config.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    return model, adapter
+
+
+def _source(
+    model: Model,
+    config: DistillConfig,
+    accelerator: Accelerator,
+    schedule: NoiseSchedule,
+    prompts: list[str],
+    rows: Rows | None,
+) -> tuple[Source, list[str]]:
+    """Where states come from, and the prompts that previews show."""
+    share = Share(batch_size=config.batch_size, index=accelerator.process_index, count=accelerator.num_processes)
+    common: dict[str, Any] = {
+        "share": share,
+        "seed": config.seed,
+        "guidance": config.guidance_bounds,
+        "negative_prompt": config.negative_prompt,
+    }
+    if rows is not None:
+        images = CaptionedImages(model, rows, schedule, max_bad_samples=config.max_bad_samples, **common)
+        return images, images.stream.captions(PREVIEW_ROWS)
+    # Prompts that stand far apart show more than the first few of a sorted list.
+    shown = prompts[:: max(1, len(prompts) // PREVIEW_ROWS)][:PREVIEW_ROWS]
+    return Trajectories(model, prompts, schedule, **common), shown
+
+
 def _opened(images: str) -> Rows:
     # What reads them is large, and a run on prompts does without.
     from .image_files import open_images
@@ -184,16 +212,6 @@ def _opened(images: str) -> Rows:
 def _check_guidance(files: ModelFiles, config: DistillConfig) -> None:
     if config.takes_guidance and files.unet_config.get("time_cond_proj_dim") is not None:
         raise InputError(f"{files.name} takes guidance as an input already: it is distilled")
-
-
-def _check_precision(files: ModelFiles, config: DistillConfig, device: torch.device) -> None:
-    if config.precision != "fp16":
-        return
-    if device.type == "cpu":
-        raise InputError("--precision fp16 needs a GPU: choose bf16 or fp32")
-    if files.unet_config.get("upcast_attention"):
-        # Autocast takes back the upcast.
-        raise InputError(f"the attention of {files.name} overflows in fp16: choose --precision bf16 or fp32")
 
 
 def _adapter(unet: Any, config: DistillConfig) -> Adapter:
@@ -220,5 +238,7 @@ def _accelerator(
         log_with=log_with,
         project_dir=folder,
     )
+    if config.batch_size < accelerator.num_processes:
+        raise InputError(f"--batch-size {config.batch_size} is too small for {accelerator.num_processes} processes")
     # Under a launcher each process has an accelerator of its own.
     return accelerator, accelerator.device if accelerator.num_processes > 1 else target

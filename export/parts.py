@@ -204,11 +204,6 @@ def _batch_dim() -> Any:
     return torch.export.Dim("batch", min=1, max=256)
 
 
-def latent_factor(model: Model) -> int:
-    """Pixels a latent, along each side."""
-    return 2 ** (len(model.pipeline.vae.config.block_out_channels) - 1)
-
-
 def latent_sizes(model: Model, config: ExportConfig) -> tuple[tuple[int, int], ...]:
     """Smallest, best and largest (height, width) of the latents to export for.
 
@@ -217,7 +212,7 @@ def latent_sizes(model: Model, config: ExportConfig) -> tuple[tuple[int, int], .
     """
     _, *own = model.latent_shape
     multiple = 2 ** (len(model.unet.config.block_out_channels) - 1)
-    return config.latent_size(factor=latent_factor(model), multiple=multiple, own=(own[0], own[1]))
+    return config.latent_size(factor=model.pipeline.vae_scale_factor, multiple=multiple, own=(own[0], own[1]))
 
 
 def unet_part(
