@@ -151,7 +151,6 @@ def package(path: Path, files: dict[str, bytes]) -> Path:
 
 
 def test_vector_sets_are_found_by_their_characters_or_by_name(tmp_path: Path) -> None:
-    pytest.importorskip("resvg_py")
     thing = dataset.Thing(name="red heart", words=("love",), subgroup="hearts", group="smileys emotion")
     icon = {"body": '<rect width="16" height="16" fill="#f00"/>'}
     known = {"icons": json.dumps({"icons": {"any": icon, "redheart": icon, "other": icon}})}
