@@ -59,6 +59,7 @@ def test_the_wheel_holds_every_module_and_the_embedded_model(wheel: Path) -> Non
         f"boostdiff/{path.relative_to(ROOT)}"
         for folder in (
             "engine/embedded/emoji64",
+            "engine/embedded/emoji64-clip",
             "engine/embedded/prompts",
             "engine/embedded/reference",
             "benchmarks/configs",
@@ -67,6 +68,7 @@ def test_the_wheel_holds_every_module_and_the_embedded_model(wheel: Path) -> Non
         if path.is_file()
     }
     assert "boostdiff/engine/embedded/emoji64/unet/diffusion_pytorch_model.safetensors" in data
+    assert "boostdiff/engine/embedded/emoji64-clip/model.safetensors" in data
     assert modules | data <= names
     extra = {name for name in names - modules - data if ".dist-info/" not in name}
     assert extra <= {"boostdiff/teacher/README.md"}
