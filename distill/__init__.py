@@ -1,1 +1,1 @@
-"""Distil guidance: objective, adapters, data, the training loop and its checkpoints."""
+"""Distill guidance: objective, adapters, data, the training loop and its checkpoints."""

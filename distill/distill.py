@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +13,54 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 
+from ..engine import embedded
 from ..engine.adapters import Adapter
-from ..engine.compiled import missing_compiler, use_plain_attention
+from ..engine.compiled import has_bfloat16, missing_compiler, use_plain_attention
 from ..engine.errors import InputError
 from ..engine.files import prepare_output, publish
 from ..engine.guidance_input import make_adapter
 from ..engine.model import Model, ModelFiles, load, resolve_device
+from ..engine.options import refuse_unused
 from ..engine.prompts import read_prompts
 from ..engine.student import INFO_FILE, StudentInfo
 from .captioned_images import CaptionedImages
-from .config import DistillConfig
+from .config import DistillConfig, RunConfig
 from .images import Rows
 from .loop import CHECKPOINT_FILE, Observers, Run
 from .objective import NoiseSchedule
 from .order import Share
 from .preview import Preview
-from .run_folder import begin, exclusive_lock, resumable_state, work_folder, write_student
+from .run_folder import (
+    begin,
+    exclusive_lock,
+    finished_run,
+    identity,
+    resumable_state,
+    work_folder,
+    write_student,
+)
 from .source import Source
 from .trajectories import Trajectories
 
 PREVIEW_ROWS = 6
-FORMATS = ("kohya",)
-"""Written besides what diffusers loads (or peft, of other tuners)."""
+
+
+def resolve(config: DistillConfig, files: ModelFiles, device: torch.device) -> DistillConfig:
+    """The configuration with what was left out filled in for a model and a device."""
+    return config.resolved(in_bfloat16=has_bfloat16(device), embedded=files.folder == embedded.MODEL_DIR)
+
+
+def dry(files: ModelFiles, config: DistillConfig, execution: RunConfig) -> dict[str, Any]:
+    """The resolved configuration, and the parameters that would be trained, from configuration files alone.
+
+    Raises:
+        InputError: the UNet can't be made, or is guidance-conditioned already.
+    """
+    return config.as_json() | execution.as_json() | count_parameters(files, config)
 
 
 def count_parameters(files: ModelFiles, config: DistillConfig) -> dict[str, int]:
-    """Parameters that would be trained, and those of the UNet without an adapter, from its configuration alone.
-
-    Raises:
-        InputError: the UNet can't be made, or takes guidance as an input already.
-    """
+    """Parameters that would be trained, and those of the UNet without an adapter; see `dry`."""
     _check_guidance(files, config)
     unet = files.empty_unet().requires_grad_(False)
     total = sum(p.numel() for p in unet.parameters())
@@ -50,14 +69,13 @@ def count_parameters(files: ModelFiles, config: DistillConfig) -> dict[str, int]
     return {"trainable_parameters": adapter.count(), "total_parameters": total}
 
 
-def distil(
+def distill(
     files: ModelFiles,
     config: DistillConfig,
+    execution: RunConfig | None = None,
     *,
     output: Path,
     device: str = "auto",
-    resume: bool = False,
-    formats: tuple[str, ...] = (),
     observers: Observers | None = None,
 ) -> StudentInfo:
     """Train an adapter that makes one conditional pass predict what guided sampling predicts.
@@ -67,12 +85,11 @@ def distil(
 
     Args:
         files: the model.
-        config: the training configuration.
+        config: what determines the adapter; what it leaves out is resolved.
+        execution: how the run is executed.
         output: the student's folder.
         device: "auto", "cpu", "cuda", …
-        resume: go on from the unfinished run's checkpoint.
-        formats: of `FORMATS`.
-        observers: what is told of the run's course.
+        observers: what watches the run.
 
     Returns:
         What `student.json` says.
@@ -81,57 +98,52 @@ def distil(
         InputError: the model, the data or the output can't be used, or there is nothing to resume.
         BoostDiffError: the loss is no longer finite or diverges, or the run was asked to stop.
     """
-    observers = observers or Observers()
-    # Checked before the weights are read: they can take minutes.
-    _check(files, config, formats, resolve_device(device))
+    execution, observers = execution or RunConfig(), observers or Observers()
+    config = resolve(config, files, resolve_device(device))
+    # Plan: all that can be refused, before the weights are read, which can take minutes.
+    _check(files, config, execution, resolve_device(device))
     prompts = read_prompts(config.prompts) if config.prompts else []
     rows = _opened(config.images) if config.images else None
     prepare_output(output, replaces=INFO_FILE)
-    folder = work_folder(output)
-    resolved = config.as_json() | {"unet_sha256": files.unet_sha256()}
-    accelerator, target = _accelerator(config, device, folder, observers.log_with)
-    main = accelerator.is_main_process
-    state = resumable_state(folder, resolved) if resume else None
+    folder, same = work_folder(output), identity(files, config)
+    if execution.resume and (ended := finished_run(output, same)):
+        observers.note(f"the run in {output} has ended: there is nothing left to resume")
+        return ended
+    state = resumable_state(folder, same) if execution.resume else None
 
-    model, adapter = _load(files, config, target)
+    # Build the run, and open its folder.
+    accelerator, target = _accelerator(config, device, folder, execution.log_with)
+    model, adapter = _load(files, config, execution, target)
     schedule = NoiseSchedule.of(model.pipeline.scheduler, target)
-    source, shown = _source(model, config, accelerator, schedule, prompts, rows)
-    run = Run(accelerator, model, adapter, source, schedule, config, folder)
+    source, shown = _source(model, config, execution, accelerator, schedule, prompts, rows)
+    run = Run(accelerator, model, adapter, source, schedule, config, execution, folder)
     if state is not None:
         run.restore(state)
-    elif main:
-        begin(folder, resolved, observers)
+    elif accelerator.is_main_process:
+        begin(folder, same, observers)
     accelerator.wait_for_everyone()
-    preview = Preview(model, adapter, prompts=shown, config=config, autocast=accelerator.autocast)
-
-    def draw(path: Path) -> None:
-        try:
-            preview.write(path)
-        except torch.OutOfMemoryError:
-            observers.note(f"there is no {path.name}: out of memory")
+    preview = Preview(model, adapter, shown, config, autocast=accelerator.autocast, note=observers.note)
 
     info = None
-    with exclusive_lock(folder) if main else nullcontext():
+    with exclusive_lock(folder) if accelerator.is_main_process else nullcontext():
         if observers.on_start:
             observers.on_start(run.done)
-        if observers.log_with:
-            accelerator.init_trackers("boostdiff", {key: value for key, value in resolved.items() if value is not None})
+        if execution.log_with:
+            accelerator.init_trackers("boostdiff", {key: value for key, value in same.items() if value is not None})
         try:
-            result = run.train(observers, draw)
+            result = run.train(observers, preview.write)
         except InputError:
-            if main and not (folder / CHECKPOINT_FILE).exists():
-                # Data that can't be used from the start leaves nothing to go on from.
+            if accelerator.is_main_process and not (folder / CHECKPOINT_FILE).exists():
+                # Data that can't be used from the start leaves nothing to resume.
                 shutil.rmtree(folder)
             raise
-        if main:
-            info = write_student(
-                folder, model, adapter, config, formats=formats, unet_sha256=resolved["unet_sha256"], result=result
-            )
+        if accelerator.is_main_process:
+            info = write_student(folder, model, adapter, config, execution, identity=same, result=result)
             (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
             publish(folder, output)
             # The last: nothing that goes wrong with a picture is worth a student.
             if observers.preview:
-                draw(output / "grid.png")
+                preview.write(output / "grid.png")
     accelerator.wait_for_everyone()
     if accelerator.num_processes > 1:
         (info,) = broadcast_object_list([info])
@@ -141,7 +153,7 @@ def distil(
     return info
 
 
-def _check(files: ModelFiles, config: DistillConfig, formats: tuple[str, ...], device: torch.device) -> None:
+def _check(files: ModelFiles, config: DistillConfig, execution: RunConfig, device: torch.device) -> None:
     """Refuse what can't be trained.
 
     Raises:
@@ -149,8 +161,12 @@ def _check(files: ModelFiles, config: DistillConfig, formats: tuple[str, ...], d
     """
     if config.prompts is None and config.images is None:
         raise InputError("there is nothing to train on: pass --prompts FILE or --images DIR")
-    if "kohya" in formats and config.method != "lora":
-        raise InputError(f"--format kohya is for --method lora, not {config.method}")
+    if config.images is None:
+        refuse_unused(execution, "without --images", "max_bad_samples")
+    if config.method != "lora":
+        refuse_unused(execution, f"with --method {config.method}", "format")
+    if execution.log_with and not find_spec(execution.log_with):
+        raise InputError(f"{execution.log_with} is not installed: pip install {execution.log_with}")
     _check_guidance(files, config)
     if config.precision == "fp16":
         if device.type == "cpu":
@@ -158,11 +174,13 @@ def _check(files: ModelFiles, config: DistillConfig, formats: tuple[str, ...], d
         if files.unet_config.get("upcast_attention"):
             # Autocast takes back the upcast.
             raise InputError(f"the attention of {files.name} overflows in fp16: choose --precision bf16 or fp32")
-    if config.compile and (reason := missing_compiler(device)):
+    if execution.compile and (reason := missing_compiler(device)):
         raise InputError(f"--compile: {reason}")
 
 
-def _load(files: ModelFiles, config: DistillConfig, device: torch.device) -> tuple[Model, Adapter]:
+def _load(
+    files: ModelFiles, config: DistillConfig, execution: RunConfig, device: torch.device
+) -> tuple[Model, Adapter]:
     """The model in the run's precision, and a new adapter on its UNet."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
     model = load(files, device=device, dtype=torch.float32 if device.type == "cpu" else dtype)
@@ -173,7 +191,7 @@ def _load(files: ModelFiles, config: DistillConfig, device: torch.device) -> tup
         use_plain_attention(model.unet)
     torch.manual_seed(config.seed)
     adapter = _adapter(model.unet, config)
-    if config.gradient_checkpointing:
+    if execution.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     return model, adapter
 
@@ -181,6 +199,7 @@ def _load(files: ModelFiles, config: DistillConfig, device: torch.device) -> tup
 def _source(
     model: Model,
     config: DistillConfig,
+    execution: RunConfig,
     accelerator: Accelerator,
     schedule: NoiseSchedule,
     prompts: list[str],
@@ -195,7 +214,7 @@ def _source(
         "negative_prompt": config.negative_prompt,
     }
     if rows is not None:
-        images = CaptionedImages(model, rows, schedule, max_bad_samples=config.max_bad_samples, **common)
+        images = CaptionedImages(model, rows, schedule, max_bad_samples=execution.max_bad_samples, **common)
         return images, images.stream.captions(PREVIEW_ROWS)
     # Prompts that stand far apart show more than the first few of a sorted list.
     shown = prompts[:: max(1, len(prompts) // PREVIEW_ROWS)][:PREVIEW_ROWS]
@@ -210,8 +229,8 @@ def _opened(images: str) -> Rows:
 
 
 def _check_guidance(files: ModelFiles, config: DistillConfig) -> None:
-    if config.takes_guidance and files.unet_config.get("time_cond_proj_dim") is not None:
-        raise InputError(f"{files.name} takes guidance as an input already: it is distilled")
+    if config.guidance_conditioned and files.unet_config.get("time_cond_proj_dim") is not None:
+        raise InputError(f"{files.name} is guidance-conditioned already: it is distilled")
 
 
 def _adapter(unet: Any, config: DistillConfig) -> Adapter:
@@ -222,7 +241,7 @@ def _adapter(unet: Any, config: DistillConfig) -> Adapter:
         alpha=config.alpha,
         targets=config.targets,
         tokens=config.tokens,
-        guidance_input=config.takes_guidance,
+        guidance_input=config.guidance_conditioned,
     )
 
 

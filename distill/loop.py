@@ -18,7 +18,6 @@ from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from ..engine.adapters import Adapter
@@ -28,31 +27,30 @@ from ..engine.guidance import GuidedDenoiser, SinglePassDenoiser
 from ..engine.model import Model
 from ..engine.runners import TorchRunner
 from .checkpoint import TrainingState, save_training_state
-from .config import DistillConfig, learning_rate_at
+from .config import DistillConfig, RunConfig, learning_rate_at
 from .monitoring import LossWatch, Pace, StopRequest, peak_memory, stop_request
 from .objective import NoiseSchedule, distillation_loss, guidance_weight, x_from_prediction
 from .source import Batch, Source
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 LOG_FILE = "log.jsonl"
-TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateReport:
-    """What `distil` reports after each update.
+    """What `distill` reports after each update.
 
     Attributes:
-        update: how many are done.
-        loss: of this one, over all processes.
-        guidance_learnt: see `LossWatch.guidance_learnt`.
-        images_per_second: states trained on, over all processes, as `Pace` counts them.
+        update: number of updates done.
+        loss: loss of this one, over all processes.
+        guidance_r2: see `LossWatch.guidance_r2`.
+        images_per_second: samples per second over all processes, as `Pace` counts them.
         peak_memory: bytes, of this process.
     """
 
     update: int
     loss: float
-    guidance_learnt: float | None
+    guidance_r2: float | None
     images_per_second: float
     peak_memory: int
 
@@ -62,40 +60,21 @@ class Observers:
     """What watches a run; nothing here changes the adapter.
 
     Attributes:
-        on_start: called with the update that the run begins at.
-        on_update: called after each update.
-        on_note: told in words what is worth a warning.
-        preview: draw `grid.png` at the end.
-        preview_every: draw one into `previews/` so often.
-        log_with: one of `TRACKERS`, through accelerate; it writes beside the student.
+        on_start: callback for the update that the run begins at.
+        on_update: callback after each update.
+        on_note: callback for warnings in words.
+        preview: whether to draw `grid.png` at the end.
     """
 
     on_start: Callable[[int], None] | None = None
     on_update: Callable[[UpdateReport], None] | None = None
     on_note: Callable[[str], None] | None = None
     preview: bool = True
-    preview_every: int | None = None
-    log_with: str | None = None
 
     def note(self, message: str) -> None:
-        """Tell `on_note`."""
+        """Call `on_note`."""
         if self.on_note:
             self.on_note(message)
-
-    def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            InputError: a tracker is unknown or not installed, or an interval is not positive.
-        """
-        if self.preview_every is not None and self.preview_every < 1:
-            raise InputError("--preview-every must be at least 1")
-        if self.log_with is None:
-            return
-        if self.log_with not in TRACKERS:
-            raise InputError(f"unknown tracker {self.log_with!r}: choose one of {', '.join(TRACKERS)}")
-        if self.log_with not in {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}:
-            raise InputError(f"{self.log_with} is not installed: pip install {self.log_with}")
 
 
 @dataclass
@@ -104,15 +83,16 @@ class Run:
 
     Attributes:
         accelerator: precision and processes.
-        model: with the adapter on its UNet.
-        adapter: what is trained.
-        source: of batches.
+        model: model with the adapter on its UNet.
+        adapter: the trained part.
+        source: supply of batches.
         schedule: α and σ by timestep.
-        config: the training configuration.
-        folder: where checkpoint and log are kept.
-        done: updates so far.
+        config: resolved training configuration.
+        execution: how the run is executed.
+        folder: folder of checkpoint and log.
+        done: number of updates done.
         watch: all losses so far.
-        parts: passes that share an update; more than configured where memory does not suffice.
+        parts: passes per update; more than configured where memory does not suffice.
     """
 
     accelerator: Accelerator
@@ -121,14 +101,15 @@ class Run:
     source: Source
     schedule: NoiseSchedule
     config: DistillConfig
+    execution: RunConfig
     folder: Path
     done: int = 0
     watch: LossWatch = field(default_factory=LossWatch)
     parts: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.parts = self.config.gradient_accumulation_steps
-        self.runner = (TrainingRunner if self.config.compile else TorchRunner)(self.model.unet)
+        self.parts = self.execution.gradient_accumulation_steps
+        self.runner = (TrainingRunner if self.execution.compile else TorchRunner)(self.model.unet)
         self.prediction_type = self.model.pipeline.scheduler.config.prediction_type
         self.parameters = list(self.adapter.parameters().values())
         self.optimizer = self.accelerator.prepare(
@@ -136,6 +117,116 @@ class Run:
             device_placement=[False],
         )
         self.good = [parameter.detach().clone() for parameter in self.parameters]
+
+    def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The teacher's x̂_w `(B, C, H, W)`, and for each sample, `(B,)`, equation (4) and the unguided loss.
+
+        The latter is that of the teacher's own conditional pass, which x̂_w needs anyway.
+        """
+        dtype = self.model.unet.dtype
+        alpha, sigma = self.schedule.at(batch.t)
+        z_t, text = batch.z_t.to(dtype), batch.text.to(dtype)
+        guidance = batch.guidance if self.config.guidance_conditioned else None
+        teacher = GuidedDenoiser(self.runner, self.config.guidance if guidance is None else guidance)
+        student = SinglePassDenoiser(self.runner, guidance)
+        autocast = self.accelerator.autocast if self.config.precision != "fp32" else nullcontext
+
+        def x_of(prediction: torch.Tensor) -> torch.Tensor:
+            return x_from_prediction(prediction.float(), batch.z_t, alpha, sigma, self.prediction_type)
+
+        def loss_of(x: torch.Tensor) -> torch.Tensor:
+            losses = distillation_loss(x, teacher_x, alpha, sigma, self.config.loss_weight)
+            return losses if guidance is None else losses * guidance_weight(guidance)
+
+        with torch.no_grad(), self.adapter.disabled(), autocast():
+            unconditional, conditional = teacher.passes(z_t, batch.t, text)
+        # In float32: guidance multiplies what half precision rounds.
+        teacher_x = x_of(teacher.combined(unconditional.float(), conditional.float()))
+        with autocast():
+            prediction = student(z_t, batch.t, text)
+        return teacher_x, loss_of(x_of(prediction)), loss_of(x_of(conditional))
+
+    def gradients(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute this process's gradients of the mean loss, in `parts` passes.
+
+        Returns:
+            The teacher's x̂_w `(B, C, H, W)`, and this process's share of the mean of both losses, `(2,)`.
+        """
+        targets, total = [], torch.zeros(2, device=self.model.device)
+        for part in batch.split(self.parts):
+            teacher_x, losses, unguided = self.losses(part)
+            targets.append(teacher_x)
+            # The sum over shares and parts is the mean over the whole batch.
+            loss = losses.sum() / self.config.batch_size
+            self.accelerator.backward(loss)
+            total += torch.stack([loss.detach(), unguided.sum() / self.config.batch_size])
+        return torch.cat(targets), total
+
+    def update(self, update: int, request: StopRequest, note: Callable[[str], None]) -> bool:
+        """One optimizer step, its losses over all processes added to `watch`; whether any process was asked to stop.
+
+        Raises:
+            BoostDiffError: see `refuse` and `within_memory`.
+        """
+        batch = self.source.batch(update)
+        teacher_x, total = self.within_memory(batch, note)
+        loss_value, unguided_value, stop = self.reduce(total, request)
+        if not math.isfinite(loss_value):
+            self.refuse(f"the loss is {loss_value} at update {update}")
+        norm = self.accelerator.clip_grad_norm_(self.parameters, 1.0)
+        # In FP16 the gradient scaler skips such a step and goes on with a smaller scale.
+        if self.config.precision != "fp16" and not torch.isfinite(norm):
+            self.refuse(f"the gradient is {norm.item()} at update {update}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(update, self.config)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.source.advance(teacher_x)
+        self.done = update + 1
+        self.watch.add(loss_value, unguided_value)
+        if self.watch.diverges():
+            self.refuse(f"the loss diverges: {loss_value:.3g} at update {update}")
+        return stop
+
+    def within_memory(self, batch: Batch, note: Callable[[str], None]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`gradients`, in more passes than before where memory does not suffice.
+
+        Raises:
+            BoostDiffError: not even one sample fits.
+        """
+        while True:
+            try:
+                return self.gradients(batch)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+            # Only here, after the handler, are the activations that the traceback holds let go.
+            self.optimizer.zero_grad(set_to_none=True)
+            clear_device_cache(garbage_collection=True)
+            if self.parts >= len(batch):
+                hint = "" if self.execution.gradient_checkpointing else "pass --gradient-checkpointing, or "
+                raise BoostDiffError(f"out of memory with one sample at a time: {hint}stop what else uses the device")
+            self.parts = min(2 * self.parts, len(batch))
+            note(
+                f"out of memory: continuing with --gradient-accumulation-steps {self.parts}, which gives the same "
+                "student"
+            )
+
+    def reduce(self, losses: torch.Tensor, request: StopRequest) -> tuple[float, float, bool]:
+        """Sum gradients, losses `(2,)` and requests to stop over all processes, in one exchange."""
+        stopped = request.name is not None
+        if self.accelerator.num_processes > 1:
+            gradients = [parameter.grad for parameter in self.parameters]
+            assert all(gradient is not None for gradient in gradients)
+            others = [losses, losses.new_tensor([float(stopped)])]
+            flat = torch.cat([gradient.flatten() for gradient in gradients if gradient is not None] + others)
+            flat = self.accelerator.reduce(flat, reduction="sum")
+            pieces = flat.split([parameter.numel() for parameter in self.parameters] + [2, 1])
+            for parameter, piece in zip(self.parameters, pieces[:-2], strict=True):
+                parameter.grad = piece.view_as(parameter)
+            losses, stopped = pieces[-2], pieces[-1].item() > 0
+        loss, unguided = losses.tolist()
+        return loss, unguided, stopped
 
     def restore(self, state: TrainingState) -> None:
         """Go on from a checkpoint.
@@ -183,13 +274,15 @@ class Run:
             for update in range(start, self.config.updates):
                 stop = self.update(update, request, observers.note)
                 loss, unguided = self.watch.losses[-1], self.watch.unguided[-1]
-                values = {"loss": loss, "unguided_loss": unguided, "lr": learning_rate_at(update, self.config)}
+                r2 = self.watch.guidance_r2()
+                values = {"loss": loss, "unguided_loss": unguided, "guidance_r2": r2}
+                values["lr"] = learning_rate_at(update, self.config)
                 log.write(json.dumps({"update": update, **values}) + "\n")
                 images_per_second = pace.after_update()
-                if observers.log_with:
+                if self.execution.log_with:
                     self.accelerator.log({**values, "images/s": images_per_second}, step=update)
                 last = self.done == self.config.updates
-                if (self.done % self.config.checkpoint_every == 0 or stop) and not last:
+                if (self.done % self.execution.checkpoint_every == 0 or stop) and not last:
                     log.flush()
                     self.checkpoint()
                     self.good = [parameter.detach().clone() for parameter in self.parameters]
@@ -197,18 +290,18 @@ class Run:
                     report = UpdateReport(
                         update=self.done,
                         loss=loss,
-                        guidance_learnt=self.watch.guidance_learnt(),
+                        guidance_r2=r2,
                         images_per_second=images_per_second,
                         peak_memory=peak_memory(self.model.device),
                     )
                     observers.on_update(report)
-                if observers.preview_every and self.done % observers.preview_every == 0 and main:
+                if self.execution.preview_every and self.done % self.execution.preview_every == 0 and main:
                     (self.folder / "previews").mkdir(exist_ok=True)
                     draw(self.folder / "previews" / f"{self.done:06}.png")
                 if stop and not last:
                     raise BoostDiffError(
                         f"stopped by {request.name or 'another process'} after update {self.done}, saved: "
-                        "the same command with --resume goes on from there"
+                        "the same command with --resume continues from there"
                     )
         return {
             "updates": self.config.updates,
@@ -216,120 +309,12 @@ class Run:
             "seconds": round(time.monotonic() - began, 1),
             "images_per_second": pace.images_per_second,
             "final_loss": self.watch.mean_loss(),
-            "guidance_learnt": self.watch.guidance_learnt(),
+            "guidance_r2": self.watch.guidance_r2(),
             "gradient_accumulation_steps": self.parts,
             "processes": self.accelerator.num_processes,
             "peak_memory": peak_memory(self.model.device),
             "bad_samples": [asdict(sample) for sample in self.source.skipped()],
         }
-
-    def update(self, update: int, request: StopRequest, note: Callable[[str], None]) -> bool:
-        """One optimizer step, whose losses over all processes `watch` is told of; whether any was asked to stop.
-
-        Raises:
-            BoostDiffError: see `refuse` and `gradients`.
-        """
-        batch = self.source.batch(update)
-        teacher_x, total = self.gradients(batch, note)
-        loss_value, unguided_value, stop = self.reduce(total, request)
-        if not math.isfinite(loss_value):
-            self.refuse(f"the loss is {loss_value} at update {update}")
-        norm = self.accelerator.clip_grad_norm_(self.parameters, 1.0)
-        # In FP16 the gradient scaler skips such a step and goes on with a smaller scale.
-        if self.config.precision != "fp16" and not torch.isfinite(norm):
-            self.refuse(f"the gradient is {norm.item()} at update {update}")
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(update, self.config)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.source.advance(teacher_x)
-        self.done = update + 1
-        self.watch.add(loss_value, unguided_value)
-        if self.watch.diverges():
-            self.refuse(f"the loss diverges: {loss_value:.3g} at update {update}")
-        return stop
-
-    def gradients(self, batch: Batch, note: Callable[[str], None]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute this process's gradients of the mean loss, in more parts than before where memory does not suffice.
-
-        Returns:
-            The teacher's x̂_w `(B, C, H, W)`, and this process's share of the mean of both losses, `(2,)`.
-
-        Raises:
-            BoostDiffError: not even one state fits.
-        """
-        while True:
-            try:
-                return self.gradients_in_parts(batch)
-            except RuntimeError as error:
-                if not should_reduce_batch_size(error):
-                    raise
-            # Only here, after the handler, are the activations that the traceback holds let go.
-            self.optimizer.zero_grad(set_to_none=True)
-            clear_device_cache(garbage_collection=True)
-            if self.parts >= len(batch):
-                hint = "" if self.config.gradient_checkpointing else "pass --gradient-checkpointing, or "
-                raise BoostDiffError(f"out of memory with one state at a time: {hint}stop what else uses the device")
-            self.parts = min(2 * self.parts, len(batch))
-            note(
-                f"out of memory: going on with --gradient-accumulation-steps {self.parts}, which gives the same student"
-            )
-
-    def gradients_in_parts(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `gradients`."""
-        targets, total = [], torch.zeros(2, device=self.model.device)
-        for part in batch.split(self.parts):
-            teacher_x, losses, unguided = self.losses(part)
-            targets.append(teacher_x)
-            # The sum over shares and parts is the mean over the whole batch.
-            loss = losses.sum() / self.config.batch_size
-            self.accelerator.backward(loss)
-            total += torch.stack([loss.detach(), unguided.sum() / self.config.batch_size])
-        return torch.cat(targets), total
-
-    def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The teacher's x̂_w `(B, C, H, W)`, and for each sample, `(B,)`, equation (4) and the unguided loss.
-
-        The latter is that of the teacher's own conditional pass, which x̂_w needs anyway.
-        """
-        dtype = self.model.unet.dtype
-        alpha, sigma = self.schedule.at(batch.t)
-        z_t, text = batch.z_t.to(dtype), batch.text.to(dtype)
-        guidance = batch.guidance if self.config.takes_guidance else None
-        teacher = GuidedDenoiser(self.runner, self.config.guidance if guidance is None else guidance)
-        student = SinglePassDenoiser(self.runner, guidance)
-        autocast = self.accelerator.autocast if self.config.precision != "fp32" else nullcontext
-
-        def x_of(prediction: torch.Tensor) -> torch.Tensor:
-            return x_from_prediction(prediction.float(), batch.z_t, alpha, sigma, self.prediction_type)
-
-        def loss_of(x: torch.Tensor) -> torch.Tensor:
-            losses = distillation_loss(x, teacher_x, alpha, sigma, self.config.loss_weight)
-            return losses if guidance is None else losses * guidance_weight(guidance)
-
-        with torch.no_grad(), self.adapter.disabled(), autocast():
-            unconditional, conditional = teacher.passes(z_t, batch.t, text)
-        # In float32: guidance multiplies what half precision rounds.
-        teacher_x = x_of(teacher.combined(unconditional.float(), conditional.float()))
-        with autocast():
-            prediction = student(z_t, batch.t, text)
-        return teacher_x, loss_of(x_of(prediction)), loss_of(x_of(conditional))
-
-    def reduce(self, losses: torch.Tensor, request: StopRequest) -> tuple[float, float, bool]:
-        """Sum gradients, losses `(2,)` and requests to stop over all processes, in one exchange."""
-        stopped = request.name is not None
-        if self.accelerator.num_processes > 1:
-            gradients = [parameter.grad for parameter in self.parameters]
-            assert all(gradient is not None for gradient in gradients)
-            others = [losses, losses.new_tensor([float(stopped)])]
-            flat = torch.cat([gradient.flatten() for gradient in gradients if gradient is not None] + others)
-            flat = self.accelerator.reduce(flat, reduction="sum")
-            pieces = flat.split([parameter.numel() for parameter in self.parameters] + [2, 1])
-            for parameter, piece in zip(self.parameters, pieces[:-2], strict=True):
-                parameter.grad = piece.view_as(parameter)
-            losses, stopped = pieces[-2], pieces[-1].item() > 0
-        loss, unguided = losses.tolist()
-        return loss, unguided, stopped
 
     def refuse(self, reason: str) -> None:
         """Stop, and leave the last good adapter in the unfinished run's folder.

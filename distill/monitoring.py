@@ -89,7 +89,7 @@ class LossWatch:
         """Over the newest tenth of the updates."""
         return self._newest(self.losses)
 
-    def guidance_learnt(self) -> float | None:
+    def guidance_r2(self) -> float | None:
         """The share of guidance that is learnt, over the newest tenth of the updates: 1 − loss / unguided loss.
 
         It is 0 for a student that predicts what the unguided teacher does, 1 for the guided teacher itself, and below 0

@@ -35,16 +35,17 @@ class AutocastRunner(TorchRunner):
 
 
 class Preview:
-    """Draws a grid of one row a prompt, by DDIM in `PREVIEW_STEPS` steps; the teacher's columns are drawn once."""
+    """Draws a grid of one row per prompt, by DDIM in `PREVIEW_STEPS` steps; the teacher's columns are drawn once."""
 
     def __init__(
         self,
         model: Model,
         adapter: Adapter,
-        *,
         prompts: list[str],
         config: DistillConfig,
+        *,
         autocast: Callable[[], AbstractContextManager[None]],
+        note: Callable[[str], None],
     ) -> None:
         """Take note of what will be drawn.
 
@@ -54,15 +55,23 @@ class Preview:
             prompts: a handful.
             config: names the method and the guidance; of a range both ends are drawn.
             autocast: the run's precision.
+            note: callback for warnings.
         """
+        self.note = note
         self.model, self.adapter, self.prompts, self.config = model, adapter, prompts, config
         self.scales = sorted(set(config.guidance_bounds))
         self.runner = AutocastRunner(model, autocast)
         self.teacher: dict[str, torch.Tensor] = {}
 
-    @torch.no_grad()
     def write(self, path: Path) -> None:
-        """Write the grid with the adapter as it is now, as a PNG."""
+        """Write the grid with the adapter as it is now, as a PNG; a note instead where memory does not suffice."""
+        try:
+            self._write(path)
+        except torch.OutOfMemoryError:
+            self.note(f"there is no {path.name}: out of memory")
+
+    @torch.no_grad()
+    def _write(self, path: Path) -> None:
         text = self.model.family.encode(self.model.pipeline, self.prompts, negative_prompt=self.config.negative_prompt)
         draw = partial(
             generate,
@@ -80,6 +89,6 @@ class Preview:
             self.teacher = {"teacher w=1": unguided} | guided
         columns = dict(self.teacher)
         for scale in self.scales:
-            student: Denoiser = SinglePassDenoiser(self.runner, scale if self.config.takes_guidance else None)
+            student: Denoiser = SinglePassDenoiser(self.runner, scale if self.config.guidance_conditioned else None)
             columns[f"{self.config.method} w={scale:g}"] = to_uint8(draw(student))
         labelled_grid(columns, self.prompts).save(path)

@@ -11,11 +11,11 @@ from typing import Any
 from ..engine.adapters import Adapter, PeftAdapter
 from ..engine.errors import InputError
 from ..engine.files import locked, read_json, sha256_of, write_json
-from ..engine.model import Model
-from ..engine.student import StudentInfo
+from ..engine.model import Model, ModelFiles
+from ..engine.student import INFO_FILE, StudentInfo, read_student
 from ..engine.versions import versions
 from .checkpoint import CheckpointError, TrainingState, load_training_state
-from .config import DistillConfig
+from .config import DistillConfig, RunConfig
 from .loop import CHECKPOINT_FILE, Observers
 
 CONFIG_FILE = "config.json"
@@ -39,19 +39,72 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def begin(folder: Path, resolved: dict[str, Any], observers: Observers) -> None:
-    """An empty work folder with the run's settings; an earlier run that could go on is set aside, not lost."""
+def identity(files: ModelFiles, config: DistillConfig) -> dict[str, Any]:
+    """What a resumed run must share with its beginning: the settings, and the content of the files behind them."""
+    values = config.as_json() | {"unet_sha256": files.unet_sha256()}
+    if config.prompts:
+        values["prompts_sha256"] = sha256_of(config.prompts)
+    return values
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two identities, in words; "" if nothing does."""
+
+    def comparable(values: dict[str, Any]) -> dict[str, Any]:
+        # Of prompts the content counts, and a path from elsewhere is the same file.
+        return values | {"prompts": None, "images": _absolute(values.get("images"))}
+
+    old, new = comparable(before), comparable(now)
+    changed = sorted(key for key in new.keys() | old.keys() if old.get(key) != new.get(key))
+    return ", ".join(f"{key} was {old.get(key)}, is {new.get(key)}" for key in changed)
+
+
+def _absolute(images: str | None) -> str | None:
+    return str(Path(images).resolve()) if images and Path(images).exists() else images
+
+
+def begin(folder: Path, identity: dict[str, Any], observers: Observers) -> None:
+    """An empty work folder with the run's settings; an earlier run that could be resumed is set aside, not lost."""
     if folder.exists():
         with exclusive_lock(folder):
             if (folder / CHECKPOINT_FILE).exists():
                 aside = folder.with_suffix(".abandoned")
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.replace(aside)
-                observers.note(f"an unfinished run, which --resume would have gone on with, is now in {aside}")
+                observers.note(f"an unfinished run, which --resume would have continued, is now in {aside}")
             else:
                 shutil.rmtree(folder)
     folder.mkdir()
-    write_json(folder / CONFIG_FILE, resolved)
+    write_json(folder / CONFIG_FILE, identity | {"images": _absolute(identity["images"])})
+
+
+def resumable_state(folder: Path, identity: dict[str, Any]) -> TrainingState | None:
+    """What the checkpoint holds; None if none was written yet. Every process reads it.
+
+    Raises:
+        InputError: there is nothing to resume, or it was begun under other settings.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise InputError(f"there is nothing to resume in {folder}: run without --resume")
+    if changes := _changes(read_json(folder / CONFIG_FILE), identity):
+        raise InputError(f"can't resume under other settings ({changes}): repeat them, or run without --resume")
+    if not (folder / CHECKPOINT_FILE).is_file():
+        return None
+    try:
+        return load_training_state(folder / CHECKPOINT_FILE)
+    except CheckpointError as error:
+        raise InputError(f"can't resume: {error}; run without --resume") from None
+
+
+def finished_run(output: Path, identity: dict[str, Any]) -> StudentInfo | None:
+    """The student that the run to resume has written already, if it has ended."""
+    if (work_folder(output) / CONFIG_FILE).is_file() or not (output / INFO_FILE).is_file():
+        return None
+    info = read_student(output)
+    before = {key: info.settings.get(key) for key in identity} | {"unet_sha256": info.unet_sha256}
+    if changes := _changes(before, identity):
+        raise InputError(f"the run in {output} has ended, under other settings ({changes}): run without --resume")
+    return info
 
 
 def write_student(
@@ -59,14 +112,14 @@ def write_student(
     model: Model,
     adapter: Adapter,
     config: DistillConfig,
+    execution: RunConfig,
     *,
-    formats: tuple[str, ...],
-    unet_sha256: str,
+    identity: dict[str, Any],
     result: dict[str, Any],
 ) -> StudentInfo:
     """The adapter's files, and `student.json` that names them."""
     paths = adapter.save(folder, model.pipeline)
-    if "kohya" in formats:
+    if execution.format == "kohya":
         inner = getattr(adapter, "inner", adapter)
         assert isinstance(inner, PeftAdapter)
         inner.save_kohya(folder)
@@ -74,32 +127,15 @@ def write_student(
     info = StudentInfo(
         method=config.method,
         guidance=(low + high) / 2,
-        guidance_range=(low, high) if config.takes_guidance else None,
+        guidance_range=(low, high) if config.guidance_conditioned else None,
         negative_prompt=config.negative_prompt,
         model=model.files.name,
-        unet_sha256=unet_sha256,
+        unet_sha256=identity["unet_sha256"],
         adapter_files={path.name: sha256_of(path) for path in paths},
         trainable_parameters=adapter.count(),
-        settings=config.as_json(),
+        settings=identity | execution.as_json(),
         versions=versions(),
         result=result,
     )
     info.write(folder)
     return info
-
-
-def resumable_state(folder: Path, resolved: dict[str, Any]) -> TrainingState | None:
-    """What the checkpoint holds; None if none was written yet. Every process reads it."""
-    if not (folder / CONFIG_FILE).is_file():
-        raise InputError(f"there is nothing to resume in {folder}: run without --resume")
-    before = read_json(folder / CONFIG_FILE)
-    changed = sorted(key for key in resolved.keys() | before.keys() if resolved.get(key) != before.get(key))
-    if changed:
-        details = ", ".join(f"{key} was {before.get(key)}, is {resolved.get(key)}" for key in changed)
-        raise InputError(f"can't resume under other settings ({details}): repeat them, or run without --resume")
-    if not (folder / CHECKPOINT_FILE).is_file():
-        return None
-    try:
-        return load_training_state(folder / CHECKPOINT_FILE)
-    except CheckpointError as error:
-        raise InputError(f"can't resume: {error}; run without --resume") from None

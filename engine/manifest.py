@@ -63,7 +63,7 @@ class Manifest:
         if (self.inputs.get("adapter"), self.inputs.get("unet")) != (student.adapter_sha256, student.unet_sha256):
             raise InputError(f"the engine in {engine} was exported from another student: run `boostdiff export` again")
 
-    def made_from(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """What decides about an export's result: if it is the same, so is the result."""
         return {
             "version": self.version,

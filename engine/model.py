@@ -206,11 +206,11 @@ def load(files: ModelFiles, *, device: torch.device, dtype: torch.dtype | None =
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"can't load the model in {files.folder}: {one_line(error)}") from None
-    settle(pipeline, files.family)
+    prepare_for_inference(pipeline, files.family)
     return Model(files=files, pipeline=pipeline.to(device))
 
 
-def settle(pipeline: DiffusionPipeline, family: Family) -> None:
+def prepare_for_inference(pipeline: DiffusionPipeline, family: Family) -> None:
     """Make a pipeline ready to draw, in place: frozen, laid out for speed, in FP32 where FP16 overflows.
 
     Args:

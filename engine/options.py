@@ -11,10 +11,15 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 from typer.models import OptionInfo
+
+from .errors import InputError
+
+UNRESOLVED: Any = None
+"""Default of an option whose value depends on others: one function fills it in, `show_default` says with what."""
 
 ModelOption = Annotated[
     str, typer.Option("--model", help="The embedded model [bold]emoji64[/], a diffusers folder or a hub id.")
@@ -22,13 +27,14 @@ ModelOption = Annotated[
 StudentOption = Annotated[Path, typer.Option("--student", help="Folder that `boostdiff distill` wrote.")]
 EngineOption = Annotated[Path, typer.Option("--engine", help="Folder that `boostdiff export` wrote.")]
 OutputOption = Annotated[Path, typer.Option("--output", help="Folder to write.")]
-SamplerOption = Annotated[str, typer.Option("--sampler", help="ddim, dpm++, unipc or euler.")]
-StepsOption = Annotated[int, typer.Option("--steps", help="Sampling steps.")]
+SamplerOption = Annotated[Literal["ddim", "dpm++", "unipc", "euler"], typer.Option("--sampler", help="Sampler.")]
+StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Sampling steps.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Config = TypeVar("Config")
 
 
 def options_of(*configs: type) -> Callable[[Command], Command]:
@@ -54,7 +60,7 @@ def options_of(*configs: type) -> Callable[[Command], Command]:
         for config in configs:
             hints = get_type_hints(config, include_extras=True)
             for field in dataclasses.fields(config):
-                if field.name in own or not _is_option(hints[field.name]):
+                if field.name in own or _option(hints[field.name]) is None:
                     continue
                 if field.name in declared:
                     raise TypeError(f"{field.name} is declared twice")
@@ -73,8 +79,63 @@ def options_of(*configs: type) -> Callable[[Command], Command]:
     return decorate
 
 
-def _is_option(hint: Any) -> bool:
-    return get_origin(hint) is Annotated and any(isinstance(extra, OptionInfo) for extra in get_args(hint)[1:])
+def config_from(config: type[Config], options: dict[str, Any], **more: Any) -> Config:
+    """A config of those of a command's options that it declares, and of `more`."""
+    names = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    return config(**{name: value for name, value in options.items() if name in names} | more)
+
+
+def check_options(config: Any) -> None:
+    """Check a config's fields against what they declare: choices, minimum and maximum.
+
+    Raises:
+        InputError: a value is none of its choices, or out of bounds.
+    """
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        if value is None or (option := _option(hint)) is None:
+            continue
+        if (choices := _choices(hint)) and value not in choices:
+            raise InputError(f"unknown {name.replace('_', ' ')} {value!r}: choose one of {', '.join(choices)}")
+        if option.min is not None and not value >= option.min:
+            raise InputError(f"{_flag(name, option)} must be at least {option.min}")
+        if option.max is not None and not value <= option.max:
+            raise InputError(f"{_flag(name, option)} must be at most {option.max}")
+
+
+def refuse_unused(config: Any, why: str, *names: str) -> None:
+    """Refuse options that would be ignored.
+
+    Args:
+        config: of its fields, those that don't have their defaults were asked for.
+        why: when they are ignored, to follow "is not used".
+        names: the fields.
+
+    Raises:
+        InputError: one of them was asked for.
+    """
+    hints = get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        if field.name in names and getattr(config, field.name) != _default(field):
+            option = _option(hints[field.name]) or OptionInfo()
+            raise InputError(f"{_flag(field.name, option)} is not used {why}: leave it out")
+
+
+def _option(hint: Any) -> OptionInfo | None:
+    extras = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    return next((extra for extra in extras if isinstance(extra, OptionInfo)), None)
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The values of a `Literal`, optional or not."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return next((found for inner in get_args(hint) if (found := _choices(inner))), ())
+
+
+def _flag(name: str, option: OptionInfo) -> str:
+    """An option as the user writes it."""
+    return (option.param_decls or (f"--{name.replace('_', '-')}",))[0]
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -17,6 +17,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
+from .config import EXPORTED
 from .errors import BoostDiffError, InputError
 from .files import user_cache
 from .manifest import Manifest, verified_file
@@ -25,9 +26,6 @@ from .trt import TensorRTSession, check_plan
 
 UNET_OUTPUT = "out_sample"
 """Name of the prediction in an exported UNet, as Optimum's pipelines look for it."""
-
-EXPORTED = ("tensorrt", "onnx", "onnx-tensorrt")
-"""Runners of exported graphs: a plan, ONNX Runtime, and TensorRT within ONNX Runtime."""
 
 
 class Runner(AbstractContextManager["Runner"]):

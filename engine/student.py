@@ -90,7 +90,7 @@ def check_negative_prompt(negative_prompt: str | None, *, own: str) -> None:
         learnt = f"the negative prompt {own!r}" if own else "no negative prompt"
         raise InputError(
             f"this student was distilled with {learnt}, and one pass can't follow another: "
-            "leave --negative-prompt out, distil with it, or pass --teacher"
+            "leave --negative-prompt out, distill with it, or pass --teacher"
         )
 
 
@@ -109,7 +109,7 @@ def choose_guidance(guidance: float | None, *, own: float, guidance_range: tuple
         if guidance not in (None, own):
             raise InputError(
                 f"this student was distilled at guidance {own:g} and can't give {guidance:g}: "
-                "leave --guidance out, distil another, or pass --teacher"
+                "leave --guidance out, distill another, or pass --teacher"
             )
         return None
     low, high = guidance_range
@@ -117,7 +117,7 @@ def choose_guidance(guidance: float | None, *, own: float, guidance_range: tuple
     if not low <= wanted <= high:
         raise InputError(
             f"this student was distilled for guidance {low:g} to {high:g} and can't give {wanted:g}: "
-            "choose one in between, distil another, or pass --teacher"
+            "choose one in between, distill another, or pass --teacher"
         )
     return wanted
 
@@ -137,7 +137,7 @@ def read_student(folder: Path, files: ModelFiles | None = None) -> StudentInfo:
     values = read_json(folder / INFO_FILE)
     names = {item.name for item in fields(StudentInfo)}
     if not names <= set(values) or not isinstance(values["adapter_files"], dict) or not values["adapter_files"]:
-        raise InputError(f"{folder / INFO_FILE} is not a student's description; distil again")
+        raise InputError(f"{folder / INFO_FILE} is not a student's description; distill again")
     if values["guidance_range"] is not None:
         values["guidance_range"] = tuple(values["guidance_range"])
     info = StudentInfo(**{name: values[name] for name in names})
@@ -146,11 +146,11 @@ def read_student(folder: Path, files: ModelFiles | None = None) -> StudentInfo:
         if not path.is_file():
             raise InputError(f"the student in {folder} is incomplete: {name} is missing")
         if sha256_of(path) != expected:
-            raise InputError(f"{path} is damaged: its SHA-256 is not the one in {INFO_FILE}; distil again")
+            raise InputError(f"{path} is damaged: its SHA-256 is not the one in {INFO_FILE}; distill again")
     if files is not None and files.unet_sha256() != info.unet_sha256:
         raise InputError(
             f"the student in {folder} belongs to another model ({info.model}), not to {files.name}: "
-            "pass the --model it was trained on, or distil one for this model"
+            "pass the --model it was trained on, or distill one for this model"
         )
     return info
 

@@ -1,32 +1,51 @@
-"""What to export, and in which shapes."""
+"""The options of `boostdiff export`: precisions, shapes and plans.
+
+Nothing here imports torch: the help of a command must not wait for it.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple
+
+import typer
 
 from ..engine.errors import InputError
-from ..engine.trt import TENSORRT_FLAVOURS
+from ..engine.options import check_options, refuse_unused
 
-PRECISIONS = ("fp32", "fp16", "both")
 LARGE = 1e9
 """Bytes of a UNet in FP32 from which a plan's export leaves the FP32 graph out."""
 
 
-def parse_profile(text: str, option: str) -> tuple[int, int, int]:
-    """`8` or `1:4:16` to smallest, best and largest.
+class Range(NamedTuple):
+    """What a TensorRT profile spans: smallest, best and largest."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __str__(self) -> str:
+        return ":".join(map(str, self))
+
+
+def parse_range(text: str) -> Range:
+    """`8` or `1:4:16`.
 
     Raises:
-        InputError: it is neither, or not ascending.
+        BadParameter: it is neither, or not ascending; typer adds the option's name.
     """
     found = re.fullmatch(r"(\d+)(?::(\d+):(\d+))?", text.strip())
     if not found:
-        raise InputError(f"{option} {text!r} is neither a number nor smallest:best:largest, such as 1:4:16")
-    low, best, high = (int(found[i] or found[1]) for i in (1, 2, 3))
-    if not 1 <= low <= best <= high:
-        raise InputError(f"{option} {text} must be at least 1 and ascend: smallest:best:largest")
-    return low, best, high
+        raise typer.BadParameter(f"{text!r} is neither a number nor MIN:OPT:MAX, such as 1:4:16")
+    parsed = Range(*(int(found[i] or found[1]) for i in (1, 2, 3)))
+    if not 1 <= parsed.min <= parsed.opt <= parsed.max:
+        raise typer.BadParameter(f"{text} must be at least 1 and ascend: MIN:OPT:MAX")
+    return parsed
+
+
+RANGE = {"parser": parse_range, "metavar": "N|MIN:OPT:MAX"}
+BATCH = Range(1, 4, 16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,48 +53,60 @@ class ExportConfig:
     """How to export.
 
     Attributes:
-        precision: of the ONNX graphs: "fp32", "fp16" or "both"; None takes fp32, and with `trt` both, or fp16 alone
-            for a UNet of more than `LARGE` bytes.
-        trt: build TensorRT plans of the FP16 graphs.
-        trt_flavour: a name in `TENSORRT_FLAVOURS`; None chooses, see `plan.choose_flavour`.
-        batch: smallest, best and largest batch of a plan. A batched-CFG teacher at batch 8 needs 16.
-        size: smallest, best and largest height and width in pixels; None fixes the model's own.
-        refittable: plans whose weights can be replaced later.
-        workspace_gb: memory that TensorRT may use for scratch; None leaves it free.
-        diffusers: also write the merged UNet as diffusers loads it.
+        precision: see `precisions`.
+        trt_flavour: see `plan.choose_flavour`.
+        batch: a teacher with batched CFG at batch 8 needs 16.
     """
 
-    precision: str | None = None
-    trt: bool = False
-    trt_flavour: str | None = None
-    batch: tuple[int, int, int] = (1, 4, 16)
-    size: tuple[int, int, int] | None = None
-    refittable: bool = False
-    workspace_gb: float | None = None
-    diffusers: bool = False
+    precision: Annotated[
+        Literal["fp32", "fp16", "both"] | None,
+        typer.Option(show_default="fp32; with --trt both, fp16 for large models", help="Precision of the ONNX graphs."),
+    ] = None
+    trt: Annotated[bool, typer.Option("--trt", help="Also build FP16 TensorRT engines.")] = False
+    trt_flavour: Annotated[
+        Literal["tensorrt", "tensorrt_rtx"] | None,
+        typer.Option(
+            show_default="what this machine has",
+            help="[bold]tensorrt[/] builds on the GPU that will run it, [bold]tensorrt_rtx[/] anywhere.",
+        ),
+    ] = None
+    batch: Annotated[
+        Range, typer.Option(show_default=str(BATCH), help="Batch sizes of the TensorRT engines, in images.", **RANGE)
+    ] = BATCH
+    size: Annotated[
+        Range | None,
+        typer.Option(show_default="the model's", help="Height and width in pixels; a range lets them vary.", **RANGE),
+    ] = None
+    refittable: Annotated[
+        bool, typer.Option("--refittable", help="Engines whose weights can be replaced; may be a little slower.")
+    ] = False
+    workspace_gb: Annotated[
+        float | None,
+        typer.Option("--workspace", show_default="no limit", help="Limit of TensorRT's scratch memory in GB."),
+    ] = None
+    diffusers: Annotated[
+        bool, typer.Option("--diffusers", help="Also write the merged UNet for UNet2DConditionModel.from_pretrained.")
+    ] = False
 
     def __post_init__(self) -> None:
         """Validate.
 
         Raises:
-            InputError: a value can't be used, or contradicts another.
+            InputError: a value can't be used, would not be used, or contradicts another.
         """
-        if self.precision not in (None, *PRECISIONS):
-            raise InputError(f"unknown precision {self.precision!r}: choose one of {', '.join(PRECISIONS)}")
-        if self.trt_flavour not in (None, *TENSORRT_FLAVOURS):
-            raise InputError(f"unknown flavour {self.trt_flavour!r}: choose one of {', '.join(TENSORRT_FLAVOURS)}")
+        check_options(self)
         if self.trt and self.precision == "fp32":
             raise InputError("--trt builds from FP16 graphs: leave --precision fp32 out, or pass both")
         if not self.trt:
-            for option in ("trt_flavour", "refittable", "workspace_gb"):
-                if getattr(self, option):
-                    name = option.removesuffix("_gb").replace("_", "-")
-                    raise InputError(f"--{name} is about TensorRT plans: pass --trt with it")
+            refuse_unused(self, "without --trt", "trt_flavour", "batch", "workspace_gb", "refittable")
         if self.workspace_gb is not None and self.workspace_gb <= 0:
             raise InputError("--workspace must be more than 0 GB")
 
     def precisions(self, parameters: int) -> tuple[str, ...]:
-        """Precisions to write for a UNet of so many parameters, the main one first."""
+        """Precisions to write for a UNet of so many parameters, the main one first.
+
+        By default fp32; with TensorRT both, or fp16 alone for a UNet of more than `LARGE` bytes.
+        """
         chosen = self.precision
         if chosen is None:
             chosen = ("fp16" if 4 * parameters > LARGE else "both") if self.trt else "fp32"

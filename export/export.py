@@ -104,9 +104,9 @@ def _export(
     source = None
     if refit is not None:
         if not (config.trt and config.refittable):
-            raise InputError("--refit is about refittable TensorRT plans: pass --trt --refittable with it")
+            raise InputError("--refit needs refittable TensorRT plans: pass --trt --refittable with it")
         source = partial(plan_by_refit, refit, refittable_engine(refit, config, manifest.inputs))
-    if not force and (standing := standing_engine(output, manifest)):
+    if not force and (standing := up_to_date_engine(output, manifest)):
         report(f"nothing has changed since the export in {output}")
         return standing
 
@@ -164,13 +164,13 @@ def _driver() -> str:
         pynvml.nvmlShutdown()
 
 
-def standing_engine(output: Path, intended: Manifest) -> Manifest | None:
+def up_to_date_engine(output: Path, intended: Manifest) -> Manifest | None:
     """The engine that stands in `output`, if it is whole and an export would only make it again."""
     try:
         standing = read_manifest(output)
     except InputError:
         return None
-    if standing.made_from() != intended.made_from():
+    if standing.fingerprint() != intended.fingerprint():
         return None
     try:
         for name in standing.files:
@@ -208,7 +208,7 @@ def _parts(model: Model, config: ExportConfig, precisions: tuple[str, ...]) -> l
     parts = [text_encoder_part(model, name, CHECK_PROMPTS, config) for name in model.family.text_encoders]
     parts += [vae_decoder_part(model, config), unet_part(model, model.unet, text, config, TIMESTEPS)]
     for part in parts:
-        part.settle()
+        part.compute_references()
         if part.half and precisions == ("fp16",):
             part.to_half()
     for name in ("unet", "vae", *model.family.text_encoders):

@@ -90,7 +90,7 @@ class Part:
         ]
 
     @torch.inference_mode()
-    def settle(self) -> None:
+    def compute_references(self) -> None:
         """Compute what every case expects, in float32, before the module is cast or given away."""
         for case in self.cases:
             batch = len(next(iter(case.inputs.values())))

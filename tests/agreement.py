@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from boostdiff.engine.config import EXPORTED, GenerateConfig
 from boostdiff.engine.errors import BoostDiffError
-from boostdiff.engine.generate import DrawConfig, draw
+from boostdiff.engine.generate import draw
 from boostdiff.engine.manifest import read_manifest
 from boostdiff.engine.model import ModelFiles
 from boostdiff.engine.runners import open_exported
@@ -24,18 +25,18 @@ def pixels(images: list[Image.Image]) -> torch.Tensor:
     return torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in images]).float()
 
 
-def drawn(files: ModelFiles, config: DrawConfig) -> torch.Tensor:
+def drawn(files: ModelFiles, config: GenerateConfig) -> torch.Tensor:
     """What `boostdiff generate` draws, read back from its files; see `pixels`."""
     with tempfile.TemporaryDirectory() as folder:
         return pixels([Image.open(path) for path in draw(files, config, output=Path(folder))])
 
 
-def drawn_by_stock_diffusers(files: ModelFiles, config: DrawConfig) -> torch.Tensor:
+def drawn_by_stock_diffusers(files: ModelFiles, config: GenerateConfig, engine: Path) -> torch.Tensor:
     """What a stock pipeline draws without guidance, the exported student in the place of its UNet; see `pixels`."""
     pipeline = DiffusionPipeline.from_pretrained(files.folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    manifest = read_manifest(config.engine)
-    with open_exported("onnx", folder=config.engine, manifest=manifest, device=CPU, precision="fp32") as runner:
+    manifest = read_manifest(engine)
+    with open_exported("onnx", folder=engine, manifest=manifest, device=CPU, precision="fp32") as runner:
         pipeline.unet = runner
         return pixels(
             pipeline(
@@ -48,12 +49,13 @@ def drawn_by_stock_diffusers(files: ModelFiles, config: DrawConfig) -> torch.Ten
 
 
 def others(
-    files: ModelFiles, base: DrawConfig, runners: Sequence[tuple[str, str | None]]
+    files: ModelFiles, base: GenerateConfig, engine: Path, runners: Sequence[tuple[str, str | None]]
 ) -> Iterator[tuple[str, torch.Tensor | str]]:
     """By name, what each other runner draws, or why it can't; the precision is that of ONNX Runtime's graphs."""
     for runner, precision in runners:
         try:
-            yield f"{runner} {precision or ''}".strip(), drawn(files, replace(base, runner=runner, precision=precision))
+            config = replace(base, runner=runner, precision=precision, engine=engine if runner in EXPORTED else None)
+            yield f"{runner} {precision or ''}".strip(), drawn(files, config)
         except BoostDiffError as error:
             yield runner, str(error)
-    yield STOCK, drawn_by_stock_diffusers(files, base)
+    yield STOCK, drawn_by_stock_diffusers(files, base, engine)

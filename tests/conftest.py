@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from boostdiff.distill.config import DistillConfig
-from boostdiff.distill.distill import distil
+from boostdiff.distill.distill import distill
 from boostdiff.engine.model import Model, ModelFiles, load, locate
 from boostdiff.export.config import ExportConfig
 from boostdiff.export.export import export
@@ -45,7 +45,7 @@ def students(tiny_folder: Path, prompt_file: Path, tmp_path_factory: pytest.Temp
     folder = tmp_path_factory.mktemp("students")
     for method in ("lora", "bitfit"):
         config = DistillConfig(method=method, prompts=prompt_file, updates=8, batch_size=4, learning_rate=0.02)
-        distil(locate(str(tiny_folder)), config, output=folder / method, device="cpu")
+        distill(locate(str(tiny_folder)), config, output=folder / method, device="cpu")
     return {method: folder / method for method in ("lora", "bitfit")}
 
 

@@ -14,7 +14,7 @@ import typer
 from ...engine.errors import InputError
 from ...engine.files import read_json, sha256_of, staged_folder
 from ...engine.guidance_input import make_adapter
-from ...engine.model import Model, ModelFiles, default_dtype, locate, settle
+from ...engine.model import Model, ModelFiles, default_dtype, locate, prepare_for_inference
 from ...engine.student import INFO_FILE, StudentInfo
 from ...engine.versions import versions
 
@@ -63,7 +63,7 @@ def random_model(files: ModelFiles, *, device: torch.device, seed: int = 0) -> M
             # Of torch, not diffusers, whose own warns of layers to be kept in float32 that these haven't.
             torch.nn.Module.to(part, dtype)
     pipeline = files.family.assemble(components)
-    settle(pipeline, files.family)
+    prepare_for_inference(pipeline, files.family)
     return Model(files=files, pipeline=pipeline.to(device))
 
 

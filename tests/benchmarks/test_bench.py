@@ -13,7 +13,7 @@ from boostdiff.benchmarks.report.report import write_report
 from boostdiff.benchmarks.report.tables import alternatives_table
 from boostdiff.benchmarks.stats import Estimate
 from boostdiff.distill.config import DistillConfig
-from boostdiff.distill.distill import distil
+from boostdiff.distill.distill import distill
 from boostdiff.distill.loop import Observers
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.exported import Engine
@@ -216,7 +216,7 @@ def test_a_range_student_is_judged_at_the_guidance_asked_for(
     tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path
 ) -> None:
     training = DistillConfig(guidance=2.0, guidance_max=6.0, prompts=prompt_file, updates=4, batch_size=2)
-    distil(tiny_files, training, output=tmp_path / "student", device="cpu", observers=Observers(preview=False))
+    distill(tiny_files, training, output=tmp_path / "student", device="cpu", observers=Observers(preview=False))
     export(tiny_files, student=tmp_path / "student", output=tmp_path / "engine", device="cpu")
 
     def run(guidance: float | None) -> BenchResult:

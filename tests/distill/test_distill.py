@@ -5,23 +5,25 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
-from boostdiff.distill import distill, loop
-from boostdiff.distill.config import DistillConfig, learning_rate_at
-from boostdiff.distill.distill import distil
+from boostdiff.distill import loop
+from boostdiff.distill.config import METHOD_DEFAULTS, DistillConfig, RunConfig, learning_rate_at
+from boostdiff.distill.distill import distill
 from boostdiff.distill.loop import CHECKPOINT_FILE, Observers
 from boostdiff.distill.monitoring import Pace
-from boostdiff.distill.presets import resolve_config
+from boostdiff.distill.objective import LOSS_WEIGHTS
 from boostdiff.distill.run_folder import work_folder
 from boostdiff.distill.source import Batch
-from boostdiff.engine.adapters import LORA_FILE
+from boostdiff.engine.adapters import LORA_FILE, METHODS
 from boostdiff.engine.compiled import TrainingRunner
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.model import ModelFiles
-from boostdiff.engine.student import read_student
+from boostdiff.engine.student import StudentInfo, read_student
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from tiny import save_images
@@ -38,14 +40,14 @@ def test_training_brings_the_student_to_the_teacher(
     tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, method: str
 ) -> None:
     config = DistillConfig(method=method, prompts=prompt_file, updates=80, batch_size=8, learning_rate=0.01)
-    info = distil(tiny_files, config, output=tmp_path / "s", device="cpu")
+    info = distill(tiny_files, config, output=tmp_path / "s", device="cpu")
     seen = logged(tmp_path / "s")
     assert len(seen) == 80
     assert sum(seen[-10:]) < 0.5 * sum(seen[:10])
     unguided = logged(tmp_path / "s", "unguided_loss")
     assert seen[0] == pytest.approx(unguided[0]), "an adapter begins as the teacher's conditional pass"
-    assert info.result["guidance_learnt"] == pytest.approx(1 - sum(seen[-8:]) / sum(unguided[-8:]))
-    assert 0.5 < info.result["guidance_learnt"] < 1
+    assert info.result["guidance_r2"] == pytest.approx(1 - sum(seen[-8:]) / sum(unguided[-8:]))
+    assert 0.5 < info.result["guidance_r2"] < 1
     assert info == read_student(tmp_path / "s", tiny_files)
     assert {path.name for path in (tmp_path / "s").iterdir()} == {
         *info.adapter_files,
@@ -60,14 +62,14 @@ def test_training_brings_the_student_to_the_teacher(
 def test_training_on_images(tiny_files: ModelFiles, tmp_path: Path) -> None:
     save_images(tmp_path / "images", count=6)
     config = DistillConfig(images=str(tmp_path / "images"), updates=40, batch_size=4, learning_rate=0.01)
-    distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
+    distill(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
     seen = logged(tmp_path / "s")
     assert sum(seen[-10:]) < sum(seen[:10])
 
 
 def test_half_precision_trains(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
     config = DistillConfig(prompts=prompt_file, updates=30, batch_size=4, learning_rate=0.01, precision="bf16")
-    distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
+    distill(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
     seen = logged(tmp_path / "s")
     assert sum(seen[-5:]) < sum(seen[:5])
 
@@ -87,8 +89,8 @@ def test_compiled_training_is_training(
     students = {}
     for compiled in (False, True):
         output = tmp_path / f"{compiled}"
-        config = DistillConfig(**settings, compile=compiled)
-        distil(tiny_files, config, output=output, device="cpu", observers=SILENT)
+        config, execution = DistillConfig(**settings), RunConfig(compile=compiled)
+        distill(tiny_files, config, execution, output=output, device="cpu", observers=SILENT)
         students[compiled] = load_file(output / LORA_FILE)
     assert len(made) == 1
     torch._dynamo.reset()
@@ -100,9 +102,11 @@ def test_compiled_training_is_training(
 def test_compiling_without_a_compiler(
     tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distill, "missing_compiler", lambda device: "torch.compile needs a C++ compiler")
+    monkeypatch.setattr(
+        "boostdiff.distill.distill.missing_compiler", lambda device: "torch.compile needs a C++ compiler"
+    )
     with pytest.raises(InputError, match=r"--compile: torch\.compile needs a"):
-        distil(tiny_files, DistillConfig(prompts=prompt_file, compile=True), output=tmp_path / "s", device="cpu")
+        distill(tiny_files, DistillConfig(prompts=prompt_file), RunConfig(compile=True), output=tmp_path / "s")
     assert not list(tmp_path.glob("s*"))
 
 
@@ -147,14 +151,15 @@ def test_sigkill_and_resume_give_the_same_bytes(tiny_files: ModelFiles, prompt_f
     assert whole.read_bytes() == cut.read_bytes()
     assert logged(tmp_path / "whole") == logged(tmp_path / "cut")
     uncut = read_student(tmp_path / "whole", tiny_files).result
-    for name in ("final_loss", "guidance_learnt"):
+    for name in ("final_loss", "guidance_r2"):
         assert info.result[name] == uncut[name]
 
 
 def test_resume_refuses_other_settings_and_nothing(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
-    config = DistillConfig(prompts=prompt_file, updates=4, batch_size=2, checkpoint_every=1)
+    config = DistillConfig(prompts=prompt_file, updates=4, batch_size=2)
+    resumed = RunConfig(resume=True, compile=False, gradient_checkpointing=True)
     with pytest.raises(InputError, match="nothing to resume"):
-        distil(tiny_files, config, output=tmp_path / "s", device="cpu", resume=True)
+        distill(tiny_files, config, resumed, output=tmp_path / "s", device="cpu")
 
     class Stop(Exception):
         pass
@@ -163,14 +168,52 @@ def test_resume_refuses_other_settings_and_nothing(tiny_files: ModelFiles, promp
         raise Stop
 
     with pytest.raises(Stop):
-        distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=Observers(on_update=stop))
-    changed = DistillConfig(prompts=prompt_file, updates=4, batch_size=2, checkpoint_every=1, guidance=5.0)
+        distill(
+            tiny_files,
+            config,
+            RunConfig(checkpoint_every=1),
+            output=tmp_path / "s",
+            device="cpu",
+            observers=Observers(on_update=stop),
+        )
+    changed = replace(config, guidance=5.0)
     with pytest.raises(InputError, match=r"guidance was 3\.0, is 5\.0"):
-        distil(tiny_files, changed, output=tmp_path / "s", device="cpu", resume=True)
+        distill(tiny_files, changed, resumed, output=tmp_path / "s", device="cpu")
     path = work_folder(tmp_path / "s") / CHECKPOINT_FILE
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match="can't resume"):
-        distil(tiny_files, config, output=tmp_path / "s", device="cpu", resume=True)
+        distill(tiny_files, config, resumed, output=tmp_path / "s", device="cpu")
+
+
+def test_resuming_where_the_run_has_ended_or_its_prompts_have_changed(
+    tiny_files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a red cat\na dog\n")
+    notes: list[str] = []
+
+    def run(path: Path, execution: RunConfig, **callbacks: Any) -> StudentInfo:
+        config = DistillConfig(prompts=path, updates=2, batch_size=2)
+        observers = Observers(preview=False, on_note=notes.append, **callbacks)
+        return distill(tiny_files, config, execution, output=tmp_path / "s", device="cpu", observers=observers)
+
+    def stop(report: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "prompts.txt", RunConfig(checkpoint_every=1), on_update=stop)
+    (tmp_path / "prompts.txt").write_text("a red cat\na cow\n")
+    with pytest.raises(InputError, match="prompts_sha256 was "):
+        run(tmp_path / "prompts.txt", RunConfig(resume=True))
+    (tmp_path / "prompts.txt").write_text("a red cat\na dog\n")
+    monkeypatch.chdir(tmp_path)
+    info = run(Path("prompts.txt"), RunConfig(resume=True, gradient_accumulation_steps=2, checkpoint_every=7))
+    assert info.result["resumed_at"] == 1
+    assert not notes
+    assert run(tmp_path / "prompts.txt", RunConfig(resume=True)) == info
+    assert "has ended" in notes[0]
+    (tmp_path / "prompts.txt").write_text("a cow\n")
+    with pytest.raises(InputError, match="has ended, under other settings"):
+        run(tmp_path / "prompts.txt", RunConfig(resume=True))
 
 
 def test_an_earlier_student_stays_until_the_new_one_is_whole(
@@ -186,9 +229,9 @@ def test_an_earlier_student_stays_until_the_new_one_is_whole(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        distil(tiny_files, diverging, output=output, device="cpu", observers=Observers(on_update=stop))
+        distill(tiny_files, diverging, output=output, device="cpu", observers=Observers(on_update=stop))
     assert (output / LORA_FILE).read_bytes() == before
-    distil(tiny_files, diverging, output=output, device="cpu", observers=SILENT)
+    distill(tiny_files, diverging, output=output, device="cpu", observers=SILENT)
     assert (output / LORA_FILE).read_bytes() != before
 
 
@@ -199,12 +242,15 @@ def test_an_earlier_student_stays_until_the_new_one_is_whole(
         ({"rank": 0}, "--rank must be at least 1"),
         ({"guidance": 0.5}, "at least 1"),
         ({"guidance": float("nan")}, "at least 1"),
-        ({"guidance": 1.0}, "nothing to distil"),
+        ({"guidance": 1.0}, "nothing to distill"),
         ({"updates": 0}, "--updates"),
         ({"learning_rate": 0.0}, "--learning-rate"),
         ({"loss_weight": "x"}, "unknown loss weight"),
+        ({"preset": "x"}, "unknown preset"),
         ({"precision": "int3"}, "unknown precision"),
         ({"images": Path("x"), "prompts": Path("y")}, "not both"),
+        ({"method": "bitfit", "rank": 4}, "--rank is not used with --method bitfit"),
+        ({"tokens": 4}, "--tokens is not used with --method lora"),
     ],
 )
 def test_wrong_settings(changes: dict[str, object], message: str) -> None:
@@ -214,22 +260,29 @@ def test_wrong_settings(changes: dict[str, object], message: str) -> None:
 
 def test_nothing_to_train_on(tiny_files: ModelFiles, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="pass --prompts FILE or --images DIR"):
-        distil(tiny_files, DistillConfig(), output=tmp_path / "s", device="cpu")
+        distill(tiny_files, DistillConfig(), output=tmp_path / "s", device="cpu")
 
 
 def test_the_papers_preset_and_what_overrides_it() -> None:
-    common = {"in_bfloat16": False, "embedded": True, "method": "lora", "prompts": None, "images": None}
-    paper = resolve_config(preset="paper", updates=None, **common)
-    assert (paper.updates, paper.batch_size, paper.learning_rate, paper.loss_weight) == (
-        1600,
-        512,
-        5e-5,
-        "constant",
-    )
-    assert resolve_config(preset="paper", updates=7, **common).updates == 7
-    assert resolve_config(preset=None, **common).prompts is not None
-    with pytest.raises(InputError, match="unknown preset"):
-        resolve_config(preset="x", **common)
+    paper = DistillConfig(preset="paper").resolved(in_bfloat16=False, embedded=True)
+    assert (paper.updates, paper.batch_size, paper.learning_rate, paper.loss_weight) == (1600, 512, 5e-5, "constant")
+    assert paper.prompts is not None
+    assert DistillConfig(preset="paper", updates=7).resolved(in_bfloat16=False, embedded=True).updates == 7
+
+
+def test_no_bfloat16_is_chosen_where_it_would_be_emulated() -> None:
+    for method in METHOD_DEFAULTS:
+        config = DistillConfig(method=method)
+        assert config.resolved(in_bfloat16=False, embedded=True).precision == "fp32"
+        assert config.resolved(in_bfloat16=True, embedded=True).precision == "bf16"
+    asked = DistillConfig(precision="bf16")
+    assert asked.resolved(in_bfloat16=False, embedded=True).precision == "bf16"
+
+
+def test_the_config_names_what_there_is() -> None:
+    hints = get_type_hints(DistillConfig)
+    assert set(get_args(hints["method"])) == set(METHODS) == set(METHOD_DEFAULTS)
+    assert set(get_args(hints["loss_weight"])) == set(LOSS_WEIGHTS)
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:
@@ -249,10 +302,11 @@ def test_starting_over_sets_an_unfinished_run_aside(tiny_files: ModelFiles, prom
         raise Stop
 
     def begin(**options: object) -> None:
-        config = DistillConfig(prompts=prompt_file, updates=3, batch_size=2, checkpoint_every=1, **options)
+        config = DistillConfig(prompts=prompt_file, updates=3, batch_size=2, **options)
+        execution = RunConfig(checkpoint_every=1)
         observers = Observers(on_update=stop, on_note=notes.append)
         with pytest.raises(Stop):
-            distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=observers)
+            distill(tiny_files, config, execution, output=tmp_path / "s", device="cpu", observers=observers)
 
     notes: list[str] = []
     begin(seed=0)
@@ -269,14 +323,14 @@ def test_starting_over_sets_an_unfinished_run_aside(tiny_files: ModelFiles, prom
 
 
 def test_two_runs_do_not_share_a_work_folder(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
-    config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2, checkpoint_every=1)
+    config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2)
 
     def second(report: object) -> None:
         for resume in (False, True):
             with pytest.raises(InputError, match="another run is at work"):
-                distil(tiny_files, config, output=tmp_path / "s", device="cpu", resume=resume, observers=SILENT)
+                distill(tiny_files, config, RunConfig(resume=resume), output=tmp_path / "s", device="cpu")
 
-    distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=Observers(on_update=second))
+    distill(tiny_files, config, output=tmp_path / "s", device="cpu", observers=Observers(on_update=second))
     assert read_student(tmp_path / "s", tiny_files)
 
 
@@ -289,8 +343,10 @@ def test_a_picture_that_can_not_be_drawn_costs_no_student(
     monkeypatch.setattr("boostdiff.distill.preview.generate", fail)
     notes: list[str] = []
     config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2)
-    observers = Observers(on_note=notes.append, preview_every=1)
-    info = distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=observers)
+    observers = Observers(on_note=notes.append)
+    info = distill(
+        tiny_files, config, RunConfig(preview_every=1), output=tmp_path / "s", device="cpu", observers=observers
+    )
     assert read_student(tmp_path / "s", tiny_files) == info
     assert [note.split(":")[1] for note in notes] == [" out of memory"] * 3
 
@@ -299,9 +355,10 @@ def test_an_update_that_does_not_fit_into_memory_is_split(
     tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = {"prompts": prompt_file, "updates": 3, "batch_size": 5, "learning_rate": 0.01}
-    distil(
+    distill(
         tiny_files,
-        DistillConfig(**config, gradient_accumulation_steps=4),
+        DistillConfig(**config),
+        RunConfig(gradient_accumulation_steps=4),
         output=tmp_path / "asked",
         device="cpu",
         observers=SILENT,
@@ -317,8 +374,8 @@ def test_an_update_that_does_not_fit_into_memory_is_split(
     monkeypatch.setattr(loop.Run, "losses", bounded)
     notes: list[str] = []
     observers = Observers(on_note=notes.append, preview=False)
-    info = distil(tiny_files, DistillConfig(**config), output=tmp_path / "s", device="cpu", observers=observers)
-    # Five states do not fit, nor do three of the halves.
+    info = distill(tiny_files, DistillConfig(**config), output=tmp_path / "s", device="cpu", observers=observers)
+    # Five samples do not fit, nor do three of the halves.
     assert [re.search(r"steps (\d)", note)[1] for note in notes] == ["2", "4"]
     assert info.result["gradient_accumulation_steps"] == 4
     assert (tmp_path / "s" / LORA_FILE).read_bytes() == (tmp_path / "asked" / LORA_FILE).read_bytes()
@@ -336,9 +393,12 @@ def test_a_state_that_does_not_fit_into_memory_is_an_error_that_says_what_to_do(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(loop.Run, "losses", fail)
-    config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2, gradient_checkpointing=checkpointing)
-    with pytest.raises(BoostDiffError, match="out of memory with one state at a time") as caught:
-        distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
+    config, execution = (
+        DistillConfig(prompts=prompt_file, updates=2, batch_size=2),
+        RunConfig(gradient_checkpointing=checkpointing),
+    )
+    with pytest.raises(BoostDiffError, match="out of memory with one sample at a time") as caught:
+        distill(tiny_files, config, execution, output=tmp_path / "s", device="cpu", observers=SILENT)
     assert ("--gradient-checkpointing" in str(caught.value)) is not checkpointing
     assert not (tmp_path / "s").exists()
 
@@ -352,7 +412,7 @@ def test_other_errors_of_an_update_are_not_taken_for_memory(
     monkeypatch.setattr(loop.Run, "losses", fail)
     config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2)
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
+        distill(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
 
 
 def test_the_teacher_is_drawn_once_for_all_previews(
@@ -364,7 +424,7 @@ def test_the_teacher_is_drawn_once_for_all_previews(
     generate = preview.generate
     monkeypatch.setattr(preview, "generate", lambda *a, **k: (drawn.append(type(a[1]).__name__), generate(*a, **k))[1])
     config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2)
-    distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=Observers(preview_every=1))
+    distill(tiny_files, config, RunConfig(preview_every=1), output=tmp_path / "s", device="cpu")
     assert drawn == ["SinglePassDenoiser", "GuidedDenoiser", *["SinglePassDenoiser"] * 3]
     assert len(list((tmp_path / "s/previews").glob("*.png"))) == 2
 
@@ -372,4 +432,4 @@ def test_the_teacher_is_drawn_once_for_all_previews(
 def test_half_precision_where_it_overflows(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
     config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2, precision="fp16")
     with pytest.raises(InputError, match="fp16 needs a GPU"):
-        distil(tiny_files, config, output=tmp_path / "s", device="cpu")
+        distill(tiny_files, config, output=tmp_path / "s", device="cpu")

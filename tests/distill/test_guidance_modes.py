@@ -5,12 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from boostdiff.distill.config import DistillConfig, parse_guidance
-from boostdiff.distill.distill import count_parameters, distil
+from boostdiff.distill.config import RANGE_UPDATES, DistillConfig, parse_guidance
+from boostdiff.distill.distill import count_parameters, distill
 from boostdiff.distill.loop import Observers
 from boostdiff.distill.objective import NoiseSchedule, guidance_weight
 from boostdiff.distill.order import Share
-from boostdiff.distill.presets import RANGE_UPDATES, resolve_config
 from boostdiff.distill.trajectories import Trajectories
 from boostdiff.engine.adapters import ADAPTER_NAME
 from boostdiff.engine.errors import InputError
@@ -28,12 +27,12 @@ SILENT = Observers(preview=False)
 
 
 @pytest.fixture(scope="session")
-def range_student(tiny_folder: Path, prompt_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def conditioned_student(tiny_folder: Path, prompt_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("range") / "student"
     config = DistillConfig(
         guidance=1.5, guidance_max=7.5, prompts=prompt_file, updates=30, batch_size=8, learning_rate=0.01
     )
-    distil(locate(str(tiny_folder)), config, output=output, device="cpu")
+    distill(locate(str(tiny_folder)), config, output=output, device="cpu")
     return output
 
 
@@ -54,12 +53,12 @@ def test_the_loss_is_normalised_by_the_excess_of_guidance() -> None:
     torch.testing.assert_close(guidance_weight(torch.tensor([1.0, 1.5, 3.0, 7.0])), torch.tensor([4, 4, 1 / 4, 1 / 36]))
 
 
-def test_a_range_student_follows_the_guidance_that_it_is_given(range_student: Path, tiny: Model) -> None:
+def test_a_conditioned_student_follows_the_guidance_that_it_is_given(conditioned_student: Path, tiny: Model) -> None:
     """In a stock pipeline, from the merged UNet: `guidance_scale` changes the image and stays one pass a step."""
-    info = read_student(range_student, tiny.files)
+    info = read_student(conditioned_student, tiny.files)
     assert info.guidance_range == (1.5, 7.5)
-    merged = merge(tiny, range_student, info)
-    proof = merge_in_place(tiny, range_student, info)
+    merged = merge(tiny, conditioned_student, info)
+    proof = merge_in_place(tiny, conditioned_student, info)
     assert proof.relative < 1e-5
     stock = load(tiny.files, device=CPU).pipeline
     stock.unet = merged
@@ -74,8 +73,8 @@ def test_a_range_student_follows_the_guidance_that_it_is_given(range_student: Pa
     assert passes == [1] * 6
 
 
-def test_the_denoiser_feeds_what_the_stock_pipeline_feeds(range_student: Path, tiny: Model) -> None:
-    apply_student(tiny, range_student)
+def test_the_denoiser_feeds_what_the_stock_pipeline_feeds(conditioned_student: Path, tiny: Model) -> None:
+    apply_student(tiny, conditioned_student)
     text = tiny.family.encode(tiny.pipeline, PROMPTS[:2])
     z_t = torch.randn(2, *tiny.latent_shape)
     with torch.no_grad():
@@ -88,9 +87,9 @@ def test_the_denoiser_feeds_what_the_stock_pipeline_feeds(range_student: Path, t
 
 
 def test_a_student_refuses_what_it_was_not_trained_for(
-    range_student: Path, students: dict[str, Path], tiny_files: ModelFiles
+    conditioned_student: Path, students: dict[str, Path], tiny_files: ModelFiles
 ) -> None:
-    fixed, ranged = (read_student(folder, tiny_files) for folder in (students["lora"], range_student))
+    fixed, ranged = (read_student(folder, tiny_files) for folder in (students["lora"], conditioned_student))
     assert fixed.choose_guidance(None) is None
     assert fixed.choose_guidance(3.0) is None
     assert ranged.choose_guidance(None) == 4.5
@@ -115,13 +114,13 @@ def test_a_negative_prompt_is_what_the_teacher_leads_away_from(
     assert unconditional is not None
     torch.testing.assert_close(unconditional.encoder_hidden_states, negative)
     config = DistillConfig(prompts=prompt_file, negative_prompt="a red cat", updates=2, batch_size=2)
-    info = distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
+    info = distill(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
     info.check_negative_prompt("a red cat")
     with pytest.raises(InputError, match="distilled with the negative prompt 'a red cat'"):
         info.check_negative_prompt("")
 
 
-def test_the_dial_scales_the_adapters_effect(students: dict[str, Path], tiny: Model) -> None:
+def test_the_lora_scale_scales_the_adapters_effect(students: dict[str, Path], tiny: Model) -> None:
     inputs = tiny.family.example_inputs(tiny.pipeline, 2)
 
     def predict() -> torch.Tensor:
@@ -149,11 +148,11 @@ def test_guidance_on_the_command_line(text: str, expected: tuple[float, float | 
         assert parse_guidance(text) == expected
 
 
-@pytest.mark.parametrize(("preset", "times"), [(None, RANGE_UPDATES), ("default", RANGE_UPDATES), ("paper", 1)])
+@pytest.mark.parametrize(("preset", "times"), [(None, RANGE_UPDATES), ("paper", 1)])
 def test_a_range_is_trained_longer_unless_told_otherwise(preset: str | None, times: int) -> None:
     def updates(**options: float | None) -> int:
-        common = {"in_bfloat16": False, "embedded": True, "method": "lora", "prompts": None, "images": None}
-        return resolve_config(preset=preset, guidance=1.5, **common, **options).updates
+        config = DistillConfig(preset=preset, guidance=1.5, **options)
+        return config.resolved(in_bfloat16=False, embedded=True).updates
 
     assert updates(guidance_max=7.5) == times * updates(guidance_max=None)
     assert updates(guidance_max=7.5, updates=7) == 7
@@ -165,14 +164,14 @@ def test_a_reversed_range() -> None:
 
 
 def test_only_columns_that_vary_smoothly_with_guidance_are_trained(
-    range_student: Path, students: dict[str, Path], tiny_files: ModelFiles
+    conditioned_student: Path, students: dict[str, Path], tiny_files: ModelFiles
 ) -> None:
-    weight = load_file(range_student / GUIDANCE_FILE)["time_embedding.cond_proj.weight"]
+    weight = load_file(conditioned_student / GUIDANCE_FILE)["time_embedding.cond_proj.weight"]
     smooth = smooth_columns(weight.shape[1])
     assert 0 < smooth.sum() < len(smooth)
     assert (weight[:, smooth] != 0).any()
     assert (weight[:, ~smooth] == 0).all()
-    ranged, fixed = (read_student(folder).trainable_parameters for folder in (range_student, students["lora"]))
+    ranged, fixed = (read_student(folder).trainable_parameters for folder in (conditioned_student, students["lora"]))
     assert ranged == fixed + weight[:, smooth].numel()
     config = DistillConfig(guidance=1.5, guidance_max=7.5)
     assert count_parameters(tiny_files, config)["trainable_parameters"] == ranged

@@ -12,8 +12,8 @@ import pytest
 import torch
 from boostdiff.distill import loop
 from boostdiff.distill.checkpoint import load_training_state
-from boostdiff.distill.config import DistillConfig
-from boostdiff.distill.distill import distil
+from boostdiff.distill.config import DistillConfig, RunConfig
+from boostdiff.distill.distill import distill
 from boostdiff.distill.loop import CHECKPOINT_FILE, LOG_FILE, Observers, UpdateReport
 from boostdiff.distill.monitoring import LossWatch
 from boostdiff.distill.objective import NoiseSchedule
@@ -31,9 +31,11 @@ from tiny import CPU, PROMPTS, save_images
 SILENT = Observers(preview=False)
 
 
-def run(files: ModelFiles, output: Path, **changes: object) -> dict[str, torch.Tensor]:
-    settings = {"updates": 12, "batch_size": 6, "learning_rate": 0.01} | changes
-    distil(files, DistillConfig(**settings), output=output, device="cpu", observers=SILENT)
+def run(
+    files: ModelFiles, output: Path, execution: RunConfig | None = None, **changes: object
+) -> dict[str, torch.Tensor]:
+    settings = {"updates": 12, "batch_size": 6, "learning_rate": 0.01, "precision": "fp32"} | changes
+    distill(files, DistillConfig(**settings), execution, output=output, device="cpu", observers=SILENT)
     return load_file(output / LORA_FILE)
 
 
@@ -103,9 +105,9 @@ def test_gradient_accumulation_and_checkpointing_change_nothing_but_memory(
     tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path
 ) -> None:
     expected = run(tiny_files, tmp_path / "one", prompts=prompt_file)
-    parts = run(tiny_files, tmp_path / "parts", prompts=prompt_file, gradient_accumulation_steps=4)
+    parts = run(tiny_files, tmp_path / "parts", RunConfig(gradient_accumulation_steps=4), prompts=prompt_file)
     assert_same_adapter(parts, expected)
-    again = run(tiny_files, tmp_path / "again", prompts=prompt_file, gradient_checkpointing=True)
+    again = run(tiny_files, tmp_path / "again", RunConfig(gradient_checkpointing=True), prompts=prompt_file)
     assert_same_adapter(again, expected)
 
 
@@ -113,10 +115,7 @@ def test_gradient_accumulation_and_checkpointing_change_nothing_but_memory(
 def test_a_run_cut_short_and_resumed_gives_the_same_bytes(
     tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, changes: dict[str, object]
 ) -> None:
-    config = DistillConfig(
-        **{"prompts": prompt_file, "updates": 14, "batch_size": 3, "checkpoint_every": 4, "learning_rate": 0.01}
-        | changes
-    )
+    config = DistillConfig(**{"prompts": prompt_file, "updates": 14, "batch_size": 3, "learning_rate": 0.01} | changes)
 
     class Cut(Exception):
         pass
@@ -125,10 +124,12 @@ def test_a_run_cut_short_and_resumed_gives_the_same_bytes(
         if report.update == 10:
             raise Cut
 
-    distil(tiny_files, config, output=tmp_path / "whole", device="cpu", observers=SILENT)
+    execution, resumed = RunConfig(checkpoint_every=4), RunConfig(resume=True)
+    distill(tiny_files, config, execution, output=tmp_path / "whole", device="cpu", observers=SILENT)
+    observers = Observers(on_update=cut)
     with pytest.raises(Cut):
-        distil(tiny_files, config, output=tmp_path / "cut", device="cpu", observers=Observers(on_update=cut))
-    info = distil(tiny_files, config, output=tmp_path / "cut", device="cpu", resume=True, observers=SILENT)
+        distill(tiny_files, config, execution, output=tmp_path / "cut", device="cpu", observers=observers)
+    info = distill(tiny_files, config, resumed, output=tmp_path / "cut", device="cpu", observers=SILENT)
     assert info.result["resumed_at"] == 8
     for name in info.adapter_files:
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -137,7 +138,8 @@ def test_a_run_cut_short_and_resumed_gives_the_same_bytes(
 def test_what_the_log_tells_is_read_again_on_resuming(
     tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path
 ) -> None:
-    config = DistillConfig(prompts=prompt_file, updates=21, batch_size=2, checkpoint_every=20)
+    config = DistillConfig(prompts=prompt_file, updates=21, batch_size=2)
+    execution, resumed = RunConfig(checkpoint_every=20), RunConfig(resume=True)
 
     class Cut(Exception):
         pass
@@ -146,37 +148,51 @@ def test_what_the_log_tells_is_read_again_on_resuming(
         if report.update == 20:
             raise Cut
 
-    whole = distil(tiny_files, config, output=tmp_path / "whole", device="cpu", observers=SILENT)
+    whole = distill(tiny_files, config, output=tmp_path / "whole", device="cpu", observers=SILENT)
     with pytest.raises(Cut):
-        distil(tiny_files, config, output=tmp_path / "cut", device="cpu", observers=Observers(on_update=cut))
+        distill(
+            tiny_files,
+            config,
+            execution,
+            output=tmp_path / "cut",
+            device="cpu",
+            observers=Observers(on_update=cut),
+        )
     log = work_folder(tmp_path / "cut") / LOG_FILE
     kept = log.read_text()
     log.write_text(kept.replace("unguided_loss", "x"))
     with pytest.raises(InputError, match=r"can't resume: .*log.jsonl is damaged"):
-        distil(tiny_files, config, output=tmp_path / "cut", device="cpu", resume=True, observers=SILENT)
+        distill(tiny_files, config, resumed, output=tmp_path / "cut", device="cpu", observers=SILENT)
     log.write_text(kept)
-    info = distil(tiny_files, config, output=tmp_path / "cut", device="cpu", resume=True, observers=SILENT)
+    info = distill(tiny_files, config, resumed, output=tmp_path / "cut", device="cpu", observers=SILENT)
     # The mean of the last two updates: one before the cut, and one after it.
     assert info.result["resumed_at"] == 20
-    assert info.result["guidance_learnt"] == whole.result["guidance_learnt"]
+    assert info.result["guidance_r2"] == whole.result["guidance_r2"]
     assert info.result["final_loss"] == whole.result["final_loss"]
 
 
 def test_a_checkpoint_of_another_shape_is_refused(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
-    config = DistillConfig(prompts=prompt_file, updates=4, batch_size=2, checkpoint_every=1)
+    config = DistillConfig(prompts=prompt_file, updates=4, batch_size=2)
 
     def cut(report: UpdateReport) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=Observers(on_update=cut))
+        distill(
+            tiny_files,
+            config,
+            RunConfig(checkpoint_every=1),
+            output=tmp_path / "s",
+            device="cpu",
+            observers=Observers(on_update=cut),
+        )
     path = work_folder(tmp_path / "s") / CHECKPOINT_FILE
     with safe_open(path, framework="pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     name = next(name for name in tensors if ".lora_A" in name and name.startswith("weights/"))
     save_file(tensors | {name: tensors[name][:-1]}, path, metadata)
     with pytest.raises(InputError, match=r"can't resume: .* has shape"):
-        distil(tiny_files, config, output=tmp_path / "s", device="cpu", resume=True)
+        distill(tiny_files, config, RunConfig(resume=True), output=tmp_path / "s", device="cpu")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -225,9 +241,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_adapter
     calls: list[int] = []
     original = loop.distillation_loss
     monkeypatch.setattr(loop, "distillation_loss", poisoned)
-    config = DistillConfig(prompts=prompt_file, updates=20, batch_size=2, checkpoint_every=5)
+    config = DistillConfig(prompts=prompt_file, updates=20, batch_size=2)
     with pytest.raises(BoostDiffError, match=r"the loss is nan at update 7: lower --learning-rate"):
-        distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
+        execution = RunConfig(checkpoint_every=5)
+        distill(tiny_files, config, execution, output=tmp_path / "s", device="cpu", observers=SILENT)
     kept = load_file(work_folder(tmp_path / "s") / LORA_FILE)
     assert all(tensor.isfinite().all() for tensor in kept.values())
     assert load_training_state(work_folder(tmp_path / "s") / CHECKPOINT_FILE).step == 5
@@ -248,26 +265,26 @@ def test_divergence_is_seen() -> None:
 def test_what_is_learnt_is_told_by_the_newest_tenth_of_the_updates() -> None:
     watch = LossWatch()
     watch.add(2.0, 2.0)
-    assert watch.guidance_learnt() == 0
+    assert watch.guidance_r2() == 0
     for loss in [1.0] * 17 + [0.2, 0.6]:
         watch.add(loss, 2.0)
-    assert watch.guidance_learnt() == pytest.approx(0.8)
+    assert watch.guidance_r2() == pytest.approx(0.8)
     assert watch.mean_loss() == pytest.approx(0.4)
 
 
 def test_without_guidance_there_is_nothing_to_learn() -> None:
     watch = LossWatch()
     watch.add(0.0, 0.0)
-    assert watch.guidance_learnt() is None
+    assert watch.guidance_r2() is None
 
 
 def test_an_unknown_tracker() -> None:
-    with pytest.raises(InputError, match="unknown tracker"):
-        Observers(log_with="paper")
+    with pytest.raises(InputError, match="unknown log with 'paper'"):
+        RunConfig(log_with="paper")
 
 
 def test_previews_on_the_way(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
     config = DistillConfig(prompts=prompt_file, updates=4, batch_size=2)
-    observers = Observers(preview=False, preview_every=2)
-    distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=observers)
+    execution = RunConfig(preview_every=2)
+    distill(tiny_files, config, execution, output=tmp_path / "s", device="cpu", observers=SILENT)
     assert sorted(path.name for path in (tmp_path / "s" / "previews").iterdir()) == ["000002.png", "000004.png"]

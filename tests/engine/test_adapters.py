@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from boostdiff.distill.config import DistillConfig
-from boostdiff.distill.distill import count_parameters, distil
+from boostdiff.distill.distill import count_parameters, distill
 from boostdiff.distill.loop import Observers
 from boostdiff.engine.adapters import METHODS, PEFT_METHODS, PeftAdapter
 from boostdiff.engine.errors import InputError
@@ -116,7 +116,7 @@ def test_a_saved_student_is_the_trained_one_and_merges(
         batch_size=4,
         learning_rate=0.02,
     )
-    info = distil(tiny_files, config, output=tmp_path / "s", device="cpu", observers=Observers(preview=False))
+    info = distill(tiny_files, config, output=tmp_path / "s", device="cpu", observers=Observers(preview=False))
     assert info.trainable_parameters == count_parameters(tiny_files, config)["trainable_parameters"]
     base = predict(tiny)
     proof = merge_in_place(tiny, tmp_path / "s", info)

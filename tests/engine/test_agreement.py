@@ -3,7 +3,7 @@ from pathlib import Path
 
 import torch
 from agreement import STOCK, drawn, others
-from boostdiff.engine.generate import DrawConfig
+from boostdiff.engine.config import GenerateConfig
 from boostdiff.engine.model import ModelFiles
 from tiny import PROMPTS
 
@@ -11,10 +11,10 @@ from tiny import PROMPTS
 def test_runners_and_stock_diffusers_draw_the_same(
     tiny_files: ModelFiles, students: dict[str, Path], engines: dict[str, Path]
 ) -> None:
-    base = DrawConfig(prompts=list(PROMPTS[:2]), student=students["lora"], engine=engines["lora"], steps=3)
+    base = GenerateConfig(prompts=list(PROMPTS[:2]), student=students["lora"], steps=3)
     expected = drawn(tiny_files, base)
     runners = (("onnx", "fp32"), ("onnx", "fp16"), ("tensorrt", None))
-    found = dict(others(tiny_files, base, runners))
+    found = dict(others(tiny_files, base, engines["lora"], runners))
     assert (found.pop("onnx fp32") - expected).abs().max() <= 1
     assert (found.pop(STOCK) - expected).abs().max() <= 1
     assert isinstance(found["onnx fp16"], torch.Tensor)

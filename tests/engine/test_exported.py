@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from boostdiff.engine.config import GenerateConfig
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.exported import Engine
-from boostdiff.engine.generate import DrawConfig, draw
+from boostdiff.engine.generate import draw
 from boostdiff.engine.model import ModelFiles
 from PIL import Image
 from tiny import PROMPTS
@@ -28,7 +29,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 def test_it_draws_what_torch_draws(
     folder: Path, tiny_files: ModelFiles, students: dict[str, Path], tmp_path: Path
 ) -> None:
-    config = DrawConfig(prompts=list(PROMPTS), student=students["lora"], engine=folder, steps=5, seed=3)
+    config = GenerateConfig(prompts=list(PROMPTS), student=students["lora"], steps=5, seed=3)
     expected = [pixels(Image.open(path)) for path in draw(tiny_files, config, output=tmp_path)]
     with Engine.load(folder) as engine:
         images = engine(PROMPTS, steps=5, seed=3, batch_size=3)
@@ -66,10 +67,10 @@ def test_a_stream_ends_with_the_image(folder: Path) -> None:
 def test_generate_runs_wholly_on_the_engine(
     folder: Path, tiny_files: ModelFiles, students: dict[str, Path], tmp_path: Path
 ) -> None:
-    config = DrawConfig(prompts=[PROMPTS[0]], student=students["lora"], engine=folder, steps=4)
+    config = GenerateConfig(prompts=[PROMPTS[0]], student=students["lora"], steps=4)
     (torch_path,) = draw(tiny_files, config, output=tmp_path / "torch")
     for precision in ("fp32", "fp16"):
-        onnx_config = DrawConfig(**vars(config) | {"runner": "onnx", "precision": precision})
+        onnx_config = replace(config, engine=folder, runner="onnx", precision=precision)
         (path,) = draw(tiny_files, onnx_config, output=tmp_path / precision)
         assert np.abs(pixels(Image.open(path)) - pixels(Image.open(torch_path))).max() <= (
             1 if precision == "fp32" else 8
@@ -77,7 +78,7 @@ def test_generate_runs_wholly_on_the_engine(
 
 
 def test_an_engine_draws_without_model_and_student(folder: Path, tmp_path: Path) -> None:
-    config = DrawConfig(prompts=[PROMPTS[0]], student=None, engine=folder, runner="onnx", steps=2)
+    config = GenerateConfig(prompts=[PROMPTS[0]], engine=folder, runner="onnx", steps=2)
     (path,) = draw(None, config, output=tmp_path, device="cpu")
     assert path.name == "a-red-cat-student-0.png"
     with pytest.raises(InputError, match="no negative prompt"):
@@ -87,7 +88,7 @@ def test_an_engine_draws_without_model_and_student(folder: Path, tmp_path: Path)
 
 
 def test_an_interruption_keeps_what_is_drawn(tiny_files: ModelFiles, tmp_path: Path) -> None:
-    config = DrawConfig(prompts=list(PROMPTS), student=None, engine=tmp_path, steps=2, batch_size=2)
+    config = GenerateConfig(prompts=list(PROMPTS), teacher=True, steps=2, batch_size=2)
     taken = []
 
     def on_step(images: int) -> None:
@@ -104,18 +105,18 @@ def test_an_interruption_keeps_what_is_drawn(tiny_files: ModelFiles, tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "dora"}, "this one is of method dora"),
-        ({"guidance_range": [1.5, 7.5]}, "this one takes its guidance as an input"),
+        ({"method": "dora"}, "not dora ones"),
+        ({"guidance_range": [1.5, 7.5]}, "not guidance-conditioned ones"),
     ],
 )
-def test_the_dial_is_for_lora_of_one_scale(
+def test_the_lora_scale_is_for_lora_of_one_scale(
     tiny_files: ModelFiles, students: dict[str, Path], tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     """A DoRA's magnitudes and a guidance input stay at weight 0."""
     student = shutil.copytree(students["lora"], tmp_path / "student")
     info = json.loads((student / "student.json").read_text())
     (student / "student.json").write_text(json.dumps(info | changes))
-    config = DrawConfig(prompts=["x"], student=student, engine=tmp_path, dial=0.5)
+    config = GenerateConfig(prompts=["x"], student=student, lora_scale=0.5)
     with pytest.raises(InputError, match=message):
         draw(tiny_files, config, output=tmp_path / "images")
 
@@ -197,7 +198,7 @@ def test_a_manifest_of_another_student_is_refused(
     shutil.copy(engines["bitfit"] / "manifest.json", engine / "manifest.json")
     with pytest.raises(InputError, match="does not match its manifest"):
         Engine.load(engine)
-    config = DrawConfig(prompts=["x"], student=students["lora"], engine=engines["bitfit"], runner="onnx")
+    config = GenerateConfig(prompts=["x"], student=students["lora"], engine=engines["bitfit"], runner="onnx")
     with pytest.raises(InputError, match="exported from another student"):
         draw(tiny_files, config, output=tmp_path / "images")
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 from boostdiff.benchmarks.speed.throughput import Entrant, measure
 from boostdiff.distill.config import DistillConfig
-from boostdiff.distill.distill import distil
+from boostdiff.distill.distill import distill
 from boostdiff.distill.loop import Observers
 from boostdiff.engine.adapters import LORA_FILE
+from boostdiff.engine.config import GenerateConfig
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.exported import Engine
 from boostdiff.engine.families import family_of
-from boostdiff.engine.generate import DrawConfig, draw
+from boostdiff.engine.generate import draw
 from boostdiff.engine.guidance import GuidedDenoiser
 from boostdiff.engine.merge import merge
 from boostdiff.engine.model import Model, load, locate
@@ -53,7 +54,7 @@ def family_students(
     for kind, folder in folders.items():
         config = DistillConfig(prompts=prompt_file, updates=10, batch_size=4, learning_rate=0.02)
         observers = Observers(preview=kind == "sdxl")
-        distil(locate(str(folder)), config, output=root / kind, device="cpu", observers=observers)
+        distill(locate(str(folder)), config, output=root / kind, device="cpu", observers=observers)
     return {kind: root / kind for kind in folders}
 
 
@@ -97,7 +98,7 @@ def test_the_teacher_is_the_stock_pipelines_own_guidance(
 def test_a_student_draws_the_same_in_the_stock_pipeline(
     folders: dict[str, Path], family_students: dict[str, Path], kind: str, tmp_path: Path
 ) -> None:
-    config = DrawConfig(prompts=[PROMPTS[0]], student=family_students[kind], engine=tmp_path, steps=3, seed=9)
+    config = GenerateConfig(prompts=[PROMPTS[0]], student=family_students[kind], steps=3, seed=9)
     (path,) = draw(locate(str(folders[kind])), config, output=tmp_path / "images", device="cpu")
     pipeline = stock(folders[kind])
 
@@ -131,9 +132,7 @@ def test_export_of_every_family(
             torch.testing.assert_close(
                 runner.predict(inputs), TorchRunner(merged).predict(inputs), atol=1e-4, rtol=1e-3
             )
-    drawing = DrawConfig(
-        prompts=list(PROMPTS), student=family_students[kind], engine=tmp_path / "engine", steps=4, sampler="euler"
-    )
+    drawing = GenerateConfig(prompts=list(PROMPTS), student=family_students[kind], steps=4, sampler="euler")
     expected = [np.asarray(Image.open(path)).astype(int) for path in draw(files, drawing, output=tmp_path / "images")]
     for precision, allowed in {"sd-v": [("fp32", 2)], "sdxl": [("fp32", 2), ("fp16", 8)]}[kind]:
         with Engine.load(tmp_path / "engine", runner="onnx", precision=precision) as engine:

@@ -1,10 +1,11 @@
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pytest
 import typer
-from boostdiff.engine.options import DeviceOption, options_of
+from boostdiff.engine.errors import InputError
+from boostdiff.engine.options import DeviceOption, check_options, config_from, options_of, refuse_unused
 from typer.testing import CliRunner
 
 
@@ -63,3 +64,31 @@ def test_a_command_without_room_or_with_two_of_a_name_is_refused() -> None:
         options_of(Config)(narrow)
     with pytest.raises(TypeError, match="rank is declared twice"):
         options_of(Config, Config)(wide)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    method: Annotated[Literal["lora", "bitfit"] | None, typer.Option(help="Adapter.")] = None
+    rank: Annotated[int, typer.Option("--lora-rank", min=1, max=8, help="LoRA rank r.")] = 8
+    seed: int = 7
+
+
+def test_what_the_fields_declare_is_checked_in_python_too() -> None:
+    check_options(Checked())
+    for changes, message in (
+        ({"method": "magic"}, "unknown method 'magic': choose one of lora, bitfit"),
+        ({"rank": 0}, "--lora-rank must be at least 1"),
+        ({"rank": 9}, "--lora-rank must be at most 8"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_options(Checked(**changes))
+
+
+def test_an_option_that_would_be_ignored_is_refused() -> None:
+    refuse_unused(Checked(method="bitfit"), "with --method bitfit", "rank")
+    with pytest.raises(InputError, match="--lora-rank is not used with --method bitfit: leave it out"):
+        refuse_unused(Checked(rank=4), "with --method bitfit", "rank")
+
+
+def test_a_config_takes_its_own_of_a_commands_options() -> None:
+    assert config_from(Checked, {"rank": 4, "steps": 3}, seed=1) == Checked(rank=4, seed=1)

@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import typer
 from boostdiff.distill.config import DistillConfig
-from boostdiff.distill.distill import distil
+from boostdiff.distill.distill import distill
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.exported import Engine
 from boostdiff.engine.files import sha256_of
@@ -22,8 +23,8 @@ from boostdiff.engine.runners import GraphRunner, available_runners, open_export
 from boostdiff.engine.sessions import OnnxSession
 from boostdiff.engine.student import apply_student, read_student
 from boostdiff.engine.trt import check_plan, load_tensorrt
-from boostdiff.export.config import ExportConfig, parse_profile
-from boostdiff.export.export import export, standing_engine
+from boostdiff.export.config import ExportConfig, parse_range
+from boostdiff.export.export import export, up_to_date_engine
 from boostdiff.export.graph import compare
 from boostdiff.export.parts import Part, unet_part
 from boostdiff.export.plan import Flavour, plan_in_a_process
@@ -120,7 +121,7 @@ def test_graphs_are_valid_and_take_any_batch(engine: Path, tiny: Model, students
 def tiny_part(model: Model, timesteps: tuple[int, ...] = (1, 500, 981)) -> Part:
     text = model.family.encode(model.pipeline, PROMPTS[:2]).conditional
     part = unet_part(model, model.unet, text, ExportConfig(), timesteps)
-    part.settle()
+    part.compute_references()
     return part
 
 
@@ -212,7 +213,7 @@ def test_references_are_computed_without_tf32(
     def allowed() -> tuple[bool, str]:
         return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
 
-    def settle(part: Part) -> None:
+    def compute_references(part: Part) -> None:
         seen.append(allowed())
         raise BoostDiffError("far enough")
 
@@ -223,7 +224,7 @@ def test_references_are_computed_without_tf32(
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(wanted)
     try:
-        monkeypatch.setattr(Part, "settle", settle)
+        monkeypatch.setattr(Part, "compute_references", compute_references)
         monkeypatch.setattr("boostdiff.export.export.merge_in_place", merged)
         assert allowed() == (True, wanted)
         with pytest.raises(BoostDiffError, match="far enough"):
@@ -308,14 +309,14 @@ def test_exporting_again(copied: Path, tiny_files: ModelFiles, students: dict[st
 
 def test_a_damaged_engine_is_exported_again(copied: Path) -> None:
     manifest = read_manifest(copied)
-    assert standing_engine(copied, manifest) == manifest
-    assert standing_engine(copied, replace(manifest, options={"precision": "fp16"})) is None
-    assert standing_engine(copied, replace(manifest, inputs=manifest.inputs | {"vae": "another"})) is None
+    assert up_to_date_engine(copied, manifest) == manifest
+    assert up_to_date_engine(copied, replace(manifest, options={"precision": "fp16"})) is None
+    assert up_to_date_engine(copied, replace(manifest, inputs=manifest.inputs | {"vae": "another"})) is None
     data = copied / "unet/model.onnx.data"
     data.write_bytes(data.read_bytes()[:-1] + b"x")
-    assert standing_engine(copied, manifest) is None
+    assert up_to_date_engine(copied, manifest) is None
     data.unlink()
-    assert standing_engine(copied, manifest) is None
+    assert up_to_date_engine(copied, manifest) is None
 
 
 def test_a_size_that_varies(tiny_files: ModelFiles, students: dict[str, Path], tmp_path: Path) -> None:
@@ -339,7 +340,7 @@ def test_attention_scores_stay_in_fp32_where_the_model_asks(
     config = json.loads((folder / "unet/config.json").read_text())
     (folder / "unet/config.json").write_text(json.dumps(config | {"upcast_attention": True}))
     files = locate(str(folder))
-    distil(
+    distill(
         files, DistillConfig(prompts=prompt_file, updates=1, batch_size=2), output=tmp_path / "student", device="cpu"
     )
     manifest = export(
@@ -358,9 +359,10 @@ def test_attention_scores_stay_in_fp32_where_the_model_asks(
     [
         ({"precision": "int8"}, "unknown precision"),
         ({"trt": True, "precision": "fp32"}, "builds from FP16"),
-        ({"trt_flavour": "tensorrt_rtx"}, "--trt-flavour is about TensorRT plans"),
-        ({"refittable": True}, "--refittable is about TensorRT plans"),
-        ({"trt": True, "trt_flavour": "tensorflow"}, "unknown flavour"),
+        ({"trt_flavour": "tensorrt_rtx"}, "--trt-flavour is not used without --trt"),
+        ({"refittable": True}, "--refittable is not used without --trt"),
+        ({"batch": (1, 1, 1)}, "--batch is not used without --trt"),
+        ({"trt": True, "trt_flavour": "tensorflow"}, "unknown trt flavour"),
         ({"trt": True, "workspace_gb": -1.0}, "more than 0"),
     ],
 )
@@ -371,9 +373,9 @@ def test_options_that_can_not_be_used(options: dict[str, Any], message: str) -> 
 
 @pytest.mark.parametrize("text", ["", "x", "0", "4:1:16", "1:2", "1:2:3:4", "-1"])
 def test_profiles_that_can_not_be_used(text: str) -> None:
-    with pytest.raises(InputError, match="--batch"):
-        parse_profile(text, "--batch")
-    assert parse_profile("3", "--batch") == (3, 3, 3)
+    with pytest.raises(typer.BadParameter, match="MIN:OPT:MAX"):
+        parse_range(text)
+    assert parse_range("3") == (3, 3, 3)
 
 
 def test_large_models_leave_the_fp32_graph_out() -> None:
@@ -478,7 +480,7 @@ def test_cases_of_a_large_model(tiny: Model, monkeypatch: pytest.MonkeyPatch, tr
 def test_references_an_image_at_a_time_are_the_same(tiny: Model) -> None:
     part, whole = tiny_part(tiny), tiny_part(tiny)
     part.one_by_one = True
-    part.settle()
+    part.compute_references()
     for case, other in zip(part.cases, whole.cases, strict=True):
         torch.testing.assert_close(case.expected, other.expected, atol=1e-5, rtol=1e-4)
 

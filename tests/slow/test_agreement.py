@@ -6,7 +6,7 @@ import pytest
 import torch
 from agreement import STOCK, drawn, others
 from boostdiff.engine import embedded
-from boostdiff.engine.generate import DrawConfig
+from boostdiff.engine.config import GenerateConfig
 from boostdiff.engine.model import locate
 from boostdiff.engine.prompts import read_prompts
 from boostdiff.export.config import ExportConfig
@@ -24,12 +24,12 @@ def test_every_runner_draws_what_torch_draws(student: Path, tmp_path: Path) -> N
     files = locate(embedded.MODEL_NAME)
     export(files, ExportConfig(precision="both"), student=student, output=tmp_path / "engine", device="cpu")
     prompts = read_prompts(embedded.HELD_OUT_PROMPTS)[:COUNT]
-    base = DrawConfig(prompts=prompts, student=student, engine=tmp_path / "engine", steps=STEPS)
+    base = GenerateConfig(prompts=prompts, student=student, steps=STEPS)
     expected = drawn(files, base)
     print(f"\n| against torch, {COUNT} images of {STEPS} steps | largest difference | PSNR, the lowest |")
     print("|---|---|---|")
     ran = set()
-    for name, got in others(files, base, RUNNERS):
+    for name, got in others(files, base, tmp_path / "engine", RUNNERS):
         if isinstance(got, str):
             print(f"| {name} | not here: {got} | |")
             continue

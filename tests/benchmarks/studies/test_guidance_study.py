@@ -25,7 +25,7 @@ from boostdiff.benchmarks.studies.guidance_study import (
 )
 from boostdiff.benchmarks.studies.held_out import HeldOut, merged_student, teacher_model
 from boostdiff.distill.config import DistillConfig
-from boostdiff.distill.distill import distil
+from boostdiff.distill.distill import distill
 from boostdiff.distill.loop import Observers
 from boostdiff.engine import embedded
 from boostdiff.engine.errors import InputError
@@ -65,7 +65,7 @@ def test_shortened_guidance_keeps_its_direction() -> None:
 
 def distilled(output: Path, prompts: Path, guidance_max: float | None = None) -> Path:
     config = DistillConfig(prompts=prompts, updates=1, batch_size=2, learning_rate=0.05, guidance_max=guidance_max)
-    distil(locate("emoji64"), config, output=output, device="cpu", observers=Observers(preview=False))
+    distill(locate("emoji64"), config, output=output, device="cpu", observers=Observers(preview=False))
     return output
 
 
@@ -101,7 +101,7 @@ def student(tmp_path_factory: pytest.TempPathFactory, prompt_file: Path) -> Path
     """One update's student of the embedded model."""
     output = tmp_path_factory.mktemp("dial") / "student"
     config = DistillConfig(prompts=prompt_file, updates=1, batch_size=2, learning_rate=0.05)
-    distil(locate("emoji64"), config, output=output, device="cpu", observers=Observers(preview=False))
+    distill(locate("emoji64"), config, output=output, device="cpu", observers=Observers(preview=False))
     return output
 
 

@@ -1,0 +1,79 @@
+"""`boostdiff distill`: parse, configure, one library call, print."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..engine import embedded
+from ..engine.options import DeviceOption, JsonOption, ModelOption, OutputOption, config_from, options_of
+from ..engine.terminal import console, is_main_process, print_json, progress_bar, quiet_libraries
+from .config import DistillConfig, RunConfig, parse_guidance
+
+
+@options_of(DistillConfig, RunConfig)
+def distill(
+    model: ModelOption = embedded.MODEL_NAME,
+    output: OutputOption = Path("outputs/student"),
+    guidance: Annotated[
+        str,
+        typer.Option(
+            metavar="W|LOW:HIGH",
+            help="Guidance scale w to distill in, or the range of a guidance-conditioned student.",
+        ),
+    ] = str(DistillConfig.guidance),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved configuration; read no weights.")
+    ] = False,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    **options: Any,
+) -> None:
+    """Train an adapter that makes one pass predict what guided sampling predicts."""
+    quiet_libraries()
+    from ..engine.model import locate, resolve_device
+    from .distill import distill as train
+    from .distill import dry, resolve
+    from .loop import Observers, UpdateReport
+
+    low, high = parse_guidance(guidance)
+    config = config_from(DistillConfig, options, guidance=low, guidance_max=high)
+    execution = config_from(RunConfig, options)
+    files = locate(model, weights=not dry_run)
+    config = resolve(config, files, resolve_device(device))
+    if dry_run:
+        print_json({"model": model, "output": str(output), **dry(files, config, execution)})
+        return
+    with progress_bar(f"distilling {config.method}", config.updates) as advance:
+
+        def show(done: UpdateReport) -> None:
+            pace = f"{done.images_per_second:.1f} images/s, {done.peak_memory / 2**30:.1f} GB"
+            advance(note=f"loss {done.loss:.3g}, {_explained(done.guidance_r2)}{pace}")
+
+        observers = Observers(
+            # Wrong data shows in the first update: no bar before it.
+            on_start=lambda done: advance(done) if done else None,
+            on_update=show,
+            on_note=lambda note: console.print(note, style="yellow", markup=False),
+        )
+        info = train(files, config, execution, output=output, device=device, observers=observers)
+    if not is_main_process():
+        return
+    if skipped := info.result["bad_samples"]:
+        console.print(f"{len(skipped)} unreadable samples were skipped; student.json lists them")
+    if as_json:
+        print_json({"output": str(output), **asdict(info)})
+        return
+    console.print(
+        f"Student of {info.trainable_parameters:,} parameters in [bold]{output}[/] "
+        f"({_explained(info.result['guidance_r2'])}{info.result['seconds']:.0f} s); "
+        f"preview: {output / 'grid.png'}\nNext: [bold]boostdiff export --trt[/]"
+    )
+
+
+def _explained(r2: float | None) -> str:
+    """R² of the guidance term, to stand before other things; nothing where guidance changes nothing."""
+    return "" if r2 is None else f"R² {r2:.2f}, "

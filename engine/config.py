@@ -1,0 +1,117 @@
+"""The options of `boostdiff generate`: what to draw, and with what.
+
+Nothing here imports torch: the help of a command must not wait for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from .errors import InputError
+from .options import SamplerOption, SeedOption, StepsOption, check_options, refuse_unused
+
+EXPORTED = ("tensorrt", "onnx", "onnx-tensorrt")
+"""Runners that execute an exported engine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """What to draw, and with what.
+
+    Attributes:
+        prompts: one per image; image i starts from the noise of `seed + i`.
+    """
+
+    prompts: list[str]
+    model: Annotated[
+        str | None,
+        typer.Option(
+            show_default="emoji64",
+            help="The embedded model [bold]emoji64[/], a diffusers folder or a hub id; an engine has its own.",
+        ),
+    ] = None
+    student: Annotated[
+        Path | None,
+        typer.Option(
+            show_default="outputs/student", help="Folder that `boostdiff distill` wrote; an engine has its own."
+        ),
+    ] = None
+    engine: Annotated[
+        Path | None,
+        typer.Option(show_default="outputs/engine", help="Folder that `boostdiff export` wrote, for its runners."),
+    ] = None
+    teacher: Annotated[bool, typer.Option("--teacher", help="Two passes with guidance, no student.")] = False
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            show_default="3; a student has its own",
+            help="Guidance scale w of the teacher or a guidance-conditioned student.",
+        ),
+    ] = None
+    negative_prompt: Annotated[
+        str | None, typer.Option(show_default="none; a student has its own", help="Negative prompt of the teacher.")
+    ] = None
+    lora_scale: Annotated[
+        float | None,
+        typer.Option(
+            show_default="1", help="LoRA scale of a student of method lora: 0 is no guidance, 1 all that it learned."
+        ),
+    ] = None
+    runner: Annotated[
+        Literal["torch", "captured", "compiled", "onnx", "onnx-tensorrt", "tensorrt"],
+        typer.Option(
+            help="torch; captured: a CUDA graph of it; compiled: torch.compile, slow to start, pays for many images; "
+            "or an engine's: onnx, onnx-tensorrt, tensorrt."
+        ),
+    ] = "torch"
+    precision: Annotated[
+        Literal["fp32", "fp16"] | None,
+        typer.Option(show_default="what the device is faster at", help="Precision of the onnx runners."),
+    ] = None
+    sampler: SamplerOption = "ddim"
+    steps: StepsOption = 20
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, show_default="8, fewer above 512 pixels", help="Images denoised together."),
+    ] = None
+    seed: SeedOption = 0
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            InputError: a value can't be used, or would not be used.
+        """
+        check_options(self)
+        if self.guidance is not None and not 1 <= self.guidance < float("inf"):
+            raise InputError(f"--guidance {self.guidance:g} can't be used: it must be at least 1")
+        if self.lora_scale is not None and not 0 <= self.lora_scale <= 1:
+            raise InputError("--lora-scale must lie between 0 and 1")
+        if not all(prompt.strip() for prompt in self.prompts):
+            raise InputError("a prompt is empty")
+        if self.on_engine and self.teacher:
+            raise InputError(f"--teacher runs in torch only: an engine holds the student, not --runner {self.runner}")
+        if self.on_engine:
+            refuse_unused(self, f"with --runner {self.runner}, whose engine holds the model", "model")
+        else:
+            refuse_unused(self, f"with --runner {self.runner}", "engine")
+        if self.teacher:
+            refuse_unused(self, "with --teacher", "student", "lora_scale")
+        if self.runner != "torch":
+            refuse_unused(self, f"with --runner {self.runner}, where the LoRA is merged", "lora_scale")
+        if not self.runner.startswith("onnx"):
+            refuse_unused(self, f"with --runner {self.runner}: it is for ONNX Runtime's graphs", "precision")
+
+    @property
+    def on_engine(self) -> bool:
+        """Whether an exported engine draws."""
+        return self.runner in EXPORTED
+
+    @property
+    def total_steps(self) -> int:
+        """Denoising steps over all images."""
+        return len(self.prompts) * self.steps

@@ -1,0 +1,65 @@
+"""`boostdiff export`: parse, configure, one library call, print."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..engine import embedded
+from ..engine.options import (
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    OutputOption,
+    StudentOption,
+    config_from,
+    options_of,
+)
+from ..engine.terminal import console, print_json, quiet_libraries
+from .config import ExportConfig
+
+
+@options_of(ExportConfig)
+def export(
+    model: ModelOption = embedded.MODEL_NAME,
+    student: StudentOption = Path("outputs/student"),
+    output: OutputOption = Path("outputs/engine"),
+    refit: Annotated[
+        Path | None,
+        typer.Option(
+            show_default="none",
+            help="Engine folder whose refittable TensorRT engines get the new weights; needs their GPU.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Export again even if nothing has changed.")] = False,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    **options: Any,
+) -> None:
+    """Merge the student into the UNet and export the pipeline to ONNX and TensorRT, compared with torch before use."""
+    quiet_libraries()
+    from ..engine.model import locate
+    from .export import export as run
+
+    config = config_from(ExportConfig, options)
+    files = locate(model)
+    with console.status("exporting"):
+        manifest = run(
+            files,
+            config,
+            student=student,
+            output=output,
+            device=device,
+            force=force,
+            refit=refit,
+            report=console.print,
+        )
+    if as_json:
+        print_json(asdict(manifest))
+        return
+    console.print(
+        f"Engine in [bold]{output}[/]: {', '.join(manifest.artefacts)}\nNext: [bold]boostdiff bench --steps 20[/]"
+    )
