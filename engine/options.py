@@ -135,7 +135,9 @@ def _choices(hint: Any) -> tuple[str, ...]:
 
 def _flag(name: str, option: OptionInfo) -> str:
     """An option as the user writes it."""
-    return (option.param_decls or (f"--{name.replace('_', '-')}",))[0]
+    # Within `Annotated` typer's first argument, `default`, is a name, too.
+    names = [each for each in (option.default, *(option.param_decls or ())) if str(each).startswith("--")]
+    return names[0] if names else f"--{name.replace('_', '-')}"
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
