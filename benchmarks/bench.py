@@ -21,18 +21,18 @@ from ..engine.memory import give_back_memory
 from ..engine.model import Model, ModelFiles, resolve_device
 from ..engine.runners import EXPORTED, Runner, TorchRunner, available_runners
 from ..engine.schedulers import make_scheduler
-from .config import BenchConfig
-from .fastest import FastestRunners
-from .quality.metrics import Metrics, bounded_memory
-from .quality.quality import Quality, judge
-from .session import Contest, Lineup, provenance_of, read_students
+from .config import BenchConfig, Metrics
+from .quality.alternatives import candidates
+from .quality.quality import Quality, evaluate
+from .quality.samples import SamplingVariant, bounded_memory
+from .session import Session, provenance_of, read_students
 from .speed.random_weights import random_model
-from .speed.stock import StockEntrant, stock_pipeline
-from .speed.throughput import WAYS, Entrant, Speed, SpeedRatio, measure
+from .speed.stock import StockVariant, stock_pipeline
+from .speed.throughput import MODES, Speed, SpeedRatio, TimedVariant, measure
 from .stats import Estimate
 
-SCHEMA_VERSION = 4
-"""Of `report.json`."""
+SCHEMA_VERSION = 5
+"""Version of `report.json`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +40,10 @@ class BenchResult:
     """Everything that a report shows.
 
     Attributes:
-        speed: of every entrant at every batch size.
-        skipped: the reason against each runner, or entrant at a batch size, that did not run.
+        speed: every variant at every batch size.
+        skipped: reason by runner, or by variant and batch size, that did not run.
         quality: None with `samples` 0.
-        prompts: of the quality's kept samples.
+        prompts: prompts of the quality's samples.
         provenance: hardware, versions, configuration, hashes.
     """
 
@@ -54,46 +54,51 @@ class BenchResult:
     provenance: dict[str, Any]
 
     @property
-    def headline(self) -> SpeedRatio:
-        """Teacher over student, whole images, where the student makes most images per second.
-
-        Raises:
-            BoostDiffError: the teacher ran nowhere that the student did.
-        """
-        students = sorted(
-            (row for row in self.speed.rows if row.way == "student"), key=lambda row: -row.images_per_second.value
-        )
-        for row in students:
-            if ratio := self.speed.ratio("images", row):
-                return ratio
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
-        raise BoostDiffError(f"teacher and student could not be timed on one runner ({reasons})")
+    def headline(self) -> SpeedRatio | None:
+        """Teacher over student, whole images, at the student's highest rate; None if they were never timed together."""
+        return next((ratio for row in self.speed.students if (ratio := self.speed.ratio("images", row))), None)
 
     def verdict(self) -> str:
-        """One sentence: how much faster, how close in quality."""
+        """How much faster, how close in quality: two or three sentences."""
+        return " ".join([self._verdict_on_speed(), *self._verdict_on_quality()])
+
+    def _verdict_on_speed(self) -> str:
         head = self.headline
-        estimate, runner = head.estimate, head.faster.removesuffix(" student")
+        if head is None:
+            return "Student and teacher could not be timed on one runner: there is no speed-up to report."
+        estimate, steps = head.estimate, self.provenance["config"]["steps"]
         words = (
-            f"The student makes images {estimate.value:.2f}x [{estimate.low:.2f}–{estimate.high:.2f}] as fast as the "
-            f"two-pass teacher ({runner}, batch {head.batch_size}, {self.provenance['steps']} steps; counted "
-            f"operations allow {head.ceiling:.2f}x)"
+            f"The student makes images {estimate.value:.2f}x [{estimate.low:.2f}, {estimate.high:.2f}] as fast as the "
+            f"two-pass teacher ({head.faster.runner}, batch {head.batch_size}, {steps} steps; counted operations allow "
+            f"{head.ceiling:.2f}x)"
         )
-        if stock := self.speed.over_baseline("stock diffusers", self.speed.fastest):
-            words += f", {stock.estimate.value:.2f}x as fast as stock diffusers with guidance"
-        if self.quality is None:
-            return f"{words}; quality was not measured."
-        student = self.quality.student
+        if stock := self.speed.ratio("images", self.speed.students[0], baseline="stock diffusers"):
+            words += f", and {stock.estimate.value:.2f}x as fast as stock diffusers with guidance"
+        return f"{words}."
+
+    def _verdict_on_quality(self) -> list[str]:
+        quality = self.quality
+        if quality is None:
+            return ["Quality was not measured."]
+        student, sentences = quality.student, []
         if student.distance is None:
-            return f"{words}; there was no reference to measure quality against."
-        if behind := student.behind:
-            words += f"; {_behind_in_words(behind, self.quality.features)}"
-        recovered, interval = student.recovered, student.recovered_interval
-        if recovered is None or interval is None:
-            return f"{words}; what guidance gains the teacher is within noise at N = {self.quality.images}."
-        return (
-            f"{words}; it recovers {recovered:.0%} [{interval.low:.0%}–{interval.high:.0%}] of the quality that "
-            f"guidance adds (N = {self.quality.images})."
-        )
+            sentences.append("There was no reference of real images to measure the distance to.")
+        elif delta := student.delta_to_guided:
+            sentence = f"Its {quality.features} is {_compared(delta)}"
+            if share := student.gain_recovered:
+                sentence += (
+                    f": it recovers {share.value:.0%} [{share.low:.0%}, {share.high:.0%}] of what guidance gains"
+                )
+            sentences.append(f"{sentence} (N = {quality.images}).")
+            if not share:
+                sentences.append(f"What guidance itself gains is within noise at N = {quality.images}.")
+        score, of_teacher, delta = student.caption_score, quality.guided.caption_score, student.caption_delta_to_guided
+        if score and of_teacher and delta:
+            sentences.append(
+                f"Its {quality.caption_label} is {score.value:.1f} against the teacher's {of_teacher.value:.1f} "
+                f"({delta.value:+.1f} [{delta.low:+.1f}, {delta.high:+.1f}])."
+            )
+        return sentences
 
     def as_json(self) -> dict[str, Any]:
         """The content of `report.json`."""
@@ -105,6 +110,15 @@ class BenchResult:
             "quality": self.quality.as_json() if self.quality else None,
             "provenance": self.provenance,
         }
+
+
+def _compared(delta: Estimate) -> str:
+    """A student's distance compared with the guided teacher's."""
+    if delta.low <= 0 <= delta.high:
+        return f"level with the teacher's ({delta.value:+.1f} [{delta.low:+.1f}, {delta.high:+.1f}])"
+    low, high = sorted((abs(delta.low), abs(delta.high)))
+    side = "worse" if delta.value > 0 else "better"
+    return f"{side} than the teacher's by {abs(delta.value):.1f} [{low:.1f}, {high:.1f}]"
 
 
 def bench(
@@ -122,19 +136,19 @@ def bench(
 ) -> BenchResult | None:
     """Measure speed on every runner of this machine, and quality.
 
-    Where several processes were launched, they share the sampling out, through `cache`.
+    Where several processes were launched, they share the sampling through `cache`, and only the first has a result.
 
     Args:
         files: the model.
         config: what to measure.
-        students: folders; the first is the engine's, the others join the quality rows.
-        engine: what `export` wrote.
+        students: student folders; the first is the engine's, the others join the quality rows.
+        engine: engine folder.
         prompts: at least `config.samples`; speed uses the first ones, repeated if needed.
-        metrics: what images are judged by.
+        metrics: what images are compared by.
         cache: folder where a killed run finds what it had sampled; None keeps nothing.
         device: "auto", "cpu", "cuda", …
-        report: told of each stage in words.
-        on_images: told of quality's progress: the row's name and how many images took a step.
+        report: progress callback, with a message.
+        on_images: progress callback of quality: row name, and number of images that took a step.
 
     Raises:
         InputError: a student, the engine, the prompts or the reference can't be used.
@@ -142,62 +156,73 @@ def bench(
     manifest = read_manifest(engine)
     infos, guidance = read_students(students, files, config.guidance)
     manifest.check_student(infos[0], engine=engine)
-    contest = Contest.open(
-        files, config, students=students, infos=infos, guidance=guidance, prompts=prompts, device=device
+    opened = Session.open(
+        files,
+        config,
+        sampler=config.sampler,
+        steps=config.steps,
+        students=students,
+        infos=infos,
+        guidance=guidance,
+        prompts=prompts,
+        device=device,
     )
-    model, processes = contest.model, contest.processes
-    compiles = config.compiles(model.unet)
-    with FastestRunners(model, passes=config.denoised(len(students)), compiles=compiles) as runners:
-        lineup = Lineup(model=model, sampler=config.sampler, steps=config.steps, runner=runners)
-        rows = lineup.quality_rows(contest.students, guidance, alternatives=config.alternatives)
-        hashes, campaign, real = dict(manifest.inputs), None, None
+    with opened as session:
+        guided, unguided, others = _quality_variants(session, config)
+        samples = reference = None
         if config.samples:
-            if metrics.reference is None:
+            # Before speed: a network or reference that can't be used must not cost a measurement.
+            samples = session.sample_cache(metrics, folder=cache, on_images=on_images)
+            reference = metrics.reference_for(samples.network)
+            if reference is None:
                 report("quality: no --reference, so distances to real images are left out")
-            campaign = contest.campaign(metrics, cache=cache, on_images=on_images, runner=runners.name)
-            real = metrics.reference_for(campaign.network)
-            hashes["features"] = campaign.network.sha256
-            if campaign.clip:
-                hashes["clip"] = campaign.clip.sha256
-            if processes:
-                with bounded_memory():
-                    campaign = campaign.fill(rows, processes)
-        if processes and not processes.is_main_process:
+            samples = session.shared_out(samples, [guided, unguided, *others])
+        if session.processes and not session.processes.is_main_process:
             return None
-
-        speed, skipped = _timed(contest, manifest, engine, compiles=compiles, report=report)
-        # Captured graphs are in cycles, and quality needs their memory.
+        speed, skipped = _measure_speed(session, config, manifest, engine, report)
+        # Captured graphs are in reference cycles, and quality needs their memory.
         give_back_memory()
         quality = None
-        if campaign:
-            with bounded_memory():
-                quality = judge(campaign, rows, reference=real)
-    return BenchResult(
-        speed=speed,
-        skipped=skipped | speed.left_out,
-        quality=quality,
-        prompts=prompts[: config.samples],
-        provenance=contest.provenance() | {"hashes": hashes, "weights": "trained"},
-    )
+        if samples:
+            with bounded_memory(session.batch_size):
+                quality = evaluate(samples, guided=guided, unguided=unguided, others=others, reference=reference)
+        return BenchResult(
+            speed=speed,
+            skipped=skipped | speed.left_out,
+            quality=quality,
+            prompts=prompts[: config.samples],
+            provenance=session.provenance(samples, **manifest.inputs),
+        )
 
 
-def _timed(
-    contest: Contest, manifest: Manifest, engine: Path, *, compiles: bool, report: Callable[[str], None]
+def _quality_variants(
+    session: Session, config: BenchConfig
+) -> tuple[SamplingVariant, SamplingVariant, list[SamplingVariant]]:
+    """Guided teacher, unguided teacher, and what is compared with them."""
+    guidance = session.guidance
+    settings = candidates(steps=config.steps, guidance=guidance) if config.alternatives else []
+    others = [session.student(student, guidance) for student in session.students]
+    others += [session.alternative(setting) for setting in settings]
+    return session.teacher(guidance), session.teacher(1.0), [*others, session.teacher(guidance, reseeded=True)]
+
+
+def _measure_speed(
+    session: Session, config: BenchConfig, manifest: Manifest, engine: Path, report: Callable[[str], None]
 ) -> tuple[Speed, dict[str, str]]:
-    """Speed on every runner, and the reason against each that can't run; all that is opened is closed again.
+    """Speed on every runner, and the reason for each that can't run; all that is opened is closed again.
 
     Raises:
         InputError: the engine's files are incomplete or were changed.
     """
-    # Torch has the base's weights at hand for the teacher; an exported graph serves all with the student's.
-    model, merged = contest.model, contest.students[0].unet
+    # Torch times the teacher with the base's weights; an exported graph times all modes with the student's.
+    model, device = session.model, session.model.device
     with ExitStack() as opened:
-        entrants, lacking = _in_torch(model, merged, compiles=compiles)
-        reasons = available_runners(manifest, contest.device) | lacking
+        variants, unavailable = _in_torch(model, session.students[0].unet, compiles=config.compiles(model.unet))
+        reasons = available_runners(manifest, device) | unavailable
         for name, reason in reasons.items():
             if name in EXPORTED and reason is None:
                 try:
-                    loaded = Engine.load(engine, runner=name, device=str(contest.device))
+                    loaded = Engine.load(engine, runner=name, device=str(device))
                 except InputError:
                     raise
                 except BoostDiffError as error:
@@ -205,22 +230,12 @@ def _timed(
                     reasons[name] = str(error)
                 else:
                     exported = opened.enter_context(loaded).model
-                    entrants += [Entrant(way=way, runner=exported.unet, parts=exported) for way in WAYS]
+                    variants += [TimedVariant(mode=mode, runner=exported.unet, parts=exported) for mode in MODES]
         skipped = {name: reason for name, reason in reasons.items() if reason is not None}
-        for name, told in skipped.items():
-            report(f"{name}: left out, {told}")
-        return _speed(model, contest.config, entrants, contest.guidance, contest.prompts, report), skipped
-
-
-def _behind_in_words(behind: Estimate, features: str) -> str:
-    """How a student's distance compares with the guided teacher's."""
-    if behind.low <= 0 <= behind.high:
-        return (
-            f"its {features} is level with the teacher's ({behind.value:+.1f} [{behind.low:+.1f}, {behind.high:+.1f}])"
-        )
-    low, high = sorted((abs(behind.low), abs(behind.high)))
-    side = "worse" if behind.value > 0 else "better"
-    return f"its {features} is {side} than the teacher's by {abs(behind.value):.1f} [{low:.1f}, {high:.1f}]"
+        for name, reason in skipped.items():
+            report(f"{name}: left out, {reason}")
+        speed = _speed(model, config, variants, session.guidance, list(session.prompts), report)
+    return speed, skipped
 
 
 def bench_random(
@@ -235,21 +250,19 @@ def bench_random(
 
     Args:
         files: the model's configuration, as `random_weights.locate_configs` finds it.
-        config: what to measure; `samples` must be 0.
-        guidance: of the teacher; it changes no time.
+        config: what to measure; images are not compared.
+        guidance: guidance scale of the teacher; it changes no time.
         device: "auto", "cpu", "cuda", …
-        report: told of each stage in words.
+        report: progress callback, with a message.
 
     Raises:
-        InputError: the model can't be built, or images were asked for.
+        InputError: the model can't be built.
     """
-    if config.samples:
-        raise InputError("--random-weights draws noise, not pictures: pass --speed-only with it")
     target = resolve_device(device)
-    report("initialising random weights")
+    report("initializing random weights")
     model = random_model(files, device=target, seed=config.seed)
-    entrants, skipped = _in_torch(model, model.unet, compiles=config.compiles(model.unet))
-    speed = _speed(model, config, entrants, guidance, ["a photograph of an astronaut"], report)
+    variants, skipped = _in_torch(model, model.unet, compiles=config.compiles(model.unet))
+    speed = _speed(model, config, variants, guidance, ["a photograph of an astronaut"], report)
     return BenchResult(
         speed=speed,
         skipped=skipped | speed.left_out,
@@ -259,53 +272,55 @@ def bench_random(
     )
 
 
-def _stock(model: Model) -> list[Entrant]:
-    """Stock diffusers with guidance; nothing where its pipeline makes one pass, whatever its guidance."""
+def _stock(model: Model) -> list[TimedVariant]:
+    """Stock diffusers with guidance; nothing where its pipeline makes one pass at any guidance."""
     if model.unet.config.time_cond_proj_dim is not None:
         return []
-    return [StockEntrant(way="teacher", runner=TorchRunner(model.unet), pipeline=stock_pipeline(model))]
+    return [StockVariant(mode="teacher", runner=TorchRunner(model.unet), pipeline=stock_pipeline(model))]
 
 
-def _in_torch(model: Model, student: UNet2DConditionModel, *, compiles: bool) -> tuple[list[Entrant], dict[str, str]]:
-    """Every row of torch, stock diffusers' too, and what can't take part for a reason worth telling."""
-    entrants = [*_ways(TorchRunner, model.unet, student), *_stock(model)]
+def _in_torch(
+    model: Model, student: UNet2DConditionModel, *, compiles: bool
+) -> tuple[list[TimedVariant], dict[str, str]]:
+    """All variants in torch, stock diffusers' too, and the reason for each runner that is unavailable."""
+    variants = [*_modes(TorchRunner, model.unet, student), *_stock(model)]
     on_cuda = model.device.type == "cuda"
-    lacking: dict[str, str] = {}
+    unavailable: dict[str, str] = {}
     for name in [*(["captured"] if on_cuda else []), *(["compiled"] if compiles else [])]:
         if reason := LACKING[name](model.device):
-            lacking[name] = reason
+            unavailable[name] = reason
             continue
         try:
-            entrants += _ways(partial(_on_copy, IN_TORCH[name]), model.unet, student)
+            variants += _modes(partial(_on_copy, IN_TORCH[name]), model.unet, student)
         except torch.OutOfMemoryError:
-            lacking[name] = "out of memory"
-    return entrants, lacking
+            unavailable[name] = "out of memory"
+    return variants, unavailable
 
 
 def _on_copy(runner: Callable[[UNet2DConditionModel], Runner], unet: UNet2DConditionModel) -> Runner:
-    # On CUDA others than eager torch change the order of the weights, and with it the other rows' speed.
+    # On CUDA all but eager torch change the memory order of the weights, and with it the speed of other rows.
     return runner(copy.deepcopy(unet) if unet.device.type == "cuda" else unet)
 
 
-def _ways(
+def _modes(
     runner: Callable[[UNet2DConditionModel], Runner], teacher: UNet2DConditionModel, student: UNet2DConditionModel
-) -> list[Entrant]:
-    """Teacher, student and floor, in torch."""
+) -> list[TimedVariant]:
+    """All modes of a torch runner."""
     of_teacher = runner(teacher)
     of_student = of_teacher if student is teacher else runner(student)
-    return [Entrant(way=way, runner=of_student if way == "student" else of_teacher) for way in WAYS]
+    return [TimedVariant(mode=mode, runner=of_student if mode == "student" else of_teacher) for mode in MODES]
 
 
 def _speed(
     model: Model,
     config: BenchConfig,
-    entrants: list[Entrant],
+    variants: list[TimedVariant],
     guidance: float,
     prompts: list[str],
     report: Callable[[str], None],
 ) -> Speed:
     return measure(
-        entrants,
+        variants,
         model,
         prompts=prompts,
         guidance=guidance,

@@ -1,45 +1,75 @@
-"""What `boostdiff bench` is asked to measure."""
+"""What `boostdiff bench` and its subcommands measure: each option is a field here, and written once.
+
+Nothing at the top of this module imports torch: the help of a command must not wait for it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from diffusers import UNet2DConditionModel
+import typer
 
-from ..engine.compiled import has_bfloat16
+from ..engine import embedded
 from ..engine.errors import InputError
-from ..engine.model import LARGE_PARAMETERS
-from ..engine.schedulers import make_scheduler
-from .quality.alternatives import candidates
+from ..engine.options import SamplerOption, SeedOption, StepsOption
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from .quality.clip_score import ClipScorer
+    from .quality.features import FeatureNetwork
+    from .quality.reference import Reference
+
+SAMPLER_NAMES = {"ddim": "DDIM", "dpm++": "DPM-Solver++", "unipc": "UniPC", "euler": "Euler"}
+
+
+GuidanceOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Guidance scale w, for guidance-conditioned students.", show_default="the scale that was distilled"
+    ),
+]
+
+
+def comma_separated(option: str, kind: Callable[[str], Any], example: str) -> Callable[[Any], Any]:
+    """A parser of `1,2,4` to a tuple, each value once; what is no text is taken as it is.
+
+    Args:
+        option: its name, for the message.
+        kind: converts one value, or raises a ValueError.
+        example: of the option's value.
+    """
+
+    def parse(text: Any) -> Any:
+        try:
+            return tuple(dict.fromkeys(map(kind, text.split(",")))) if isinstance(text, str) else text
+        except ValueError:
+            raise InputError(f"{option} {text!r} is no comma-separated list such as {example}") from None
+
+    return parse
+
+
+parse_batch_sizes = comma_separated("--batch-sizes", int, "1,2,4")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchConfig:
-    """What to measure.
+class SamplingConfig:
+    """What all that sample images share; `samples` 0 samples none."""
 
-    Attributes:
-        steps: sampling steps.
-        sampler: a name in `engine.samplers.SAMPLERS`.
-        batch_sizes: images made together when speed is measured; None takes 8 on a CPU, else 1, 2, 4, 8, 16.
-        runs: timed batches of each; intervals are of 95% or more from six on, of 94% with five, of 75% with three.
-        samples: N, images per row when quality is measured; 0 measures speed alone.
-        seed: of the initial noise.
-        guidance: of a student that takes it as an input, and of its teacher; None takes the student's own.
-        compile: also run teacher and student through `torch.compile`; None does so on CUDA, where it takes many minutes
-            the first time, and for small models on CPUs with bfloat16.
-        alternatives: also judge what saves passes without training, see `benchmarks.alternatives`.
-    """
-
-    steps: int = 20
-    sampler: str = "ddim"
-    batch_sizes: tuple[int, ...] | None = None
-    runs: int = 5
-    samples: int = 200
-    seed: int = 0
-    guidance: float | None = None
-    compile: bool | None = None
-    alternatives: bool = False
+    samples: Annotated[int, typer.Option(help="Images per row, for quality (N).")] = 200
+    seed: SeedOption = 0
+    sampling_batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Images denoised together for quality; the teacher's UNet sees twice as many.",
+            show_default="8 up to 512 pixels, 2 at 1024",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         """Validate.
@@ -47,30 +77,90 @@ class BenchConfig:
         Raises:
             InputError: a value can't be used.
         """
+        if self.samples < 0 or self.samples == 1:
+            raise InputError(f"--samples {self.samples} has no distribution: pass at least 2, or --speed-only")
+
+    def denoised(self, students: int) -> int:
+        """Steps of single images that all rows take together, at most, with so many students."""
+        raise NotImplementedError
+
+    @property
+    def may_compile(self) -> bool:
+        """Whether many images may be sampled through `torch.compile`, where that pays."""
+        return True
+
+
+def _check(samplers: Sequence[str], steps: Sequence[int]) -> None:
+    from ..engine.schedulers import make_scheduler
+
+    for sampler in samplers:
+        make_scheduler(sampler, {})
+    if min(steps, default=0) < 1:
+        raise InputError("--steps must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig(SamplingConfig):
+    """`boostdiff bench`: speed, and quality at one setting of the sampler."""
+
+    steps: StepsOption = 20
+    sampler: SamplerOption = "ddim"
+    guidance: GuidanceOption = None
+    batch_sizes: Annotated[
+        Sequence[int] | None,
+        typer.Option(
+            parser=parse_batch_sizes,
+            metavar="N,N,…",
+            help="Batch sizes that speed is measured at.",
+            show_default="8 on a CPU, else 1,2,4,8,16",
+        ),
+    ] = None
+    runs: Annotated[int, typer.Option(help="Timed batches per variant, 3 or more; the intervals reach 95% with 6.")] = 5
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            help="Also time torch.compile. On a GPU it takes minutes per batch size, before the first figure: pass "
+            "few --batch-sizes.",
+            show_default="for small models on CPUs with bfloat16; never on a GPU",
+        ),
+    ] = None
+    alternatives: Annotated[
+        bool, typer.Option("--alternatives", help="Also evaluate what saves passes without training.")
+    ] = False
+
+    def __post_init__(self) -> None:
+        """See `SamplingConfig`."""
+        super().__post_init__()
+        _check([self.sampler], [self.steps])
         if self.batch_sizes is not None and min(self.batch_sizes, default=0) < 1:
             raise InputError("--batch-sizes must be at least 1, as in --batch-sizes 1,2,4")
-        for name, least in (("steps", 1), ("runs", 3), ("samples", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"--{name.replace('_', '-')} must be at least {least}")
-        if self.samples == 1:
-            raise InputError("--samples 1 has no distribution: pass at least 2, or --speed-only")
+        if self.runs < 3:
+            raise InputError("--runs must be at least 3")
         if self.alternatives and not self.samples:
             raise InputError("--alternatives is about quality: leave --speed-only out")
         if self.alternatives and self.steps < 2:
             raise InputError("--alternatives needs --steps of at least 2: with one, no pass can be saved")
-        make_scheduler(self.sampler, {})
 
     def denoised(self, students: int) -> int:
-        """Steps of single images that the quality rows take together, with so many students."""
+        """See `SamplingConfig`."""
+        from .quality.alternatives import candidates
+
         swept = candidates(steps=self.steps, guidance=1.0) if self.alternatives else []
         return self.samples * ((students + 3) * self.steps + sum(one.steps for one in swept))
 
+    @property
+    def may_compile(self) -> bool:
+        """See `SamplingConfig`."""
+        return self.compile is not False
+
     def compiles(self, unet: UNet2DConditionModel) -> bool:
         """Whether to run `torch.compile` on a UNet, where it is."""
+        from ..engine.compiled import has_bfloat16
+        from ..engine.model import LARGE_PARAMETERS
+
         if self.compile is not None:
             return self.compile
-        small = unet.num_parameters() < LARGE_PARAMETERS
-        return unet.device.type == "cuda" or (small and has_bfloat16(unet.device))
+        return unet.device.type == "cpu" and unet.num_parameters() < LARGE_PARAMETERS and has_bfloat16(unet.device)
 
     def batch_sizes_on(self, device: torch.device) -> tuple[int, ...]:
         """The batch sizes to measure on a device, ascending."""
@@ -78,13 +168,137 @@ class BenchConfig:
         return tuple(sorted(set(self.batch_sizes or default)))
 
 
-def parse_batch_sizes(text: str | None) -> tuple[int, ...] | None:
-    """`1,2,4` to numbers; None stays None.
+@dataclass(frozen=True, kw_only=True)
+class Table1Config(SamplingConfig):
+    """`boostdiff bench table1`: distances over samplers and steps."""
 
-    Raises:
-        InputError: it is no list of whole numbers.
-    """
-    try:
-        return None if text is None else tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"--batch-sizes {text!r} is no list of whole numbers, such as 1,2,4") from None
+    samplers: Annotated[
+        Sequence[str],
+        typer.Option(
+            parser=comma_separated("--samplers", str, "ddim,dpm++"),
+            metavar="NAME,NAME,…",
+            help="Samplers, a column each per number of steps.",
+        ),
+    ] = tuple(SAMPLER_NAMES)
+    steps: Annotated[
+        Sequence[int],
+        typer.Option(parser=comma_separated("--steps", int, "20,50"), metavar="N,N,…", help="Sampling steps."),
+    ] = (20, 50)
+    guidance: GuidanceOption = None
+
+    def __post_init__(self) -> None:
+        """See `SamplingConfig`."""
+        super().__post_init__()
+        _check(self.samplers, self.steps)
+
+    def denoised(self, students: int) -> int:
+        """See `SamplingConfig`."""
+        return self.samples * (students + 2) * len(self.samplers) * sum(self.steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(SamplingConfig):
+    """`boostdiff bench sweep`: distances over guidance scales."""
+
+    guidance: Annotated[
+        Sequence[float],
+        typer.Option(
+            parser=comma_separated("--guidance", float, "1,2,3,5"), metavar="W,W,…", help="Guidance scales w, from 1."
+        ),
+    ] = (1.0, 2.0, 3.0, 5.0)
+    steps: StepsOption = 20
+    sampler: SamplerOption = "ddim"
+
+    def __post_init__(self) -> None:
+        """See `SamplingConfig`."""
+        super().__post_init__()
+        _check([self.sampler], [self.steps])
+        for scale in self.guidance:
+            if not 1 <= scale < float("inf"):
+                raise InputError(f"--guidance {scale:g} can't be used: guidance must be at least 1")
+
+    def denoised(self, students: int) -> int:
+        """See `SamplingConfig`."""
+        return self.samples * len(self.guidance) * (students + 1) * self.steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """What images are compared by."""
+
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Folder of real images: adds distances to them.", show_default="emoji64's own features"),
+    ] = None
+    reference_size: Annotated[
+        int | None,
+        typer.Option(help="Cut the real images to squares of this many pixels.", show_default="images as they are"),
+    ] = None
+    inception_weights: Annotated[
+        Path | None,
+        typer.Option(help="Weights of torch-fidelity's InceptionV3: FID in place of FD on EfficientNet-Lite0."),
+    ] = None
+    clip: Annotated[
+        str | None,
+        typer.Option(
+            help="CLIP model, a folder or a hub id: adds the CLIP score.", show_default="emoji64's own caption model"
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            InputError: a value can't be used.
+        """
+        if self.reference is not None and not self.reference.exists():
+            raise InputError(f"there is no reference folder {self.reference}")
+        if self.reference_size is not None and self.reference_size < 8:
+            raise InputError("--reference-size must be at least 8 pixels")
+        if self.reference_size is not None and (self.reference is None or self.reference.is_file()):
+            raise InputError("--reference-size cuts real images: pass their folder with --reference")
+        if self.inception_weights is not None and not self.inception_weights.is_file():
+            raise InputError(f"there is no file of Inception weights {self.inception_weights}")
+        if self.inception_weights is not None and self.reference is None:
+            raise InputError("FID is a distance to real images: pass --reference DIR with --inception-weights")
+
+    def for_model(self, model: str) -> Metrics:
+        """With what the embedded model brings, where nothing else is named."""
+        if model != embedded.MODEL_NAME:
+            return self
+        # The caption model is a folder of its own; without it there is no score.
+        caption_model = str(embedded.CAPTION_MODEL) if embedded.CAPTION_MODEL.is_dir() else None
+        return replace(self, reference=self.reference or embedded.REFERENCE, clip=self.clip or caption_model)
+
+    def network(self, device: torch.device) -> FeatureNetwork:
+        """The feature network, loaded.
+
+        Raises:
+            InputError: its weights can't be used.
+            BoostDiffError: its package is not installed.
+        """
+        from .quality.features import EfficientNetLite0Features, InceptionFeatures
+
+        if self.inception_weights is not None:
+            return InceptionFeatures(self.inception_weights).to(device)
+        return EfficientNetLite0Features().to(device)
+
+    def scorer(self, device: torch.device) -> ClipScorer | None:
+        """The CLIP model, loaded, where there is one.
+
+        Raises:
+            InputError: it can't be used.
+        """
+        from .quality.clip_score import ClipScorer
+
+        return None if self.clip is None else ClipScorer(self.clip, device=device)
+
+    def reference_for(self, network: FeatureNetwork) -> Reference | None:
+        """The real images' statistics.
+
+        Raises:
+            InputError: they can't be read.
+        """
+        from .quality.reference import reference_of
+
+        return None if self.reference is None else reference_of(self.reference, network, size=self.reference_size)

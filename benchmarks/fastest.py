@@ -1,4 +1,4 @@
-"""The fastest way to run UNets on this machine, for measurements that draw many images."""
+"""The fastest runner on this machine, for measurements that sample many images."""
 
 from __future__ import annotations
 
@@ -19,30 +19,32 @@ from ..export.graph import onnx_from_part
 from ..export.parts import unet_part
 
 SAMPLING_BATCH = 8
-"""Images denoised together when many are drawn; with guidance the UNet sees twice as many."""
+"""Default number of images denoised together; with guidance the UNet sees twice as many."""
 
 MANY_PASSES = 10_000
-"""Passes of single images that pay for the half minute that compiling or exporting a small UNet takes."""
+"""Single-image passes from which compiling or exporting a small UNet, half a minute, pays."""
 
 
 class FastestRunners(ExitStack):
-    """Runs a model's UNets, its own or merged ones, the fastest way on this machine; each is opened once, on demand.
+    """The fastest runner for each of a model's UNets, original or merged; opened once, on demand.
 
     On a GPU, for large UNets and for few images that is torch. For many images of small UNets on a CPU it is torch
     compiled, if the processor has bfloat16, else ONNX Runtime, from graphs in a temporary folder. On `emoji64` a pass
     of batch 8 on two cores took torch 53 ms, ONNX Runtime 31 and compiled torch 18.
     """
 
-    def __init__(self, model: Model, *, passes: int, compiles: bool = True) -> None:
+    def __init__(self, model: Model, *, passes: int, compiles: bool = True, batch_size: int = SAMPLING_BATCH) -> None:
         """For the UNets of one model.
 
         Args:
-            model: gives the device, and the family's inputs.
-            passes: UNet passes of single images that are to come, about.
+            model: device and family.
+            passes: number of single-image UNet passes to come, roughly.
             compiles: whether torch may compile.
+            batch_size: images denoised together.
         """
         super().__init__()
         self.model = model
+        self.batch_size = batch_size
         self.opened: dict[int, tuple[UNet2DConditionModel, Runner]] = {}
         device, small = model.device, model.unet.num_parameters() < LARGE_PARAMETERS
         if device.type != "cpu" or not small or passes < MANY_PASSES:
@@ -55,9 +57,9 @@ class FastestRunners(ExitStack):
             self.name = "torch"
 
     def __call__(self, unet: UNet2DConditionModel) -> Runner:
-        """The UNet's runner; its weights must not change from now on."""
+        """The UNet's runner; its weights must not change after this."""
         if id(unet) not in self.opened:
-            # The UNet is kept too, as its id may be another's once it is gone.
+            # The UNet is kept too, as its id may be reused once it is gone.
             self.opened[id(unet)] = unet, self.enter_context(self._open(unet))
         return self.opened[id(unet)][1]
 
@@ -65,7 +67,7 @@ class FastestRunners(ExitStack):
         if self.name == "torch":
             return TorchRunner(unet)
         if self.name == "compiled":
-            return CompiledRunner(unet, batches=(SAMPLING_BATCH, 2 * SAMPLING_BATCH))
+            return CompiledRunner(unet, batches=(self.batch_size, 2 * self.batch_size))
         folder = self.enter_context(tempfile.TemporaryDirectory())
         path = Path(folder) / "model.onnx"
         text = self.model.family.encode(self.model.pipeline, [""], negative_prompt=None).conditional

@@ -1,9 +1,10 @@
-"""What takes part in a benchmark: a model, its students merged, every way of sampling them, and what all rows share."""
+"""A benchmark session: a model, its merged students, the sampling variants of both, and what all rows share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,18 @@ from ..engine.guidance import Denoiser, SinglePassDenoiser, teacher_denoiser
 from ..engine.merge import merge
 from ..engine.model import Model, ModelFiles, load, resolve_device
 from ..engine.runners import Runner, TorchRunner
+from ..engine.sampling import default_batch_size
 from ..engine.schedulers import make_scheduler
 from ..engine.student import StudentInfo, read_student
 from ..engine.versions import source_commit, versions
-from .config import BenchConfig
-from .fastest import SAMPLING_BATCH
-from .quality.alternatives import Alternative, candidates
-from .quality.metrics import Metrics
-from .quality.samples import Campaign, Contestant, launched_processes
+from .config import BenchConfig, Metrics, SamplingConfig
+from .fastest import FastestRunners
+from .quality.alternatives import Alternative
+from .quality.samples import SampleCache, SamplingVariant, bounded_memory, launched_processes
 from .speed.device import hardware
 
 RESEED = 1_000_003
-"""Added to the seed for the teacher-against-teacher row: the distance that chance alone makes."""
-
+"""Added to the seed for the reseeded teacher: the distance that chance alone makes."""
 
 _DETERMINING = {".safetensors", ".json", ".txt", ".model"}
 """Suffixes of the files that determine a model's images."""
@@ -38,7 +38,7 @@ _DETERMINING = {".safetensors", ".json", ".txt", ".model"}
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """A student that takes part, the name of its row, its description and its merged UNet."""
+    """A student: row name, folder, description and merged UNet."""
 
     name: str
     folder: Path
@@ -49,12 +49,12 @@ class Student:
 def read_students(
     folders: Sequence[Path], files: ModelFiles, guidance: float | None
 ) -> tuple[list[StudentInfo], float]:
-    """Descriptions of the students, and the guidance that all of them stand for.
+    """Descriptions of the students, and the guidance scale of all of them.
 
     Args:
-        folders: what `distill` wrote.
+        folders: student folders.
         files: the model.
-        guidance: asked for, of range students; None takes their own.
+        guidance: scale for guidance-conditioned students; None takes their default.
 
     Raises:
         InputError: one can't be used, or they can't be compared.
@@ -70,7 +70,7 @@ def read_students(
 
 
 def merged_students(model: Model, folders: Sequence[Path], infos: Sequence[StudentInfo]) -> list[Student]:
-    """The students as plain UNets, named after their methods; those of one method after their folders, too.
+    """The students as plain UNets, named after their methods; with the folder where a method comes twice.
 
     Raises:
         InputError: an adapter does not fit, or a folder is given twice.
@@ -90,11 +90,11 @@ def merged_students(model: Model, folders: Sequence[Path], infos: Sequence[Stude
 
 
 def identity_of(model: Model) -> dict[str, Any]:
-    """Plain JSON values that tell a model's images, on this machine, from those of others."""
+    """Plain JSON values that determine a model's images on this machine."""
     files = model.files
     parts = [name for name in files.folder.iterdir() if name.is_dir() and name.name != "unet"]
     weights = [path for part in sorted(parts) for path in sorted(part.rglob("*")) if path.suffix in _DETERMINING]
-    # The size of the images is in the one, SDXL's way with empty prompts in the other.
+    # They hold the size of the images, and how SDXL treats empty prompts.
     weights += [files.folder / "unet" / "config.json", files.folder / "model_index.json"]
     device = model.device
     return {
@@ -107,142 +107,58 @@ def identity_of(model: Model) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lineup:
-    """Makes contestants for one model at one setting of the sampler.
+class Session:
+    """A model, its students and a setting of the sampler; makes sampling variants of them.
 
     Attributes:
-        model: the teacher's.
-        sampler: a name in `engine.samplers.SAMPLERS`.
+        model: the teacher.
+        sampler: a name in `engine.schedulers.SAMPLERS`.
         steps: sampling steps.
         runner: gives a UNet's runner.
+        students: merged into UNets of their own.
+        guidance: scale of the guided teacher and of all students.
+        config: what is measured.
+        prompts: prompts; the first N are sampled for quality.
+        processes: the launched processes, where there are several.
+        batch_size: images denoised together for quality.
     """
 
     model: Model
     sampler: str
     steps: int
     runner: Callable[[UNet2DConditionModel], Runner] = TorchRunner
-
-    @property
-    def make_scheduler(self) -> Callable[[], SchedulerMixin]:
-        """Gives a fresh scheduler."""
-        return partial(make_scheduler, self.sampler, self.model.pipeline.scheduler.config)
-
-    def teacher(self, guidance: float, *, reseeded: bool = False) -> Contestant:
-        """The teacher at a scale; reseeded it is the control."""
-        guided = guidance > 1
-        return Contestant(
-            name=f"teacher w={guidance:g}{' reseeded' if reseeded else ''}",
-            kind="control" if reseeded else "teacher" if guided else "unguided",
-            steps=self.steps,
-            cost=self.steps * (1 + guided),
-            open=lambda: teacher_denoiser(self.runner(self.model.unet), guidance),
-            make_scheduler=self.make_scheduler,
-            identity={"way": "teacher", "guidance": guidance},
-            seed_offset=RESEED if reseeded else 0,
-        )
-
-    def student(self, student: Student, guidance: float) -> Contestant:
-        """A student; the guidance goes to one that takes it as an input."""
-        unet = student.unet
-        scale = guidance if unet.config.time_cond_proj_dim is not None else None
-
-        def opened() -> Denoiser:
-            return SinglePassDenoiser(self.runner(unet), scale)
-
-        return Contestant(
-            name=student.name,
-            kind="student",
-            steps=self.steps,
-            cost=self.steps,
-            open=opened,
-            make_scheduler=self.make_scheduler,
-            identity={"way": "student", "adapter": student.info.adapter_sha256, "guidance": scale},
-        )
-
-    def alternative(self, setting: Alternative) -> Contestant:
-        """What needs no training."""
-        return Contestant(
-            name=setting.name,
-            kind="alternative",
-            method=setting.method,
-            steps=setting.steps,
-            cost=setting.cost,
-            open=lambda: setting.denoiser(self.runner(self.model.unet), self.make_scheduler),
-            make_scheduler=self.make_scheduler,
-            identity={
-                "way": "interval",
-                "guidance": setting.guidance,
-                "first": setting.first,
-                "last": setting.last,
-            },
-        )
-
-    def own(self, name: str, opened: Callable[[], Denoiser], *, passes: int, **identity: Any) -> Contestant:
-        """A denoiser of one's own, of so many passes a step; `name` and `identity` tell its images from all others'."""
-        return Contestant(
-            name=name,
-            kind="own",
-            steps=self.steps,
-            cost=passes * self.steps,
-            open=opened,
-            make_scheduler=self.make_scheduler,
-            identity={"way": name, **identity},
-        )
-
-    def quality_rows(self, students: Sequence[Student], guidance: float, *, alternatives: bool) -> list[Contestant]:
-        """Guided teacher, unguided teacher, students, alternatives, control."""
-        swept = candidates(steps=self.steps, guidance=guidance) if alternatives else []
-        return [
-            self.teacher(guidance),
-            self.teacher(1.0),
-            *(self.student(student, guidance) for student in students),
-            *map(self.alternative, swept),
-            self.teacher(guidance, reseeded=True),
-        ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contest:
-    """A model and the students that are compared with it.
-
-    Attributes:
-        model: the teacher's.
-        students: merged into UNets of their own.
-        guidance: the scale that all of them stand for.
-        config: what is measured.
-        prompts: the first N are drawn for quality.
-        device: of this process.
-        processes: this one and its fellows, where several were launched.
-    """
-
-    model: Model
-    students: list[Student]
-    guidance: float
-    config: BenchConfig
-    prompts: list[str]
-    device: torch.device
-    processes: PartialState | None
+    students: Sequence[Student] = ()
+    guidance: float = 3.0
+    config: SamplingConfig = field(default_factory=SamplingConfig)
+    prompts: Sequence[str] = ()
+    processes: PartialState | None = None
+    batch_size: int = 8
 
     @classmethod
+    @contextmanager
     def open(
         cls,
         files: ModelFiles,
-        config: BenchConfig,
+        config: SamplingConfig,
         *,
+        sampler: str,
+        steps: int,
         students: Sequence[Path],
         infos: Sequence[StudentInfo],
         guidance: float,
-        prompts: list[str],
+        prompts: Sequence[str],
         device: str,
-    ) -> Contest:
-        """Load the model and merge the students; cheap checks come first.
+    ) -> Iterator[Session]:
+        """Load the model, merge the students, and close all runners at the end; cheap checks come first.
 
         Args:
             files: the model.
             config: what to measure.
-            students: folders that `distill` wrote.
-            infos: their descriptions, and
-            guidance: the scale that all stand for, as `read_students` gives them.
+            sampler: see the class, as for all that is not listed.
+            steps: likewise.
+            students: student folders.
+            infos: their descriptions, as `read_students` gives them.
+            guidance: their scale, as `read_students` gives it.
             prompts: at least `config.samples`.
             device: "auto", "cpu", "cuda", …
 
@@ -253,61 +169,150 @@ class Contest:
             raise InputError(f"--samples {config.samples} needs as many prompts: there are {len(prompts)}")
         target = resolve_device(device)
         processes = launched_processes(target)
-        # Under a launcher each process has an accelerator of its own.
-        target = processes.device if processes else target
-        model = load(files, device=target)
-        return cls(
-            model=model,
-            students=merged_students(model, students, infos),
-            guidance=guidance,
-            config=config,
-            prompts=prompts,
-            device=target,
-            processes=processes,
+        # Under a launcher each process has its own accelerator.
+        model = load(files, device=processes.device if processes else target)
+        batch_size = config.sampling_batch_size or default_batch_size(model)
+        passes, compiles = config.denoised(len(students)), config.may_compile
+        with FastestRunners(model, passes=passes, compiles=compiles, batch_size=batch_size) as runners:
+            yield cls(
+                model=model,
+                sampler=sampler,
+                steps=steps,
+                runner=runners,
+                students=merged_students(model, students, infos),
+                guidance=guidance,
+                config=config,
+                prompts=prompts,
+                processes=processes,
+                batch_size=batch_size,
+            )
+
+    def at(self, sampler: str, steps: int) -> Session:
+        """The same at another setting of the sampler."""
+        return replace(self, sampler=sampler, steps=steps)
+
+    @property
+    def make_scheduler(self) -> Callable[[], SchedulerMixin]:
+        """Gives a fresh scheduler."""
+        return partial(make_scheduler, self.sampler, self.model.pipeline.scheduler.config)
+
+    def teacher(self, guidance: float, *, reseeded: bool = False) -> SamplingVariant:
+        """The teacher at a guidance scale; reseeded for the distance that chance makes."""
+        guided = guidance > 1
+        return SamplingVariant(
+            name=f"teacher w={guidance:g}{' reseeded' if reseeded else ''}",
+            role="reseeded" if reseeded else "teacher" if guided else "unguided",
+            steps=self.steps,
+            cost=self.steps * (1 + guided),
+            open=lambda: teacher_denoiser(self.runner(self.model.unet), guidance),
+            make_scheduler=self.make_scheduler,
+            identity={"mode": "teacher", "guidance": guidance},
+            seed_offset=RESEED if reseeded else 0,
         )
 
-    def campaign(
-        self, metrics: Metrics, *, cache: Path | None, on_images: Callable[[str, int], None], runner: str
-    ) -> Campaign:
-        """What all rows of quality share.
+    def student(self, student: Student, guidance: float) -> SamplingVariant:
+        """A student; a guidance-conditioned one takes the scale as an input."""
+        unet = student.unet
+        scale = guidance if unet.config.time_cond_proj_dim is not None else None
+        return SamplingVariant(
+            name=student.name,
+            role="student",
+            steps=self.steps,
+            cost=self.steps,
+            open=lambda: SinglePassDenoiser(self.runner(unet), scale),
+            make_scheduler=self.make_scheduler,
+            identity={"mode": "student", "adapter": student.info.adapter_sha256, "guidance": scale},
+        )
+
+    def alternative(self, setting: Alternative) -> SamplingVariant:
+        """What saves passes without training."""
+        return SamplingVariant(
+            name=setting.name,
+            role="alternative",
+            method=setting.method,
+            steps=setting.steps,
+            cost=setting.cost,
+            open=lambda: setting.denoiser(self.runner(self.model.unet), self.make_scheduler),
+            make_scheduler=self.make_scheduler,
+            identity={
+                "mode": "interval",
+                "guidance": setting.guidance,
+                "first": setting.first,
+                "last": setting.last,
+            },
+        )
+
+    def custom(self, name: str, opened: Callable[[], Denoiser], *, passes: int, **identity: Any) -> SamplingVariant:
+        """Any denoiser of so many passes per step; `name` and `identity` determine its images."""
+        return SamplingVariant(
+            name=name,
+            role="custom",
+            steps=self.steps,
+            cost=passes * self.steps,
+            open=opened,
+            make_scheduler=self.make_scheduler,
+            identity={"mode": name, **identity},
+        )
+
+    def sample_cache(
+        self, metrics: Metrics, *, folder: Path | None, on_images: Callable[[str, int], None]
+    ) -> SampleCache:
+        """Where all rows of quality come from.
 
         Args:
-            metrics: what images are judged by.
-            cache: folder of the shards, or None.
-            on_images: told of progress.
-            runner: what runs the UNets; images of two differ in the last bits.
+            metrics: what images are compared by.
+            folder: folder of the shards, or None.
+            on_images: progress callback, see `SampleCache`.
 
         Raises:
             InputError: see `Metrics`.
         """
-        return Campaign(
+        # Images of two runners differ in the last bits.
+        runner = getattr(self.runner, "name", "torch")
+        return SampleCache(
             model=self.model,
-            network=metrics.network(self.device),
-            clip=metrics.scorer(self.device),
-            prompts=self.prompts[: self.config.samples],
+            network=metrics.network(self.model.device),
+            clip=metrics.scorer(self.model.device),
+            prompts=list(self.prompts[: self.config.samples]),
             seed=self.config.seed,
-            batch_size=SAMPLING_BATCH,
-            negative_prompt=self.students[0].info.negative_prompt,
-            cache=cache,
-            identity=identity_of(self.model) | {"runner": runner} if cache else {},
+            batch_size=self.batch_size,
+            negative_prompt=self.students[0].info.negative_prompt if self.students else "",
+            folder=folder,
+            identity=identity_of(self.model) | {"runner": runner} if folder else {},
             on_images=on_images,
         )
 
-    def provenance(self) -> dict[str, Any]:
-        """Of a report: everything but the hashes."""
-        students = {str(s.folder): {"method": s.info.method, "settings": s.info.settings} for s in self.students}
-        return provenance_of(self.model.files, self.config, self.guidance, self.device) | {"students": students}
+    def shared_out(self, cache: SampleCache, variants: Sequence[SamplingVariant]) -> SampleCache | None:
+        """The cache, filled by all processes where several were launched; None in all but the first of them."""
+        if self.processes is None:
+            return cache
+        with bounded_memory(self.batch_size):
+            cache = cache.fill(variants, self.processes)
+        return cache if self.processes.is_main_process else None
+
+    def provenance(self, cache: SampleCache | None, **hashes: str) -> dict[str, Any]:
+        """Provenance for a report."""
+        if cache:
+            hashes["features"] = cache.network.sha256
+            if cache.clip:
+                hashes["clip"] = cache.clip.sha256
+        return provenance_of(self.model.files, self.config, self.guidance, self.model.device) | {
+            "students": {str(s.folder): {"method": s.info.method, "settings": s.info.settings} for s in self.students},
+            "sampling_batch_size": self.batch_size,
+            "hashes": hashes,
+            "weights": "trained",
+        }
 
 
-def provenance_of(files: ModelFiles, config: BenchConfig, guidance: float, device: torch.device) -> dict[str, Any]:
+def provenance_of(files: ModelFiles, config: SamplingConfig, guidance: float, device: torch.device) -> dict[str, Any]:
     """Model, settings, hardware, versions and commit, for a report."""
+    settings = asdict(config)
+    if isinstance(config, BenchConfig):
+        settings["batch_sizes"] = list(config.batch_sizes_on(device))
     return {
         "model": files.name,
         "guidance": guidance,
-        "sampler": config.sampler,
-        "steps": config.steps,
-        "seed": config.seed,
-        "config": asdict(config) | {"batch_sizes": list(config.batch_sizes_on(device))},
+        "config": settings,
         "hardware": hardware(device),
         "commit": source_commit(),
         "versions": versions("torchmetrics", "torch_fidelity", "tensorrt", "tensorrt_rtx"),

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from scipy.stats import binom, t
 
 CONFIDENCE = 0.95
+
+GROUPS = 20
+"""Groups of the jackknife: as many figures are computed again for an interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,11 +20,11 @@ class Estimate:
     """A value with its interval.
 
     Attributes:
-        value: in the unit of whatever is estimated.
+        value: point estimate.
         low: lower end of the interval.
-        high: upper end.
-        coverage: probability that the interval holds the true value: 0.95 or a little more; less where there were
-            too few measurements for that.
+        high: upper end of the interval.
+        coverage: probability that the interval holds the true value: 0.95 or a little more; less after too few
+            measurements.
     """
 
     value: float
@@ -62,8 +66,8 @@ def jackknifed(value: float, left_out: Sequence[float]) -> Estimate:
     to the bootstrap for Fréchet distances, which repeated samples push up.
 
     Args:
-        value: of the whole sample.
-        left_out: the statistic without each group in turn, at least two.
+        value: statistic of the whole sample.
+        left_out: statistic without each group in turn, two or more.
 
     Raises:
         ValueError: there are fewer than two groups.
@@ -77,16 +81,63 @@ def jackknifed(value: float, left_out: Sequence[float]) -> Estimate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spread:
-    """Repeated measurements of a time.
+class Statistic:
+    """A figure of a row of images, comparable with other rows' on the same prompts.
 
     Attributes:
-        median: seconds, as are `p10`, `p90` and `p99`.
-        p10: see `median`.
-        p90: see `median`.
-        p99: see `median`; close to the largest value where there are fewer than 100.
-        runs: how many there were.
+        value: of all images.
+        left_out: without each group of prompts in turn; empty with too few images for an interval.
     """
+
+    value: float
+    left_out: tuple[float, ...] = ()
+
+    better: ClassVar[int] = -1
+    """Sign of an improvement: -1 where lower is better."""
+
+    @property
+    def interval(self) -> Estimate | None:
+        """Over prompts and noise."""
+        return jackknifed(self.value, self.left_out) if self.left_out else None
+
+    def delta_to(self, other: Statistic) -> Estimate | None:
+        """This less another, with the interval of the paired difference."""
+        if not self.left_out:
+            return None
+        return jackknifed(self.value - other.value, [a - b for a, b in zip(self.left_out, other.left_out, strict=True)])
+
+    def gain_recovered(self, *, guided: Statistic, unguided: Statistic) -> Estimate | None:
+        """The share of the guidance gain recovered: (this − unguided) / (guided − unguided).
+
+        None where guidance's own gain is not beyond noise: a ratio to it means nothing then.
+        """
+        gains = [self.better * (g - u) for g, u in zip(guided.left_out, unguided.left_out, strict=True)]
+        if not gains or min(gains) <= 0 or jackknifed(sum(gains) / len(gains), gains).low <= 0:
+            return None
+        shares = [
+            self.better * (x - u) / gain for x, u, gain in zip(self.left_out, unguided.left_out, gains, strict=True)
+        ]
+        return jackknifed((self.value - unguided.value) / (guided.value - unguided.value), shares)
+
+
+class Score(Statistic):
+    """A mean over images; higher is better."""
+
+    better = 1
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Score:
+        """Of one value per image; image i is in group i mod `GROUPS`, as everywhere."""
+        x = np.asarray(values, dtype=np.float64)
+        groups = min(GROUPS, len(x) // 2)
+        member = np.arange(len(x)) % max(groups, 1)
+        left_out = [float(x[member != group].mean()) for group in range(groups)] if groups > 1 else []
+        return cls(value=float(x.mean()), left_out=tuple(left_out))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Repeated measurements of a time, in seconds; `p99` is near the largest value below 100 runs."""
 
     median: float
     p10: float

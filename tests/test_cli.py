@@ -45,7 +45,7 @@ def test_help_names_every_command_and_option(tmp_path: Path) -> None:
             "--dry-run",
         ),
         "export": ("--model", "--student", "--output", "--trt", "--json"),
-        "bench": ("--steps", "--engine", "--samples", "--batch-size", "--reference", "--table1", "--json"),
+        "bench": ("--steps", "--engine", "--samples", "--batch-sizes", "--reference", "table1", "compare", "--json"),
         "generate": ("--teacher", "--runner", "--sampler", "--seed", "--batch-size"),
         "doctor": ("--json",),
     }.items():

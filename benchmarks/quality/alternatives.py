@@ -1,7 +1,7 @@
 """What saves UNet passes without training: guidance at some of the steps, or fewer steps.
 
-Swept over a few settings at equal cost, so that a student is compared with the best of each: at the student's own cost
-and at one and a half times as much.
+Swept over a few settings at equal cost, so that a student is compared with the best of each: at the student's cost and
+at one and a half times as much.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ...engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
 
 CUT_OFF, INTERVAL, FEWER = "guidance cut off", "guidance in an interval", "fewer steps"
 SHARES = (0.25, 0.5)
-"""Of the steps, with guidance."""
+"""Shares of the steps with guidance."""
 
 SCALES = (1.0, 1.5)
-"""Guidance, over the student's: less of it, in steps, wants it stronger."""
+"""Guidance scales relative to the student's: fewer guided steps want a stronger one."""
 
 BUDGETS = (1.0, 1.5)
-"""Passes an image, over the student's."""
+"""Passes per image, relative to the student's."""
 
 
 class IntervalDenoiser:
@@ -43,7 +43,7 @@ class IntervalDenoiser:
         Args:
             runner: executes the UNet.
             guidance_scale: w inside the interval.
-            timesteps: `(S,)`, the scheduler's own, in sampling order.
+            timesteps: `(S,)`, of the scheduler, in sampling order.
             first: index of the first guided step.
             last: index behind the last guided step.
         """
@@ -67,7 +67,7 @@ class Alternative:
         steps: sampling steps.
         first: index of the first guided step.
         last: index behind the last guided step.
-        budget: passes an image that it was made for; it takes no more.
+        budget: upper limit of passes per image.
     """
 
     method: str
@@ -79,12 +79,12 @@ class Alternative:
 
     @property
     def cost(self) -> int:
-        """UNet passes an image."""
+        """UNet passes per image."""
         return self.steps + self.last - self.first
 
     @property
     def name(self) -> str:
-        """Of its row: "CFG w=3 at steps 1-5 of 15"."""
+        """Row label: "CFG w=3 at steps 1-5 of 15"."""
         return f"CFG w={self.guidance:g} at steps {self.first + 1}-{self.last} of {self.steps}"
 
     def denoiser(self, runner: Callable[..., Any], make_scheduler: Callable[[], SchedulerMixin]) -> Denoiser:
@@ -101,14 +101,14 @@ def candidates(*, steps: int, guidance: float) -> list[Alternative]:
     or in the middle; and n = k, that is full guidance at fewer steps.
 
     Args:
-        steps: the student's, which are its passes, too; at least 2.
-        guidance: w of the student.
+        steps: sampling steps of the student, and its passes; at least 2.
+        guidance: guidance scale w of the student.
     """
-    found: dict[tuple[Any, ...], Alternative] = {}
+    settings: dict[tuple[Any, ...], Alternative] = {}
 
     def add(method: str, scale: float, n: int, first: int, k: int, budget: int) -> None:
         one = Alternative(method=method, guidance=guidance * scale, steps=n, first=first, last=first + k, budget=budget)
-        found.setdefault((one.guidance, n, first, k), one)
+        settings.setdefault((one.guidance, n, first, k), one)
 
     for share_of_student in BUDGETS:
         budget = int(steps * share_of_student)
@@ -121,4 +121,4 @@ def candidates(*, steps: int, guidance: float) -> list[Alternative]:
                     add(CUT_OFF, scale, n, 0, k, budget)
                     if (first := (n - k) // 2) > 0:
                         add(INTERVAL, scale, n, first, k, budget)
-    return list(found.values())
+    return list(settings.values())

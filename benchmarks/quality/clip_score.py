@@ -9,6 +9,7 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 
+from ...engine import embedded
 from ...engine.errors import InputError, one_line
 from ...engine.files import sha256_of
 
@@ -41,7 +42,10 @@ class ClipScorer:
                 f"can't load the CLIP model {name!r}: pass a folder or a hub id ({one_line(error)})"
             ) from None
         self._model.to(device).eval().requires_grad_(False)
-        self.name = name
+        path = Path(name).resolve()
+        # A small model of our own scores lower than CLIP does: its figures must not be taken for CLIP's.
+        kind = "caption score" if path == embedded.CAPTION_MODEL else "CLIP score"
+        self.label = f"{kind} ({path.name})"
         files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
         commit = getattr(self._model.config, "_commit_hash", None)
         self.sha256 = "-".join(map(sha256_of, files)) if files else f"{name}@{commit}"

@@ -1,67 +1,31 @@
-"""Distances between sets of features: Fréchet with its interval and its gap to a teacher, KID, precision and recall."""
+"""Distances between sets of features: Fréchet with its interval, KID, precision and recall, same-seed distance."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from ..stats import Estimate, jackknifed
+from ..stats import GROUPS, Statistic
 from .reference import Reference
 
-GROUPS = 20
-"""Groups of the jackknife: as many distances are computed again for an interval."""
-
-NEIGHBOURS = 3
+NEIGHBORS = 3
 """k of precision and recall, as in their paper."""
 
 KID_SUBSETS, KID_SUBSET = 50, 200
-"""Random subsets of KID, and images of each kind in one."""
+"""Number of random subsets of KID, and images of each set per subset."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Distance:
-    """A Fréchet distance to real images.
-
-    Attributes:
-        value: of all images.
-        left_out: see `left_out_distances`; empty where there are too few images for an interval.
-    """
-
-    value: float
-    left_out: tuple[float, ...] = ()
+class Distance(Statistic):
+    """A Fréchet distance to real images; its interval takes the reference as it is."""
 
     @classmethod
     def of(cls, reference: Reference, features: torch.Tensor) -> Distance:
-        """Of the features `(N, D)` of the images judged, N ≥ 2; from N = 4 on with an interval."""
+        """Of the features `(N, D)` of the images, N ≥ 2; from N = 4 on with an interval."""
         left_out = left_out_distances(reference, features) if len(features) >= 4 else ()
         return cls(value=frechet_distance(reference, features), left_out=tuple(left_out))
-
-    @property
-    def interval(self) -> Estimate | None:
-        """Over prompts and noise, the reference being as it is."""
-        return jackknifed(self.value, self.left_out) if self.left_out else None
-
-    def gap(self, to: Distance) -> Estimate | None:
-        """This less another distance, on the same prompts, with the interval of the difference."""
-        if not self.left_out:
-            return None
-        return jackknifed(self.value - to.value, [a - b for a, b in zip(self.left_out, to.left_out, strict=True)])
-
-    def recovered(self, *, guided: Distance, unguided: Distance) -> tuple[float | None, Estimate | None]:
-        """(unguided − this) / (unguided − guided), and its interval.
-
-        The share is None where guidance gains nothing (at tiny N, say), the interval where its gain is within noise.
-        """
-        if not guided.value < unguided.value:
-            return None, None
-        share = (unguided.value - self.value) / (unguided.value - guided.value)
-        if not self.left_out:
-            return share, None
-        return share, recovered_interval(share, guided.left_out, unguided.left_out, self.left_out)
 
 
 def matrix_root(covariance: torch.Tensor) -> torch.Tensor:
@@ -102,7 +66,7 @@ def frechet_distances(reference: Reference, features: torch.Tensor, kept: Sequen
 
     Args:
         reference: real images.
-        features: `(N, D)` of the images judged.
+        features: `(N, D)` of the generated images.
         kept: masks `(N,)`, each of at least two images.
     """
     x = features.double() - reference.mean
@@ -140,12 +104,12 @@ class _Precomputed(torch.nn.Module):
 def kernel_distance(reference: Reference, features: torch.Tensor) -> tuple[float, float | None]:
     """KID (Bińkowski et al. 2018) by torchmetrics: the mean over random subsets, and their standard deviation.
 
-    The latter is the scatter of subsets of `KID_SUBSET` images, not the mean's error, as subsets share images; None
-    where all images of a kind are in every subset, whose scatter is then none of theirs.
+    The latter is the scatter of subsets of `KID_SUBSET` images, not the error of the mean, as subsets share images;
+    None where a subset holds all images of a set.
 
     Args:
         reference: real images.
-        features: `(N, D)` of the images judged, N ≥ 2.
+        features: `(N, D)` of the generated images, N ≥ 2.
     """
     smaller = min(len(features), len(reference.features))
     size = min(KID_SUBSET, smaller)
@@ -164,45 +128,16 @@ def kernel_distance(reference: Reference, features: torch.Tensor) -> tuple[float
     return mean.item(), spread.item() if size < smaller else None
 
 
-def paired_distance(features: torch.Tensor, to: torch.Tensor) -> float:
-    """Mean cosine distance between images of one seed: 0 where the images are the same."""
+def same_seed_distance(features: torch.Tensor, to: torch.Tensor) -> float:
+    """Mean cosine distance between features of the same seed: 0 where the images are equal."""
     return (1 - torch.cosine_similarity(features.double(), to.double())).mean().abs().item()
 
 
-def is_resolved(gains: Sequence[float]) -> bool:
-    """Whether what guidance gains is beyond noise; a ratio to it means nothing otherwise.
-
-    Args:
-        gains: the unguided teacher's distance less the guided one's, without each group in turn, at least two.
-    """
-    return min(gains) > 0 and jackknifed(sum(gains) / len(gains), gains).low > 0
-
-
-def recovered_interval(
-    value: float, guided: Sequence[float], unguided: Sequence[float], student: Sequence[float]
-) -> Estimate | None:
-    """Interval of (unguided − student) / (unguided − guided), by a jackknife that leaves the same prompts out of all.
-
-    Args:
-        value: of all images.
-        guided: `left_out_distances` of the guided teacher.
-        unguided: of the unguided.
-        student: of the student.
-
-    Returns:
-        None where guidance's own gain is not resolved.
-    """
-    gains = [u - g for u, g in zip(unguided, guided, strict=True)]
-    if not is_resolved(gains):
-        return None
-    return jackknifed(value, [(u - s) / gain for u, s, gain in zip(unguided, student, gains, strict=True)])
-
-
-def _radii(features: torch.Tensor, neighbours: int) -> torch.Tensor:
-    """Distance `(N,)` of each point to its k-th nearest neighbour."""
+def _radii(features: torch.Tensor, neighbors: int) -> torch.Tensor:
+    """Distance `(N,)` of each point to its k-th nearest neighbor."""
     chunks = features.split(1000)
     # The nearest of all is the point itself.
-    return torch.cat([torch.cdist(chunk, features).kthvalue(neighbours + 1, dim=1).values for chunk in chunks])
+    return torch.cat([torch.cdist(chunk, features).kthvalue(neighbors + 1, dim=1).values for chunk in chunks])
 
 
 def _covered(points: torch.Tensor, by: torch.Tensor, radii: torch.Tensor) -> float:
@@ -212,24 +147,24 @@ def _covered(points: torch.Tensor, by: torch.Tensor, radii: torch.Tensor) -> flo
 
 
 def precision_recall(
-    real: torch.Tensor, generated: torch.Tensor, *, neighbours: int = NEIGHBOURS
+    real: torch.Tensor, generated: torch.Tensor, *, neighbors: int = NEIGHBORS
 ) -> tuple[float, float] | None:
     """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1-3): fidelity, and diversity.
 
     Precision is the share of generated images inside the real ones' manifold, recall the share of real images inside
-    the generated ones'. A manifold is the union of balls around its points, each up to the k-th nearest neighbour.
+    the generated ones'. A manifold is the union of balls around its points, each up to the k-th nearest neighbor.
 
     Args:
         real: `(M, D)` features.
         generated: `(N, D)` features; both sets are cut to the smaller one's size, as the paper has them equal.
-        neighbours: k.
+        neighbors: k.
 
     Returns:
         None where there are not more than k images of each.
     """
     size = min(len(real), len(generated))
-    if size <= neighbours:
+    if size <= neighbors:
         return None
     real, generated = real[:size].double(), generated[:size].double()
-    precision = _covered(generated, real, _radii(real, neighbours))
-    return precision, _covered(real, generated, _radii(generated, neighbours))
+    precision = _covered(generated, real, _radii(real, neighbors))
+    return precision, _covered(real, generated, _radii(generated, neighbors))

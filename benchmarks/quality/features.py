@@ -1,4 +1,4 @@
-"""Image features for distribution distances, and the statistics of a reference set.
+"""Image features for distribution distances.
 
 FID proper needs Inception weights, which are a download. EfficientNet-Lite0 ships its ImageNet weights in a package;
 the same formula on its features is reported as FD-EffNetLite0, never as FID.
@@ -28,9 +28,9 @@ class FeatureNetwork(torch.nn.Module):
 
     Attributes:
         num_features: D.
-        distance_name: what the Fréchet distance on these features may be called.
-        description: which features, in words.
-        sha256: of the weights.
+        distance_name: name of the Fréchet distance on these features.
+        description: the features in words.
+        sha256: hash of the weights.
     """
 
     num_features: int
@@ -74,7 +74,7 @@ class EfficientNetLite0Features(FeatureNetwork):
         resized = F.interpolate(
             images.float(), (INPUT_SIZE, INPUT_SIZE), mode="bicubic", align_corners=False, antialias=True
         )
-        # The weights' own preprocessing (TensorFlow's EfficientNet-Lite): (x - 127) / 128.
+        # The preprocessing of these weights (TensorFlow's EfficientNet-Lite): (x - 127) / 128.
         return self.network.extract_features((resized.clamp(0, 255) - 127) / 128).mean(dim=(2, 3))
 
 

@@ -1,4 +1,4 @@
-"""How near single predictions come to the guided teacher's, on its own trajectories: no image is drawn."""
+"""How close single predictions come to the guided teacher's, on its trajectories: no image is sampled."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class State:
     Attributes:
         t: the timestep, a scalar.
         z_t: latents `(B, C, H, W)`.
-        guided: the teacher's prediction there.
-        unguided: the network's own.
+        guided: guided prediction.
+        unguided: conditional prediction without guidance.
     """
 
     t: torch.Tensor

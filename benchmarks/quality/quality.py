@@ -3,60 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from ..stats import Estimate, jackknifed
-from .distances import GROUPS, Distance, frechet_distance, kernel_distance, paired_distance, precision_recall
+from ..stats import Estimate, Score, Statistic
+from .distances import Distance, frechet_distance, kernel_distance, precision_recall, same_seed_distance
 from .reference import Reference
-from .samples import Campaign, Contestant
+from .samples import COLORS, SampleCache, Sampled, SamplingVariant
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColorStatistic:
+    """One of `samples.COLORS`, from 0 to 100, and its difference to the guided teacher."""
+
+    value: float
+    delta_to_guided: Estimate | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class QualityRow:
-    """One way of sampling, judged.
+    """One sampling variant, evaluated. What needs real images is None without a reference.
 
     Attributes:
         name: "teacher w=3", "student lora", …
-        kind: see `sampling.Contestant`.
-        method: of an alternative; rows of one method and budget are one sweep.
+        role: see `samples.SamplingVariant`.
+        method: method of an alternative; rows of one method and cost are one sweep.
         steps: sampling steps.
-        cost: UNet passes an image.
-        distance: Fréchet distance to real images; None without a reference.
-        kid: kernel distance to real images, the mean over random subsets, and `kid_spread` their standard deviation.
-        kid_spread: see `features.kernel_distance`; None where subsets can't tell it.
-        paired: mean cosine distance to the guided teacher's image of the same seed.
-        distance_interval: of `distance`, over prompts and noise, the reference being as it is; None below N = 4.
-        behind: `distance` less the guided teacher's, on the same prompts; None for the guided teacher itself.
-        precision: share of images that look real, and `recall` of real images that are covered (diversity).
-        recall: see `precision`.
-        recovered: (unguided − this) / (unguided − guided) of `distance`; for students, where guided is better.
-        recovered_interval: of `recovered`; None where the gain of guidance itself is not beyond noise.
-        clip: mean CLIP score; None where no CLIP model was named.
+        cost: UNet passes per image.
+        distance: Fréchet distance to real images.
+        distance_interval: over prompts and noise, the reference being fixed; None below N = 4, as all intervals.
+        delta_to_guided: ΔFD to the guided teacher, paired; None for itself.
+        gain_recovered: share of the guidance gain in distance recovered, for students and alternatives; None where the
+            gain is not beyond noise.
+        kid: kernel distance to real images, the mean over random subsets.
+        kid_spread: standard deviation over the subsets, see `distances.kernel_distance`.
+        precision: share of images that look real.
+        recall: share of real images that are covered (diversity).
+        distance_to_teacher_image: mean cosine feature distance to the guided teacher's image of the same seed.
+        caption_score: mean of `Quality.caption_label`; None without a CLIP model.
+        caption_delta_to_guided: like `delta_to_guided`.
+        caption_gain_recovered: like `gain_recovered`.
+        colors: by name in `samples.COLORS`.
     """
 
     name: str
-    kind: str
+    role: str
     method: str | None
     steps: int
     cost: int
-    paired: float
     distance: float | None = None
+    distance_interval: Estimate | None = None
+    delta_to_guided: Estimate | None = None
+    gain_recovered: Estimate | None = None
     kid: float | None = None
     kid_spread: float | None = None
-    distance_interval: Estimate | None = None
-    behind: Estimate | None = None
     precision: float | None = None
     recall: float | None = None
-    recovered: float | None = None
-    recovered_interval: Estimate | None = None
-    clip: Estimate | None = None
+    distance_to_teacher_image: float
+    caption_score: Estimate | None = None
+    caption_delta_to_guided: Estimate | None = None
+    caption_gain_recovered: Estimate | None = None
+    colors: dict[str, ColorStatistic]
 
     @property
     def passes(self) -> float:
-        """UNet passes a step, on average."""
+        """UNet passes per step, on average."""
         return self.cost / self.steps
 
 
@@ -65,23 +78,25 @@ class Quality:
     """All rows, and what they were measured on.
 
     Attributes:
-        rows: see `QualityRow`.
+        rows: guided teacher, unguided teacher, students, alternatives, reseeded teacher.
         images: N, of each row.
-        reference_images: behind the reference's statistics; 0 without a reference.
-        reference_apart: other real images, for KID, recall and the floor; 0 without a reference.
-        floor: distance of real images to the reference at this N: what a perfect model would get.
-        features: what the distance is called, after its features.
+        reference_images: real images behind the reference's statistics; 0 without a reference.
+        reference_apart: other real images, for KID, recall and the real-vs-real distance; 0 without a reference.
+        real_vs_real_distance: distance of real images to the reference at this N: that of a perfect model.
+        features: name of the distance, after its features.
         features_described: the features in words.
-        samples: the first images of each row, uint8 `(n, 3, H, W)`, by the row's name.
+        caption_label: name of the caption score, with its model; None without one.
+        samples: first images of each row, uint8 `(n, 3, H, W)`, by row name.
     """
 
     rows: list[QualityRow]
     images: int
     reference_images: int
     reference_apart: int
-    floor: float | None
+    real_vs_real_distance: float | None
     features: str
     features_described: str
+    caption_label: str | None = None
     samples: dict[str, torch.Tensor] = field(repr=False)
 
     def as_json(self) -> dict[str, Any]:
@@ -91,115 +106,138 @@ class Quality:
             "images": self.images,
             "reference_images": self.reference_images,
             "reference_apart": self.reference_apart,
-            "floor": self.floor,
+            "real_vs_real_distance": self.real_vs_real_distance,
             "features": self.features,
+            "caption_label": self.caption_label,
             "best_alternatives": [row.name for row in self.best_alternatives()],
         }
 
     @property
+    def guided(self) -> QualityRow:
+        """The guided teacher's row."""
+        return next(row for row in self.rows if row.role == "teacher")
+
+    @property
     def student(self) -> QualityRow:
         """The first student's row."""
-        return next(row for row in self.rows if row.kind == "student")
+        return next(row for row in self.rows if row.role == "student")
 
     def main_rows(self) -> list[QualityRow]:
         """All but the alternatives."""
-        return [row for row in self.rows if row.kind != "alternative"]
+        return [row for row in self.rows if row.role != "alternative"]
 
     def best_alternatives(self) -> list[QualityRow]:
         """The best setting of each method at each cost: the smallest distance; without a reference, the closest.
 
-        Chosen on the images that they are judged by, which flatters the alternatives, not the student.
+        Chosen on the images that they are compared by, which flatters the alternatives, not the student.
         """
         sweeps: dict[tuple[str | None, int], QualityRow] = {}
 
         def rank(row: QualityRow) -> float:
-            return row.paired if row.distance is None else row.distance
+            return row.distance_to_teacher_image if row.distance is None else row.distance
 
         for row in self.rows:
-            if row.kind == "alternative":
+            if row.role == "alternative":
                 best = sweeps.setdefault((row.method, row.cost), row)
                 sweeps[row.method, row.cost] = min(best, row, key=rank)
         return list(sweeps.values())
 
 
-def clip_interval(scores: torch.Tensor | None) -> Estimate | None:
-    """Mean of CLIP scores `(N,)`, with the jackknife of the distances' groups; None without, or below N = 4."""
-    if scores is None or len(scores) < 4:
-        return None
-    values = scores.double()
-    groups = min(GROUPS, len(values) // 2)
-    member = torch.arange(len(values)) % groups
-    return jackknifed(values.mean().item(), [values[member != group].mean().item() for group in range(groups)])
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What a variant is compared by: kept of the guided and unguided teacher until the other rows are made."""
+
+    sampled: Sampled
+    distance: Distance | None
+    caption: Score | None
+    colors: dict[str, Score]
+
+    @classmethod
+    def of(cls, sampled: Sampled, reference: Reference | None) -> Figures:
+        """Compute the figures that have an interval."""
+        return cls(
+            sampled=sampled,
+            distance=Distance.of(reference, sampled.features) if reference else None,
+            caption=None if sampled.clip is None else Score.of(sampled.clip.tolist()),
+            colors={name: Score.of(values.tolist()) for name, values in zip(COLORS, sampled.colors.T, strict=True)},
+        )
 
 
-def _against_real_images(
-    row: QualityRow, distances: Sequence[Distance], reference: Reference, features: torch.Tensor
-) -> dict[str, Any]:
-    """The fields of a row that need real images.
+def row_of(
+    variant: SamplingVariant, figures: Figures, *, guided: Figures, unguided: Figures, reference: Reference | None
+) -> QualityRow:
+    """A variant's row, compared with the teacher's two."""
+
+    def delta(figure: Statistic, to: Statistic) -> Estimate | None:
+        return None if figures is guided else figure.delta_to(to)
+
+    def gain(figure: Statistic, guided: Statistic, unguided: Statistic) -> Estimate | None:
+        # The teacher's gain is what is compared with.
+        is_teacher = variant.role in {"teacher", "unguided", "reseeded"}
+        return None if is_teacher else figure.gain_recovered(guided=guided, unguided=unguided)
+
+    features, distance, caption = figures.sampled.features, figures.distance, figures.caption
+    measured: dict[str, Any] = {}
+    if reference and distance and guided.distance and unguided.distance:
+        measured["distance"], measured["distance_interval"] = distance.value, distance.interval
+        measured["delta_to_guided"] = delta(distance, guided.distance)
+        measured["gain_recovered"] = gain(distance, guided.distance, unguided.distance)
+        measured["kid"], measured["kid_spread"] = kernel_distance(reference, features)
+        covered = precision_recall(reference.features, features)
+        measured["precision"], measured["recall"] = covered or (None, None)
+    if caption and guided.caption and unguided.caption:
+        measured["caption_score"] = caption.interval
+        measured["caption_delta_to_guided"] = delta(caption, guided.caption)
+        measured["caption_gain_recovered"] = gain(caption, guided.caption, unguided.caption)
+    return QualityRow(
+        name=variant.name,
+        role=variant.role,
+        method=variant.method,
+        steps=variant.steps,
+        cost=variant.cost,
+        distance_to_teacher_image=same_seed_distance(features, guided.sampled.features),
+        colors={
+            name: ColorStatistic(value=color.value, delta_to_guided=delta(color, guided.colors[name]))
+            for name, color in figures.colors.items()
+        },
+        **measured,
+    )
+
+
+def evaluate(
+    cache: SampleCache,
+    *,
+    guided: SamplingVariant,
+    unguided: SamplingVariant,
+    others: Sequence[SamplingVariant],
+    reference: Reference | None,
+) -> Quality:
+    """Evaluate every variant on the same prompts, seeds and noise.
 
     Args:
-        row: what is known without.
-        distances: of the guided teacher, of the unguided one, and so on down to this row's.
-        reference: real images.
-        features: `(N, D)` of the row's images.
-    """
-    *before, distance = distances
-    kid, kid_spread = kernel_distance(reference, features)
-    covered = precision_recall(reference.features, features)
-    shared = row.kind != "control" and len(before) > 1
-    recovered, within = distance.recovered(guided=before[0], unguided=before[1]) if shared else (None, None)
-    return {
-        "distance": distance.value,
-        "distance_interval": distance.interval,
-        "behind": distance.gap(before[0]) if before else None,
-        "kid": kid,
-        "kid_spread": kid_spread,
-        "precision": covered[0] if covered else None,
-        "recall": covered[1] if covered else None,
-        "recovered": recovered,
-        "recovered_interval": within,
-    }
-
-
-def judge(campaign: Campaign, contestants: list[Contestant], *, reference: Reference | None) -> Quality:
-    """Measure every contestant on the same prompts, seeds and noise.
-
-    Args:
-        campaign: samples, or reads what was sampled before.
-        contestants: the guided teacher first, the unguided second; then the others in any order.
+        cache: samples, or reads what was sampled before.
+        guided: guided teacher.
+        unguided: unguided teacher.
+        others: students, alternatives and the reseeded teacher.
         reference: real images, or None.
     """
-    rows: list[QualityRow] = []
-    samples: dict[str, torch.Tensor] = {}
-    distances: list[Distance] = []
-    guided_features = None
-    for contestant in contestants:
-        sampled = campaign.sampled(contestant)
-        if guided_features is None:
-            guided_features = sampled.features
-        row = QualityRow(
-            name=contestant.name,
-            kind=contestant.kind,
-            method=contestant.method,
-            steps=contestant.steps,
-            cost=contestant.cost,
-            paired=paired_distance(sampled.features, guided_features),
-            clip=clip_interval(sampled.clip),
-        )
-        if reference:
-            distances.append(Distance.of(reference, sampled.features))
-            row = replace(row, **_against_real_images(row, distances, reference, sampled.features))
-        rows.append(row)
-        samples[row.name] = sampled.samples
-    count = len(campaign.prompts)
+    with_guidance, without = (Figures.of(cache.sampled(variant), reference) for variant in (guided, unguided))
+    rows, samples = [], {}
+    for variant in (guided, unguided, *others):
+        teacher = {guided.name: with_guidance, unguided.name: without}.get(variant.name)
+        figures = teacher or Figures.of(cache.sampled(variant), reference)
+        rows.append(row_of(variant, figures, guided=with_guidance, unguided=without, reference=reference))
+        samples[variant.name] = figures.sampled.samples
+    count = len(cache.prompts)
     enough = reference is not None and len(reference.features) >= count
     return Quality(
         rows=rows,
         images=count,
         reference_images=reference.count if reference else 0,
         reference_apart=len(reference.features) if reference else 0,
-        floor=frechet_distance(reference, reference.features[:count]) if reference and enough else None,
-        features=campaign.network.distance_name,
-        features_described=campaign.network.description,
+        real_vs_real_distance=frechet_distance(reference, reference.features[:count]) if reference and enough else None,
+        features=cache.network.distance_name,
+        features_described=cache.network.description,
+        caption_label=cache.clip.label if cache.clip else None,
         samples=samples,
     )

@@ -28,7 +28,7 @@ class Reference:
         mean: `(D,)` float64.
         covariance: `(D, D)` float64, unbiased.
         count: images behind both.
-        features: `(M, D)` float32 of real images that are not among them: for KID, and for the floor.
+        features: `(M, D)` float32 of real images that are not among them: for KID and the real-vs-real distance.
     """
 
     mean: torch.Tensor
@@ -87,8 +87,8 @@ def reference_of(path: Path, network: FeatureNetwork, *, size: int | None = None
     """The reference in a file of `Reference.save`, or of a folder of images.
 
     Args:
-        path: either.
-        network: makes the features.
+        path: file or folder.
+        network: feature network.
         size: see `reference_from_folder`.
 
     Raises:
@@ -99,20 +99,20 @@ def reference_of(path: Path, network: FeatureNetwork, *, size: int | None = None
     reference = Reference.load(path)
     if len(reference.mean) != network.num_features:
         raise InputError(
-            f"the reference {path} holds {len(reference.mean)} features an image, and {network.distance_name} needs "
+            f"the reference {path} holds {len(reference.mean)} features per image, and {network.distance_name} needs "
             f"{network.num_features}: pass --reference with the folder of images"
         )
     return reference
 
 
 def reference_from_folder(folder: Path, network: FeatureNetwork, *, size: int | None = None) -> Reference:
-    """The statistics of a folder of real images; every tenth is kept apart for KID, recall and the floor.
+    """Statistics of a folder of real images; every tenth is kept apart for KID, recall and the real-vs-real distance.
 
     Args:
         folder: PNG, JPEG and WebP files, at any depth, taken in the order of their names.
-        network: makes the features.
-        size: side in pixels of the square that every image is cut to about its middle and resized to; None takes the
-            images as they are, which must all have one size.
+        network: feature network.
+        size: side in pixels of the centered square that every image is cut and resized to; None takes the images as
+            they are, which must all have one size.
 
     Raises:
         InputError: there are fewer than 20 readable images, or they differ in size.

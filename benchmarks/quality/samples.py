@@ -1,4 +1,4 @@
-"""Features of sampled images, in shards that survive a killed run and are shared out over processes."""
+"""What is kept of sampled images, in shards that survive a killed run and are divided among processes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -20,6 +20,7 @@ from diffusers import SchedulerMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ...engine.errors import BoostDiffError
 from ...engine.guidance import Denoiser
 from ...engine.model import Model
 from ...engine.sampling import generate, to_uint8
@@ -27,31 +28,30 @@ from .clip_score import ClipScorer
 from .features import FeatureNetwork, features_of
 
 SHARD = 200
-"""Images that a killed run loses at most."""
+"""Images per file: a killed run loses no more."""
 
 _PATIENCE = timedelta(days=30)
-"""For the slowest process: shards are long, and the default ends a run after minutes of waiting."""
+"""Timeout for the slowest process: shards take long, and the default is minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contestant:
-    """A way of sampling to judge.
+class SamplingVariant:
+    """A combination of UNet, guidance and sampler that images are sampled with.
 
     Attributes:
-        name: of its row.
-        kind: "teacher", "unguided", "student", "alternative" or "control".
+        name: row label.
+        role: "teacher", "unguided", "student", "alternative", "reseeded" or "custom".
         steps: sampling steps.
-        cost: UNet passes an image.
-        open: gives the denoiser; called when its turn comes, as all may share one UNet.
+        cost: UNet passes per image.
+        open: gives the denoiser; called just before sampling, as variants may share one UNet.
         make_scheduler: gives a fresh scheduler.
-        identity: plain JSON values that, with `steps` and the scheduler, tell its images from all others': what `open`
-            closes over.
+        identity: plain JSON values that, with `steps` and the scheduler, determine its images.
         seed_offset: added to the seed.
-        method: of an alternative, see `alternatives.Alternative`.
+        method: method of an alternative, see `alternatives.Alternative`.
     """
 
     name: str
-    kind: str
+    role: str
     steps: int
     cost: int
     open: Callable[[], Denoiser]
@@ -67,13 +67,30 @@ class Sampled:
 
     Attributes:
         features: `(N, D)` float32.
+        colors: `(N, 3)` float32, see `color_statistics`.
         clip: `(N,)` float32 CLIP scores; None without a scorer.
-        samples: the first few images, uint8 `(n, 3, H, W)`.
+        samples: first few images, uint8 `(n, 3, H, W)`.
     """
 
     features: torch.Tensor
+    colors: torch.Tensor
     clip: torch.Tensor | None
     samples: torch.Tensor
+
+
+COLORS = ("luminance", "saturation", "contrast")
+
+
+def color_statistics(images: torch.Tensor) -> torch.Tensor:
+    """`COLORS` of uint8 images `(N, 3, H, W)`, `(N, 3)` float32 from 0 to 100.
+
+    Mean luma (Rec. 709 weights, on gamma-encoded values), mean HSV saturation, and the standard deviation of luma.
+    """
+    rgb = images.float() / 255
+    luma = (rgb * rgb.new_tensor([0.2126, 0.7152, 0.0722])[:, None, None]).sum(dim=1).flatten(1)
+    highest = rgb.amax(dim=1)
+    saturation = ((highest - rgb.amin(dim=1)) / highest.clamp_min(1e-6)).flatten(1)
+    return 100 * torch.stack([luma.mean(dim=1), saturation.mean(dim=1), luma.std(dim=1, unbiased=False)], dim=1)
 
 
 def hash_of(value: Any) -> str:
@@ -82,22 +99,22 @@ def hash_of(value: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Campaign:
-    """Everything that all contestants share.
+class SampleCache:
+    """Samples variants on the same prompts, seeds and noise, and keeps what is measured of their images.
 
     Attributes:
-        model: text encoder, VAE and latents' shape.
+        model: text encoder, VAE and latent shape.
         network: features of uint8 images.
-        clip: scores images by their prompts, or None.
-        prompts: N of them.
+        clip: caption scorer, or None.
+        prompts: N prompts.
         seed: image i starts from the noise of `seed + i`.
-        batch_size: images denoised together; divides `shard`.
-        negative_prompt: what guidance leads away from.
-        cache: folder of the shards; None keeps nothing.
-        identity: plain JSON values that tell the model, the network and the machine from others.
-        shard: images in a file.
-        keep: images to keep of each contestant.
-        on_images: told of progress: the row's name and how many images took a step.
+        batch_size: images denoised together.
+        negative_prompt: negative prompt of the guided passes.
+        folder: folder of the shards; None keeps nothing on disk.
+        identity: plain JSON values that determine model, network and machine.
+        shard: images per file.
+        keep: images kept per variant.
+        on_images: progress callback: row name, and number of images that took a step.
     """
 
     model: Model
@@ -107,7 +124,7 @@ class Campaign:
     seed: int
     batch_size: int
     negative_prompt: str = ""
-    cache: Path | None = None
+    folder: Path | None = None
     identity: dict[str, Any] = field(default_factory=dict)
     shard: int = SHARD
     keep: int = 12
@@ -117,52 +134,51 @@ class Campaign:
         """The first image of each shard."""
         return range(0, len(self.prompts), self.shard)
 
-    def sampled(self, contestant: Contestant) -> Sampled:
-        """The contestant's images, shard by shard from the cache, or drawn now and put there."""
-        parts = [self._shard(contestant, start) for start in self.starts()]
+    def sampled(self, variant: SamplingVariant) -> Sampled:
+        """What is kept of a variant's images, shard by shard from the folder, or sampled now and put there."""
+        parts = [self._shard(variant, start) for start in self.starts()]
         return Sampled(
             features=torch.cat([part["features"] for part in parts]),
+            colors=torch.cat([part["colors"] for part in parts]),
             clip=torch.cat([part["clip"] for part in parts]) if self.clip else None,
             samples=parts[0]["samples"],
         )
 
-    def fill(self, contestants: Sequence[Contestant], processes: PartialState) -> Campaign:
-        """Draw the shards of all contestants that the cache lacks, each in one process; ends when all have.
-
-        The processes part here.
+    def fill(self, variants: Sequence[SamplingVariant], processes: PartialState) -> SampleCache:
+        """Sample the missing shards of all variants, each in one process; then the process group ends.
 
         Returns:
-            The campaign, silent about progress that was told now.
+            The cache with no progress callback, as all progress was reported here.
         """
         count = processes.num_processes
-        # What one process does stands for what all do.
-        told = replace(self, on_images=lambda name, images: self.on_images(name, count * images))
+        # Each process reports for all of them.
+        reporting = replace(self, on_images=lambda name, images: self.on_images(name, count * images))
         missing = [
-            (contestant, start)
-            for contestant in contestants
+            (variant, start)
+            for variant in variants
             for start in self.starts()
-            if self._read(self._key(contestant, start)) is None
+            if self._read(self._key(variant, start)) is None
         ]
         # All must have looked before the first shard is written, or the lists would differ.
         processes.wait_for_everyone()
         with processes.split_between_processes(missing) as mine:
-            for contestant, start in mine:
-                told._shard(contestant, start)
+            for variant, start in mine:
+                reporting._shard(variant, start)
         processes.wait_for_everyone()
         # A process that ends in a group may abort at its exit.
         processes.destroy_process_group()
         return replace(self, on_images=lambda name, images: None)
 
-    def _key(self, contestant: Contestant, start: int) -> dict[str, Any]:
+    def _key(self, variant: SamplingVariant, start: int) -> dict[str, Any]:
         prompts = self.prompts[start : start + self.shard]
-        scheduler = contestant.make_scheduler()
-        # Private entries are diffusers' notes, some in an order that changes from process to process.
+        scheduler = variant.make_scheduler()
+        # Private entries are internal to diffusers; the order of some changes from process to process.
         settings = {name: repr(value) for name, value in scheduler.config.items() if not name.startswith("_")}
         return self.identity | {
-            "contestant": contestant.identity,
+            "variant": variant.identity,
             "scheduler": [type(scheduler).__name__, hash_of(settings)],
-            "steps": contestant.steps,
-            "seed": self.seed + contestant.seed_offset,
+            "steps": variant.steps,
+            "seed": self.seed + variant.seed_offset,
             "range": [start, start + len(prompts)],
             "prompts": hash_of(prompts),
             "negative_prompt": self.negative_prompt,
@@ -170,47 +186,49 @@ class Campaign:
             "keep": self.keep,
             "features": self.network.sha256,
             "clip": self.clip.sha256 if self.clip else None,
+            "measured": list(COLORS),
         }
 
-    def _shard(self, contestant: Contestant, start: int) -> dict[str, torch.Tensor]:
-        key = self._key(contestant, start)
+    def _shard(self, variant: SamplingVariant, start: int) -> dict[str, torch.Tensor]:
+        key = self._key(variant, start)
         stored = self._read(key)
         if stored is not None:
-            self.on_images(contestant.name, len(stored["features"]) * contestant.steps)
+            self.on_images(variant.name, len(stored["features"]) * variant.steps)
             return stored
-        drawn = self._draw(contestant, start)
-        self._write(key, drawn)
-        return drawn
+        sampled = self._sample(variant, start)
+        self._write(key, sampled)
+        return sampled
 
-    def _draw(self, contestant: Contestant, start: int) -> dict[str, torch.Tensor]:
+    def _sample(self, variant: SamplingVariant, start: int) -> dict[str, torch.Tensor]:
         prompts = self.prompts[start : start + self.shard]
         text = self.model.family.encode(self.model.pipeline, prompts, negative_prompt=self.negative_prompt)
         images = to_uint8(
             generate(
                 self.model,
-                contestant.open(),
+                variant.open(),
                 text=text,
-                make_scheduler=contestant.make_scheduler,
-                steps=contestant.steps,
-                seed=self.seed + contestant.seed_offset + start,
+                make_scheduler=variant.make_scheduler,
+                steps=variant.steps,
+                seed=self.seed + variant.seed_offset + start,
                 batch_size=self.batch_size,
-                on_step=partial(self.on_images, contestant.name),
+                on_step=partial(self.on_images, variant.name),
             )
         )
         tensors = {
             "features": features_of(self.network, images),
+            "colors": color_statistics(images),
             "samples": images[: max(0, self.keep - start)].clone(memory_format=torch.contiguous_format),
         }
         return tensors | ({"clip": self.clip.scores(images, prompts)} if self.clip else {})
 
     def _path(self, key: dict[str, Any]) -> Path | None:
-        return None if self.cache is None else self.cache / f"{hash_of(key)[:32]}.safetensors"
+        return None if self.folder is None else self.folder / f"{hash_of(key)[:32]}.safetensors"
 
     def _read(self, key: dict[str, Any]) -> dict[str, torch.Tensor] | None:
         path = self._path(key)
         if path is None:
             return None
-        # A file that a crash of the machine left damaged is drawn again.
+        # A file that a crash left damaged is sampled again.
         with suppress(OSError, SafetensorError):
             with safe_open(path, framework="pt") as file:
                 if json.loads((file.metadata() or {}).get("key", "null")) == key:
@@ -232,7 +250,24 @@ class Campaign:
 
 
 def launched_processes(device: torch.device) -> PartialState | None:
-    """The processes of `accelerate launch` or `torchrun`; None for one that stands alone."""
+    """The processes of `accelerate launch` or `torchrun`; None for a single process."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return None
     return PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
+
+
+@contextmanager
+def bounded_memory(batch_size: int) -> Iterator[None]:
+    """Say what to do where memory does not suffice to sample so many images together.
+
+    Raises:
+        BoostDiffError: it did not.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        smaller = f"pass --sampling-batch-size {batch_size // 2}, " if batch_size > 1 else ""
+        raise BoostDiffError(
+            f"out of memory while sampling {batch_size} images together: {smaller}stop what else uses the device, or "
+            "pass another --device"
+        ) from None

@@ -1,4 +1,4 @@
-"""Two reports side by side: `boostdiff bench --compare A.json B.json`."""
+"""Two reports side by side: `boostdiff bench compare A.json B.json`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 from ...engine.errors import InputError
 from ...engine.files import read_json
 from ..bench import SCHEMA_VERSION
+from ..speed.throughput import RunnerMode
 from ..stats import Estimate
-from .tables import NOTHING, WAY_NAMES, Table
+from .tables import NOTHING, Table, variant_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +19,11 @@ class Difference:
     """One figure that both reports have.
 
     Attributes:
-        name: what it is, with its unit.
-        a: in the first report; without an interval, `low` and `high` are the value.
-        b: in the second.
+        name: figure, with its unit.
+        a: value in the first report; without an interval, `low` and `high` are the value.
+        b: value in the second.
         change: b / a − 1; None where a is zero.
-        apart: whether the intervals share no point; None where there are none.
+        apart: whether the intervals share no point; None without intervals.
     """
 
     name: str
@@ -38,8 +39,8 @@ class Comparison:
 
     Attributes:
         differences: in the first report's order.
-        settings: values of both by name, where model, settings, hardware or versions differ.
-        only: names of the figures that one of the reports lacks.
+        settings: both values by name, where model, settings, hardware or versions differ.
+        only: names of the figures that only one report has.
     """
 
     differences: list[Difference]
@@ -52,7 +53,7 @@ class Comparison:
         return sorted({round(side.coverage, 2) for row in compared for side in (row.a, row.b)})
 
     def table(self) -> Table:
-        """Headings and cells; the intervals, for which a terminal has no room, show in the last column alone."""
+        """Values, and whether the intervals, for which a terminal has no room, overlap."""
         headings = ["", "A", "B", "change", "beyond noise"]
         verdicts = {True: "yes", False: "no", None: NOTHING}
         cells = [
@@ -65,7 +66,7 @@ class Comparison:
             ]
             for row in self.differences
         ]
-        return headings, cells
+        return Table(headings=headings, cells=cells)
 
 
 def compare_reports(first: Path, second: Path) -> Comparison:
@@ -79,13 +80,13 @@ def compare_reports(first: Path, second: Path) -> Comparison:
     shared = [name for name in a if name in b]
     if not shared:
         raise InputError(f"{first} and {second} have no figure in common: compare runs with the same batch sizes")
-    told = [_flat(report["provenance"]) for report in reports]
+    provenance = [_flat(report["provenance"]) for report in reports]
     return Comparison(
         differences=[_difference(name, a[name], b[name]) for name in shared],
         settings={
             name: (values[0], values[1])
-            for name in sorted(told[0].keys() | told[1].keys())
-            if (values := [side.get(name, NOTHING) for side in told])[0] != values[1]
+            for name in sorted(provenance[0].keys() | provenance[1].keys())
+            if (values := [side.get(name, NOTHING) for side in provenance])[0] != values[1]
         },
         only=[name for name in (*a, *b) if name not in shared],
     )
@@ -95,33 +96,52 @@ def _read(path: Path) -> dict[str, Any]:
     report = read_json(path)
     version = report.get("schema_version")
     if version != SCHEMA_VERSION:
-        found = f"of version {version}" if version else "no report of `boostdiff bench`"
-        raise InputError(f"{path} is {found}: this version compares reports of version {SCHEMA_VERSION}; measure again")
+        kind = f"a report of version {version}" if version else "no report of `boostdiff bench`"
+        raise InputError(f"{path} is {kind}: this program compares reports of version {SCHEMA_VERSION}; measure again")
     return report
 
 
 def _figures(report: dict[str, Any]) -> dict[str, Estimate | float]:
     """Every comparable figure by its name; those without an interval as plain numbers."""
-    found: dict[str, Estimate | float] = {}
+    figures: dict[str, Estimate | float] = {}
+
+    def name_of(key: dict[str, str]) -> str:
+        return variant_name(RunnerMode(**key))
+
     try:
         for ratio in report["speed"]["ratios"]:
             part = "whole images" if ratio["part"] == "images" else "UNet step"
-            name = f"{ratio['faster']} over {ratio['slower']}, {part}, batch {ratio['batch_size']}, x"
-            found[name] = Estimate(**ratio["estimate"])
+            pair = f"{name_of(ratio['faster'])} over {name_of(ratio['slower'])}"
+            figures[f"{pair}, {part}, batch {ratio['batch_size']}, x"] = Estimate(**ratio["estimate"])
         for row in report["speed"]["rows"]:
-            name = f"{row['runner']} {WAY_NAMES[row['way']]}, batch {row['batch_size']}, images/s"
-            found[name] = Estimate(**row["images_per_second"])
-        for row in (report["quality"] or {}).get("rows", ()):
-            for key in ("distance", "recovered", "kid", "precision", "recall", "paired", "clip"):
-                value = row[key]
-                # A CLIP score brings its interval along.
-                interval = value if isinstance(value, dict) else row.get(f"{key}_interval")
-                # A share of what is within noise means nothing.
-                if value is not None and (key != "recovered" or interval):
-                    found[f"{row['name']}, {key}"] = Estimate(**interval) if interval else value
+            name = name_of({"runner": row["runner"], "mode": row["mode"]})
+            figures[f"{name}, batch {row['batch_size']}, images/s"] = Estimate(**row["images_per_second"])
+        quality = report["quality"] or {}
+        for row in quality.get("rows", ()):
+            for key, label in _QUALITY.items():
+                interval = row["distance_interval"] if key == "distance" else row[key]
+                if row[key] is not None:
+                    label = label or quality["caption_label"]
+                    figures[f"{row['name']}, {label}"] = (
+                        Estimate(**interval) if isinstance(interval, dict) else row[key]
+                    )
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"a report is damaged: {error} is missing or of the wrong type; measure again") from None
-    return found
+    return figures
+
+
+_QUALITY = {
+    "distance": "distance",
+    "delta_to_guided": "ΔFD to the guided teacher",
+    "gain_recovered": "guidance gain recovered",
+    "kid": "KID",
+    "precision": "precision",
+    "recall": "recall",
+    "distance_to_teacher_image": "distance to the teacher's image",
+    "caption_score": "",
+    "caption_gain_recovered": "guidance gain in caption score recovered",
+}
+"""Keys of a quality row, and what they are called; the caption score brings its label."""
 
 
 def _difference(name: str, a: Estimate | float, b: Estimate | float) -> Difference:
@@ -140,7 +160,7 @@ def _difference(name: str, a: Estimate | float, b: Estimate | float) -> Differen
 
 
 def _flat(value: Any, name: str = "") -> dict[str, str]:
-    """Leaves of nested objects by their dotted names; students are named by their folders, which mean nothing here."""
+    """Leaves of nested objects by their dotted names; without the students, whose keys are folders."""
     if not isinstance(value, dict):
         return {name: str(value)}
     leaves: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Show tables of distances: in the terminal, as Markdown, JSON and a page."""
+"""Show a table of distances: in the terminal, as Markdown, JSON and a page."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from ...engine.files import write_json
-from ..quality.distances import GROUPS
+from ..stats import GROUPS
 from ..table1 import Cell, Grid
-from .page import html_table, page
+from .page import html_plot, html_table, page
+from .plots import sweep_plot
 from .report import replaced_files, terminal_table
 from .tables import NOTHING, Table, within
 
@@ -24,7 +25,7 @@ def _table(grid: Grid, shown: Callable[[Cell], str]) -> Table:
     for row in dict.fromkeys(cell.row for cell in grid.cells):
         places = [grid.place(row, column) for column in columns]
         cells.append([row, *(NOTHING if cell is None else shown(cell) for cell in places)])
-    return ["sampling", *columns], cells
+    return Table(headings=["sampling", *columns], cells=cells)
 
 
 def grid_table(grid: Grid) -> Table:
@@ -37,84 +38,68 @@ def grid_table(grid: Grid) -> Table:
     return _table(grid, shown)
 
 
-def _known(table: Table) -> Table | None:
-    """Without the rows that have no figure; None where none has."""
-    headings, cells = table
-    cells = [row for row in cells if set(row[1:]) != {NOTHING}]
-    return (headings, cells) if cells else None
+DELTA = "ΔFD to the teacher at the top of the column (below zero: closer to real images), with a paired interval:"
+CAPTIONS = "{}: 100 times the cosine of image and prompt, higher is better:"
+CAPTION_DELTA = "Its difference to the teacher at the top of the column:"
 
 
-def behind_table(grid: Grid) -> Table | None:
-    """How much further from real images than the teacher at the top of the column; None where nothing says so."""
-    return _known(_table(grid, lambda cell: within(cell.behind, "{:+.1f}")))
-
-
-def clip_table(grid: Grid) -> Table | None:
-    """Mean CLIP scores; None where none were asked for."""
-    return _known(_table(grid, lambda cell: within(cell.clip)))
-
-
-BEHIND = "Behind the teacher at the top of the column (below zero: ahead); the interval is that of the difference:"
-CLIP = "CLIP score, 100 times the cosine of image and prompt, higher is better:"
-
-
-def _further(grid: Grid) -> list[tuple[str, str, Table]]:
-    """The tables that follow the distances, each after its title and what it shows."""
+def further_tables(grid: Grid) -> list[tuple[str, str, Table]]:
+    """The tables that follow the distances, as far as they hold figures: title, explanation, table."""
+    label = grid.caption_label or ""
     tables = (
-        ("behind the teacher at the top", BEHIND, behind_table(grid)),
-        ("CLIP score", CLIP, clip_table(grid)),
+        ("ΔFD to the teacher at the top", DELTA, _table(grid, lambda cell: within(cell.delta_to_guided, "{:+.1f}"))),
+        (label, CAPTIONS.format(label), _table(grid, lambda cell: within(cell.caption_score))),
+        (f"Δ {label}", CAPTION_DELTA, _table(grid, lambda cell: within(cell.caption_delta_to_guided, "{:+.1f}"))),
     )
-    return [(title, told, table) for title, told, table in tables if table]
+    known = [
+        (title, words, Table(headings=table.headings, cells=[r for r in table.cells if set(r[1:]) != {NOTHING}]))
+        for title, words, table in tables
+    ]
+    return [(title, words, table) for title, words, table in known if table.cells]
 
 
 def note(grid: Grid) -> str:
     """How it was measured."""
-    told = grid.provenance
     return (
-        f"{grid.features} to {grid.reference_images} real images, lower is better; model {told['model']}, "
-        f"N = {grid.images} images a cell, same prompts, seeds (from {told['seed']} on) and noise. In brackets: 95%, "
-        f"jackknife over {GROUPS} groups of prompts. Two passes a step for the teacher where w > 1, else one."
+        f"{grid.features} to {grid.reference_images} real images, lower is better; model {grid.provenance['model']}, "
+        f"N = {grid.images} images per cell, same prompts, seeds (from {grid.provenance['config']['seed']} on) and "
+        f"noise. In brackets: 95%, jackknife over {GROUPS} groups of prompts. The teacher makes two passes per "
+        "step where w > 1, all others one."
     )
 
 
 def _lines(table: Table) -> list[str]:
-    headings, cells = table
-    lines = [headings, ["---"] * len(headings), *cells]
+    lines = [table.headings, ["---"] * len(table.headings), *table.cells]
     return ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
 
 
 def markdown(grid: Grid) -> str:
     """A title, the tables, and how they were measured."""
-    further = [line for _, told, table in _further(grid) for line in (told, "", *_lines(table), "")]
+    further = [line for _, words, table in further_tables(grid) for line in (words, "", *_lines(table), "")]
     return "\n".join([f"# {grid.title}", "", *_lines(grid_table(grid)), "", *further, note(grid), ""])
 
 
-def terminal_grids(grids: list[Grid]) -> RenderableType:
-    """For rich; with columns as rows, of which a terminal has more."""
-    parts: list[RenderableType] = []
-    for grid in grids:
-        parts.append(terminal_table(grid.title, _turned(grid_table(grid))))
-        parts += [terminal_table(title, _turned(table)) for title, _, table in _further(grid)]
-        parts.append(Text(note(grid), style="dim"))
-    return Group(*parts)
+def terminal_grid(grid: Grid) -> RenderableType:
+    """For rich; with columns as rows, for which a terminal has more room."""
+    tables = [(grid.title, grid_table(grid)), *((title, table) for title, _, table in further_tables(grid))]
+    return Group(*(terminal_table(title, _turned(table)) for title, table in tables), Text(note(grid), style="dim"))
 
 
 def _turned(table: Table) -> Table:
-    headings, cells = table
-    first, *others = [list(line) for line in zip(headings, *cells, strict=True)]
-    return ["", *first[1:]], others
+    first, *others = [list(line) for line in zip(table.headings, *table.cells, strict=True)]
+    return Table(headings=["", *first[1:]], cells=others)
 
 
-def write_grids(grids: list[Grid], output: Path) -> None:
-    """Write `NAME.md`, `NAME.json` and `NAME.html` of each table; all else in the folder stays."""
-    names = [f"{grid.name}.{kind}" for grid in grids for kind in ("md", "html", "json")]
-    with replaced_files(output, names) as folder:
-        for grid in grids:
-            (folder / f"{grid.name}.md").write_text(markdown(grid), encoding="utf-8")
-            told = f'<p class="note">{html.escape(note(grid))}</p>'
-            parts = [html_table(grid_table(grid))]
-            for _, words, table in _further(grid):
-                parts += [f"<p>{html.escape(words)}</p>", html_table(table)]
-            content = page(grid.title, [*parts, told], grid.provenance)
-            (folder / f"{grid.name}.html").write_text(content, encoding="utf-8")
-            write_json(folder / f"{grid.name}.json", grid.as_json())
+def write_grid(grid: Grid, output: Path) -> None:
+    """Write `NAME.md`, `NAME.json` and `NAME.html`; all else in the folder stays."""
+    with replaced_files(output, [f"{grid.name}.{kind}" for kind in ("md", "html", "json")]) as folder:
+        (folder / f"{grid.name}.md").write_text(markdown(grid), encoding="utf-8")
+        parts = [html_table(grid_table(grid))]
+        if grid.name == "sweep":
+            alt = f"{grid.features} and caption score over the guidance scale, with intervals"
+            parts.insert(0, html_plot(sweep_plot(grid), alt))
+        for _, words, table in further_tables(grid):
+            parts += [f"<p>{html.escape(words)}</p>", html_table(table)]
+        content = page(grid.title, [*parts, f'<p class="note">{html.escape(note(grid))}</p>'], grid.provenance)
+        (folder / f"{grid.name}.html").write_text(content, encoding="utf-8")
+        write_json(folder / f"{grid.name}.json", grid.as_json())

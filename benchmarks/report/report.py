@@ -1,4 +1,4 @@
-"""Show a benchmark: tables in the terminal, `report.json`, `report.html`, pictures."""
+"""Show a benchmark: tables in the terminal, `report.json`, `report.html`, a grid of images."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .page import GRID_ROWS, html_report
 
 
 def terminal_table(title: str, table: tables.Table) -> Table:
-    """Headings and cells for rich; the first column to the left, figures to the right."""
-    headings, cells = table
+    """The main columns for rich; the first column to the left, figures to the right."""
+    brief = table.brief()
     shown = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for index, heading in enumerate(headings):
-        shown.add_column(heading, justify="left" if index == 0 else "right")
-    for row in cells:
+    for index, heading in enumerate(brief.headings):
+        shown.add_column(heading, justify="left" if index == 0 else "right", overflow="fold")
+    for row in brief.cells:
         shown.add_row(*(Text(cell) for cell in row))
     return shown
 
@@ -36,15 +36,15 @@ def terminal_table(title: str, table: tables.Table) -> Table:
 def terminal_report(result: BenchResult) -> RenderableType:
     """Tables and verdict for rich."""
     parts: list[RenderableType] = [
-        terminal_table("Speed", tables.speed_table(result.speed, brief=True)),
-        terminal_table("How many times as fast", tables.ratio_table(result.speed)),
+        terminal_table("Speed", tables.speed_table(result.speed)),
+        terminal_table("Speed-up", tables.ratio_table(result.speed)),
         Text(tables.speed_note(result), style="dim"),
     ]
     if result.quality:
-        parts.append(terminal_table("\nQuality", tables.quality_table(result.quality, brief=True)))
-        parts.append(Text(tables.quality_note(result), style="dim"))
+        parts.append(terminal_table("\nQuality", tables.quality_table(result.quality)))
+        parts.append(Text(tables.quality_note(result.quality), style="dim"))
         if result.quality.best_alternatives():
-            shown = tables.alternatives_table(result.quality, brief=True)
+            shown = tables.alternatives_table(result.quality)
             parts.append(terminal_table("\nWithout training, best of each sweep", shown))
             parts.append(Text(tables.ALTERNATIVES_NOTE, style="dim"))
     parts += [Text(f"{name} was left out: {reason}", style="dim") for name, reason in result.skipped.items()]
@@ -56,8 +56,8 @@ def terminal_comparison(comparison: Comparison) -> RenderableType:
     """Two reports side by side for rich, and the settings that differ."""
     parts: list[RenderableType] = [terminal_table("A against B", comparison.table())]
     if levels := comparison.levels():
-        told = f"Beyond noise: the two intervals ({', '.join(f'{level:.0%}' for level in levels)}) share no point."
-        parts.append(Text(told, style="dim"))
+        note = f"Beyond noise: the two intervals ({', '.join(f'{level:.0%}' for level in levels)}) share no point."
+        parts.append(Text(note, style="dim"))
     parts += [Text(f"{name}: {a} in A, {b} in B", style="dim") for name, (a, b) in comparison.settings.items()]
     if comparison.only:
         parts.append(Text(f"{len(comparison.only)} figures are in one report alone: --json names them.", style="dim"))
@@ -65,9 +65,9 @@ def terminal_comparison(comparison: Comparison) -> RenderableType:
 
 
 def comparison_grid(result: BenchResult) -> Image.Image:
-    """The first prompts, one column a row of the quality table but the reseeded one."""
+    """The first prompts, one column per row of the quality table but the reseeded one."""
     assert result.quality is not None
-    names = [row.name for row in result.quality.main_rows() if row.kind != "control"]
+    names = [row.name for row in result.quality.main_rows() if row.role != "reseeded"]
     columns = {name: result.quality.samples[name][:GRID_ROWS] for name in names}
     return labelled_grid(columns, result.prompts[: len(columns[names[0]])])
 

@@ -49,7 +49,7 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait for all work queued on an accelerator."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
@@ -58,7 +58,7 @@ def synchronise(device: torch.device) -> None:
 def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:
     """The best rate of a large square matrix multiplication, in 10¹² operations per second.
 
-    Measured in the same run as what it is compared with: a data sheet's peak says nothing about clocks and neighbours.
+    Measured in the same run as what it is compared with: a data sheet's peak says nothing about clocks and neighbors.
 
     Args:
         device: where.
@@ -85,10 +85,10 @@ def copy_peak(device: torch.device) -> float:
 def _best_time(work: Callable[[], object], device: torch.device) -> float:
     best = float("inf")
     for _ in range(PEAK_RUNS):
-        synchronise(device)
+        synchronize(device)
         began = time.perf_counter()
         work()
-        synchronise(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - began)
     return best
 

@@ -17,7 +17,7 @@ class Flops:
     """Operations for one image or prompt; a multiplication and an addition count as two.
 
     Attributes:
-        unet: one pass over one image's latents.
+        unet: one pass over the latents of one image.
         vae_decode: one image.
         text_encoder: one prompt.
     """

@@ -19,7 +19,7 @@ from ...engine.student import INFO_FILE, StudentInfo
 from ...engine.versions import versions
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-"""Configurations of public models, to be named on the command line as their folders are."""
+"""Configurations of public models; the command line takes the names of their folders."""
 
 
 def locate_configs(model: str) -> ModelFiles:
@@ -38,12 +38,12 @@ def locate_configs(model: str) -> ModelFiles:
 
 
 def random_model(files: ModelFiles, *, device: torch.device, seed: int = 0) -> Model:
-    """Build a pipeline with randomly initialised weights.
+    """Build a pipeline with randomly initialized weights.
 
     Args:
         files: the model's configuration; weight files are not read.
         device: where to put it.
-        seed: of the weights.
+        seed: seed of the weights.
 
     Raises:
         InputError: a configuration is missing or describes nothing that can be built.
@@ -60,7 +60,7 @@ def random_model(files: ModelFiles, *, device: torch.device, seed: int = 0) -> M
             components[name] = _component(files.folder / name, library, class_name)
     for part in components.values():
         if isinstance(part, torch.nn.Module):
-            # Of torch, not diffusers, whose own warns of layers to be kept in float32 that these haven't.
+            # torch's method: that of diffusers warns of float32 layers that these do not have.
             torch.nn.Module.to(part, dtype)
     pipeline = files.family.assemble(components)
     prepare_for_inference(pipeline, files.family)
@@ -98,7 +98,7 @@ def write_model(name: str, output: Path, *, dtype: torch.dtype, seed: int = 0) -
         name: a folder of `benchmarks/configs`, or any folder with a pipeline's configuration.
         output: the folder to write.
         dtype: of the weights in it.
-        seed: of the weights.
+        seed: seed of the weights.
 
     Raises:
         InputError: there is no such configuration, or the output can't be written.

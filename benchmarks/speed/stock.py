@@ -1,4 +1,4 @@
-"""What a user has without BoostDiff: a stock diffusers pipeline with guidance."""
+"""The baseline without BoostDiff: a stock diffusers pipeline with guidance."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
 from ...engine.model import Model
-from .device import Stopwatch, synchronise
-from .throughput import Entrant
+from .device import Stopwatch, synchronize
+from .throughput import RunnerMode, TimedVariant
 
 
 def stock_pipeline(model: Model) -> DiffusionPipeline:
@@ -28,8 +28,8 @@ def stock_pipeline(model: Model) -> DiffusionPipeline:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StockEntrant(Entrant):
-    """The stock pipeline's own `__call__` with guidance, eager: no loop of ours takes part.
+class StockVariant(TimedVariant):
+    """The stock pipeline's own `__call__` with guidance, eager, without our loop.
 
     Attributes:
         pipeline: what `stock_pipeline` gave.
@@ -38,9 +38,9 @@ class StockEntrant(Entrant):
     pipeline: DiffusionPipeline
 
     @property
-    def label(self) -> str:
-        """See `Entrant.label`."""
-        return "stock diffusers"
+    def key(self) -> RunnerMode:
+        """See `TimedVariant`."""
+        return RunnerMode("stock diffusers", self.mode)
 
     def time(
         self,
@@ -52,7 +52,7 @@ class StockEntrant(Entrant):
         scheduler: SchedulerMixin,
         steps: int,
     ) -> dict[str, float]:
-        """See `Entrant.time`; of its parts, only the UNet can be timed from outside."""
+        """See `TimedVariant.time`; of its parts, only the UNet can be timed from outside."""
         unet, device = self.pipeline.unet, self.runner.device
         self.pipeline.scheduler = scheduler
         watch = Stopwatch(device)
@@ -68,7 +68,7 @@ class StockEntrant(Entrant):
 
         hooks = [unet.register_forward_pre_hook(begin), unet.register_forward_hook(end)]
         try:
-            synchronise(device)
+            synchronize(device)
             began = time.perf_counter()
             images = self.pipeline(
                 list(prompts),
@@ -78,7 +78,7 @@ class StockEntrant(Entrant):
                 output_type="pt",
             ).images
             images.float().cpu()
-            synchronise(device)
+            synchronize(device)
             return {"total": time.perf_counter() - began, "unet": watch.seconds("unet")}
         finally:
             for hook in hooks:

@@ -183,11 +183,12 @@ def ratios(report: Mapping[str, Any], batch_size: int) -> dict[str, str]:
         batch_size: one that was measured.
     """
     speed = report["speed"]
-    students = [row for row in speed["rows"] if row["way"] == "student" and row["batch_size"] == batch_size]
+    students = [row for row in speed["rows"] if row["mode"] == "student" and row["batch_size"] == batch_size]
     best = max(students, key=lambda row: row["images_per_second"]["value"])
 
     def over(slower: str) -> str:
-        wanted = (slower, f"{best['runner']} student", "images", batch_size)
+        student = {"runner": best["runner"], "mode": "student"}
+        wanted = ({"runner": slower, "mode": "teacher"}, student, "images", batch_size)
         for ratio in speed["ratios"]:
             if (ratio["slower"], ratio["faster"], ratio["part"], ratio["batch_size"]) == wanted:
                 estimate = ratio["estimate"]
@@ -197,9 +198,9 @@ def ratios(report: Mapping[str, Any], batch_size: int) -> dict[str, str]:
     share = best["peak_share"]
     return {
         "the student's best runner": best["runner"],
-        "teacher with batched guidance, the same runner": over(f"{best['runner']} teacher"),
-        "stock diffusers, eager, with guidance": over("stock diffusers teacher"),
-        "teacher through torch.compile, with guidance": over("compiled teacher"),
+        "teacher with batched guidance, the same runner": over(best["runner"]),
+        "stock diffusers, eager, with guidance": over("stock diffusers"),
+        "teacher through torch.compile, with guidance": over("compiled"),
         "the student's UNet, share of the GEMM peak": NOTHING if share is None else f"{share:.0%}",
     }
 
@@ -238,12 +239,12 @@ def summary(planned: Mapping[str, Stage], failed: Mapping[str, str], *, model: s
         if not planned[name].proof.exists():
             continue
         report = read_json(planned[name].proof)
-        sizes = sorted({row["batch_size"] for row in report["speed"]["rows"] if row["way"] == "student"})
+        sizes = sorted({row["batch_size"] for row in report["speed"]["rows"] if row["mode"] == "student"})
         columns = {size: ratios(report, size) for size in sizes}
         lines += [
             f"## {name}",
             "",
-            f"How many times as fast the student is as …; {report['provenance']['steps']} steps.",
+            f"How many times as fast the student is as …; {report['provenance']['config']['steps']} steps.",
         ]
         lines += ["", f"| batch | {' | '.join(map(str, sizes))} |", "|---" * (len(sizes) + 1) + "|"]
         for row in columns[sizes[0]]:

@@ -24,13 +24,13 @@ from ...engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
 from ...engine.model import Model
 from ...engine.runners import TorchRunner
 from ...engine.student import apply_student, read_student
-from ..quality.distances import Distance, frechet_distance, paired_distance
+from ..quality.distances import Distance, frechet_distance, same_seed_distance
 from ..quality.features import DISTANCE_NAME
 from ..quality.predictions import error_and_share, trajectory
-from ..quality.samples import Contestant
-from ..report.plots import COLOURS, rendered
+from ..quality.samples import SamplingVariant
+from ..report.plots import COLORS, rendered
 from ..report.tables import within
-from ..session import Lineup
+from ..session import Session
 from .held_out import (
     HeldOut,
     held_out_text,
@@ -125,16 +125,16 @@ def rows_of(held_out: HeldOut, folder: Path, samples: int) -> dict[str, torch.Te
     if student.info.guidance_range is not None:
         raise InputError(f"{folder} holds a range student: distil one of one scale")
     with held_out.sampling(samples) as sampling:
-        lineup = sampling.lineup
+        session = sampling.session
 
         def opened(part: Part) -> Denoiser:
-            alone = SinglePassDenoiser(lineup.runner(student.unet))
-            return PartOfGuidance(lineup.runner(held_out.model.unet), alone, scale, part)
+            alone = SinglePassDenoiser(session.runner(student.unet))
+            return PartOfGuidance(session.runner(held_out.model.unet), alone, scale, part)
 
-        rows = {NONE: lineup.teacher(1.0), ALL: lineup.teacher(scale), LEARNT: lineup.student(student, scale)}
+        rows = {NONE: session.teacher(1.0), ALL: session.teacher(scale), LEARNT: session.student(student, scale)}
         about = {"adapter": student.info.adapter_sha256, "guidance": scale}
-        rows |= {name: lineup.own(name, partial(opened, part), passes=3, **about) for name, part in PARTS.items()}
-        return {name: sampling.features(contestant) for name, contestant in rows.items()}
+        rows |= {name: session.custom(name, partial(opened, part), passes=3, **about) for name, part in PARTS.items()}
+        return {name: sampling.features(variant) for name, variant in rows.items()}
 
 
 def learnt_shares(model: Model, folder: Path, prompts: int) -> tuple[float, float]:
@@ -181,7 +181,7 @@ def guidance_parts(
     print(f"| added at each step | {DISTANCE_NAME} | less than with nothing | paired distance to the teacher |")
     print("|---|---|---|---|")
     for name, features in rows.items():
-        gain, paired = within(distances[NONE].gap(distances[name])), paired_distance(features, to=rows[ALL])
+        gain, paired = within(distances[NONE].delta_to(distances[name])), same_seed_distance(features, to=rows[ALL])
         print(f"| {name} | {distances[name].value:.1f} | {gain} | {paired:.3f} |")
 
 
@@ -205,7 +205,7 @@ class Point:
 def nearest_scale(features: torch.Tensor, teachers: Mapping[float, torch.Tensor]) -> tuple[float, float]:
     """Effective guidance, and the paired distance at the nearest scale of the grid.
 
-    Between scales it is the lowest point of the parabola through the nearest one and its neighbours; beyond the grid it
+    Between scales it is the lowest point of the parabola through the nearest one and its neighbors; beyond the grid it
     is the grid's end.
 
     Args:
@@ -216,7 +216,7 @@ def nearest_scale(features: torch.Tensor, teachers: Mapping[float, torch.Tensor]
     distances = []
     for scale in scales:
         count = min(len(features), len(teachers[scale]))
-        distances.append(paired_distance(features[:count], to=teachers[scale][:count]))
+        distances.append(same_seed_distance(features[:count], to=teachers[scale][:count]))
     best = int(np.argmin(distances))
     middle = min(max(best, 1), len(scales) - 2)
     around = slice(middle - 1, middle + 2)
@@ -241,9 +241,9 @@ class Teachers:
     def of(cls, held_out: HeldOut, scales: Sequence[float], samples: int, grid: Sequence[float], paired: int) -> Self:
         """Draw them: `samples` images at each of `scales`, `paired` at each of `grid`."""
         with held_out.sampling(samples) as sampling:
-            full = {scale: sampling.features(sampling.lineup.teacher(scale)) for scale in scales}
+            full = {scale: sampling.features(sampling.session.teacher(scale)) for scale in scales}
         with held_out.sampling(paired) as sampling:
-            near = {w: sampling.features(sampling.lineup.teacher(w)) for w in grid if w not in full}
+            near = {w: sampling.features(sampling.session.teacher(w)) for w in grid if w not in full}
         return cls(
             distances={scale: frechet_distance(held_out.reference, features) for scale, features in full.items()},
             features={scale: features[:paired] for scale, features in (full | near).items()},
@@ -251,34 +251,34 @@ class Teachers:
 
 
 def points(
-    held_out: HeldOut, rows: Callable[[Lineup], Mapping[float, Contestant]], samples: int, teachers: Teachers
+    held_out: HeldOut, rows: Callable[[Session], Mapping[float, SamplingVariant]], samples: int, teachers: Teachers
 ) -> list[Point]:
     """Draw a student's rows, made by setting, and compare them with the teacher."""
     found = []
     with held_out.sampling(samples) as sampling:
-        for setting, contestant in rows(sampling.lineup).items():
-            features = sampling.features(contestant)
+        for setting, variant in rows(sampling.session).items():
+            features = sampling.features(variant)
             effective, paired = nearest_scale(features, teachers.features)
             distance = frechet_distance(held_out.reference, features)
             found.append(Point(setting=setting, distance=distance, effective=effective, paired=paired))
     return found
 
 
-def range_rows(lineup: Lineup, folder: Path, scales: Sequence[float]) -> dict[float, Contestant]:
+def range_rows(session: Session, folder: Path, scales: Sequence[float]) -> dict[float, SamplingVariant]:
     """A range student at each scale.
 
     Raises:
         InputError: it is no range student, or a scale lies outside its range.
     """
-    student = merged_student(lineup.model, folder)
+    student = merged_student(session.model, folder)
     if student.info.guidance_range is None:
         raise InputError(f"{folder} holds no range student: distil one with --guidance LOW:HIGH")
     for scale in scales:
         student.info.choose_guidance(scale)
-    return {scale: lineup.student(student, scale) for scale in scales}
+    return {scale: session.student(student, scale) for scale in scales}
 
 
-def dial_rows(lineup: Lineup, folder: Path, weights: Sequence[float]) -> dict[float, Contestant]:
+def dial_rows(session: Session, folder: Path, weights: Sequence[float]) -> dict[float, SamplingVariant]:
     """A LoRA student of one scale with its adapter at each weight.
 
     Raises:
@@ -295,7 +295,7 @@ def dial_rows(lineup: Lineup, folder: Path, weights: Sequence[float]) -> dict[fl
         return SinglePassDenoiser(TorchRunner(adapted.unet))
 
     return {
-        weight: lineup.own(
+        weight: session.custom(
             f"dial {weight:g}", partial(opened, weight), passes=1, weight=weight, adapter=info.adapter_sha256
         )
         for weight in weights
@@ -333,12 +333,12 @@ def plot(ranged: Sequence[Point], dialled: Sequence[Point], teachers: Teachers, 
     """Distances over w beside effective guidance over the dial, each with what a perfect student would give."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     scales = [point.setting for point in ranged]
-    left.plot(scales, [teachers.distances[w] for w in scales], "o-", color=COLOURS["teacher"], label="teacher")
-    left.plot(scales, [point.distance for point in ranged], "o-", color=COLOURS["student"], label="student")
+    left.plot(scales, [teachers.distances[w] for w in scales], "o-", color=COLORS["teacher"], label="teacher")
+    left.plot(scales, [point.distance for point in ranged], "o-", color=COLORS["student"], label="student")
     left.set(title="range student", xlabel="guidance w", ylabel=f"{DISTANCE_NAME} (lower is better)")
     settings = [point.setting for point in dialled]
-    right.plot([0, 1], [1, learnt], ":", color=COLOURS["teacher"], label="proportional")
-    right.plot(settings, [point.effective for point in dialled], "o-", color=COLOURS["student"], label="student")
+    right.plot([0, 1], [1, learnt], ":", color=COLORS["teacher"], label="proportional")
+    right.plot(settings, [point.effective for point in dialled], "o-", color=COLORS["student"], label="student")
     right.set(title=f"the dial of a student of w = {learnt:g}", xlabel="dial", ylabel="effective guidance")
     for axes in (left, right):
         axes.legend(frameon=False)

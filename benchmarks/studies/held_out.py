@@ -26,8 +26,8 @@ from ...engine.student import read_student
 from ..fastest import SAMPLING_BATCH, FastestRunners
 from ..quality.features import EfficientNetLite0Features
 from ..quality.reference import Reference
-from ..quality.samples import Campaign, Contestant
-from ..session import Lineup, Student, identity_of, merged_students
+from ..quality.samples import SampleCache, SamplingVariant
+from ..session import Session, Student, identity_of, merged_students
 
 
 def trained(folder: Path, options: Sequence[str]) -> Path:
@@ -83,16 +83,16 @@ class Sampling:
     """Makes rows of the model's images, and gives their features.
 
     Attributes:
-        lineup: makes contestants, and runs their UNets.
-        campaign: samples them.
+        session: makes variants, and runs their UNets.
+        sample_cache: samples them.
     """
 
-    lineup: Lineup
-    campaign: Campaign
+    session: Session
+    sample_cache: SampleCache
 
-    def features(self, contestant: Contestant) -> torch.Tensor:
+    def features(self, variant: SamplingVariant) -> torch.Tensor:
         """Features `(N, D)` of a row's images, float32; drawn where they are not kept yet."""
-        return self.campaign.sampled(contestant).features
+        return self.sample_cache.sampled(variant).features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,14 +129,14 @@ class HeldOut:
         """For rows of so many images, run the fastest way; image i is the same for any number of them."""
         with FastestRunners(self.model, passes=samples * self.steps) as runners:
             yield Sampling(
-                lineup=Lineup(model=self.model, sampler=self.sampler, steps=self.steps, runner=runners),
-                campaign=Campaign(
+                session=Session(model=self.model, sampler=self.sampler, steps=self.steps, runner=runners),
+                sample_cache=SampleCache(
                     model=self.model,
                     network=self.network,
                     prompts=read_prompts(embedded.HELD_OUT_PROMPTS)[:samples],
                     seed=0,
                     batch_size=SAMPLING_BATCH,
-                    cache=self.work / "features",
+                    folder=self.work / "features",
                     identity=identity_of(self.model) | {"runner": runners.name},
                 ),
             )

@@ -38,7 +38,7 @@ from ..config import parse_batch_sizes
 from ..speed.device import copy_peak, gemm_peak, hardware
 from ..speed.flops import count_flops
 from ..speed.random_weights import locate_configs, random_model
-from ..speed.throughput import PARTS, Entrant
+from ..speed.throughput import PARTS, TimedVariant
 from ..stats import median_of
 from .options import Configuration, Device, GradientCheckpointing, Sampler, Steps
 
@@ -136,9 +136,9 @@ def break_down(
         peak: of matrix multiplication in the runner's precision, in 10¹² operations per second.
         runs: timed batches, after one that is thrown away.
     """
-    entrant = Entrant(way="student", runner=runner)
+    variant = TimedVariant(mode="student", runner=runner)
     batch = partial(
-        entrant.time,
+        variant.time,
         model,
         prompts=["a photograph of an astronaut"] * batch_size,
         noise=initial_noise(model.latent_shape, count=batch_size, seed=0),

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ..quality.distances import Distance, paired_distance
+from ..quality.distances import Distance, same_seed_distance
 from ..quality.features import DISTANCE_NAME
 from ..report.tables import NOTHING, within
 from .held_out import HeldOut, merged_student, trained
@@ -35,12 +35,12 @@ class Judged:
 def judge(held_out: HeldOut, students: Sequence[Path], samples: int) -> dict[str, Judged]:
     """The teacher, as "guided" and "unguided", and each student by its folder's name."""
     with held_out.sampling(samples) as sampling:
-        lineup = sampling.lineup
-        rows = {"guided": lineup.teacher(GUIDANCE), "unguided": lineup.teacher(1.0)}
-        rows |= {folder.name: lineup.student(merged_student(held_out.model, folder), GUIDANCE) for folder in students}
-        features = {name: sampling.features(contestant) for name, contestant in rows.items()}
+        session = sampling.session
+        rows = {"guided": session.teacher(GUIDANCE), "unguided": session.teacher(1.0)}
+        rows |= {folder.name: session.student(merged_student(held_out.model, folder), GUIDANCE) for folder in students}
+        features = {name: sampling.features(variant) for name, variant in rows.items()}
     return {
-        name: Judged(distance=Distance.of(held_out.reference, x), paired=paired_distance(x, to=features["guided"]))
+        name: Judged(distance=Distance.of(held_out.reference, x), paired=same_seed_distance(x, to=features["guided"]))
         for name, x in features.items()
     }
 
@@ -55,8 +55,8 @@ def over_seeds(values: Sequence[float], style: str) -> str:
 
 def recovered(students: Sequence[Distance], *, guided: Distance, unguided: Distance) -> str:
     """The share of guidance's gain that students reach, one a seed; a dash where the gain is within noise."""
-    shares = [student.recovered(guided=guided, unguided=unguided) for student in students]
-    known = [share for share, interval in shares if share is not None and interval is not None]
+    shares = [student.gain_recovered(guided=guided, unguided=unguided) for student in students]
+    known = [share.value for share in shares if share is not None]
     return over_seeds(known, ".0%") if len(known) == len(shares) else NOTHING
 
 
@@ -105,7 +105,7 @@ def seeds(
             paired = [found[folder.name].paired for folder in folders]
             print(
                 f"| {sampler} | {method} | {over_seeds([one.value for one in distances], '.1f')} "
-                f"| {guided.value:.1f} | {unguided.value:.1f} | {within(unguided.gap(guided))} "
+                f"| {guided.value:.1f} | {unguided.value:.1f} | {within(unguided.delta_to(guided))} "
                 f"| {recovered(distances, guided=guided, unguided=unguided)} | {over_seeds(paired, '.3f')} "
                 f"| {found['unguided'].paired:.3f} |",
                 flush=True,

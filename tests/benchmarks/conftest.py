@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from boostdiff.benchmarks.bench import BenchResult, bench
-from boostdiff.benchmarks.config import BenchConfig
+from boostdiff.benchmarks.config import BenchConfig, Metrics
 from boostdiff.benchmarks.quality.features import EfficientNetLite0Features, features_of
-from boostdiff.benchmarks.quality.metrics import Metrics
 from boostdiff.benchmarks.quality.reference import Reference
 from boostdiff.benchmarks.report.report import write_report
 from boostdiff.engine.model import locate
@@ -31,7 +30,11 @@ def engine(engines: dict[str, Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def result(
-    tiny_folder: Path, students: dict[str, Path], engine: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_folder: Path,
+    students: dict[str, Path],
+    engine: Path,
+    clip_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> BenchResult:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=generator)
@@ -44,7 +47,7 @@ def result(
         students=[students["lora"], students["bitfit"]],
         engine=engine,
         prompts=MANY,
-        metrics=Metrics(reference=reference),
+        metrics=Metrics(reference=reference, clip=str(clip_folder)),
         device="cpu",
     )
 

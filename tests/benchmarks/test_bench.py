@@ -1,16 +1,19 @@
 import html
+import io
 import json
 import re
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from boostdiff.benchmarks.bench import BenchResult, _behind_in_words, bench
-from boostdiff.benchmarks.config import BenchConfig, parse_batch_sizes
-from boostdiff.benchmarks.quality.metrics import Metrics, bounded_memory
-from boostdiff.benchmarks.report.report import write_report
-from boostdiff.benchmarks.report.tables import alternatives_table
+from boostdiff.benchmarks.bench import BenchResult, _compared, bench
+from boostdiff.benchmarks.config import BenchConfig, Metrics, parse_batch_sizes
+from boostdiff.benchmarks.quality.samples import COLORS, bounded_memory
+from boostdiff.benchmarks.report.report import terminal_report, write_report
+from boostdiff.benchmarks.report.tables import alternatives_table, quality_table
+from boostdiff.benchmarks.speed.throughput import RunnerMode
 from boostdiff.benchmarks.stats import Estimate
 from boostdiff.distill.config import DistillConfig
 from boostdiff.distill.distill import distill
@@ -19,6 +22,7 @@ from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.exported import Engine
 from boostdiff.engine.model import ModelFiles
 from boostdiff.export.export import export
+from rich.console import Console
 from tiny import PROMPTS
 
 MANY = [f"{prompt} on a red background" for prompt in PROMPTS] * 6
@@ -33,14 +37,14 @@ MANY = [f"{prompt} on a red background" for prompt in PROMPTS] * 6
     ],
 )
 def test_the_verdict_tells_who_is_ahead(value: float, low: float, high: float, says: str) -> None:
-    assert _behind_in_words(Estimate(value=value, low=low, high=high, coverage=0.95), "FD") == f"its FD is {says}"
+    assert _compared(Estimate(value=value, low=low, high=high, coverage=0.95)) == says
 
 
 def test_every_runner_here_is_timed(result: BenchResult) -> None:
     speed = result.speed
-    entrants = [(row.runner, row.way, row.batch_size) for row in speed.rows]
+    variants = [(row.runner, row.mode, row.batch_size) for row in speed.rows]
     ours = product(("torch", "onnx"), ("teacher", "student", "unguided"), (1, 2))
-    assert sorted(entrants) == sorted([*ours, ("stock diffusers", "teacher", 1), ("stock diffusers", "teacher", 2)])
+    assert sorted(variants) == sorted([*ours, ("stock diffusers", "teacher", 1), ("stock diffusers", "teacher", 2)])
     if not torch.cuda.is_available():
         assert "needs an NVIDIA GPU" in result.skipped["tensorrt"]
     for row in speed.rows:
@@ -56,17 +60,34 @@ def test_every_runner_here_is_timed(result: BenchResult) -> None:
     assert len(speed.ratios) == 2 * 2 * (2 + 3 + 1)
     for batch_size in (1, 2):
         rates = {
-            r.runner: r.images_per_second.value for r in speed.rows if r.way == "student" and r.batch_size == batch_size
+            r.runner: r.images_per_second.value
+            for r in speed.rows
+            if r.mode == "student" and r.batch_size == batch_size
         }
-        (over_stock,) = {r.faster for r in speed.ratios if r.slower[:5] == "stock" and r.batch_size == batch_size}
-        assert over_stock == f"{max(rates, key=rates.get)} student"
+        (over,) = {r.faster for r in speed.ratios if r.slower.runner[:5] == "stock" and r.batch_size == batch_size}
+        assert over == RunnerMode(max(rates, key=rates.get), "student")
     assert "as fast as stock diffusers with guidance" in result.verdict()
     for ratio in speed.ratios:
-        assert (ratio.ceiling is None) == ("unguided" in ratio.slower or ratio.faster[:4] != ratio.slower[:4])
+        assert (ratio.ceiling is None) == (ratio.slower != RunnerMode(ratio.faster.runner, "teacher"))
+    assert result.headline is not None
     assert result.headline.part == "images"
 
 
-def test_rows_are_paired_and_compared(result: BenchResult) -> None:
+def test_a_report_is_written_where_teacher_and_student_were_never_timed_together(
+    result: BenchResult, tmp_path: Path
+) -> None:
+    for rows in ([row for row in result.speed.rows if row.mode == "student"], []):
+        alone = replace(result, speed=replace(result.speed, rows=rows, ratios=[]))
+        write_report(alone, tmp_path)
+        verdict = json.loads((tmp_path / "report.json").read_text())["verdict"]
+        assert verdict.startswith("Student and teacher could not be timed on one runner")
+        assert "N = 20" in verdict
+        console = Console(width=80, record=True, file=io.StringIO())
+        console.print(terminal_report(alone))
+        assert "could not be timed" in console.export_text()
+
+
+def test_rows_share_their_seeds_and_are_compared(result: BenchResult) -> None:
     assert result.quality is not None
     rows = {row.name: row for row in result.quality.main_rows()}
     assert list(rows) == [
@@ -76,23 +97,33 @@ def test_rows_are_paired_and_compared(result: BenchResult) -> None:
         "student bitfit",
         "teacher w=3 reseeded",
     ]
-    assert rows["teacher w=3"].paired < 1e-6
-    assert rows["teacher w=1"].paired > 0
+    assert rows["teacher w=3"].distance_to_teacher_image < 1e-6
+    assert rows["teacher w=1"].distance_to_teacher_image > 0
     assert [row.passes for row in rows.values()] == [2, 1, 1, 1, 2]
     assert [row.cost for row in rows.values()] == [6, 3, 3, 3, 6]
     samples = result.quality.samples
     assert not torch.equal(samples["teacher w=3"], samples["teacher w=3 reseeded"])
-    assert result.quality.floor is not None
+    assert result.quality.real_vs_real_distance is not None
     guided, unguided, student = (rows[name].distance for name in ("teacher w=3", "teacher w=1", "student lora"))
-    if guided < unguided:
-        assert rows["student lora"].recovered == pytest.approx((unguided - student) / (unguided - guided))
-    else:
-        assert rows["student lora"].recovered is None
+    if share := rows["student lora"].gain_recovered:
+        assert share.value == pytest.approx((unguided - student) / (unguided - guided))
     for row in rows.values():
         assert row.distance_interval.low < row.distance < row.distance_interval.high
         assert 0 <= row.recall <= 1
-    assert rows["teacher w=3"].behind is None
-    assert rows["student lora"].behind.value == pytest.approx(student - guided)
+        assert 0 <= row.caption_score.low < row.caption_score.value < row.caption_score.high <= 100
+        assert list(row.colors) == list(COLORS)
+        assert all(0 <= color.value <= 100 for color in row.colors.values())
+    assert rows["teacher w=3"].delta_to_guided is rows["teacher w=3"].caption_delta_to_guided is None
+    assert rows["student lora"].delta_to_guided.value == pytest.approx(student - guided)
+    scores = [rows[name].caption_score.value for name in ("student lora", "teacher w=3")]
+    assert rows["student lora"].caption_delta_to_guided.value == pytest.approx(scores[0] - scores[1])
+    assert f"Its CLIP score (clip0) is {scores[0]:.1f} against the teacher's {scores[1]:.1f} (" in result.verdict()
+    for name, color in rows["student lora"].colors.items():
+        of_teacher = rows["teacher w=3"].colors[name]
+        assert of_teacher.delta_to_guided is None
+        assert color.delta_to_guided.value == pytest.approx(color.value - of_teacher.value)
+    _, *brief = quality_table(result.quality).brief().headings
+    assert brief[1:] == ["ΔFD to the guided teacher", "guidance gain recovered", "CLIP score (clip0)"]
 
 
 def test_the_report_is_one_self_contained_page(result: BenchResult, tmp_path: Path) -> None:
@@ -108,18 +139,18 @@ def test_the_report_is_one_self_contained_page(result: BenchResult, tmp_path: Pa
     assert report["verdict"] == result.verdict()
     assert html.escape(report["verdict"]) in page
     assert report["provenance"]["versions"]["torch"]
-    kinds = [row["kind"] for row in report["quality"]["rows"]]
-    assert [kinds.count(kind) for kind in ("teacher", "unguided", "student", "control")] == [1, 1, 2, 1]
+    roles = [row["role"] for row in report["quality"]["rows"]]
+    assert [roles.count(role) for role in ("teacher", "unguided", "student", "reseeded")] == [1, 1, 2, 1]
     assert set(report["quality"]["best_alternatives"]) < {row["name"] for row in report["quality"]["rows"]}
 
 
 def test_the_best_of_each_sweep_is_shown(result: BenchResult) -> None:
     assert result.quality is not None
-    best, swept = result.quality.best_alternatives(), [r for r in result.quality.rows if r.kind == "alternative"]
+    best, swept = result.quality.best_alternatives(), [r for r in result.quality.rows if r.role == "alternative"]
     assert {(row.method, row.cost) for row in best} == {(row.method, row.cost) for row in swept}
     for row in best:
         assert row.distance == min(o.distance for o in swept if (o.method, o.cost) == (row.method, row.cost))
-    _, cells = alternatives_table(result.quality)
+    cells = alternatives_table(result.quality).cells
     assert [row[0] for row in cells[:4]] == ["teacher w=3", "teacher w=1", "student lora", "student bitfit"]
     assert {row[0] for row in cells[4:]} == {row.name for row in best}
     assert sum(int(row[-1]) for row in cells[4:]) == len(swept)
@@ -172,7 +203,10 @@ def test_a_runner_that_can_not_start_is_left_out(
 
 
 def test_memory_that_does_not_suffice_ends_in_advice() -> None:
-    with pytest.raises(BoostDiffError, match="8 images together: stop what else uses the device"), bounded_memory():
+    with (
+        pytest.raises(BoostDiffError, match=r"8 images together: pass --sampling-batch-size 4, stop"),
+        bounded_memory(8),
+    ):
         raise torch.OutOfMemoryError
 
 
@@ -202,7 +236,7 @@ def test_wrong_settings() -> None:
             BenchConfig(**changes)
     assert parse_batch_sizes("8,1") == (8, 1)
     assert parse_batch_sizes(None) is None
-    with pytest.raises(InputError, match="no list of whole numbers"):
+    with pytest.raises(InputError, match="no comma-separated list such as 1,2,4"):
         parse_batch_sizes("1;2")
 
 
@@ -212,7 +246,7 @@ def test_default_batch_sizes() -> None:
     assert BenchConfig(batch_sizes=(4, 1, 4)).batch_sizes_on(torch.device("cpu")) == (1, 4)
 
 
-def test_a_range_student_is_judged_at_the_guidance_asked_for(
+def test_a_guidance_conditioned_student_is_evaluated_at_the_guidance_asked_for(
     tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path
 ) -> None:
     training = DistillConfig(guidance=2.0, guidance_max=6.0, prompts=prompt_file, updates=4, batch_size=2)

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from boostdiff.benchmarks.config import Metrics
 from boostdiff.cli import main
+from boostdiff.engine import embedded
 from PIL import Image
 from tiny import PROMPTS
 
@@ -26,7 +29,7 @@ def test_random_weights_then_compare(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_folder, tmp_path / "tiny", ignore=shutil.ignore_patterns("*.safetensors"))
     short = ["--steps", 2, "--runs", 3, "--device", "cpu", "--no-compile"]
-    measured = ["--model", "tiny", "--random-weights", "--speed-only", *short]
+    measured = ["--model", "tiny", "--random-weights", *short]
     assert run([*measured, "--batch-sizes", "1,2", "--json"], monkeypatch) == 0
     report = json.loads(capfd.readouterr().out)
     assert {row["batch_size"] for row in report["speed"]["rows"]} == {1, 2}
@@ -36,10 +39,10 @@ def test_random_weights_then_compare(
         "report.html",
     }
     path = "outputs/bench/report.json"
-    assert run(["--compare", path, path, "--json"], monkeypatch) == 0
+    assert run(["compare", path, path, "--json"], monkeypatch) == 0
     differences = json.loads(capfd.readouterr().out)
     assert all(row["change"] == 0 for row in differences["differences"])
-    assert run(["--compare", path, path], monkeypatch) == 0
+    assert run(["compare", path, path], monkeypatch) == 0
     shown = capfd.readouterr().err
     assert "A against B" in shown
     assert "torch student over" in shown
@@ -48,20 +51,27 @@ def test_random_weights_then_compare(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--random-weights"], "pass --speed-only"),
-        (["--random-weights", "--speed-only", "--model", "missing"], "also sd15, sd21-base"),
-        (["--batch-sizes", "1;2"], "no list of whole numbers"),
-        (["--compare", "a.json", "b.json"], "can't read a.json"),
+        (["--random-weights", "--model", "missing"], "also sd15, sd21-base"),
+        (["--random-weights", "--engine", "x"], "--engine has no use with --random-weights"),
+        (["--random-weights", "--inception-weights", "x"], "--inception-weights has no use with"),
+        (["--speed-only", "--samples", "9"], "--samples has no use with --speed-only"),
+        (["--speed-only", "--sampling-batch-size", "9"], "--sampling-batch-size has no use"),
+        (["--batch-sizes", "1;2"], "no comma-separated list such as 1,2,4"),
+        (["compare", "a.json", "b.json"], "can't read a.json"),
         (["--reference", "missing"], "there is no reference folder missing"),
         (["--reference", ".", "--reference-size", "0"], "--reference-size must be at least 8"),
-        (["--captions", "missing.json"], "can't read the prompt file missing.json"),
+        (["--reference-size", "64"], "pass their folder with --reference"),
+        (["--prompts", "missing.json"], "can't read the prompt file missing.json"),
         (["--inception-weights", "missing.pt"], "no file of Inception weights missing.pt"),
-        (["--alternatives", "--speed-only"], "leave --speed-only out"),
-        (["--table1", "--alternatives"], "go neither with"),
-        (["--table1", "--table1-samplers", "ddim,magic"], "unknown sampler 'magic'"),
-        (["--sweep", "1;2"], "no list of numbers"),
-        (["--sweep", "0"], "must be at least 1"),
-        (["--table1", "--model", "sd15"], "there is no model"),
+        (["--alternatives", "--speed-only"], "--alternatives has no use with --speed-only"),
+        (["--steps", 5, "table1"], "--steps is an option of `bench` alone: put it after `table1`"),
+        (["table1", "--engine", "x"], "No such option: --engine"),
+        (["table1", "--samplers", "ddim,magic"], "unknown sampler 'magic'"),
+        (["table1", "--steps", "20,x"], "no comma-separated list such as 20,50"),
+        (["table1", "--model", "sd15"], "there is no model"),
+        (["sweep", "--guidance", "1;2"], "no comma-separated list such as 1,2,3,5"),
+        (["sweep", "--guidance", "0"], "must be at least 1"),
+        (["sweep", "--runs", 5], "No such option: --runs"),
     ],
 )
 def test_wrong_input_ends_in_one_line(
@@ -77,6 +87,22 @@ def test_wrong_input_ends_in_one_line(
     assert shown.startswith("boostdiff: error: ")
     assert shown.count("\n") == 1
     assert says in shown
+
+
+def test_help_waits_for_no_torch() -> None:
+    code = "import sys, boostdiff.benchmarks.command; sys.exit(bool({'torch', 'diffusers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_embedded_model_brings_its_reference_and_its_caption_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "CAPTION_MODEL", tmp_path / "emoji64-clip")
+    assert Metrics().for_model("emoji64") == Metrics(reference=embedded.REFERENCE)
+    (tmp_path / "emoji64-clip").mkdir()
+    assert Metrics().for_model("emoji64").clip == str(tmp_path / "emoji64-clip")
+    assert Metrics(clip="other").for_model("emoji64").clip == "other"
+    assert Metrics().for_model("another") == Metrics()
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +122,8 @@ def workplace(tiny_folder: Path, students: dict[str, Path], tmp_path_factory: py
 
 
 def tables(workplace: Path, tiny_folder: Path, *arguments: object) -> list[object]:
-    base = ["--model", tiny_folder, "--captions", "captions.json", "--samples", 4, "--device", "cpu"]
-    return [*base, "--sweep", "1,3", "--steps", 2, *arguments]
+    base = ["sweep", "--model", tiny_folder, "--prompts", "captions.json", "--samples", 4, "--device", "cpu"]
+    return [*base, "--guidance", "1,3", "--steps", 2, *arguments]
 
 
 @pytest.mark.parametrize(
@@ -105,13 +131,14 @@ def tables(workplace: Path, tiny_folder: Path, *arguments: object) -> list[objec
     [
         (["--reference", "mixed"], "mixes image sizes (30x20, and 01.png has 20x30): pass --reference-size"),
         (["--reference", "few"], "holds 19 images: at least 20 are needed"),
+        (["--reference", "captions.json", "--reference-size", 24], "--reference-size cuts real images"),
         (["--reference", "captions.json"], "can't read the reference captions.json"),
         (["--reference", "real", "--samples", 5], "needs as many prompts: there are 4"),
         (["--reference", "real", "--clip", "missing"], "can't load the CLIP model 'missing'"),
         (["--reference", "real", "--inception-weights", "captions.json"], "can't read the Inception weights"),
         ([], "pass --reference DIR"),
         (["--reference", "real", "--student", "outputs/student", "--student", "outputs/student"], "given twice"),
-        (["--reference", "real", "--speed-only"], "leave --speed-only out"),
+        (["--reference", "real", "--samples", 0], "--samples must be at least 2"),
     ],
 )
 def test_wrong_data_ends_in_one_line(
@@ -136,7 +163,7 @@ def test_a_sweep_of_captions_against_a_folder(
     monkeypatch.chdir(workplace)
     wanted = tables(workplace, tiny_folder, "--reference", "mixed", "--reference-size", 24, "--json")
     assert run(wanted, monkeypatch) == 0
-    first = json.loads(capfd.readouterr().out)["sweep"]
+    first = json.loads(capfd.readouterr().out)
     assert first["reference_images"] == 22
     assert [(cell["row"], cell["guidance"]) for cell in first["cells"]] == [
         ("teacher", 1.0),
@@ -148,6 +175,6 @@ def test_a_sweep_of_captions_against_a_folder(
     shards = {path: path.stat().st_mtime_ns for path in (output / "cache").iterdir()}
     assert len(shards) == 3
     assert run(wanted, monkeypatch) == 0
-    again = json.loads(capfd.readouterr().out)["sweep"]
+    again = json.loads(capfd.readouterr().out)
     assert again["cells"] == first["cells"]
     assert {path: path.stat().st_mtime_ns for path in (output / "cache").iterdir()} == shards

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from boostdiff.benchmarks.stats import Spread, jackknifed, median_of
+from boostdiff.benchmarks.stats import Score, Spread, Statistic, jackknifed, median_of
 
 
 def test_spread() -> None:
@@ -35,3 +35,31 @@ def test_the_jackknife_of_a_mean_is_the_standard_error() -> None:
     assert estimate.high - estimate.value == pytest.approx(2.0227 * error, rel=1e-4)
     with pytest.raises(ValueError, match="two groups"):
         jackknifed(0, [1])
+
+
+@pytest.mark.parametrize("kind", [Statistic, Score])
+def test_a_share_of_the_gain_is_given_only_where_guidance_gains(kind: type[Statistic]) -> None:
+    def of(*left_out: float) -> Statistic:
+        # Lower is better for a distance, higher for a score.
+        return kind(value=-kind.better * left_out[0], left_out=tuple(-kind.better * x for x in left_out))
+
+    guided, student = of(10.0, 10.1, 9.9), of(11.0, 11.1, 10.9)
+    share = student.gain_recovered(guided=guided, unguided=of(20.0, 20.2, 19.9))
+    assert share is not None
+    assert share.low < share.value == pytest.approx(0.9)
+    assert share.value < share.high < 1
+    assert student.gain_recovered(guided=guided, unguided=of(10.5, 9.9, 10.1)) is None
+    assert student.gain_recovered(guided=guided, unguided=of(10.1, 25.0, 10.0)) is None
+    assert kind(value=1.0).gain_recovered(guided=kind(value=2.0), unguided=kind(value=3.0)) is None
+
+
+def test_a_score_is_a_mean_with_the_intervals_of_its_groups() -> None:
+    values = np.random.default_rng(0).normal(size=200)
+    score = Score.of(values)
+    assert score.interval is not None
+    assert score.value == pytest.approx(values.mean())
+    assert score.interval.high - score.value == pytest.approx(2.093 * values.std() / 200**0.5, rel=0.4)
+    delta = score.delta_to(Score.of(values - 1))
+    assert delta is not None
+    assert (delta.low, delta.high) == (pytest.approx(1), pytest.approx(1))
+    assert Score.of(values[:3]).interval is None

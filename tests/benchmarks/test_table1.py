@@ -3,14 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from boostdiff.benchmarks.config import BenchConfig
+from boostdiff.benchmarks.config import Metrics, SweepConfig, Table1Config
 from boostdiff.benchmarks.quality.distances import frechet_distance
 from boostdiff.benchmarks.quality.features import EfficientNetLite0Features, features_of
-from boostdiff.benchmarks.quality.metrics import Metrics
 from boostdiff.benchmarks.quality.reference import Reference
-from boostdiff.benchmarks.report.grids import behind_table, grid_table, markdown, terminal_grids, write_grids
+from boostdiff.benchmarks.report.grids import further_tables, grid_table, markdown, terminal_grid, write_grid
 from boostdiff.benchmarks.speed.random_weights import locate_configs
-from boostdiff.benchmarks.table1 import PAPER, Cell, Grid, GridConfig, measure_grids, papers_rows, parse_sweep
+from boostdiff.benchmarks.table1 import PAPER, Cell, Grid, measure_grid, papers_rows
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.guidance import GuidedDenoiser
 from boostdiff.engine.model import load, locate
@@ -21,7 +20,7 @@ from rich.console import Console
 from tiny import CPU, PROMPTS
 
 MANY = [f"{prompt} {i}" for i in range(2) for prompt in PROMPTS]
-CONFIG = BenchConfig(samples=8, steps=3)
+SAMPLES = 8
 
 
 @pytest.fixture(scope="module")
@@ -37,21 +36,26 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def grids(tiny_folder: Path, students: dict[str, Path], reference: Path, clip_folder: Path) -> list[Grid]:
-    measured = measure_grids(
-        locate(str(tiny_folder)),
-        GridConfig(samplers=("ddim", "dpm++", "unipc", "euler"), steps=(3,), sweep=(1.0, 3.0)),
-        CONFIG,
-        students=[students["lora"], students["bitfit"]],
-        prompts=MANY,
-        metrics=Metrics(reference=reference, clip=str(clip_folder)),
-        device="cpu",
-    )
-    assert measured is not None
-    return measured
+    measured = [
+        measure_grid(
+            locate(str(tiny_folder)),
+            config,
+            students=[students["lora"], students["bitfit"]],
+            prompts=MANY,
+            metrics=Metrics(reference=reference, clip=str(clip_folder)),
+            device="cpu",
+        )
+        for config in (
+            Table1Config(samplers=("ddim", "dpm++", "unipc", "euler"), steps=(3,), samples=SAMPLES),
+            SweepConfig(guidance=(1.0, 3.0), steps=3, samples=SAMPLES),
+        )
+    ]
+    return [grid for grid in measured if grid is not None]
 
 
 def test_every_place_of_table_1_is_filled(grids: list[Grid]) -> None:
-    headings, cells = grid_table(grids[0])
+    table = grid_table(grids[0])
+    headings, cells = table.headings, table.cells
     samplers = ("DDIM", "DPM-Solver++", "UniPC", "Euler")
     assert headings[1:] == [f"{sampler}, 3 steps" for sampler in samplers]
     assert [row[0] for row in cells] == ["teacher w=3", "teacher w=1", "student lora", "student bitfit"]
@@ -63,12 +67,12 @@ def test_every_place_of_table_1_is_filled(grids: list[Grid]) -> None:
         teacher = grids[0].place("teacher w=3", cell.column)
         assert teacher is not None
         if cell is teacher:
-            assert cell.behind is None
+            assert cell.delta_to_guided is None
         else:
-            assert cell.behind is not None
-            assert cell.behind.value == pytest.approx(cell.distance - teacher.distance)
+            assert cell.delta_to_guided is not None
+            assert cell.delta_to_guided.value == pytest.approx(cell.distance - teacher.distance)
             # What all rows share, the same prompts and noise, cancels.
-            width = cell.behind.high - cell.behind.low
+            width = cell.delta_to_guided.high - cell.delta_to_guided.low
             assert 0 < width < (cell.interval.high - cell.interval.low) + (teacher.interval.high - teacher.interval.low)
         # The tiny model is not the paper's.
         assert cell.paper is None
@@ -91,7 +95,8 @@ def test_a_cell_is_what_its_settings_give(grids: list[Grid], tiny_folder: Path, 
 
 
 def test_a_sweep_asks_no_student_for_what_it_has_not_learnt(grids: list[Grid]) -> None:
-    headings, cells = grid_table(grids[1])
+    swept_table = grid_table(grids[1])
+    headings, cells = swept_table.headings, swept_table.cells
     assert headings[1:] == ["w=1", "w=3"]
     shown = {row[0]: [cell != "–" for cell in row[1:]] for row in cells}
     assert shown == {
@@ -99,9 +104,8 @@ def test_a_sweep_asks_no_student_for_what_it_has_not_learnt(grids: list[Grid]) -
         "student lora": [False, True],
         "student bitfit": [False, True],
     }
-    behind = behind_table(grids[1])
-    assert behind is not None
-    assert [row[:2] for row in behind[1]] == [["student lora", "–"], ["student bitfit", "–"]]
+    (_, _, deltas), *_ = further_tables(grids[1])
+    assert [row[:2] for row in deltas.cells] == [["student lora", "–"], ["student bitfit", "–"]]
     # The scales that both tables have are the same images.
     table = grids[0].place("teacher w=3", "DDIM, 3 steps")
     swept = grids[1].place("teacher", "w=3")
@@ -112,30 +116,28 @@ def test_a_sweep_asks_no_student_for_what_it_has_not_learnt(grids: list[Grid]) -
 
 def test_all_forms_show_the_same_figures(grids: list[Grid], tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("{}")
-    write_grids(grids, tmp_path)
+    for grid in grids:
+        write_grid(grid, tmp_path)
     files = {f"{name}.{kind}" for name in ("table1", "sweep") for kind in ("md", "json", "html")}
     assert {path.name for path in tmp_path.iterdir()} == files | {"report.json"}
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(terminal_grids(grids))
+    for grid in grids:
+        console.print(terminal_grid(grid))
     terminal = console.export_text()
     for grid in grids:
         text, page = ((tmp_path / f"{grid.name}.{kind}").read_text() for kind in ("md", "html"))
         values = json.loads((tmp_path / f"{grid.name}.json").read_text())["cells"]
         assert len(values) == len(grid.cells)
         for cell in values:
-            figure = f"{cell['distance']:.1f} ["
-            assert figure in text
-            assert figure in page
-            assert figure in terminal
-            figure = f"{cell['clip']['value']:.1f} ["
-            assert figure in text
-            assert figure in page
-            assert figure in terminal
-            if cell["behind"]:
-                figure = f"{cell['behind']['value']:+.1f} ["
+            figures = [f"{cell['distance']:.1f} [", f"{cell['caption_score']['value']:.1f} ["]
+            for key in ("delta_to_guided", "caption_delta_to_guided"):
+                figures += [f"{cell[key]['value']:+.1f} ["] if cell[key] else []
+            for figure in figures:
                 assert figure in text
-                assert figure in page
+                assert figure.replace("[", "<span>[") in page
                 assert figure in terminal
+        assert f"{grid.caption_label}: 100 times the cosine" in text
+        assert page.count("<img") == (grid.name == "sweep")
 
 
 def test_the_papers_figures_stand_beside_its_own_model() -> None:
@@ -148,8 +150,7 @@ def test_the_papers_figures_stand_beside_its_own_model() -> None:
         cost=20,
         distance=16.04,
         interval=None,
-        behind=None,
-        clip=None,
+        delta_to_guided=None,
         paper=PAPER["student lora", "ddim", 20],
     )
     grid = Grid(
@@ -159,7 +160,7 @@ def test_the_papers_figures_stand_beside_its_own_model() -> None:
         images=10,
         reference_images=20,
         features="FID",
-        provenance={"model": "x", "seed": 0},
+        provenance={"model": "x", "config": {"seed": 0}},
     )
     assert "| student lora | 16.0 (paper: FID 15.6) |" in markdown(grid)
     assert "CLIP" not in markdown(grid)
@@ -170,22 +171,18 @@ def test_the_papers_figures_stand_beside_its_own_model() -> None:
 
 
 def test_wrong_tables(tiny_folder: Path, students: dict[str, Path], reference: Path) -> None:
-    assert parse_sweep("3,1,3") == (3.0, 1.0)
-    with pytest.raises(InputError, match="no list of numbers"):
-        parse_sweep("1;2")
-    with pytest.raises(InputError, match=r"--sweep 0\.5"):
-        GridConfig(sweep=(0.5,))
+    with pytest.raises(InputError, match=r"--guidance 0\.5"):
+        SweepConfig(guidance=(0.5,))
     with pytest.raises(InputError, match="unknown sampler 'magic'"):
-        GridConfig(samplers=("magic",))
+        Table1Config(samplers=("magic",))
     for config, metrics, message in (
-        (CONFIG, Metrics(), "pass --reference DIR"),
-        (BenchConfig(samples=0), Metrics(reference=reference), "leave --speed-only out"),
-        (BenchConfig(samples=9), Metrics(reference=reference), "there are 8"),
+        (Table1Config(), Metrics(), "pass --reference DIR"),
+        (SweepConfig(samples=0), Metrics(reference=reference), "--samples must be at least 2"),
+        (Table1Config(samples=9), Metrics(reference=reference), "there are 8"),
     ):
         with pytest.raises(InputError, match=message):
-            measure_grids(
+            measure_grid(
                 locate(str(tiny_folder)),
-                GridConfig(),
                 config,
                 students=[students["lora"]],
                 prompts=MANY,

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from boostdiff.benchmarks.speed.throughput import Entrant, measure
+from boostdiff.benchmarks.speed.throughput import TimedVariant, measure
 from boostdiff.distill.config import DistillConfig
 from boostdiff.distill.distill import distill
 from boostdiff.distill.loop import Observers
@@ -145,7 +145,7 @@ def test_export_of_every_family(
 def test_speed_of_sdxl(folders: dict[str, Path]) -> None:
     model = load(locate(str(folders["sdxl"])), device=CPU)
     speed = measure(
-        [Entrant(way=way, runner=TorchRunner(model.unet)) for way in ("teacher", "student")],
+        [TimedVariant(mode=mode, runner=TorchRunner(model.unet)) for mode in ("teacher", "student")],
         model,
         prompts=PROMPTS[:1],
         guidance=3.0,
@@ -154,7 +154,7 @@ def test_speed_of_sdxl(folders: dict[str, Path]) -> None:
         batch_sizes=(1,),
         runs=3,
     )
-    assert [row.way for row in speed.rows] == ["teacher", "student"], speed.left_out
+    assert [row.mode for row in speed.rows] == ["teacher", "student"], speed.left_out
     assert speed.flops.text_encoder > 0
 
 

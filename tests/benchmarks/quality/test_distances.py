@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from boostdiff.benchmarks.quality.distances import left_out_distances, precision_recall, recovered_interval
+from boostdiff.benchmarks.quality.distances import left_out_distances, precision_recall
 from boostdiff.benchmarks.quality.reference import Reference
 from boostdiff.benchmarks.stats import jackknifed
 from scipy.linalg import sqrtm
@@ -41,15 +41,6 @@ def test_the_interval_of_a_distance_is_as_wide_as_its_scatter() -> None:
         interval = jackknifed(values[-1], left_out)
         errors.append((interval.high - interval.low) / 2 / 2.093)
     assert np.mean(errors) == pytest.approx(np.std(values), rel=0.25)
-
-
-def test_recovered_has_an_interval_only_where_guidance_gains() -> None:
-    guided, unguided, student = [10.0, 10.1, 9.9], [20.0, 20.2, 19.9], [11.0, 11.1, 10.9]
-    interval = recovered_interval(0.9, guided, unguided, student)
-    assert interval is not None
-    assert interval.low < 0.9 < interval.high < 1
-    assert recovered_interval(0.9, guided, [10.5, 9.9, 10.1], student) is None
-    assert recovered_interval(0.9, guided, [10.1, 25.0, 10.0], student) is None
 
 
 def test_precision_and_recall_see_a_lost_mode() -> None:

@@ -11,6 +11,7 @@ from boostdiff.benchmarks.quality.clip_score import ClipScorer
 from boostdiff.benchmarks.quality.distances import frechet_distance, kernel_distance
 from boostdiff.benchmarks.quality.features import read_weights
 from boostdiff.benchmarks.quality.reference import Reference
+from boostdiff.benchmarks.quality.samples import color_statistics
 from boostdiff.engine import embedded
 from boostdiff.engine.errors import InputError
 from safetensors.torch import load_file, save_file
@@ -68,6 +69,20 @@ def test_clip_scores_are_the_models_logits(clip_folder: Path) -> None:
     assert not torch.allclose(scorer.scores(images, PROMPTS[::-1]), scores)
     # Longer than the model can read: cut, not refused.
     assert scorer.scores(images[:1], ["a red cat " * 50]).isfinite().all()
+
+
+def test_a_score_bears_the_name_of_its_model(clip_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ClipScorer(str(clip_folder), device=CPU).label == f"CLIP score ({clip_folder.name})"
+    monkeypatch.setattr(embedded, "CAPTION_MODEL", clip_folder)
+    assert ClipScorer(str(clip_folder), device=CPU).label == f"caption score ({clip_folder.name})"
+
+
+def test_color_statistics_of_known_images() -> None:
+    red, checkered = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    red[0] = 255
+    checkered[:, ::2, ::2] = checkered[:, 1::2, 1::2] = 255
+    expected = torch.tensor([[21.26, 100, 0], [50, 0, 50]])
+    torch.testing.assert_close(color_statistics(torch.stack([red, checkered])), expected, atol=1e-3, rtol=0)
 
 
 def test_what_is_no_clip_model_is_refused(tmp_path: Path) -> None:

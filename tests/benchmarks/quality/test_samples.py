@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from boostdiff.benchmarks.quality.features import EfficientNetLite0Features
-from boostdiff.benchmarks.quality.samples import Campaign
-from boostdiff.benchmarks.session import Lineup, identity_of
+from boostdiff.benchmarks.quality.samples import SampleCache
+from boostdiff.benchmarks.session import Session, identity_of
 from boostdiff.engine.files import read_json, write_json
 from boostdiff.engine.model import Model
 from boostdiff.engine.schedulers import SAMPLERS
@@ -30,27 +30,27 @@ def network() -> EfficientNetLite0Features:
 
 
 @pytest.fixture
-def campaign(tiny: Model, network: EfficientNetLite0Features, tmp_path: Path) -> Campaign:
+def sample_cache(tiny: Model, network: EfficientNetLite0Features, tmp_path: Path) -> SampleCache:
     prompts = [f"{prompt} {i}" for i in range(2) for prompt in PROMPTS]
-    return Campaign(
+    return SampleCache(
         model=tiny,
         network=network,
         prompts=prompts,
         seed=5,
         batch_size=3,
-        cache=tmp_path / "cache",
+        folder=tmp_path / "cache",
         identity=identity_of(tiny),
         shard=3,
     )
 
 
-def shards(campaign: Campaign) -> set[Path]:
-    assert campaign.cache is not None
-    return set(campaign.cache.iterdir()) if campaign.cache.is_dir() else set()
+def shards(sample_cache: SampleCache) -> set[Path]:
+    assert sample_cache.folder is not None
+    return set(sample_cache.folder.iterdir()) if sample_cache.folder.is_dir() else set()
 
 
-def test_a_killed_run_loses_one_shard_at_most(campaign: Campaign) -> None:
-    contestant = Lineup(model=campaign.model, sampler="ddim", steps=STEPS).teacher(3.0)
+def test_a_killed_run_loses_one_shard_at_most(sample_cache: SampleCache) -> None:
+    variant = Session(model=sample_cache.model, sampler="ddim", steps=STEPS).teacher(3.0)
     steps_taken: list[int] = []
 
     def kill(name: str, count: int) -> None:
@@ -60,41 +60,41 @@ def test_a_killed_run_loses_one_shard_at_most(campaign: Campaign) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        replace(campaign, on_images=kill).sampled(contestant)
-    assert len(shards(campaign)) == 1
-    drawn: list[int] = []
-    resumed = replace(campaign, on_images=lambda name, count: drawn.append(count)).sampled(contestant)
+        replace(sample_cache, on_images=kill).sampled(variant)
+    assert len(shards(sample_cache)) == 1
+    sampled: list[int] = []
+    resumed = replace(sample_cache, on_images=lambda name, count: sampled.append(count)).sampled(variant)
     # The first shard is told of at once, the others step by step.
-    assert drawn == [3 * STEPS, 3, 3, 2, 2]
-    assert len(shards(campaign)) == 3
-    straight = replace(campaign, cache=None).sampled(contestant)
+    assert sampled == [3 * STEPS, 3, 3, 2, 2]
+    assert len(shards(sample_cache)) == 3
+    straight = replace(sample_cache, folder=None).sampled(variant)
     for name in ("features", "samples"):
         assert torch.equal(getattr(resumed, name), getattr(straight, name)), name
     assert len(resumed.features) == 8
 
 
-def test_whatever_determines_the_images_names_the_shard(campaign: Campaign) -> None:
-    lineup = Lineup(model=campaign.model, sampler="ddim", steps=STEPS)
-    small = replace(campaign, prompts=list(PROMPTS[:2]))
-    small.sampled(lineup.teacher(3.0))
-    (first,) = shards(campaign)
+def test_whatever_determines_the_images_names_the_shard(sample_cache: SampleCache) -> None:
+    session = Session(model=sample_cache.model, sampler="ddim", steps=STEPS)
+    small = replace(sample_cache, prompts=list(PROMPTS[:2]))
+    small.sampled(session.teacher(3.0))
+    (first,) = shards(sample_cache)
     with safe_open(first, framework="pt") as file:
         assert "unet" in file.metadata()["key"]
-    small.sampled(lineup.teacher(3.0))
-    assert shards(campaign) == {first}
+    small.sampled(session.teacher(3.0))
+    assert shards(sample_cache) == {first}
     others = [
-        (small, lineup.teacher(4.0)),
-        (small, lineup.teacher(3.0, reseeded=True)),
-        (small, replace(lineup, sampler="euler").teacher(3.0)),
-        (small, replace(lineup, steps=3).teacher(3.0)),
-        (replace(small, seed=6), lineup.teacher(3.0)),
-        (replace(small, prompts=["a red cat", "x"]), lineup.teacher(3.0)),
-        (replace(small, negative_prompt="x"), lineup.teacher(3.0)),
-        (replace(small, identity={"unet": "another"}), lineup.teacher(3.0)),
+        (small, session.teacher(4.0)),
+        (small, session.teacher(3.0, reseeded=True)),
+        (small, replace(session, sampler="euler").teacher(3.0)),
+        (small, replace(session, steps=3).teacher(3.0)),
+        (replace(small, seed=6), session.teacher(3.0)),
+        (replace(small, prompts=["a red cat", "x"]), session.teacher(3.0)),
+        (replace(small, negative_prompt="x"), session.teacher(3.0)),
+        (replace(small, identity={"unet": "another"}), session.teacher(3.0)),
     ]
-    for count, (other, contestant) in enumerate(others, start=2):
-        other.sampled(contestant)
-        assert len(shards(campaign)) == count
+    for count, (other, variant) in enumerate(others, start=2):
+        other.sampled(variant)
+        assert len(shards(sample_cache)) == count
 
 
 @pytest.mark.parametrize("name", ["unet/config.json", "model_index.json", "vae/config.json"])
@@ -107,34 +107,34 @@ def test_an_edited_configuration_is_another_model(tiny: Model, tmp_path: Path, n
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_shard_keeps_its_name_in_another_process(campaign: Campaign, sampler: str) -> None:
+def test_a_shard_keeps_its_name_in_another_process(sample_cache: SampleCache, sampler: str) -> None:
     # diffusers lists the settings that were left to their defaults in the order of a set of strings.
-    contestant = Lineup(model=campaign.model, sampler=sampler, steps=STEPS).teacher(3.0)
+    variant = Session(model=sample_cache.model, sampler=sampler, steps=STEPS).teacher(3.0)
 
     def in_another_order() -> SchedulerMixin:
-        scheduler = contestant.make_scheduler()
+        scheduler = variant.make_scheduler()
         listed = scheduler.config.get("_use_default_values", [])
         scheduler._internal_dict = FrozenDict(scheduler.config | {"_use_default_values": [*listed[::-1], "another"]})
         return scheduler
 
-    assert campaign._key(contestant, 0) == campaign._key(replace(contestant, make_scheduler=in_another_order), 0)
+    assert sample_cache._key(variant, 0) == sample_cache._key(replace(variant, make_scheduler=in_another_order), 0)
 
 
-def test_a_damaged_shard_is_drawn_again(campaign: Campaign) -> None:
-    contestant = Lineup(model=campaign.model, sampler="ddim", steps=STEPS).teacher(1.0)
-    before = campaign.sampled(contestant)
-    for path, content in zip(sorted(shards(campaign)), (b"", b"x" * 30), strict=False):
+def test_a_damaged_shard_is_sampled_again(sample_cache: SampleCache) -> None:
+    variant = Session(model=sample_cache.model, sampler="ddim", steps=STEPS).teacher(1.0)
+    before = sample_cache.sampled(variant)
+    for path, content in zip(sorted(shards(sample_cache)), (b"", b"x" * 30), strict=False):
         path.write_bytes(content)
-    assert torch.equal(campaign.sampled(contestant).features, before.features)
+    assert torch.equal(sample_cache.sampled(variant).features, before.features)
 
 
-def test_two_runs_may_share_a_folder(campaign: Campaign) -> None:
-    contestant = Lineup(model=campaign.model, sampler="ddim", steps=STEPS).teacher(3.0)
+def test_two_runs_may_share_a_folder(sample_cache: SampleCache) -> None:
+    variant = Session(model=sample_cache.model, sampler="ddim", steps=STEPS).teacher(3.0)
     with ThreadPoolExecutor(2) as pool:
-        one, other = pool.map(lambda run: run.sampled(contestant), [campaign, replace(campaign)])
+        one, other = pool.map(lambda run: run.sampled(variant), [sample_cache, replace(sample_cache)])
     assert torch.equal(one.features, other.features)
-    assert {path.suffix for path in shards(campaign)} == {".safetensors"}
-    assert len(shards(campaign)) == 3
+    assert {path.suffix for path in shards(sample_cache)} == {".safetensors"}
+    assert len(shards(sample_cache)) == 3
 
 
 WORKER = """
@@ -145,26 +145,27 @@ sys.path.insert(0, sys.argv[1])
 from boostdiff.engine import embedded
 from boostdiff.benchmarks.quality.features import EfficientNetLite0Features
 from boostdiff.benchmarks.quality.reference import Reference
-from boostdiff.benchmarks.session import Lineup
-from boostdiff.benchmarks.quality.quality import judge
-from boostdiff.benchmarks.quality.samples import Campaign, launched_processes
+from boostdiff.benchmarks.session import Session
+from boostdiff.benchmarks.quality.quality import evaluate
+from boostdiff.benchmarks.quality.samples import SampleCache, launched_processes
 from boostdiff.engine.model import load, locate
 
 processes = launched_processes(torch.device("cpu"))
 model = load(locate(sys.argv[2]), device=torch.device("cpu"))
 counted = []
-campaign = Campaign(
+sample_cache = SampleCache(
     model=model, network=EfficientNetLite0Features(), prompts=[f"a {i}" for i in range(8)], seed=5, batch_size=2,
-    cache=Path(sys.argv[3]), shard=2, on_images=lambda name, count: counted.append(count),
+    folder=Path(sys.argv[3]), shard=2, on_images=lambda name, count: counted.append(count),
 )
-lineup = Lineup(model=model, sampler="ddim", steps=2)
-rows = [lineup.teacher(3.0), lineup.teacher(1.0)]
-campaign = campaign.fill(rows, processes)
+session = Session(model=model, sampler="ddim", steps=2)
+rows = [session.teacher(3.0), session.teacher(1.0)]
+sample_cache = sample_cache.fill(rows, processes)
 Path(sys.argv[3], f"{processes.process_index}.count").write_text(str(sum(counted)))
 if processes.is_main_process:
     # The other process is gone: nothing must wait for it.
     reference = Reference.load(embedded.REFERENCE)
-    print(judge(campaign, rows, reference=reference).rows[1].distance)
+    quality = evaluate(sample_cache, guided=rows[0], unguided=rows[1], others=[], reference=reference)
+    print(quality.rows[1].distance)
 """
 
 
@@ -187,15 +188,15 @@ def test_two_processes_share_the_shards(
     assert sorted(path.read_text() for path in cache.glob("*.count")) == ["32", "32"]
     assert float(done.stdout.split()[-1]) > 0
     assert len(list(cache.glob("*.safetensors"))) == 8
-    campaign = Campaign(
-        model=tiny, network=network, prompts=[f"a {i}" for i in range(8)], seed=5, batch_size=2, cache=cache, shard=2
+    sample_cache = SampleCache(
+        model=tiny, network=network, prompts=[f"a {i}" for i in range(8)], seed=5, batch_size=2, folder=cache, shard=2
     )
-    contestant = Lineup(model=tiny, sampler="ddim", steps=2).teacher(3.0)
-    together = campaign.sampled(contestant)
+    variant = Session(model=tiny, sampler="ddim", steps=2).teacher(3.0)
+    together = sample_cache.sampled(variant)
     assert len(list(cache.glob("*.safetensors"))) == 8
-    # One thread there, several here: a pixel may round to its neighbour, which other images are far beyond.
-    alone = replace(campaign, cache=None)
-    expected = alone.sampled(contestant).features
-    unlike = alone.sampled(Lineup(model=tiny, sampler="ddim", steps=2).teacher(1.0)).features
+    # One thread there, several here: a pixel may round to its neighbor, which other images are far beyond.
+    alone = replace(sample_cache, folder=None)
+    expected = alone.sampled(variant).features
+    unlike = alone.sampled(Session(model=tiny, sampler="ddim", steps=2).teacher(1.0)).features
     difference = (together.features - expected).abs().mean()
     assert difference < 0.02 * (unlike - expected).abs().mean()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from boostdiff.benchmarks.bench import SCHEMA_VERSION
-from boostdiff.benchmarks.report.compare import compare_reports
+from boostdiff.benchmarks.report.compare import _QUALITY, compare_reports
 from boostdiff.benchmarks.report.report import terminal_comparison
 from boostdiff.engine.errors import InputError
 from rich.console import Console
@@ -18,14 +18,21 @@ def estimate(value: float, half: float) -> dict[str, float]:
 
 @pytest.fixture
 def report() -> dict[str, Any]:
-    ratio = {"slower": "torch teacher", "faster": "torch student", "part": "images", "batch_size": 8, "ceiling": 1.9}
-    row = {"runner": "torch", "way": "student", "batch_size": 8, "images_per_second": estimate(10, 1)}
-    image = dict.fromkeys(("recovered", "kid", "precision", "recall", "paired", "clip"))
+    ratio = {
+        "slower": {"runner": "torch", "mode": "teacher"},
+        "faster": {"runner": "torch", "mode": "student"},
+        "part": "images",
+        "batch_size": 8,
+        "ceiling": 1.9,
+    }
+    row = {"runner": "torch", "mode": "student", "batch_size": 8, "images_per_second": estimate(10, 1)}
+    image = dict.fromkeys((*_QUALITY, "distance_interval"))
     return {
         "schema_version": SCHEMA_VERSION,
         "speed": {"ratios": [ratio | {"estimate": estimate(1.8, 0.1)}], "rows": [row]},
         "quality": {
-            "rows": [image | {"name": "student lora", "distance": 220.0, "distance_interval": None, "recall": 0.5}]
+            "rows": [image | {"name": "student lora", "distance": 220.0, "recall": 0.5}],
+            "caption_label": "caption score (emoji64-clip)",
         },
         "provenance": {"steps": 20, "hardware": {"cpu": "one"}, "students": {"a": {"rank": 8}}},
     }
@@ -45,7 +52,8 @@ def test_differences_and_settings(report: dict[str, Any], tmp_path: Path) -> Non
     other["quality"]["rows"][0] |= {"distance": 231.0, "recall": None}
     other["provenance"] |= {"hardware": {"cpu": "two"}, "students": {"b": {}}}
     comparison = compare_reports(*written(tmp_path, report, other))
-    headings, cells = comparison.table()
+    table = comparison.table()
+    headings, cells = table.headings, table.cells
     assert headings[1:3] == ["A", "B"]
     assert [row[3:] for row in cells] == [["+5.6%", "no"], ["+100.0%", "yes"], ["+5.0%", "–"]]
     assert cells[2] == ["student lora, distance", "220", "231", "+5.0%", "–"]
@@ -57,13 +65,11 @@ def test_differences_and_settings(report: dict[str, Any], tmp_path: Path) -> Non
     assert "the two intervals (75%, 95%) share no point" in console.export_text()
 
 
-def test_a_share_without_an_interval_is_not_compared(report: dict[str, Any], tmp_path: Path) -> None:
-    report["quality"]["rows"][0] |= {"recovered": 2.99, "recovered_interval": None}
-    names = [row.name for row in compare_reports(*written(tmp_path, report, report)).differences]
-    assert "student lora, recovered" not in names
-    report["quality"]["rows"][0]["recovered_interval"] = estimate(2.99, 0.1)
-    names = [row.name for row in compare_reports(*written(tmp_path, report, report)).differences]
-    assert "student lora, recovered" in names
+def test_shares_and_captions_are_compared_with_their_intervals(report: dict[str, Any], tmp_path: Path) -> None:
+    report["quality"]["rows"][0] |= {"gain_recovered": estimate(2.99, 0.1), "caption_score": estimate(20, 1)}
+    rows = {row.name: row for row in compare_reports(*written(tmp_path, report, report)).differences}
+    assert rows["student lora, guidance gain recovered"].a.value == 2.99
+    assert rows["student lora, caption score (emoji64-clip)"].apart is False
 
 
 def test_a_report_equals_itself(report: dict[str, Any], tmp_path: Path) -> None:

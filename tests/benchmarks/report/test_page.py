@@ -81,50 +81,50 @@ def test_it_asks_the_network_for_nothing(page: Page, source: str) -> None:
 
 def test_the_verdict_comes_first(page: Page, result: BenchResult) -> None:
     shown = [name for name, _ in page.tags]
-    assert shown.index("h1") < shown.index("p") < shown.index("table")
+    assert shown.index("h1") < shown.index("p") < shown.index("figure") < shown.index("table")
     assert page.all("p")[0]["class"] == "verdict"
     assert page.text["p"][0] == result.verdict()
-    assert page.text["h2"] == ["Speed", "Quality", "Without training", "Pictures", "Protocol", "Provenance"]
+    assert page.text["h2"] == ["Images", "Quality", "Without training", "Speed", "Provenance"]
 
 
 @pytest.mark.parametrize(
-    ("interval", "shown", "hidden"),
+    ("share", "shown"),
     [
-        (None, ("<b>within noise</b>", "<td>within noise</td>"), "297%"),
-        (Estimate(value=2.97, low=2.5, high=3.5, coverage=0.95), ("[250%–350%]", "297% [250%, 350%]"), "within noise"),
+        (None, ("<b>–</b>", "the gain itself is within noise at N = 20", "<td>gain within noise</td>")),
+        (Estimate(value=2.97, low=2.5, high=3.5, coverage=0.95), ("[250%, 350%]", "297% <span>[250%, 350%]</span>")),
     ],
 )
-def test_a_share_of_what_guidance_gains_has_an_interval(
-    result: BenchResult, interval: Estimate | None, shown: tuple[str, str], hidden: str
+def test_a_share_of_the_guidance_gain_has_an_interval(
+    result: BenchResult, share: Estimate | None, shown: tuple[str, ...]
 ) -> None:
     quality = result.quality
     assert quality is not None
     rows = [
-        replace(row, recovered=2.97, recovered_interval=interval) if row.kind == "student" else row
+        replace(row, gain_recovered=share, caption_gain_recovered=share) if row.role == "student" else row
         for row in quality.rows
     ]
     page = html_report(replace(result, quality=replace(quality, rows=rows)))
-    # The verdict above has words of its own.
+    # The verdict above has its own words.
     _, _, below = page.partition('<ul class="facts">')
     below, _, _ = below.partition("<h2>Without training</h2>")
-    assert all(words in below for words in shown)
-    assert hidden not in below
+    assert all(words.replace("<td>", '<td class="minor">') in below or words in below for words in shown)
+    assert share is None or "within noise at" not in below
 
 
 def test_every_picture_has_its_own_alternative_text(page: Page, result: BenchResult) -> None:
     texts = [image["alt"] for image in page.all("img")]
     assert all(texts)
-    # Three plots; then four ways of sampling each prompt, whose texts repeat only because these prompts do.
+    # Three plots; then four sampling variants per prompt, whose texts repeat only because these prompts do.
     assert len(texts) == 3 + 4 * GRID_ROWS
     assert f"student bitfit: {result.prompts[0]}" in texts
 
 
 def test_tables_sort_by_buttons(page: Page) -> None:
     sortable = [table for table in page.all("table") if table.get("class") == "sortable"]
-    assert len(sortable) == 4
-    assert len(page.all("button")) == 5 + 14 + 11 + 8
+    assert len(sortable) == len(page.all("table")) == 5
+    assert len(page.all("button")) == 5 + 14 + 12 + 7 + 8
     assert all(text.strip() for text in page.text["button"])
-    assert len(page.all("th")) == len(page.all("button")) + 5
+    assert len(page.all("th")) == len(page.all("button"))
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")

@@ -32,6 +32,11 @@ def browser(request: pytest.FixtureRequest, report_folder: Path) -> Iterator[Any
 
 def test_the_page_fits_its_window(browser: Any) -> None:
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    # No table is cut off: what a phone has no room for is left out.
+    tables = browser.execute_script(
+        "return [...document.querySelectorAll('.scroll')].map(e => e.scrollWidth - e.clientWidth)"
+    )
+    assert tables == [0] * 5
     assert "as fast as the two-pass teacher" in browser.find_element("css selector", ".verdict").text
 
 
@@ -45,6 +50,16 @@ def test_every_picture_is_there_and_has_words(browser: Any) -> None:
     pictures = browser.execute_script("return [...document.images].map(i => [i.naturalWidth, i.clientWidth, i.alt])")
     assert len(pictures) > 8
     assert all(natural > 0 and shown > 0 and alt for natural, shown, alt in pictures)
+
+
+def test_what_matters_shows_on_every_screen(browser: Any) -> None:
+    shown = browser.execute_script(
+        "return [...document.querySelectorAll('th')].filter(e => e.clientWidth).map(e => e.textContent)"
+    )
+    assert {"ΔFD to the guided teacher", "whole images [75%]", "images/s [75%]", "Δ luminance [95%]"} <= set(shown)
+    assert ("p99 ms" in shown) == (browser.execute_script("return innerWidth") == 1280)
+    widths = browser.execute_script("return [...document.querySelectorAll('figure img')].map(e => e.clientWidth)")
+    assert min(widths) >= 128
 
 
 def test_tables_sort_by_a_click_and_back_by_another(browser: Any) -> None:

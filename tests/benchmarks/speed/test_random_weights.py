@@ -48,8 +48,6 @@ def test_speed_from_configurations_alone(configs: Path) -> None:
     assert len(result.speed.rows) == 8
     assert result.quality is None
     assert result.provenance["weights"] == "random"
-    with pytest.raises(InputError, match="--speed-only"):
-        bench_random(locate_configs(str(configs)), BenchConfig(samples=2))
 
 
 def test_random_weights_are_the_seeds(configs: Path) -> None:

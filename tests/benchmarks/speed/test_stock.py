@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 from boostdiff.benchmarks.speed.device import Meter, gemm_peak
-from boostdiff.benchmarks.speed.stock import StockEntrant, stock_pipeline
-from boostdiff.benchmarks.speed.throughput import Entrant, measure
+from boostdiff.benchmarks.speed.stock import StockVariant, stock_pipeline
+from boostdiff.benchmarks.speed.throughput import RunnerMode, TimedVariant, measure
 from boostdiff.engine.compiled import CompiledRunner
 from boostdiff.engine.guidance import GuidedDenoiser
 from boostdiff.engine.model import Model, load, locate
@@ -58,9 +58,9 @@ def test_the_stock_pipeline_of_a_half_precision_xl_upcasts_its_vae(xl_folder: Pa
 
 def test_the_compiled_teacher_is_a_baseline(tiny: Model) -> None:
     eager, compiled = TorchRunner(tiny.unet), CompiledRunner(tiny.unet, backend="eager")
-    stock = StockEntrant(way="teacher", runner=eager, pipeline=stock_pipeline(tiny))
+    stock = StockVariant(mode="teacher", runner=eager, pipeline=stock_pipeline(tiny))
     speed = measure(
-        [*(Entrant(way=way, runner=compiled) for way in ("teacher", "student")), stock],
+        [*(TimedVariant(mode=mode, runner=compiled) for mode in ("teacher", "student")), stock],
         tiny,
         prompts=["a red cat"],
         guidance=3.0,
@@ -71,10 +71,13 @@ def test_the_compiled_teacher_is_a_baseline(tiny: Model) -> None:
     )
     assert speed.left_out == {}
     pairs = {(r.slower, r.faster): r.ceiling for r in speed.ratios if r.part == "images"}
-    assert list(pairs) == [(f"{name} teacher", "compiled student") for name in ("compiled", "stock diffusers")]
-    assert pairs["compiled teacher", "compiled student"] is not None
-    assert pairs["stock diffusers teacher", "compiled student"] is None
-    assert speed.over_baseline("stock diffusers", speed.fastest) is not None
+    student, teacher, baseline = (
+        RunnerMode(*key) for key in (("compiled", "student"), ("compiled", "teacher"), ("stock diffusers", "teacher"))
+    )
+    assert list(pairs) == [(teacher, student), (baseline, student)]
+    assert pairs[teacher, student] is not None
+    assert pairs[baseline, student] is None
+    assert speed.ratio("images", speed.students[0], baseline="stock diffusers") is not None
 
 
 def test_the_peak_is_above_what_small_matrices_reach() -> None:

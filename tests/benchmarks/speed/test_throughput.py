@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 import torch
 from boostdiff.benchmarks.speed.flops import Flops, count_flops
-from boostdiff.benchmarks.speed.throughput import Entrant, in_turn, measure
+from boostdiff.benchmarks.speed.throughput import TimedVariant, interleaved, measure
 from boostdiff.engine.model import Model
 from boostdiff.engine.runners import TorchRunner
 from boostdiff.engine.schedulers import make_scheduler
@@ -11,7 +11,7 @@ from boostdiff.engine.schedulers import make_scheduler
 
 @pytest.mark.parametrize(("count", "rounds"), [(2, 4), (3, 3), (6, 5)])
 def test_calls_take_turns(count: int, rounds: int) -> None:
-    turns = list(in_turn(count, rounds))
+    turns = list(interleaved(count, rounds))
     for number in range(rounds):
         assert sorted(index for at, index in turns if at == number) == list(range(count))
     orders = [[index for at, index in turns if at == number] for number in range(rounds)]
@@ -48,7 +48,7 @@ class Refusing(TorchRunner):
 def test_what_cannot_run_is_left_out_with_its_reason(tiny: Model) -> None:
     runner = Refusing(tiny.unet)
     speed = measure(
-        [Entrant(way=way, runner=runner) for way in ("teacher", "student")],
+        [TimedVariant(mode=mode, runner=runner) for mode in ("teacher", "student")],
         tiny,
         prompts=["a red cat"],
         guidance=3.0,
@@ -57,6 +57,6 @@ def test_what_cannot_run_is_left_out_with_its_reason(tiny: Model) -> None:
         batch_sizes=(1, 2),
         runs=3,
     )
-    assert [(row.way, row.batch_size) for row in speed.rows] == [("teacher", 1), ("student", 1), ("student", 2)]
+    assert [(row.mode, row.batch_size) for row in speed.rows] == [("teacher", 1), ("student", 1), ("student", 2)]
     assert speed.left_out == {"refusing teacher, batch 2": "shape out of profile"}
     assert {ratio.batch_size for ratio in speed.ratios} == {1}

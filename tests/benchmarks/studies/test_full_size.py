@@ -18,10 +18,10 @@ def planned(tmp_path: Path) -> dict[str, Stage]:
     return stages(model="sd21-base", work=tmp_path / "work", output=tmp_path / "results", **OPTIONS)
 
 
-def row(runner: str, way: str, rate: float, share: float | None) -> dict[str, Any]:
+def row(runner: str, mode: str, rate: float, share: float | None) -> dict[str, Any]:
     return {
         "runner": runner,
-        "way": way,
+        "mode": mode,
         "batch_size": 2,
         "images_per_second": {"value": rate, "low": rate, "high": rate, "coverage": 0.98},
         "peak_share": share,
@@ -30,7 +30,12 @@ def row(runner: str, way: str, rate: float, share: float | None) -> dict[str, An
 
 def ratio(slower: str, faster: str, value: float, *, part: str = "images", batch_size: int = 2) -> dict[str, Any]:
     estimate = {"value": value, "low": value - 0.1, "high": value + 0.1, "coverage": 0.98}
-    return {"slower": slower, "faster": faster, "part": part, "batch_size": batch_size, "estimate": estimate}
+    # "captured student" is its runner and its mode.
+    sides = {
+        side: dict(zip(("runner", "mode"), name.rsplit(" ", 1), strict=True))
+        for side, name in (("slower", slower), ("faster", faster))
+    }
+    return sides | {"part": part, "batch_size": batch_size, "estimate": estimate}
 
 
 @pytest.fixture
@@ -53,7 +58,7 @@ def report() -> dict[str, Any]:
             "flops": {"unet": 10**9},
             "peaks": {"float16": 2.0, "bfloat16": 1.0},
         },
-        "provenance": {"steps": 20},
+        "provenance": {"config": {"steps": 20}},
     }
 
 

@@ -127,7 +127,7 @@ def test_effective_guidance_is_that_of_the_nearest_teacher() -> None:
 def test_a_dial_at_zero_is_the_unguided_teacher(student: Path, tmp_path: Path) -> None:
     held_out = HeldOut(work=tmp_path, steps=2)
     with held_out.sampling(4) as sampling:
-        drawn = {w: sampling.features(sampling.lineup.teacher(w)) for w in (1.0, 2.0, 3.0)}
+        drawn = {w: sampling.features(sampling.session.teacher(w)) for w in (1.0, 2.0, 3.0)}
     kept = set((tmp_path / "features").iterdir())
     teachers = Teachers.of(held_out, [1.0], 4, [2.0, 3.0], 4)
     # They were kept.
