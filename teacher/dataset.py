@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -147,7 +148,7 @@ def _code(stem: str) -> str:
     return "-".join(part for part in stem.upper().split("-") if part != "FE0F")
 
 
-def _json(archive: tarfile.TarFile, path: str) -> object:
+def _json(archive: tarfile.TarFile, path: str) -> Any:
     member = archive.extractfile(f"package/{path}")
     assert member is not None
     return json.load(member)
