@@ -172,13 +172,22 @@ def _download(model: str, *, weights: bool) -> Path:
     missing = f"there is no model {model!r}: pass {embedded.MODEL_NAME}, a diffusers pipeline folder or a hub id"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model):
         raise InputError(missing)
-    try:
-        if not weights:
-            return Path(snapshot_download(model, allow_patterns=["model_index.json", "*/*.json"]))
-        return Path(DiffusionPipeline.download(model, use_safetensors=True))
-    except Exception as error:
-        # The hub client raises dozens of types, from "repository not found" to the socket's own.
-        raise InputError(f"{missing} (no such folder here, and the hub says: {one_line(error)})") from None
+    reason, folder = "", None
+    # Some repositories hold the fp16 variant alone.
+    for variant in (None, "fp16"):
+        try:
+            if not weights:
+                return Path(snapshot_download(model, allow_patterns=["model_index.json", "*/*.json"]))
+            folder = Path(DiffusionPipeline.download(model, use_safetensors=True, variant=variant))
+        except Exception as error:
+            # The hub client raises dozens of types, from "repository not found" to the socket's own.
+            reason = reason or one_line(error)
+            continue
+        if any((folder / "unet").glob("*.safetensors")):
+            break
+    if folder is None:
+        raise InputError(f"{missing} (no such folder here, and the hub says: {reason})")
+    return folder
 
 
 def load(files: ModelFiles, *, device: torch.device, dtype: torch.dtype | None = None) -> Model:

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,9 +35,10 @@ class Runner(AbstractContextManager["Runner"]):
     Attributes:
         name: as the command line knows it.
         config: the UNet's configuration.
-        dtype: of `sample`, `encoder_hidden_states` and the prediction.
-        precision: that the UNet computes in.
-        device: where they lie.
+        dtype: dtype of `sample`, `encoder_hidden_states` and the prediction.
+        precision: dtype that the UNet computes in.
+        device: their device.
+        add_embedding: SDXL's, as far as the stock pipeline reads it.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Runner(AbstractContextManager["Runner"]):
     dtype: torch.dtype
     precision: torch.dtype
     device: torch.device
+    add_embedding: Any
 
     def __exit__(self, *raised: object) -> None:
         self.close()
@@ -56,8 +59,8 @@ class Runner(AbstractContextManager["Runner"]):
         """Run once.
 
         Args:
-            inputs: `sample` `(B, C, H, W)`, `timestep` `(B,)`, `encoder_hidden_states` `(B, L, D)`; for a student that
-                takes its guidance as an input `timestep_cond` `(B, E)`; for SDXL `text_embeds` and `time_ids`.
+            inputs: `sample` `(B, C, H, W)`, `timestep` `(B,)`, `encoder_hidden_states` `(B, L, D)`; for a
+                guidance-conditioned student `timestep_cond` `(B, E)`; for SDXL `text_embeds` and `time_ids`.
 
         Returns:
             `(B, C, H, W)`.
@@ -111,6 +114,8 @@ class TorchRunner(Runner):
     def __init__(self, unet: UNet2DConditionModel) -> None:
         self.unet = unet
         self.config, self.dtype, self.device = unet.config, unet.dtype, unet.device
+        if hasattr(unet, "add_embedding"):
+            self.add_embedding = unet.add_embedding
         self.precision = self.dtype
 
     def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -130,6 +135,9 @@ class GraphRunner(Runner):
         """
         self.session = session
         self.name, self.device = session.kind, session.device
+        if width := unet_config.get("projection_class_embeddings_input_dim"):
+            # Where the stock SDXL pipeline looks for the width of its added conditions.
+            self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
         self.config, self.dtype = FrozenDict(unet_config), session.input_types["sample"]
         self.precision = self.dtype
 

@@ -124,6 +124,8 @@ def _export(
     with staged_folder(output, replaces=MANIFEST_FILE) as folder:
         _write_surroundings(model, manifest, folder, diffusers=config.diffusers)
         precisions = config.precisions(model.unet.num_parameters())
+        if flavour is not None and source is None:
+            report(f"building with {flavour.name}: {flavour.reason}")
         for part in _parts(model, config, precisions):
             _export_part(part, folder, manifest, precisions, report)
             if flavour is not None:
@@ -256,8 +258,6 @@ def _export_plan(
     source: Callable[[Path, Path], dict[str, Any]] | None,
     report: Callable[[str], None],
 ) -> None:
-    if part.name == "unet" and source is None:
-        report(f"building with {flavour.name}: {flavour.reason}")
     graphs = [folder / name for name in manifest.artefacts if name.startswith(f"{part.name}/model.")]
     graph = graphs[-1]
     plan = graph.with_name("model.plan")
