@@ -22,7 +22,7 @@ class StopRequest:
     """Set by SIGINT or SIGTERM, to be honoured between two updates.
 
     Attributes:
-        name: of the signal, or None while there was none.
+        name: name of the signal, or None while there was none.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class StopRequest:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request; a second one acts as usual."""
+    """Turn the first SIGINT or SIGTERM into a request; another one acts as usual."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         # Only the main thread may handle signals; a run elsewhere is stopped by its owner.

@@ -30,9 +30,9 @@ class ModelFiles:
     """A model folder whose configuration has been read, its weights not.
 
     Attributes:
-        name: what the user called it.
-        folder: where it lies.
-        family: how it works.
+        name: name that the user gave it.
+        folder: pipeline folder.
+        family: model family.
         unet_config: the UNet's `config.json`.
     """
 
@@ -88,7 +88,7 @@ class Model:
     """A loaded model.
 
     Attributes:
-        files: where it came from.
+        files: its files.
         pipeline: the stock diffusers pipeline, on its device.
     """
 
@@ -142,7 +142,7 @@ def locate(model: str, *, weights: bool = True) -> ModelFiles:
 
     Args:
         model: `emoji64`, a pipeline folder, or a hub id such as "organisation/name".
-        weights: of a hub id fetch everything, not the configuration alone.
+        weights: whether to fetch everything for a hub id, not the configuration alone.
 
     Raises:
         InputError: there is no such model, or it is not one that can be used.
@@ -196,7 +196,7 @@ def load(files: ModelFiles, *, device: torch.device, dtype: torch.dtype | None =
     Args:
         files: what `locate` found.
         device: where to put it.
-        dtype: of all weights; by default `default_dtype(device)`.
+        dtype: dtype of all weights; by default `default_dtype(device)`.
 
     Raises:
         InputError: a file is missing, damaged or not safetensors.
@@ -223,8 +223,8 @@ def prepare_for_inference(pipeline: DiffusionPipeline, family: Family) -> None:
     """Make a pipeline ready to draw, in place: frozen, laid out for speed, in FP32 where FP16 overflows.
 
     Args:
-        pipeline: with its weights in the dtype that they are to have.
-        family: how it works.
+        pipeline: the pipeline, its weights in their final dtype.
+        family: model family.
     """
     pipeline.set_progress_bar_config(disable=True)
     # The VAE is all convolutions, which run faster on this layout (by a third on a CPU).

@@ -31,7 +31,7 @@ class Case:
 
     Attributes:
         where: the case in words.
-        inputs: by name, float32.
+        inputs: tensors by name, float32.
         expected: outputs by name, float32 on the CPU.
         plan_only: whether it is too much for ONNX Runtime on a CPU, and so compared with plans alone.
     """
@@ -47,13 +47,13 @@ class Part:
     """A module to export.
 
     Attributes:
-        name: of its folder in the engine.
+        name: name of its folder in the engine.
         module: takes `inputs` by keyword and gives a tuple of tensors.
         inputs: example inputs by name, a batch of `TRACE_BATCH`.
         outputs: names of what it gives.
         dynamic: the dimensions that vary: by input, axis and `torch.export.Dim`.
-        profile: by input the smallest, best and largest shape of a plan.
-        cases: what its graphs are compared on.
+        profile: smallest, best and largest shape of a plan, by input.
+        cases: inputs that its graphs are compared on.
         half: whether it may run in FP16.
         one_by_one: whether references are computed an image at a time, to save memory.
         large: whether memory is a concern.
