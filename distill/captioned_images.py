@@ -55,8 +55,8 @@ class CaptionedImages(Source):
         vae = self.model.pipeline.vae
         with torch.no_grad():
             encoded = [
-                vae.encode(some.to(vae.device, vae.dtype)).latent_dist.mode()
-                for some in images.split(max(1, ENCODED_PIXELS // images[0, 0].numel()))
+                vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode()
+                for part in images.split(max(1, ENCODED_PIXELS // images[0, 0].numel()))
             ]
             x = torch.cat(encoded).float() * vae.config.scaling_factor
         timesteps, scales, noise = [], [], []

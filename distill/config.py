@@ -16,8 +16,6 @@ from ..engine.embedded import TRAIN_PROMPTS
 from ..engine.errors import InputError
 from ..engine.options import UNRESOLVED, SeedOption, check_options, refuse_unused
 
-LORA_METHODS = ("lora", "dora")
-
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {"batch_size": 32, "loss_weight": "snr"},
     "paper": {"updates": 1600, "batch_size": 512, "learning_rate": 5e-5, "loss_weight": "constant"},
@@ -122,7 +120,7 @@ class DistillConfig:
             raise InputError("--alpha must be above 0")
         if self.prompts and self.images:
             raise InputError("pass --prompts FILE or --images DIR, not both")
-        if self.method not in LORA_METHODS:
+        if self.method not in ("lora", "dora"):
             refuse_unused(self, f"with --method {self.method}", "rank", "alpha", "targets")
         if self.method != "soft-prompt":
             refuse_unused(self, f"with --method {self.method}", "tokens")

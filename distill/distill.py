@@ -205,7 +205,7 @@ def _source(
     prompts: list[str],
     rows: Rows | None,
 ) -> tuple[Source, list[str]]:
-    """Where states come from, and the prompts that previews show."""
+    """The supply of batches, and the prompts that previews show."""
     share = Share(batch_size=config.batch_size, index=accelerator.process_index, count=accelerator.num_processes)
     common: dict[str, Any] = {
         "share": share,
@@ -249,7 +249,7 @@ def _accelerator(
     config: DistillConfig, device: str, folder: Path, log_with: str | None
 ) -> tuple[Accelerator, torch.device]:
     target = resolve_device(device)
-    # accelerate keeps one state a process; a second run in it may use another precision.
+    # accelerate keeps one state per process; a second run in it may use another precision.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
         mixed_precision="no" if config.precision == "fp32" else config.precision,

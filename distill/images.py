@@ -78,7 +78,7 @@ class ImageStream:
             rows: from `open_images`.
             height: of the pixels.
             width: of the pixels.
-            batch_size: rows an update, over all processes.
+            batch_size: rows per update, over all processes.
             seed: of the order.
             max_bad_samples: how many bad samples are skipped before the run stops.
         """
@@ -242,7 +242,7 @@ def rgb_of(image: Image.Image) -> Image.Image:
     """An RGB picture as a viewer shows it on a white page.
 
     The EXIF orientation is applied; transparency is composed over white, for what lies beneath it is arbitrary;
-    16-bit grey is scaled to 8 bits, which Pillow's own conversion clips.
+    16-bit gray is scaled to 8 bits, which Pillow's own conversion clips.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
@@ -254,7 +254,7 @@ def rgb_of(image: Image.Image) -> Image.Image:
 
 
 def pixels_of(image: Image.Image, height: int, width: int) -> torch.Tensor:
-    """Resize the shorter side, crop the centre: `(3, height, width)` float32 in [-1, 1]."""
+    """Resize the shorter side, crop the center: `(3, height, width)` float32 in [-1, 1]."""
     factor = max(height / image.height, width / image.width)
     size = (max(width, round(image.width * factor)), max(height, round(image.height * factor)))
     image = image.resize(size, Image.Resampling.LANCZOS)

@@ -1,7 +1,7 @@
 """The training loop, on one process or many.
 
 Every process holds the model and works on its share of each batch; the adapter is small, so one all-reduce of its
-gradients an update is all that they exchange, and no wrapper comes between the loop and the UNet.
+gradients per update is all that they exchange, and no wrapper comes between the loop and the UNet.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class Run:
         if not math.isfinite(loss_value):
             self.refuse(f"the loss is {loss_value} at update {update}")
         norm = self.accelerator.clip_grad_norm_(self.parameters, 1.0)
-        # In FP16 the gradient scaler skips such a step and goes on with a smaller scale.
+        # In FP16 the gradient scaler skips such a step and continues with a smaller scale.
         if self.config.precision != "fp16" and not torch.isfinite(norm):
             self.refuse(f"the gradient is {norm.item()} at update {update}")
         for group in self.optimizer.param_groups:
@@ -229,7 +229,7 @@ class Run:
         return loss, unguided, stopped
 
     def restore(self, state: TrainingState) -> None:
-        """Go on from a checkpoint.
+        """Continue from a checkpoint.
 
         Raises:
             InputError: it is of another adapter, or the log beside it is no log.
@@ -252,7 +252,7 @@ class Run:
             self.accelerator.scaler.load_state_dict(state.header["scaler"])
 
     def checkpoint(self) -> None:
-        """Write all that a run needs to go on, from the main process; called in every one."""
+        """Write all that a run needs to continue, from the main process; called in every one."""
         data = self.source.state()
         if not self.accelerator.is_main_process:
             return

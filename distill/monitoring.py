@@ -1,8 +1,7 @@
-"""What a training run watches: requests to stop, what its losses tell, pace, memory."""
+"""What a training run watches: requests to stop, its losses, pace, memory."""
 
 from __future__ import annotations
 
-import resource
 import signal
 import sys
 import threading
@@ -13,12 +12,17 @@ from types import FrameType
 
 import torch
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 
 class StopRequest:
     """Set by SIGINT or SIGTERM, to be honoured between two updates.
 
     Attributes:
-        name: of the signal, or None while there was none.
+        name: name of the signal, or None while there was none.
     """
 
     def __init__(self) -> None:
@@ -27,7 +31,7 @@ class StopRequest:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request; a second one acts as usual."""
+    """Turn the first SIGINT or SIGTERM into a request; another one acts as usual."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         # Only the main thread may handle signals; a run elsewhere is stopped by its owner.
@@ -50,11 +54,11 @@ def stop_request() -> Iterator[StopRequest]:
 
 
 class LossWatch:
-    """All losses of a run: whether they diverge, and how much of guidance they show to be learnt.
+    """All losses of a run: whether they diverge, and how much of the guidance term the student explains.
 
     Attributes:
-        losses: equation (4), one an update.
-        unguided: the same of the teacher's own conditional pass, which is a student that has learnt nothing.
+        losses: equation (4), one per update.
+        unguided: the same for the teacher's own conditional pass, which is a student that has learned nothing.
     """
 
     WINDOW = 10
@@ -90,7 +94,7 @@ class LossWatch:
         return self._newest(self.losses)
 
     def guidance_r2(self) -> float | None:
-        """The share of guidance that is learnt, over the newest tenth of the updates: 1 − loss / unguided loss.
+        """R² of the guidance term, over the newest tenth of the updates: 1 − loss / unguided loss.
 
         It is 0 for a student that predicts what the unguided teacher does, 1 for the guided teacher itself, and below 0
         for one that is further from it than the unguided teacher. None where guidance changes nothing.
@@ -123,8 +127,10 @@ class Pace:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak memory in bytes: what was allocated on a GPU, else the process's resident set."""
+    """Peak memory in bytes: what was allocated on a GPU, else the process's resident set; 0 where none is counted."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
     # Kilobytes on Linux, bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

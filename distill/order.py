@@ -19,9 +19,9 @@ class Share:
     """Which members of each batch a process works on.
 
     Attributes:
-        batch_size: states an update, over all processes.
-        index: this process.
-        count: processes.
+        batch_size: samples per update, over all processes.
+        index: index of this process.
+        count: number of processes.
     """
 
     batch_size: int

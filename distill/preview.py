@@ -53,7 +53,7 @@ class Preview:
             model: with the adapter on, as training leaves it.
             adapter: switched off for the teacher's columns.
             prompts: a handful.
-            config: names the method and the guidance; of a range both ends are drawn.
+            config: names the method and the guidance; both ends of a range are drawn.
             autocast: the run's precision.
             note: callback for warnings.
         """

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..engine.adapters import Adapter, PeftAdapter
+from ..engine.adapters import Adapter, Lora
 from ..engine.errors import InputError
 from ..engine.files import locked, read_json, sha256_of, write_json
 from ..engine.model import Model, ModelFiles
@@ -121,7 +121,7 @@ def write_student(
     paths = adapter.save(folder, model.pipeline)
     if execution.format == "kohya":
         inner = getattr(adapter, "inner", adapter)
-        assert isinstance(inner, PeftAdapter)
+        assert isinstance(inner, Lora)
         inner.save_kohya(folder)
     low, high = config.guidance_bounds
     info = StudentInfo(

@@ -20,7 +20,7 @@ from .images import BadSample
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """States to train on.
+    """Noisy latents to train on.
 
     Attributes:
         z_t: `(B, C, H, W)` float32 latents.
@@ -56,17 +56,17 @@ class Source(ABC):
 
     @abstractmethod
     def batch(self, update: int) -> Batch:
-        """This process's states of one update."""
+        """This process's samples of one update."""
 
     def advance(self, teacher_x: torch.Tensor) -> None:
-        """Told of the teacher's x̂_w `(B, C, H, W)` for the batch just given."""
+        """Take the teacher's x̂_w `(B, C, H, W)` for the last batch."""
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint must hold for this source to go on, the same in every process; called in every one."""
+        """What a checkpoint must hold for this source to continue, the same in every process; called in every one."""
         return {}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from `state()`."""
+        """Continue from `state()`."""
 
     def skipped(self) -> Sequence[BadSample]:
         """Samples that were skipped, in all processes; called in every one."""

@@ -1,13 +1,13 @@
-"""Adapters: what is trained while the UNet stays frozen. One class for each kind attaches, saves, loads and merges it.
+"""Adapters: what is trained while the UNet stays frozen. One class per adapter attaches, saves, loads and merges it.
 
 Teacher and student share one UNet: `disabled()` turns it back into the teacher for as long as the block lasts.
-Most methods are tuners of peft and share one class: to add one, give it a row in `PEFT_METHODS`.
+To add one, write its class here; `METHODS`, `adapter_class`, `make_adapter` and `DistillConfig.method` name it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from .errors import BoostDiffError, InputError, one_line
@@ -25,7 +25,6 @@ from .errors import BoostDiffError, InputError, one_line
 ADAPTER_NAME = "boostdiff"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya.safetensors"
-PEFT_FILE = "adapter_model.safetensors"
 BITFIT_FILE = "bitfit.safetensors"
 SOFT_PROMPT_FILE = "soft_prompt.safetensors"
 LORA_METHODS = ("lora", "dora")
@@ -38,24 +37,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
 }
 """Named sets of layers: the attention projections (the paper's), or all of the transformer blocks."""
 
-PEFT_METHODS: dict[str, Callable[[int, float, list[str]], peft.PeftConfig]] = {
-    "lora": lambda rank, alpha, targets: peft.LoraConfig(
-        r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets
-    ),
-    "dora": lambda rank, alpha, targets: peft.LoraConfig(
-        r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets, use_dora=True
-    ),
-    "loha": lambda rank, alpha, targets: peft.LoHaConfig(r=rank, alpha=alpha, target_modules=targets),
-    "lokr": lambda rank, alpha, targets: peft.LoKrConfig(r=rank, alpha=alpha, target_modules=targets),
-    "oft": lambda rank, alpha, targets: peft.OFTConfig(r=0, oft_block_size=rank, target_modules=targets),
-    "hra": lambda rank, alpha, targets: peft.HRAConfig(r=rank + rank % 2, target_modules=targets),
-    "ia3": lambda rank, alpha, targets: peft.IA3Config(target_modules=targets, feedforward_modules=[]),
-}
-"""Configurations from (rank, alpha, target modules). LoRA: Hu et al. 2021; DoRA: Liu et al. 2024; LoHa: Hyeon-Woo
-et al. 2022; LoKr: Edalati et al. 2022; OFT: Qiu et al. 2023 (the rank is its block size); HRA: Yuan et al. 2024 (an
-even rank); (IA)³: Liu et al. 2022 (no rank)."""
-
-METHODS = (*PEFT_METHODS, "bitfit", "soft-prompt")
+METHODS = (*LORA_METHODS, "bitfit", "soft-prompt")
 
 
 class Adapter(ABC):
@@ -117,14 +99,21 @@ class Adapter(ABC):
             parameter.copy_(weights[name])
 
 
-class PeftAdapter(Adapter):
-    """Any tuner of peft that works layer by layer."""
+class Lora(Adapter):
+    """LoRA (Hu et al. 2021) and DoRA (Liu et al. 2024), by peft."""
 
-    def __init__(self, unet: UNet2DConditionModel, method: str, config: peft.PeftConfig) -> None:
+    def __init__(self, unet: UNet2DConditionModel, method: str, *, rank: int, alpha: float, targets: list[str]) -> None:
         super().__init__(unet)
-        self.method, self.config = method, config
+        self.method = method
+        self.config = peft.LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            init_lora_weights="gaussian",
+            target_modules=targets,
+            use_dora=method == "dora",
+        )
         try:
-            unet.add_adapter(config, adapter_name=ADAPTER_NAME)
+            unet.add_adapter(self.config, adapter_name=ADAPTER_NAME)
         except (ValueError, TypeError) as error:
             raise InputError(f"{method} can't be put on this UNet: {one_line(error)}") from None
         self._names = [name for name, parameter in unet.named_parameters() if parameter.requires_grad]
@@ -145,20 +134,16 @@ class PeftAdapter(Adapter):
             self.unet.enable_adapters()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The tensors by peft's names, on the CPU; LoRA's scale α / r is folded into B, so that it is one."""
+        """The tensors by peft's names, on the CPU; the scale α / r is folded into B, so that it is one."""
         tensors = get_peft_model_state_dict(self.unet, adapter_name=ADAPTER_NAME)
-        scale = self.config.lora_alpha / self.config.r if self.method in LORA_METHODS else 1.0
+        scale = self.config.lora_alpha / self.config.r
         return {
             name: (tensor * scale if ".lora_B." in name else tensor).detach().cpu().contiguous()
             for name, tensor in tensors.items()
         }
 
     def save(self, folder: Path, pipeline: DiffusionPipeline) -> list[Path]:
-        """Write the file that diffusers' `load_lora_weights` reads, or for other tuners peft's own two."""
-        if self.method not in LORA_METHODS:
-            save_file(self.state_dict(), folder / PEFT_FILE)
-            self.config.save_pretrained(folder)
-            return [folder / PEFT_FILE, folder / "adapter_config.json"]
+        """Write the file that diffusers' `load_lora_weights` reads."""
         pipeline.save_lora_weights(
             folder,
             unet_lora_layers=self.state_dict(),
@@ -172,23 +157,10 @@ class PeftAdapter(Adapter):
     @staticmethod
     def load(unet: UNet2DConditionModel, folder: str | Path) -> None:
         """See `Adapter.load`."""
-        folder = Path(folder)
-        if (folder / LORA_FILE).is_file():
-            tensors = load_file(folder / LORA_FILE)
-            if not tensors or not all(name.startswith("unet.") for name in tensors):
-                raise ValueError(f"{LORA_FILE} is no LoRA of a UNet")
-            unet.load_lora_adapter(tensors, prefix="unet", adapter_name=ADAPTER_NAME)
-            return
-        try:
-            config = peft.PeftConfig.from_pretrained(str(folder))
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"adapter_config.json is unusable: {error}") from None
-        dtype = unet.dtype
-        unet.add_adapter(config, adapter_name=ADAPTER_NAME)
-        outcome = set_peft_model_state_dict(unet, load_file(folder / PEFT_FILE), adapter_name=ADAPTER_NAME)
-        if outcome is not None and outcome.unexpected_keys:
-            raise ValueError(f"{PEFT_FILE} has tensors that fit no layer: {outcome.unexpected_keys[0]}")
-        unet.to(dtype).requires_grad_(False)
+        tensors = load_file(Path(folder) / LORA_FILE)
+        if not tensors or not all(name.startswith("unet.") for name in tensors):
+            raise ValueError(f"{LORA_FILE} is no LoRA of a UNet")
+        unet.load_lora_adapter(tensors, prefix="unet", adapter_name=ADAPTER_NAME)
 
     @staticmethod
     @torch.no_grad()
@@ -226,7 +198,7 @@ class BitFit(Adapter):
         super().__init__(unet)
         for module in unet.modules():
             if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
-                # Normalisation wants scale and bias of one precision.
+                # Normalization wants scale and bias of one precision.
                 module.float()
         self._base = {}
         for name, parameter in self.parameters().items():
@@ -275,7 +247,7 @@ class BitFit(Adapter):
 
 
 class SoftPromptHook(torch.nn.Module):
-    """Appends learnt tokens `(k, D)` to the UNet's text embedding as long as it is enabled."""
+    """Appends learned tokens `(k, D)` to the UNet's text embedding as long as it is enabled."""
 
     def __init__(self, unet: UNet2DConditionModel, tokens: torch.Tensor) -> None:
         super().__init__()
@@ -295,7 +267,7 @@ class SoftPromptHook(torch.nn.Module):
 
 
 class SoftPrompt(Adapter):
-    """Prompt tuning (Lester et al. 2021): learnt tokens behind the text embedding, the UNet untouched."""
+    """Prompt tuning (Lester et al. 2021): learned tokens behind the text embedding, the UNet untouched."""
 
     def __init__(self, unet: UNet2DConditionModel, tokens: int) -> None:
         super().__init__(unet)
@@ -331,4 +303,4 @@ class SoftPrompt(Adapter):
 def adapter_class(method: str) -> type[Adapter]:
     """What handles a method of `METHODS`."""
     others: dict[str, type[Adapter]] = {"bitfit": BitFit, "soft-prompt": SoftPrompt}
-    return others.get(method, PeftAdapter)
+    return others.get(method, Lora)

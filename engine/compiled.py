@@ -39,7 +39,7 @@ def has_bfloat16(device: torch.device) -> bool:
 def use_plain_attention(unet: UNet2DConditionModel) -> None:
     """Run a small UNet's attention as matrix products, which a CPU does faster in bfloat16 than the fused kernel.
 
-    On `emoji64`, 18.2 ms against 22.6 a compiled pass of 8 images, and 82 against 68 images a second of distillation.
+    On `emoji64`, 18.2 ms against 22.6 per compiled pass of 8 images, and distillation 82 against 68 images per second.
     """
     sizes = unet.config.sample_size
     if max([sizes] if isinstance(sizes, int) else sizes) <= PLAIN_ATTENTION:
@@ -117,23 +117,23 @@ class CompiledRunner(TorchRunner):
                 return super().predict(inputs)[:batch].to(self.dtype)
         torch.compiler.cudagraph_mark_step_begin()
         with torch.inference_mode(False), torch.no_grad(), _without_remarks():
-            # Tensors born in inference mode are another kind to dynamo, which would compile once more for them.
-            own = {name: tensor.clone() for name, tensor in inputs.items()}
+            # Tensors born in inference mode are another type to dynamo, which would compile once more for them.
+            copies = {name: tensor.clone() for name, tensor in inputs.items()}
             # The next replay of the graph overwrites its output.
-            return super().predict(own)[:batch].clone()
+            return super().predict(copies)[:batch].clone()
 
 
 class TrainingRunner(TorchRunner):
     """The UNet with its adapter through `torch.compile`, gradients included.
 
     There is code for each batch size, and for the adapter on and off. The UNet itself becomes channels last. CUDA
-    graphs have no part in it: their next replay overwrites activations that the way back needs.
+    graphs have no part in it: their next replay overwrites activations that the backward pass needs.
     """
 
     name = "compiled"
 
     def __init__(self, unet: UNet2DConditionModel, *, backend: str = "inductor") -> None:
-        """Wrap; the first call compiles, and so does the first way back, minutes each.
+        """Wrap; the first call compiles, and so does the first backward pass, minutes each.
 
         Args:
             unet: frozen but for its adapter.

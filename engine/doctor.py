@@ -18,11 +18,11 @@ class Finding:
     """One line of the diagnosis.
 
     Attributes:
-        name: what was looked at.
-        found: what is there.
+        name: part of the machine or the installation.
+        found: its state in words.
         ready: whether it can be used.
-        use: what it serves.
-        install: what to run for it; empty where nothing is missing or nothing would help.
+        use: commands or runners that need it.
+        install: command that installs it; empty where nothing is missing or nothing would help.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What can go wrong, by whose hand: the command line turns these into one line and an exit code."""
+"""Exceptions, and the exit codes that the command line gives them."""
 
 
 class BoostDiffError(Exception):

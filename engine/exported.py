@@ -37,7 +37,7 @@ class Step:
     """The state after one sampling step.
 
     Attributes:
-        index: of the step, from 0.
+        index: index of the step, from 0.
         total: steps in all.
         latents: `(B, C, H, W)`.
         model: decodes them.
@@ -57,7 +57,7 @@ class Engine(AbstractContextManager["Engine"]):
     """An exported student, ready to draw. A context manager; `close` frees what it holds.
 
     Attributes:
-        manifest: what was exported, and how it was checked.
+        manifest: the engine's manifest.
         model: its parts as a stock diffusers pipeline, `model.pipeline`, that makes one pass a step.
         runner: a name in `runners.EXPORTED`.
     """
@@ -149,7 +149,7 @@ class Engine(AbstractContextManager["Engine"]):
             steps: sampling steps.
             seed: see `prompts`.
             sampler: a name in `samplers.SAMPLERS`.
-            guidance: of a student that takes it as an input; by default its own.
+            guidance: scale for a guidance-conditioned student; by default its own.
             batch_size: images denoised together; None takes `generate.default_batch_size`.
 
         Raises:

@@ -22,7 +22,7 @@ ENCODED_TOGETHER = 64
 
 @dataclass(frozen=True, kw_only=True)
 class PromptEmbeds:
-    """What the UNet is told of B prompts, by the names that diffusers gives its inputs.
+    """Conditioning of the UNet on B prompts, by the names that diffusers gives its inputs.
 
     Attributes:
         encoder_hidden_states: `(B, L, D)`, one vector a token.
@@ -78,8 +78,8 @@ class TextEmbeddings:
     """Embeddings of B prompts and, for guidance, of what it leads away from.
 
     Attributes:
-        conditional: of the prompts (c), a batch of B.
-        unconditional: of the empty or a negative prompt (∅), a batch of 1; None where no guidance will need it.
+        conditional: embeddings of the prompts (c), a batch of B.
+        unconditional: embeddings of the empty or a negative prompt (∅), a batch of 1; None without guidance.
     """
 
     conditional: PromptEmbeds
@@ -105,7 +105,7 @@ class TextEmbeddings:
 
 
 class Family(ABC):
-    """What differs between kinds of models."""
+    """What differs between model families."""
 
     name: str
     pipeline_class: type[DiffusionPipeline]

@@ -1,4 +1,4 @@
-"""Classifier-free guidance and the two ways to spend passes on it.
+"""Classifier-free guidance, in two passes or in one.
 
 A *denoiser* is a runner plus guidance: called as `denoiser(z_t, t, text)`, it gives the prediction that the
 scheduler steps on. Teacher and student differ in nothing else.
@@ -55,7 +55,7 @@ def _embedding_rates(width: int) -> torch.Tensor:
 def smooth_columns(width: int) -> torch.Tensor:
     """Which of the guidance embedding's columns, `(width,)` bool, turn by at most one radian while w grows by 1.
 
-    Most turn up to 1000 radians: nothing that is learnt from few scales carries over to those between.
+    Most turn up to 1000 radians: nothing that is learned from few scales carries over to those between.
     """
     slow = 1000.0 * _embedding_rates(width) <= 1
     return torch.nn.functional.pad(torch.cat([slow, slow]), (0, width % 2))
@@ -105,7 +105,7 @@ class GuidedDenoiser:
 class SinglePassDenoiser:
     """The student (and the teacher without guidance): one pass over a batch of B.
 
-    `guidance_scale`, a number or `(B,)`, goes to a student that takes it as an input; other UNets have none.
+    `guidance_scale`, a number or `(B,)`, goes to a guidance-conditioned student; other UNets have no such input.
     """
 
     def __init__(self, runner: Any, guidance_scale: float | torch.Tensor | None = None) -> None:
@@ -115,13 +115,13 @@ class SinglePassDenoiser:
 
     def _embedding(self, z_t: torch.Tensor) -> torch.Tensor:
         """The guidance embedding for a batch; of one scale it is made once, as a GPU would wait for it in each step."""
-        about = (len(z_t), z_t.device, z_t.dtype, torch.is_inference_mode_enabled())
-        if about in self._embeddings:
-            return self._embeddings[about]
+        key = (len(z_t), z_t.device, z_t.dtype, torch.is_inference_mode_enabled())
+        if key in self._embeddings:
+            return self._embeddings[key]
         scale = torch.as_tensor(self.guidance_scale, device=z_t.device).expand(len(z_t))
         embedding = guidance_embedding(scale, self.runner.config["time_cond_proj_dim"]).to(z_t.dtype)
         if not isinstance(self.guidance_scale, torch.Tensor):
-            self._embeddings[about] = embedding
+            self._embeddings[key] = embedding
         return embedding
 
     def __call__(self, z_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:

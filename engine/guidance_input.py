@@ -1,4 +1,4 @@
-"""Guidance as an input of the student (Meng et al. 2023), and a student's adapter with or without it."""
+"""Guidance-conditioned students (w-conditioned, Meng et al. 2023), and a student's adapter with or without that."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from .adapters import PEFT_METHODS, TARGETS, Adapter, BitFit, PeftAdapter, SoftPrompt, adapter_class
+from .adapters import TARGETS, Adapter, BitFit, Lora, SoftPrompt, adapter_class
 from .guidance import smooth_columns
 
 GUIDANCE_FILE = "guidance_embedding.safetensors"
@@ -20,7 +20,7 @@ GUIDANCE_WIDTH = 256
 
 
 class GuidanceConditioned(Adapter):
-    """Another adapter, and with it a guidance embedding: the student takes w as an input (Meng et al. 2023, §3.1).
+    """Another adapter, and with it a guidance embedding of w (Meng et al. 2023, §3.1).
 
     The embedding enters beside the timestep's, through a projection that starts at zero. The teacher, which is given
     no w, does not see it.
@@ -75,7 +75,7 @@ def add_guidance_embedding(unet: UNet2DConditionModel, width: int = GUIDANCE_WID
         ValueError: the UNet has one already.
     """
     if unet.config.time_cond_proj_dim is not None:
-        raise ValueError("the UNet takes guidance as an input already")
+        raise ValueError("the UNet is guidance-conditioned already")
     projection = torch.nn.Linear(width, unet.time_embedding.linear_1.in_features, bias=False, device=unet.device)
     torch.nn.init.zeros_(projection.weight)
     unet.time_embedding.cond_proj = projection
@@ -90,7 +90,7 @@ def load_adapter(unet: UNet2DConditionModel, folder: Path, *, method: str, guida
         unet: of the model that it was trained on.
         folder: the student's.
         method: one of `METHODS`.
-        guidance_input: whether the student takes its guidance as an input.
+        guidance_input: whether the student is guidance-conditioned.
     """
     adapter_class(method).load(unet, folder)
     if guidance_input:
@@ -112,11 +112,11 @@ def make_adapter(
     Args:
         method: one of `METHODS`.
         unet: its parameters must not require gradients.
-        rank: of the low-rank methods.
-        alpha: of LoRA and its kin; by default the rank.
+        rank: LoRA rank r.
+        alpha: LoRA alpha; by default the rank.
         targets: a key of `TARGETS`, or comma-separated endings of module names.
-        tokens: of a soft prompt.
-        guidance_input: the student takes its guidance as an input.
+        tokens: number of a soft prompt's tokens.
+        guidance_input: whether the student is guidance-conditioned.
 
     Raises:
         InputError: no layer has such a name, or the tuner can't take one that has.
@@ -128,5 +128,5 @@ def make_adapter(
         adapter = SoftPrompt(unet, tokens)
     else:
         modules = list(TARGETS.get(targets, tuple(part.strip() for part in targets.split(","))))
-        adapter = PeftAdapter(unet, method, PEFT_METHODS[method](rank, alpha or rank, modules))
+        adapter = Lora(unet, method, rank=rank, alpha=alpha or rank, targets=modules)
     return GuidanceConditioned(unet, adapter) if guidance_input else adapter

@@ -24,17 +24,17 @@ class Manifest:
     """What an export wrote, from what, and how it was checked.
 
     Attributes:
-        version: of this format.
-        model: what the user called the model.
+        version: version of this format.
+        model: name that the user gave the model.
         inputs: SHA-256 by name of what went in ("unet", "adapter", "text_encoder", …).
-        options: what the user asked for, as far as it changes what is written.
+        options: options of the export that change what is written.
         files: SHA-256 by path relative to the engine folder of what came out.
         student: method and guidance of the student.
         unet_config: the UNet's configuration, for whoever runs the graph.
-        merge: figures of the merge's proof.
+        merge: comparison of the merged UNet with base + adapter.
         artefacts: by path: precision, inputs, outputs, checks; for plans also flavour, version, compute
             capabilities and profiles.
-        versions: of boostdiff and the libraries that matter.
+        versions: versions of boostdiff and the libraries that matter.
         hardware: the GPU that plans were built on, if any.
     """
 

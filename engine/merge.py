@@ -48,7 +48,7 @@ def merge(model: Model, folder: Path, info: StudentInfo) -> UNet2DConditionModel
 def fold_student(unet: UNet2DConditionModel, folder: Path, info: StudentInfo) -> None:
     """Make a UNet the student's, of the base's architecture but for what a method must add.
 
-    A range student keeps its guidance input, a soft prompt is appended by a hook that graphs take with them.
+    A guidance-conditioned student keeps its input, a soft prompt is appended by a hook that graphs take with them.
 
     Args:
         unet: the base, without adapters.
@@ -86,11 +86,13 @@ def merge_in_place(model: Model, folder: Path, info: StudentInfo) -> MergeProof:
         inputs["sample"] = inputs["sample"][..., : inputs["sample"].shape[2] // 4, : inputs["sample"].shape[3] // 4]
 
     def predictions() -> torch.Tensor:
-        given = dict(inputs)
+        arguments = dict(inputs)
         if unet.config.time_cond_proj_dim is not None:
             scales = torch.tensor([2.0, 5.0], device=model.device)
-            given["timestep_cond"] = guidance_embedding(scales, unet.config.time_cond_proj_dim)
-        outputs = [unet_forward(unet, given | {"timestep": torch.full_like(given["timestep"], t)}) for t in TIMESTEPS]
+            arguments["timestep_cond"] = guidance_embedding(scales, unet.config.time_cond_proj_dim)
+        outputs = [
+            unet_forward(unet, arguments | {"timestep": torch.full_like(arguments["timestep"], t)}) for t in TIMESTEPS
+        ]
         return torch.stack(outputs).double()
 
     base = predictions()

@@ -30,9 +30,9 @@ class ModelFiles:
     """A model folder whose configuration has been read, its weights not.
 
     Attributes:
-        name: what the user called it.
-        folder: where it lies.
-        family: how it works.
+        name: name that the user gave it.
+        folder: pipeline folder.
+        family: model family.
         unet_config: the UNet's `config.json`.
     """
 
@@ -88,7 +88,7 @@ class Model:
     """A loaded model.
 
     Attributes:
-        files: where it came from.
+        files: its files.
         pipeline: the stock diffusers pipeline, on its device.
     """
 
@@ -142,7 +142,7 @@ def locate(model: str, *, weights: bool = True) -> ModelFiles:
 
     Args:
         model: `emoji64`, a pipeline folder, or a hub id such as "organisation/name".
-        weights: of a hub id fetch everything, not the configuration alone.
+        weights: whether to fetch everything for a hub id, not the configuration alone.
 
     Raises:
         InputError: there is no such model, or it is not one that can be used.
@@ -172,13 +172,22 @@ def _download(model: str, *, weights: bool) -> Path:
     missing = f"there is no model {model!r}: pass {embedded.MODEL_NAME}, a diffusers pipeline folder or a hub id"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model):
         raise InputError(missing)
-    try:
-        if not weights:
-            return Path(snapshot_download(model, allow_patterns=["model_index.json", "*/*.json"]))
-        return Path(DiffusionPipeline.download(model, use_safetensors=True))
-    except Exception as error:
-        # The hub client raises dozens of types, from "repository not found" to the socket's own.
-        raise InputError(f"{missing} (no such folder here, and the hub says: {one_line(error)})") from None
+    reason, folder = "", None
+    # Some repositories hold the fp16 variant alone.
+    for variant in (None, "fp16"):
+        try:
+            if not weights:
+                return Path(snapshot_download(model, allow_patterns=["model_index.json", "*/*.json"]))
+            folder = Path(DiffusionPipeline.download(model, use_safetensors=True, variant=variant))
+        except Exception as error:
+            # The hub client raises dozens of types, from "repository not found" to the socket's own.
+            reason = reason or one_line(error)
+            continue
+        if any((folder / "unet").glob("*.safetensors")):
+            break
+    if folder is None:
+        raise InputError(f"{missing} (no such folder here, and the hub says: {reason})")
+    return folder
 
 
 def load(files: ModelFiles, *, device: torch.device, dtype: torch.dtype | None = None) -> Model:
@@ -187,7 +196,7 @@ def load(files: ModelFiles, *, device: torch.device, dtype: torch.dtype | None =
     Args:
         files: what `locate` found.
         device: where to put it.
-        dtype: of all weights; by default `default_dtype(device)`.
+        dtype: dtype of all weights; by default `default_dtype(device)`.
 
     Raises:
         InputError: a file is missing, damaged or not safetensors.
@@ -214,8 +223,8 @@ def prepare_for_inference(pipeline: DiffusionPipeline, family: Family) -> None:
     """Make a pipeline ready to draw, in place: frozen, laid out for speed, in FP32 where FP16 overflows.
 
     Args:
-        pipeline: with its weights in the dtype that they are to have.
-        family: how it works.
+        pipeline: the pipeline, its weights in their final dtype.
+        family: model family.
     """
     pipeline.set_progress_bar_config(disable=True)
     # The VAE is all convolutions, which run faster on this layout (by a third on a CPU).

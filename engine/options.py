@@ -136,7 +136,7 @@ def _choices(hint: Any) -> tuple[str, ...]:
 def _flag(name: str, option: OptionInfo) -> str:
     """An option as the user writes it."""
     # Within `Annotated` typer's first argument, `default`, is a name, too.
-    names = [each for each in (option.default, *(option.param_decls or ())) if str(each).startswith("--")]
+    names = [str(each) for each in (option.default, *(option.param_decls or ())) if str(each).startswith("--")]
     return names[0] if names else f"--{name.replace('_', '-')}"
 
 

@@ -1,4 +1,4 @@
-"""Picture grids: one row a prompt, one column a way of sampling."""
+"""Picture grids: one row per prompt, one column per sampling mode."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def labelled_grid(columns: dict[str, torch.Tensor], captions: list[str], *, cell
 
     Args:
         columns: by their heading, uint8 images `(N, 3, H, W)`, the same N in each.
-        captions: one a row.
+        captions: one per row.
         cell: side of a drawn image in pixels; small images are enlarged without smoothing.
     """
     font = ImageFont.load_default(_TEXT)

@@ -1,4 +1,4 @@
-"""Runners: one UNet, several ways to execute it, one call signature.
+"""Runners: one UNet, several modes of execution, one call signature.
 
 Each is a context manager and can be set as `pipe.unet` in a stock diffusers pipeline. To add one, subclass
 `Runner`, or `sessions.Session` for an exported graph, and give it a row in `available_runners`.
@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,11 +33,12 @@ class Runner(AbstractContextManager["Runner"]):
     """Executes a UNet.
 
     Attributes:
-        name: as the command line knows it.
+        name: name on the command line.
         config: the UNet's configuration.
-        dtype: of `sample`, `encoder_hidden_states` and the prediction.
-        precision: that the UNet computes in.
-        device: where they lie.
+        dtype: dtype of `sample`, `encoder_hidden_states` and the prediction.
+        precision: dtype that the UNet computes in.
+        device: their device.
+        add_embedding: SDXL's, as far as the stock pipeline reads it.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Runner(AbstractContextManager["Runner"]):
     dtype: torch.dtype
     precision: torch.dtype
     device: torch.device
+    add_embedding: Any
 
     def __exit__(self, *raised: object) -> None:
         self.close()
@@ -56,8 +59,8 @@ class Runner(AbstractContextManager["Runner"]):
         """Run once.
 
         Args:
-            inputs: `sample` `(B, C, H, W)`, `timestep` `(B,)`, `encoder_hidden_states` `(B, L, D)`; for a student that
-                takes its guidance as an input `timestep_cond` `(B, E)`; for SDXL `text_embeds` and `time_ids`.
+            inputs: `sample` `(B, C, H, W)`, `timestep` `(B,)`, `encoder_hidden_states` `(B, L, D)`; for a
+                guidance-conditioned student `timestep_cond` `(B, E)`; for SDXL `text_embeds` and `time_ids`.
 
         Returns:
             `(B, C, H, W)`.
@@ -77,11 +80,11 @@ class Runner(AbstractContextManager["Runner"]):
         """As `UNet2DConditionModel.forward`.
 
         Raises:
-            InputError: an argument that this runner can't honour was given.
+            InputError: an argument that this runner can't honor was given.
         """
-        given = [name for name, value in unsupported.items() if value is not None]
-        if given:
-            raise InputError(f"the {self.name} runner can't take {', '.join(given)}")
+        refused = [name for name, value in unsupported.items() if value is not None]
+        if refused:
+            raise InputError(f"the {self.name} runner can't take {', '.join(refused)}")
         t = torch.as_tensor(timestep, device=self.device)
         inputs = {
             "sample": sample,
@@ -111,6 +114,8 @@ class TorchRunner(Runner):
     def __init__(self, unet: UNet2DConditionModel) -> None:
         self.unet = unet
         self.config, self.dtype, self.device = unet.config, unet.dtype, unet.device
+        if hasattr(unet, "add_embedding"):
+            self.add_embedding = unet.add_embedding
         self.precision = self.dtype
 
     def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -130,6 +135,9 @@ class GraphRunner(Runner):
         """
         self.session = session
         self.name, self.device = session.kind, session.device
+        if width := unet_config.get("projection_class_embeddings_input_dim"):
+            # Where the stock SDXL pipeline looks for the width of its added conditions.
+            self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
         self.config, self.dtype = FrozenDict(unet_config), session.input_types["sample"]
         self.precision = self.dtype
 
@@ -155,7 +163,7 @@ def open_session(
         part: "unet", "text_encoder", "text_encoder_2" or "vae_decoder".
         folder: the engine folder.
         manifest: its manifest.
-        device: where it runs; of TensorRT a GPU.
+        device: device to run on; TensorRT needs a GPU.
         precision: "fp32" or "fp16", of an ONNX graph; None takes what the device is faster at, if it is there. A part
             other than the UNet that has no such graph runs in what it has.
 
@@ -172,8 +180,8 @@ def open_session(
         path = verified_file(folder, manifest, name)
         return TensorRTSession(path, artefact=manifest.artefacts[name], digest=manifest.files[name], device=device)
     graphs = {
-        about["precision"]: name
-        for name, about in manifest.artefacts.items()
+        artefact["precision"]: name
+        for name, artefact in manifest.artefacts.items()
         if name.startswith(f"{part}/") and name.endswith(".onnx")
     }
     wanted = ["fp32", "fp16"] if device.type == "cpu" else ["fp16", "fp32"]
@@ -206,8 +214,8 @@ def open_exported(
         name: one in `EXPORTED`.
         folder: the engine folder.
         manifest: its manifest.
-        device: where it runs; of TensorRT a GPU.
-        precision: of the ONNX graph.
+        device: device to run on; TensorRT needs a GPU.
+        precision: precision of the ONNX graph.
 
     Raises:
         InputError: a file is missing or was changed.
@@ -222,7 +230,7 @@ def available_runners(
 ) -> dict[str, str | None]:
     """Which of these runners can execute an exported engine on a device: the reason against each, or None.
 
-    What is not asked for is not loaded: TensorRT takes a second, and keeps its other flavour out of the process.
+    What is not asked for is not loaded: TensorRT takes long to import, and keeps its other flavour out of the process.
     """
     reasons: dict[str, str | None] = {}
     for name in names:

@@ -47,8 +47,8 @@ def sampling(
     # Schedulers keep their tables on the CPU: a timestep from the GPU would be waited for in each step.
     scheduler.set_timesteps(steps, device="cpu")
     z_t = noise * scheduler.init_noise_sigma
-    for t, told in zip(scheduler.timesteps, scheduler.timesteps.to(noise.device), strict=True):
-        prediction = denoiser(scheduler.scale_model_input(z_t, t), told, text)
+    for t, on_device in zip(scheduler.timesteps, scheduler.timesteps.to(noise.device), strict=True):
+        prediction = denoiser(scheduler.scale_model_input(z_t, t), on_device, text)
         z_t = scheduler.step(prediction, t, z_t, return_dict=False)[0]
         yield z_t
 
@@ -84,8 +84,8 @@ def decode(model: Model, latents: torch.Tensor) -> torch.Tensor:
     area = latents.shape[2] * latents.shape[3]
     together = len(latents) if area < MIDDLING else max(1, 4 * MIDDLING // area)
     images = []
-    for some in latents.split(together):
-        decoded = vae.decode(some.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    for part in latents.split(together):
+        decoded = vae.decode(part.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
         images.append((decoded.float() / 2 + 0.5).clamp(0, 1))
     # Copied at once: each copy is waited for.
     return torch.cat(images).cpu()

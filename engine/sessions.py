@@ -50,7 +50,7 @@ class Session(AbstractContextManager["Session"]):
         """Free what is held."""
 
     def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
-        """Execute the graph, a batch that is too large in several goes, one that is too small filled up.
+        """Execute the graph, a batch that is too large in several runs, one that is too small filled up.
 
         Args:
             inputs: all that the graph takes, converted to its types here if need be.
@@ -64,11 +64,11 @@ class Session(AbstractContextManager["Session"]):
         batch = len(next(iter(feeds.values())))
         step = self.largest_batch or batch
         for start in range(0, batch, step):
-            some = slice(start, min(start + step, batch))
-            execute = self._execute if some.stop - start >= self.smallest_batch else self._execute_filled
+            rows = slice(start, min(start + step, batch))
+            execute = self._execute if rows.stop - start >= self.smallest_batch else self._execute_filled
             execute(
-                {name: tensor[some] for name, tensor in feeds.items()},
-                {name: tensor[some] for name, tensor in outputs.items()},
+                {name: tensor[rows] for name, tensor in feeds.items()},
+                {name: tensor[rows] for name, tensor in outputs.items()},
             )
 
     def _execute_filled(self, feeds: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
@@ -94,7 +94,7 @@ class Session(AbstractContextManager["Session"]):
             unknown = sorted(inputs.keys() - self.input_types.keys())
             missing = sorted(self.input_types.keys() - inputs.keys())
             reason = f"can't take {', '.join(unknown)}" if unknown else f"needs {', '.join(missing)}"
-            raise InputError(f"the {self.kind} graph {reason}: it was exported from another kind of student")
+            raise InputError(f"the {self.kind} graph {reason}: it was exported from a student with other inputs")
         return {name: tensor.to(self.device, self.input_types[name]).contiguous() for name, tensor in inputs.items()}
 
 
@@ -169,7 +169,7 @@ class OnnxSession(Session):
             # The C++ side raises its own types, none of them exported under a common base.
             raise BoostDiffError(f"ONNX Runtime can't load {path}: {one_line(error)}") from None
         if provider not in self._session.get_providers():
-            # It goes on by itself, slower, where a library of CUDA or TensorRT is missing.
+            # It continues by itself, slower, where a library of CUDA or TensorRT is missing.
             used = self._session.get_providers()[0]
             raise BoostDiffError(f"ONNX Runtime could not start {provider} and took {used}: is CUDA's cuDNN installed?")
         self.kind = "onnx" if tensorrt_engines is None else "onnx-tensorrt"

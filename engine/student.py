@@ -9,6 +9,7 @@ from typing import Any
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 
+from .adapters import METHODS
 from .errors import InputError, one_line
 from .files import read_json, sha256_of, write_json
 from .guidance_input import load_adapter
@@ -23,16 +24,16 @@ class StudentInfo:
 
     Attributes:
         method: "lora", "bitfit", ….
-        guidance: the guidance scale w that was distilled in; of a range its middle.
-        guidance_range: smallest and largest w of a student that takes w as an input, else None.
-        negative_prompt: what guidance leads away from.
-        model: what the user called the model.
-        unet_sha256: of the UNet weights that the adapter belongs to.
+        guidance: guidance scale w that was distilled in; for a range its middle.
+        guidance_range: smallest and largest w of a guidance-conditioned student, else None.
+        negative_prompt: negative prompt that was distilled in, or "".
+        model: name that the user gave the model.
+        unet_sha256: hash of the UNet weights that the adapter belongs to.
         adapter_files: SHA-256 by file name.
         trainable_parameters: their number.
         settings: the resolved training configuration.
-        versions: of boostdiff and the libraries that matter.
-        result: what the training measured (updates, seconds, losses).
+        versions: versions of boostdiff and the libraries that matter.
+        result: measurements of the training (updates, seconds, losses, R² of the guidance term).
     """
 
     method: str
@@ -53,7 +54,7 @@ class StudentInfo:
         return "-".join(self.adapter_files[name] for name in sorted(self.adapter_files))
 
     def choose_guidance(self, guidance: float | None) -> float | None:
-        """What to hand to the UNet as guidance: a number for a student that takes it as an input, else None.
+        """What to hand to the UNet as guidance: a number for a guidance-conditioned student, else None.
 
         Args:
             guidance: what the user asked for, or None for the student's own.
@@ -87,15 +88,15 @@ def check_negative_prompt(negative_prompt: str | None, *, own: str) -> None:
         InputError: it is another.
     """
     if negative_prompt not in (None, own):
-        learnt = f"the negative prompt {own!r}" if own else "no negative prompt"
+        trained = f"the negative prompt {own!r}" if own else "no negative prompt"
         raise InputError(
-            f"this student was distilled with {learnt}, and one pass can't follow another: "
+            f"this student was distilled with {trained}, and one pass can't follow another: "
             "leave --negative-prompt out, distill with it, or pass --teacher"
         )
 
 
 def choose_guidance(guidance: float | None, *, own: float, guidance_range: tuple[float, float] | None) -> float | None:
-    """What to hand to the UNet as guidance: a number for a student that takes it as an input, else None.
+    """What to hand to the UNet as guidance: a number for a guidance-conditioned student, else None.
 
     Args:
         guidance: what the user asked for, or None for the student's own.
@@ -141,6 +142,8 @@ def read_student(folder: Path, files: ModelFiles | None = None) -> StudentInfo:
     if values["guidance_range"] is not None:
         values["guidance_range"] = tuple(values["guidance_range"])
     info = StudentInfo(**{name: values[name] for name in names})
+    if info.method not in METHODS:
+        raise InputError(f"the student in {folder} is of method {info.method}, which is gone: distill one of another")
     for name, expected in info.adapter_files.items():
         path = folder / Path(name).name
         if not path.is_file():

@@ -53,14 +53,14 @@ def export(
     Args:
         files: the model.
         config: precisions, shapes and plans.
-        student: what `distill` wrote.
+        student: folder that `distill` wrote.
         output: the engine's folder, laid out as Optimum does: `unet`, `text_encoder` (SDXL: and `text_encoder_2`) and
             `vae_decoder`, each with `model.onnx` and, with plans, `model.plan`; tokenizers, scheduler,
             `model_index.json`; and `manifest.json`.
         device: where the reference runs; if it is a GPU, it is the one that plans are built for.
         force: export again even if nothing has changed.
         refit: an engine whose plans get the new weights, instead of being built anew; may be `output` itself.
-        report: told of each stage in words.
+        report: callback for each stage in words.
 
     Returns:
         The manifest.
@@ -106,24 +106,26 @@ def _export(
         if not (config.trt and config.refittable):
             raise InputError("--refit needs refittable TensorRT plans: pass --trt --refittable with it")
         source = partial(plan_by_refit, refit, refittable_engine(refit, config, manifest.inputs))
-    if not force and (standing := up_to_date_engine(output, manifest)):
+    if not force and (present := up_to_date_engine(output, manifest)):
         report(f"nothing has changed since the export in {output}")
-        return standing
+        return present
 
     model = load(files, device=target, dtype=torch.float32)
     latent_sizes(model, config)
-    proof = merge_in_place(model, student, info)
+    check = merge_in_place(model, student, info)
     report(
-        f"merged {info.method}: differs from base + adapter by {proof.relative:.1e} of the output's scale "
-        f"(cosine {proof.cosine:.7f}), from the base by {proof.change:.2f}"
+        f"merged {info.method}: differs from base + adapter by {check.relative:.1e} of the output's scale "
+        f"(cosine {check.cosine:.7f}), from the base by {check.change:.2f}"
     )
-    manifest.merge = {**asdict(proof), "timesteps": list(TIMESTEPS)}
+    manifest.merge = {**asdict(check), "timesteps": list(TIMESTEPS)}
     height, width = latent_sizes(model, config)[1]
     model.unet.register_to_config(sample_size=height if height == width else (height, width))
     manifest.unet_config = {key: value for key, value in dict(model.unet.config).items() if not key.startswith("_")}
     with staged_folder(output, replaces=MANIFEST_FILE) as folder:
-        _write_surroundings(model, manifest, folder, diffusers=config.diffusers)
+        write_configs_and_tokenizers(model, manifest, folder, diffusers=config.diffusers)
         precisions = config.precisions(model.unet.num_parameters())
+        if flavour is not None and source is None:
+            report(f"building with {flavour.name}: {flavour.reason}")
         for part in _parts(model, config, precisions):
             _export_part(part, folder, manifest, precisions, report)
             if flavour is not None:
@@ -152,7 +154,7 @@ def _intended(files: ModelFiles, info: StudentInfo, config: ExportConfig, flavou
 
 
 def _driver() -> str:
-    """The NVIDIA driver's version, where NVML's Python package tells it."""
+    """The NVIDIA driver's version, where NVML's Python package is installed."""
     try:
         import pynvml
     except ImportError:
@@ -180,7 +182,7 @@ def up_to_date_engine(output: Path, intended: Manifest) -> Manifest | None:
     return standing
 
 
-def _write_surroundings(model: Model, manifest: Manifest, folder: Path, *, diffusers: bool) -> None:
+def write_configs_and_tokenizers(model: Model, manifest: Manifest, folder: Path, *, diffusers: bool) -> None:
     """Everything that is no graph: configurations, tokenizers, scheduler, and on request the merged weights."""
     pipeline = model.pipeline
     index = read_json(model.files.folder / "model_index.json")
@@ -256,8 +258,6 @@ def _export_plan(
     source: Callable[[Path, Path], dict[str, Any]] | None,
     report: Callable[[str], None],
 ) -> None:
-    if part.name == "unet" and source is None:
-        report(f"building with {flavour.name}: {flavour.reason}")
     graphs = [folder / name for name in manifest.artefacts if name.startswith(f"{part.name}/model.")]
     graph = graphs[-1]
     plan = graph.with_name("model.plan")

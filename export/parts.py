@@ -31,7 +31,7 @@ class Case:
 
     Attributes:
         where: the case in words.
-        inputs: by name, float32.
+        inputs: tensors by name, float32.
         expected: outputs by name, float32 on the CPU.
         plan_only: whether it is too much for ONNX Runtime on a CPU, and so compared with plans alone.
     """
@@ -47,13 +47,13 @@ class Part:
     """A module to export.
 
     Attributes:
-        name: of its folder in the engine.
+        name: name of its folder in the engine.
         module: takes `inputs` by keyword and gives a tuple of tensors.
         inputs: example inputs by name, a batch of `TRACE_BATCH`.
         outputs: names of what it gives.
         dynamic: the dimensions that vary: by input, axis and `torch.export.Dim`.
-        profile: by input the smallest, best and largest shape of a plan.
-        cases: what its graphs are compared on.
+        profile: smallest, best and largest shape of a plan, by input.
+        cases: inputs that its graphs are compared on.
         half: whether it may run in FP16.
         one_by_one: whether references are computed an image at a time, to save memory.
         large: whether memory is a concern.
@@ -95,11 +95,12 @@ class Part:
         for case in self.cases:
             batch = len(next(iter(case.inputs.values())))
             step = 1 if self.one_by_one else batch
-            goes = []
+            results = []
             for start in range(0, batch, step):
-                some = {name: tensor[start : start + step] for name, tensor in case.inputs.items()}
-                goes.append([result.float().cpu() for result in self.module(**some)])
-            case.expected = {name: torch.cat(x) for name, x in zip(self.outputs, zip(*goes, strict=True), strict=True)}
+                rows = {name: tensor[start : start + step] for name, tensor in case.inputs.items()}
+                results.append([result.float().cpu() for result in self.module(**rows)])
+            outputs = zip(self.outputs, zip(*results, strict=True), strict=True)
+            case.expected = {name: torch.cat(pieces) for name, pieces in outputs}
 
     def release(self) -> None:
         """Give the module's memory back to the system, once it was exported: the exporter's caches hold on to it."""
@@ -194,9 +195,10 @@ def _chosen_cases(
         config: whether there will be plans.
     """
     chosen = dict.fromkeys(few if large else every)
-    cases = [case(*about) for about in chosen]
+    cases = [case(*arguments) for arguments in chosen]
     if large and config.trt and device.type != "cpu":
-        cases += [replace(case(*about), plan_only=True) for about in dict.fromkeys(every) if about not in chosen]
+        others = [arguments for arguments in dict.fromkeys(every) if arguments not in chosen]
+        cases += [replace(case(*arguments), plan_only=True) for arguments in others]
     return cases
 
 
@@ -225,64 +227,90 @@ def unet_part(
         merged: the student, in float32.
         text: real embeddings of a few prompts, which the cases cycle through.
         config: batches and sizes.
-        timesteps: what a small UNet is compared at; a large one at some of them.
+        timesteps: timesteps that a small UNet is compared at; a large one at some of them.
     """
     sizes = latent_sizes(model, config)
-    best = sizes[1]
-    inputs = model.family.example_inputs(model.pipeline, batch=TRACE_BATCH)
-    length = inputs["encoder_hidden_states"].shape[1]
+    channels = model.latent_shape[0]
     generator = torch.Generator().manual_seed(0)
-    channels = inputs["sample"].shape[1]
 
     def noise(batch: int, size: tuple[int, int]) -> torch.Tensor:
         return torch.randn(batch, channels, *size, generator=generator).to(merged.device)
 
-    inputs["sample"] = noise(TRACE_BATCH, best)
+    inputs = model.family.example_inputs(model.pipeline, batch=TRACE_BATCH) | {"sample": noise(TRACE_BATCH, sizes[1])}
+    length = inputs["encoder_hidden_states"].shape[1]
     # Traced with two chunks of text: a dimension of its smallest size would be frozen.
     inputs["encoder_hidden_states"] = torch.cat([inputs["encoder_hidden_states"]] * 2, dim=1)
-    batch = _batch_dim()
-    dynamic: dict[str, dict[int, Any]] = {name: {0: batch} for name in inputs}
-    dynamic["encoder_hidden_states"][1] = length * torch.export.Dim("chunks", min=1, max=64)
-    if sizes[0] != sizes[2]:
-        multiple = 2 ** (len(merged.config.block_out_channels) - 1)
-        for axis, side in ((2, "height"), (3, "width")):
-            dynamic["sample"][axis] = multiple * torch.export.Dim(side, min=1, max=1024)
-    profile = {}
-    for name, tensor in inputs.items():
-        shapes = [(b, *tensor.shape[1:]) for b in config.batch]
-        if name == "sample":
-            shapes = [(b, channels, *size) for b, size in zip(config.batch, sizes, strict=True)]
-        if name == "encoder_hidden_states":
-            shapes = [(b, length * n, tensor.shape[2]) for b, n in zip(config.batch, (1, 1, TEXT_CHUNKS), strict=True)]
-        profile[name] = shapes
-
-    def case(count: int, t: int, size: tuple[int, int] = best, chunks: int = 1) -> Case:
-        given = {name: _cycled(tensor, count) for name, tensor in (inputs | text.tensors()).items()}
-        given["sample"] = noise(count, size)
-        given["timestep"] = torch.full((count,), float(t), device=merged.device)
-        given["encoder_hidden_states"] = torch.cat([given["encoder_hidden_states"]] * chunks, dim=1)
-        where = f"batch {count}, timestep {t}"
-        where += f", {size[0]}x{size[1]} latents" if size != best else ""
-        return Case(where=where + (f", {chunks} chunks of text" if chunks > 1 else ""), inputs=given)
-
-    smallest = config.batch[0]
-    every: list[tuple[Any, ...]] = [(count, t) for count in sorted({*config.batch, 2}) for t in timesteps]
-    every += [(smallest, timesteps[1], size) for size in dict.fromkeys(sizes) if size != best]
-    every += [(max(2, smallest), timesteps[1], best, 2)]
-    few = [(1, timesteps[0]), (1, timesteps[-1]), (2, timesteps[len(timesteps) // 2])]
-    if config.trt and smallest > 2:
-        few += [(smallest, timesteps[0])]
     large = merged.num_parameters() >= LARGE_PARAMETERS
     return Part(
         name="unet",
         module=_Unet(merged),
         inputs=inputs,
         outputs=(UNET_OUTPUT,),
-        dynamic=dynamic,
-        profile=profile,
-        cases=_chosen_cases(case, few=few, every=every, large=large, device=merged.device, config=config),
+        dynamic=_unet_dynamic_shapes(inputs, length, sizes, len(merged.config.block_out_channels)),
+        profile=_unet_profile(inputs, length, sizes, config.batch),
+        cases=_unet_cases(inputs | text.tensors(), noise, sizes, config, timesteps, large=large),
         one_by_one=large,
     )
+
+
+def _unet_dynamic_shapes(
+    inputs: dict[str, torch.Tensor], length: int, sizes: tuple[tuple[int, int], ...], levels: int
+) -> dict[str, dict[int, Any]]:
+    """By input, the axes that vary: the batch, whole chunks of text, and sizes that halve `levels - 1` times."""
+    batch = _batch_dim()
+    dynamic: dict[str, dict[int, Any]] = {name: {0: batch} for name in inputs}
+    dynamic["encoder_hidden_states"][1] = length * torch.export.Dim("chunks", min=1, max=64)
+    if sizes[0] != sizes[2]:
+        for axis, side in ((2, "height"), (3, "width")):
+            dynamic["sample"][axis] = 2 ** (levels - 1) * torch.export.Dim(side, min=1, max=1024)
+    return dynamic
+
+
+def _unet_profile(
+    inputs: dict[str, torch.Tensor], length: int, sizes: tuple[tuple[int, int], ...], batch: tuple[int, int, int]
+) -> dict[str, list[tuple[int, ...]]]:
+    """By input, its smallest, best and largest shape."""
+    profile: dict[str, list[tuple[int, ...]]] = {
+        name: [(b, *tensor.shape[1:]) for b in batch] for name, tensor in inputs.items()
+    }
+    _, channels, *_ = inputs["sample"].shape
+    *_, width = inputs["encoder_hidden_states"].shape
+    profile["sample"] = [(b, channels, *size) for b, size in zip(batch, sizes, strict=True)]
+    chunks = (1, 1, TEXT_CHUNKS)
+    profile["encoder_hidden_states"] = [(b, length * n, width) for b, n in zip(batch, chunks, strict=True)]
+    return profile
+
+
+def _unet_cases(
+    inputs: dict[str, torch.Tensor],
+    noise: Callable[[int, tuple[int, int]], torch.Tensor],
+    sizes: tuple[tuple[int, int], ...],
+    config: ExportConfig,
+    timesteps: Sequence[int],
+    *,
+    large: bool,
+) -> list[Case]:
+    """What the UNet is compared on: each batch at each timestep, other sizes, and text of two chunks."""
+    best, smallest = sizes[1], config.batch[0]
+    device = inputs["sample"].device
+
+    def case(count: int, t: int, size: tuple[int, int] = best, chunks: int = 1) -> Case:
+        tensors = {name: _cycled(tensor, count) for name, tensor in inputs.items()}
+        tensors["sample"] = noise(count, size)
+        tensors["timestep"] = torch.full((count,), float(t), device=device)
+        tensors["encoder_hidden_states"] = torch.cat([tensors["encoder_hidden_states"]] * chunks, dim=1)
+        where = [f"batch {count}, timestep {t}"]
+        where += [f"{size[0]}x{size[1]} latents"] if size != best else []
+        where += [f"{chunks} chunks of text"] if chunks > 1 else []
+        return Case(where=", ".join(where), inputs=tensors)
+
+    every: list[tuple[Any, ...]] = [(count, t) for count in sorted({*config.batch, 2}) for t in timesteps]
+    every += [(smallest, timesteps[1], size) for size in dict.fromkeys(sizes) if size != best]
+    every += [(max(2, smallest), timesteps[1], best, 2)]
+    few = [(1, timesteps[0]), (1, timesteps[-1]), (2, timesteps[len(timesteps) // 2])]
+    if config.trt and smallest > 2:
+        few += [(smallest, timesteps[0])]
+    return _chosen_cases(case, few=few, every=every, large=large, device=device, config=config)
 
 
 def text_encoder_part(model: Model, name: str, prompts: Sequence[str], config: ExportConfig) -> Part:

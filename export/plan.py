@@ -1,7 +1,7 @@
 """TensorRT plans from ONNX graphs, through polygraphy, in either flavour.
 
 `tensorrt` builds on the GPU that the plan will run on. `tensorrt_rtx` (TensorRT for RTX) builds ahead of time,
-without a GPU, for the compute capabilities that it is told.
+without a GPU, for given compute capabilities.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def plan_in_a_process(graph: Path, plan: Path, *, flavour: Flavour, **options: A
     try:
         answer = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        last = (done.stderr.strip().splitlines() or ["without a word"])[-1]
+        last = (done.stderr.strip().splitlines() or ["without output"])[-1]
         raise BoostDiffError(f"{flavour.name} died while it built the {plan.parent.name}'s plan: {last}") from None
     if "error" in answer:
         raise BoostDiffError(answer["error"])

@@ -23,7 +23,7 @@ def refittable_engine(folder: Path, config: ExportConfig, inputs: dict[str, str]
 
     Args:
         folder: the engine.
-        config: of the export that will reuse its plans; must ask for the same shapes and precision.
+        config: configuration of the export that will reuse its plans; must ask for the same shapes and precision.
         inputs: hashes of the new export's inputs; all but the adapter must be the engine's own.
 
     Raises:
@@ -31,8 +31,8 @@ def refittable_engine(folder: Path, config: ExportConfig, inputs: dict[str, str]
         BoostDiffError: this machine can't run its plans, and so neither change nor check them.
     """
     manifest = read_manifest(folder)
-    plans = {name: about for name, about in manifest.artefacts.items() if name.endswith(".plan")}
-    if not plans or not all(about["refittable"] for about in plans.values()):
+    plans = {name: artefact for name, artefact in manifest.artefacts.items() if name.endswith(".plan")}
+    if not plans or not all(plan["refittable"] for plan in plans.values()):
         raise InputError(f"the plans in {folder} can't take other weights: export with --trt --refittable first")
     changed = sorted(key for key in inputs if key != "adapter" and inputs[key] != manifest.inputs.get(key))
     if changed:
@@ -40,8 +40,8 @@ def refittable_engine(folder: Path, config: ExportConfig, inputs: dict[str, str]
     for option in ("batch", "size", "precision"):
         if config.as_json()[option] != manifest.options.get(option):
             raise InputError(f"the engine in {folder} was exported with another --{option}: repeat it, or export anew")
-    for about in plans.values():
-        check_plan(about)
+    for plan in plans.values():
+        check_plan(plan)
     return manifest
 
 

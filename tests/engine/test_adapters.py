@@ -5,7 +5,7 @@ import torch
 from boostdiff.distill.config import DistillConfig
 from boostdiff.distill.distill import count_parameters, distill
 from boostdiff.distill.loop import Observers
-from boostdiff.engine.adapters import METHODS, PEFT_METHODS, PeftAdapter
+from boostdiff.engine.adapters import LORA_METHODS, METHODS, Lora
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.guidance_input import make_adapter
 from boostdiff.engine.merge import merge_in_place
@@ -104,13 +104,12 @@ def test_a_saved_student_is_the_trained_one_and_merges(
     tiny: Model, tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, method: str, targets: str
 ) -> None:
     """From the loop's own UNet to the file, onto a fresh model, and folded into plain weights."""
-    if targets == "transformer" and method not in PEFT_METHODS:
+    if targets == "transformer" and method not in LORA_METHODS:
         pytest.skip("has no targets")
+    lora = {"targets": targets, "rank": 4, "alpha": 2.0} if method in LORA_METHODS else {}
     config = DistillConfig(
         method=method,
-        targets=targets,
-        rank=4,
-        alpha=2.0,
+        **lora,
         prompts=prompt_file,
         updates=4,
         batch_size=4,
@@ -131,7 +130,7 @@ def test_a_saved_student_is_the_trained_one_and_merges(
 def test_a_kohya_file_is_the_same_lora(tiny: Model, tiny_folder: Path, tmp_path: Path) -> None:
     """ComfyUI's and A1111's key names, read back by diffusers' own converter."""
     adapter = make_adapter("lora", tiny.unet, rank=4, alpha=2.0)
-    assert isinstance(adapter, PeftAdapter)
+    assert isinstance(adapter, Lora)
     perturb(adapter)
     path = adapter.save_kohya(tmp_path)
     names = load_file(path)

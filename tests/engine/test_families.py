@@ -140,6 +140,9 @@ def test_export_of_every_family(
             got = engine(PROMPTS, steps=4, sampler="euler")
             for image, torch_image in zip(got, expected, strict=True):
                 assert np.abs(np.asarray(image) - torch_image).max() <= allowed
+            # As `pipe.unet` of the stock pipeline.
+            images = engine.model.pipeline(PROMPTS[0], num_inference_steps=1, guidance_scale=1.0).images
+            assert images[0].size == got[0].size
 
 
 def test_speed_of_sdxl(folders: dict[str, Path]) -> None:

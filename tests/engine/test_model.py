@@ -101,6 +101,22 @@ def test_an_fp16_variant_is_found(copied: Path, tiny_folder: Path) -> None:
     assert load(locate(str(copied)), device=CPU).unet.dtype == torch.float32
 
 
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_hub_repository_of_the_fp16_variant_alone(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, refuses: bool
+) -> None:
+    empty = copied.parent / "without-weights"
+    (empty / "unet").mkdir(parents=True)
+
+    def download(model: str, *, variant: str | None, **options: object) -> str:
+        if variant is None and refuses:
+            raise OSError("Could not find the necessary safetensors weights")
+        return str(empty if variant is None else copied)
+
+    monkeypatch.setattr("boostdiff.engine.model.DiffusionPipeline.download", download)
+    assert locate("organisation/name").folder == copied
+
+
 def test_an_unknown_device() -> None:
     with pytest.raises(InputError, match="can't use the device 'teapot'"):
         resolve_device("teapot")
