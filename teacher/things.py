@@ -64,9 +64,9 @@ def things_judge(
 
     Args:
         work: the recipe's work folder.
-        artworks: those that are not held out are learnt from.
+        artworks: those that are not held out are learned from.
         network: `(N, 3, 64, 64)` uint8 to features.
-        vae: every second image is learnt from as it comes out of this autoencoder; None learns from real ones alone.
+        vae: every second image is learned from as it comes out of this autoencoder; None learns from real ones alone.
         seed: of what is drawn.
         images: pictures to learn from.
     """

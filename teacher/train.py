@@ -47,7 +47,7 @@ LATENT_BACKGROUNDS = 6
 """Background colours and placements drawn for each artwork when latents are precomputed."""
 
 TOKENIZER_CAPTIONS = 100_000
-"""Captions that the byte-pair vocabulary is learnt from."""
+"""Captions that the byte-pair vocabulary is learned from."""
 
 
 def draw_images(artworks: Artworks, random: np.random.Generator, count: int) -> torch.Tensor:

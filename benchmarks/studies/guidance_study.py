@@ -1,4 +1,4 @@
-"""Guidance in students: how well they follow it, which part of it they learnt, and what each part is worth.
+"""Guidance in students: how well they follow it, which part of it they explain, and what each part is worth.
 
 *Effective guidance* is the scale of the teacher whose images are nearest to the student's of the same seeds, by the
 mean cosine distance of features.
@@ -123,7 +123,7 @@ def rows_of(held_out: HeldOut, folder: Path, samples: int) -> dict[str, torch.Te
     student = merged_student(held_out.model, folder)
     scale = student.info.guidance
     if student.info.guidance_range is not None:
-        raise InputError(f"{folder} holds a range student: distil one of one scale")
+        raise InputError(f"{folder} holds a guidance-conditioned student: distill one of one scale")
     with held_out.sampling(samples) as sampling:
         session = sampling.session
 
@@ -137,7 +137,7 @@ def rows_of(held_out: HeldOut, folder: Path, samples: int) -> dict[str, torch.Te
         return {name: sampling.features(variant) for name, variant in rows.items()}
 
 
-def learnt_shares(model: Model, folder: Path, prompts: int) -> tuple[float, float]:
+def explained_shares(model: Model, folder: Path, prompts: int) -> tuple[float, float]:
     """⟨s, g⟩ / ‖g‖² and ‖s‖² / ‖g‖² over the teacher's trajectories for the first held-out prompts."""
     text, student = held_out_text(model, prompts), merged_student(model, folder)
     states = trajectory(model, text, student.info.guidance)
@@ -155,11 +155,11 @@ def guidance_parts(
     sampler: Sampler = "ddim",
     steps: Steps = 20,
 ) -> None:
-    """Which part of guidance a student learnt, and what each part is worth in images.
+    """Which part of guidance a student explains, and what each part is worth in images.
 
     On `emoji64` and its held-out prompts. At each state guidance adds g = ε̂_w − ε̂_1 to the unguided prediction, and a
     student of the same scale adds s. Images are drawn with ε̂_1 plus one part of g at each step: none (the teacher
-    without guidance), all (the teacher), what is learnt (s: the student), what is left (g − s), and g shortened to the
+    without guidance), all (the teacher), the explained part (s: the student), the rest (g − s), and g shortened to the
     length of s.
 
     Two shares are printed, over the teacher's own states: ⟨s, g⟩ / ‖g‖² and ‖s‖² / ‖g‖². What a least-squares estimate
@@ -173,7 +173,7 @@ def guidance_parts(
     work.mkdir(parents=True, exist_ok=True)
     student = student or trained(work / "student", ["--guidance", "3", *context.args])
     held_out = HeldOut(work=work, sampler=sampler, steps=steps)
-    along, length = learnt_shares(held_out.model, student, prompts)
+    along, length = explained_shares(held_out.model, student, prompts)
     print(f"⟨s, g⟩ / ‖g‖² = {along:.3f}, ‖s‖² / ‖g‖² = {length:.3f}, over {prompts} prompts\n", flush=True)
     rows = rows_of(held_out, student, samples)
     distances = {name: Distance.of(held_out.reference, features) for name, features in rows.items()}
@@ -190,7 +190,7 @@ class Point:
     """A student at one setting.
 
     Attributes:
-        setting: w of a range student, the weight of a dial.
+        setting: w of a guidance-conditioned student, a LoRA scale.
         distance: Fréchet distance to real images.
         effective: effective guidance.
         paired: mean cosine distance to the teacher's images at the nearest scale of the grid.
@@ -265,28 +265,28 @@ def points(
 
 
 def range_rows(session: Session, folder: Path, scales: Sequence[float]) -> dict[float, SamplingVariant]:
-    """A range student at each scale.
+    """A guidance-conditioned student at each scale.
 
     Raises:
-        InputError: it is no range student, or a scale lies outside its range.
+        InputError: it is no guidance-conditioned student, or a scale lies outside its range.
     """
     student = merged_student(session.model, folder)
     if student.info.guidance_range is None:
-        raise InputError(f"{folder} holds no range student: distil one with --guidance LOW:HIGH")
+        raise InputError(f"{folder} holds no guidance-conditioned student: distill one with --guidance LOW:HIGH")
     for scale in scales:
         student.info.choose_guidance(scale)
     return {scale: session.student(student, scale) for scale in scales}
 
 
-def dial_rows(session: Session, folder: Path, weights: Sequence[float]) -> dict[float, SamplingVariant]:
+def lora_scale_variants(session: Session, folder: Path, weights: Sequence[float]) -> dict[float, SamplingVariant]:
     """A LoRA student of one scale with its adapter at each weight.
 
     Raises:
-        InputError: it is no LoRA, or a range student.
+        InputError: it is no LoRA, or a guidance-conditioned student.
     """
     info = read_student(folder)
     if info.method not in LORA_METHODS or info.guidance_range is not None:
-        raise InputError(f"{folder} holds no LoRA student of one scale: the dial is the weight of one")
+        raise InputError(f"{folder} holds no LoRA student of one scale: the LoRA scale is the weight of one")
     adapted = teacher_model()
     apply_student(adapted, folder, info)
 
@@ -296,20 +296,20 @@ def dial_rows(session: Session, folder: Path, weights: Sequence[float]) -> dict[
 
     return {
         weight: session.custom(
-            f"dial {weight:g}", partial(opened, weight), passes=1, weight=weight, adapter=info.adapter_sha256
+            f"LoRA scale {weight:g}", partial(opened, weight), passes=1, weight=weight, adapter=info.adapter_sha256
         )
         for weight in weights
     }
 
 
-def tables(ranged: Sequence[Point], dialled: Sequence[Point], teachers: Teachers, learnt: float) -> str:
+def tables(ranged: Sequence[Point], scaled: Sequence[Point], teachers: Teachers, distilled_at: float) -> str:
     """Two Markdown tables.
 
     Args:
-        ranged: of the range student.
-        dialled: of the dial.
-        teachers: at the range student's scales and at `learnt`.
-        learnt: the scale that the dial's student was distilled at.
+        ranged: of the guidance-conditioned student.
+        scaled: of the LoRA scales.
+        teachers: at the guidance-conditioned student's scales and at `distilled_at`.
+        distilled_at: the scale that the LoRA student was distilled at.
     """
     lines = [
         f"| w | {DISTANCE_NAME}, teacher | student | difference | effective guidance | paired distance |",
@@ -321,25 +321,27 @@ def tables(ranged: Sequence[Point], dialled: Sequence[Point], teachers: Teachers
             f"| {point.setting:g} | {known:.1f} | {point.distance:.1f} | {point.distance / known - 1:+.1%} "
             f"| {point.effective:.2f} | {point.paired:.3f} |"
         )
-    lines += ["", f"| dial | {DISTANCE_NAME} | effective guidance | paired distance |", "|---|---|---|---|"]
-    for point in dialled:
+    lines += ["", f"| LoRA scale | {DISTANCE_NAME} | effective guidance | paired distance |", "|---|---|---|---|"]
+    for point in scaled:
         lines.append(f"| {point.setting:g} | {point.distance:.1f} | {point.effective:.2f} | {point.paired:.3f} |")
-    unguided, guided = teachers.distances[1.0], teachers.distances[learnt]
-    lines += ["", f"Teacher: {unguided:.1f} at w = 1, {guided:.1f} at w = {learnt:g}."]
+    unguided, guided = teachers.distances[1.0], teachers.distances[distilled_at]
+    lines += ["", f"Teacher: {unguided:.1f} at w = 1, {guided:.1f} at w = {distilled_at:g}."]
     return "\n".join(lines) + "\n"
 
 
-def plot(ranged: Sequence[Point], dialled: Sequence[Point], teachers: Teachers, learnt: float) -> plt.Figure:
-    """Distances over w beside effective guidance over the dial, each with what a perfect student would give."""
+def plot(ranged: Sequence[Point], scaled: Sequence[Point], teachers: Teachers, distilled_at: float) -> plt.Figure:
+    """Distances over w beside effective guidance over the LoRA scale, each with what a perfect student would give."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     scales = [point.setting for point in ranged]
     left.plot(scales, [teachers.distances[w] for w in scales], "o-", color=COLORS["teacher"], label="teacher")
     left.plot(scales, [point.distance for point in ranged], "o-", color=COLORS["student"], label="student")
-    left.set(title="range student", xlabel="guidance w", ylabel=f"{DISTANCE_NAME} (lower is better)")
-    settings = [point.setting for point in dialled]
-    right.plot([0, 1], [1, learnt], ":", color=COLORS["teacher"], label="proportional")
-    right.plot(settings, [point.effective for point in dialled], "o-", color=COLORS["student"], label="student")
-    right.set(title=f"the dial of a student of w = {learnt:g}", xlabel="dial", ylabel="effective guidance")
+    left.set(title="guidance-conditioned student", xlabel="guidance w", ylabel=f"{DISTANCE_NAME} (lower is better)")
+    settings = [point.setting for point in scaled]
+    right.plot([0, 1], [1, distilled_at], ":", color=COLORS["teacher"], label="proportional")
+    right.plot(settings, [point.effective for point in scaled], "o-", color=COLORS["student"], label="student")
+    right.set(
+        title=f"LoRA scale of a student of w = {distilled_at:g}", xlabel="LoRA scale", ylabel="effective guidance"
+    )
     for axes in (left, right):
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
@@ -349,10 +351,12 @@ def plot(ranged: Sequence[Point], dialled: Sequence[Point], teachers: Teachers, 
 def guidance_curve(
     context: typer.Context,
     work: Work,
-    student: Annotated[Path | None, typer.Option(help="A range student.  [default: trained in the folder]")] = None,
-    dial: Annotated[Path | None, typer.Option(help="A LoRA student of one scale.  [default: trained]")] = None,
-    scales: Annotated[str, typer.Option(help="Guidance scales of the range student.")] = "1.5,3,5,7.5",
-    weights: Annotated[str, typer.Option(help="Weights of the dial.")] = "0,0.25,0.5,0.75,1",
+    student: Annotated[
+        Path | None, typer.Option(help="A guidance-conditioned student.  [default: trained in the folder]")
+    ] = None,
+    lora: Annotated[Path | None, typer.Option(help="A LoRA student of one scale.  [default: trained]")] = None,
+    scales: Annotated[str, typer.Option(help="Guidance scales of the guidance-conditioned student.")] = "1.5,3,5,7.5",
+    weights: Annotated[str, typer.Option(help="Weights of the LoRA scales.")] = "0,0.25,0.5,0.75,1",
     samples: Samples = 1000,
     grid: Annotated[str, typer.Option(help="The teacher's scales that effective guidance is sought on.")] = (
         "1,1.5,2,2.5,3,4,5,6,7.5,9"
@@ -361,25 +365,27 @@ def guidance_curve(
     sampler: Sampler = "ddim",
     steps: Steps = 20,
 ) -> None:
-    """How well guidance is followed: a range student over w, and the dial of a student of one scale.
+    """How well guidance is followed: a guidance-conditioned student over w, and the LoRA scale of a student of one w.
 
     On `emoji64` and its held-out prompts. Students that are not given are trained in the folder; options after `--` go
     to `boostdiff distill`. Writes `guidance_curve.md` and `.png` there.
     """
-    if student is not None and dial is not None:
+    if student is not None and lora is not None:
         refuse_training_options(context.args)
     wanted, teacher_scales = numbers(scales), numbers(grid)
     if len(teacher_scales) < 3:
         raise InputError(f"--grid {grid}: at least three scales are needed to tell what lies between them")
     work.mkdir(parents=True, exist_ok=True)
     student = student or trained(work / "range", ["--guidance", f"{min(wanted):g}:{max(wanted):g}", *context.args])
-    dial = dial or trained(work / "one-scale", ["--guidance", "3", *context.args])
-    learnt = read_student(dial).guidance
+    lora = lora or trained(work / "one-scale", ["--guidance", "3", *context.args])
+    distilled_at = read_student(lora).guidance
     held_out = HeldOut(work=work, sampler=sampler, steps=steps)
-    teachers = Teachers.of(held_out, sorted({1.0, learnt, *wanted}), samples, teacher_scales, min(paired, samples))
+    teachers = Teachers.of(
+        held_out, sorted({1.0, distilled_at, *wanted}), samples, teacher_scales, min(paired, samples)
+    )
     ranged = points(held_out, partial(range_rows, folder=student, scales=wanted), samples, teachers)
-    dialled = points(held_out, partial(dial_rows, folder=dial, weights=numbers(weights)), samples, teachers)
-    table = tables(ranged, dialled, teachers, learnt)
+    scaled = points(held_out, partial(lora_scale_variants, folder=lora, weights=numbers(weights)), samples, teachers)
+    table = tables(ranged, scaled, teachers, distilled_at)
     print(f"N = {samples}, {sampler} {steps} steps\n\n{table}")
     (work / "guidance_curve.md").write_text(table, encoding="utf-8")
-    (work / "guidance_curve.png").write_bytes(rendered(plot(ranged, dialled, teachers, learnt), "png"))
+    (work / "guidance_curve.png").write_bytes(rendered(plot(ranged, scaled, teachers, distilled_at), "png"))

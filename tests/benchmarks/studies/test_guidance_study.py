@@ -13,8 +13,8 @@ from boostdiff.benchmarks.studies.guidance_study import (
     PartOfGuidance,
     Point,
     Teachers,
-    dial_rows,
-    learnt_shares,
+    explained_shares,
+    lora_scale_variants,
     nearest_scale,
     plot,
     points,
@@ -87,19 +87,19 @@ def test_shares_are_those_of_the_vectors_themselves(tmp_path: Path, prompt_file:
         s = torch.stack([student(state.z_t, state.t, text) - state.unguided for state in states]).double()
     g = torch.stack([state.guided - state.unguided for state in states]).double()
     expected = ((s * g).sum() / g.square().sum()).item(), (s.square().sum() / g.square().sum()).item()
-    assert learnt_shares(model, folder, 2) == pytest.approx(expected, rel=1e-3)
+    assert explained_shares(model, folder, 2) == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_range_student_is_refused(tmp_path: Path, prompt_file: Path) -> None:
     folder = distilled(tmp_path / "range", prompt_file, guidance_max=5.0)
-    with pytest.raises(InputError, match="range student"):
+    with pytest.raises(InputError, match="guidance-conditioned student"):
         rows_of(HeldOut(work=tmp_path), folder, 2)
 
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory, prompt_file: Path) -> Path:
     """One update's student of the embedded model."""
-    output = tmp_path_factory.mktemp("dial") / "student"
+    output = tmp_path_factory.mktemp("lora") / "student"
     config = DistillConfig(prompts=prompt_file, updates=1, batch_size=2, learning_rate=0.05)
     distill(locate("emoji64"), config, output=output, device="cpu", observers=Observers(preview=False))
     return output
@@ -124,7 +124,7 @@ def test_effective_guidance_is_that_of_the_nearest_teacher() -> None:
     assert nearest_scale(at(3.0)[:4], teachers) == nearest_scale(at(3.0), {w: x[:4] for w, x in teachers.items()})
 
 
-def test_a_dial_at_zero_is_the_unguided_teacher(student: Path, tmp_path: Path) -> None:
+def test_a_lora_scale_of_zero_is_the_unguided_teacher(student: Path, tmp_path: Path) -> None:
     held_out = HeldOut(work=tmp_path, steps=2)
     with held_out.sampling(4) as sampling:
         drawn = {w: sampling.features(sampling.session.teacher(w)) for w in (1.0, 2.0, 3.0)}
@@ -133,29 +133,27 @@ def test_a_dial_at_zero_is_the_unguided_teacher(student: Path, tmp_path: Path) -
     # They were kept.
     assert set((tmp_path / "features").iterdir()) == kept
     assert all(torch.equal(teachers.features[w], features) for w, features in drawn.items())
-    off, on = points(held_out, partial(dial_rows, folder=student, weights=[0, 1]), 4, teachers)
+    off, on = points(held_out, partial(lora_scale_variants, folder=student, weights=[0, 1]), 4, teachers)
     assert off.effective == pytest.approx(1.0, abs=0.3)
     assert off.paired == pytest.approx(0, abs=1e-5)
     assert on.paired > 1e-3
     assert off.distance == pytest.approx(frechet_distance(held_out.reference, drawn[1.0]), rel=1e-4)
-    with pytest.raises(InputError, match="no range student"):
+    with pytest.raises(InputError, match="no guidance-conditioned student"):
         points(held_out, partial(range_rows, folder=student, scales=[3]), 4, teachers)
 
 
 def test_tables_and_plot() -> None:
     point = Point(setting=3.0, distance=110.0, effective=2.5, paired=0.1)
     teachers = Teachers(distances={1.0: 200.0, 3.0: 100.0}, features={})
-    dialled = [
-        Point(setting=weight, distance=150.0, effective=1 + 2 * weight, paired=0.1) for weight in (0.0, 0.5, 1.0)
-    ]
-    text = tables([point], dialled, teachers, 3.0)
+    scaled = [Point(setting=weight, distance=150.0, effective=1 + 2 * weight, paired=0.1) for weight in (0.0, 0.5, 1.0)]
+    text = tables([point], scaled, teachers, 3.0)
     assert "| 3 | 100.0 | 110.0 | +10.0% | 2.50 | 0.100 |" in text
     assert "| 0.5 | 150.0 | 2.00 | 0.100 |" in text
-    assert rendered(plot([point], dialled, teachers, 3.0), "png").startswith(b"\x89PNG")
+    assert rendered(plot([point], scaled, teachers, 3.0), "png").startswith(b"\x89PNG")
 
 
 def test_options_that_nothing_would_use_are_refused(tmp_path: Path) -> None:
-    given = ["--work", str(tmp_path / "work"), "--student", "range", "--dial", "lora"]
+    given = ["--work", str(tmp_path / "work"), "--student", "range", "--lora", "lora"]
     result = CliRunner().invoke(app, ["guidance-curve", *given, "--sample", "4"])
     assert isinstance(result.exception, InputError)
     assert "--sample 4" in str(result.exception)
