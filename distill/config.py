@@ -109,7 +109,7 @@ class DistillConfig:
         """
         check_options(self)
         if not 1 <= self.guidance < math.inf or not 1 <= (self.guidance_max or 1) < math.inf:
-            raise InputError("--guidance must be a number that is at least 1")
+            raise InputError(f"--guidance {self.guidance:g} can't be used: it must be a number that is at least 1")
         if self.guidance == 1 and self.guidance_max is None:
             raise InputError("--guidance 1 is no guidance, there is nothing to distill: it must be above 1")
         if self.guidance_max is not None and self.guidance_max <= self.guidance:

@@ -29,13 +29,13 @@ class Range(NamedTuple):
         return ":".join(map(str, self))
 
 
-def parse_range(text: str) -> Range:
-    """`8` or `1:4:16`.
+def parse_range(text: str | Range) -> Range:
+    """`8` or `1:4:16`, or a range: typer parses defaults, too.
 
     Raises:
         BadParameter: it is neither, or not ascending; typer adds the option's name.
     """
-    found = re.fullmatch(r"(\d+)(?::(\d+):(\d+))?", text.strip())
+    found = re.fullmatch(r"(\d+)(?::(\d+):(\d+))?", str(text).strip())
     if not found:
         raise typer.BadParameter(f"{text!r} is neither a number nor MIN:OPT:MAX, such as 1:4:16")
     parsed = Range(*(int(found[i] or found[1]) for i in (1, 2, 3)))

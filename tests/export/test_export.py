@@ -23,7 +23,7 @@ from boostdiff.engine.runners import GraphRunner, available_runners, open_export
 from boostdiff.engine.sessions import OnnxSession
 from boostdiff.engine.student import apply_student, read_student
 from boostdiff.engine.trt import check_plan, load_tensorrt
-from boostdiff.export.config import ExportConfig, parse_range
+from boostdiff.export.config import BATCH, ExportConfig, parse_range
 from boostdiff.export.export import export, up_to_date_engine
 from boostdiff.export.graph import compare
 from boostdiff.export.parts import Part, unet_part
@@ -376,6 +376,7 @@ def test_profiles_that_can_not_be_used(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="MIN:OPT:MAX"):
         parse_range(text)
     assert parse_range("3") == (3, 3, 3)
+    assert parse_range(BATCH) == BATCH
 
 
 def test_large_models_leave_the_fp32_graph_out() -> None:
