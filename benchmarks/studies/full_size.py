@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ...distill.presets import PRESETS
+from ...distill.config import PRESETS
 from ...engine import embedded
 from ...engine.errors import InputError
 from ...engine.files import read_json, write_json
