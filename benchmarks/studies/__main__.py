@@ -7,7 +7,7 @@ import typer
 from ...engine.terminal import quiet_libraries, run
 from ..speed.random_weights import random_folder
 from . import full_size, guidance_study, profile, seeds
-from .options import TAKES_TRAINING_OPTIONS
+from .study_options import TAKES_TRAINING_OPTIONS
 
 app = typer.Typer(
     name="studies",

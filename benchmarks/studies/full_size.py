@@ -26,7 +26,7 @@ from ...engine.runners import EXPORTED, available_runners
 from ..config import parse_batch_sizes
 from ..report.tables import NOTHING
 from ..speed.device import hardware
-from .options import Device, Runs, Steps
+from .study_options import Device, Runs, Steps
 
 STUDIES = ["boostdiff.benchmarks.studies"]
 

@@ -39,7 +39,7 @@ from .held_out import (
     teacher_model,
     trained,
 )
-from .options import Sampler, Samples, Steps, Work, numbers
+from .study_options import Sampler, Samples, Steps, Work, numbers
 
 NONE, ALL, LEARNT = "nothing: the teacher, w = 1", "g: the teacher", "s: the student"
 

@@ -40,7 +40,7 @@ from ..speed.flops import count_flops
 from ..speed.random_weights import locate_configs, random_model
 from ..speed.throughput import PARTS, TimedVariant
 from ..stats import median_of
-from .options import Configuration, Device, GradientCheckpointing, Sampler, Steps
+from .study_options import Configuration, Device, GradientCheckpointing, Sampler, Steps
 
 KINDS = {
     "attention": r"flash|fmha|attention|attn|softmax",

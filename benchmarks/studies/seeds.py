@@ -14,7 +14,7 @@ from ..quality.distances import Distance, same_seed_distance
 from ..quality.features import DISTANCE_NAME
 from ..report.tables import NOTHING, within
 from .held_out import HeldOut, merged_student, trained
-from .options import Samples, Steps, Work
+from .study_options import Samples, Steps, Work
 
 GUIDANCE = 3.0
 
