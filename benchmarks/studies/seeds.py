@@ -1,4 +1,4 @@
-"""Train students from several seeds and judge each against the teacher: mean and standard error."""
+"""Train students from several seeds and evaluate each against the teacher: mean and standard error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Judged:
     paired: float
 
 
-def judge(held_out: HeldOut, students: Sequence[Path], samples: int) -> dict[str, Judged]:
+def evaluate_students(held_out: HeldOut, students: Sequence[Path], samples: int) -> dict[str, Judged]:
     """The teacher, as "guided" and "unguided", and each student by its folder's name."""
     with held_out.sampling(samples) as sampling:
         session = sampling.session
@@ -98,7 +98,7 @@ def seeds(
     print("|---|---|---|---|---|---|---|---|---|")
     for sampler in samplers.split(","):
         held_out = HeldOut(work=work, sampler=sampler, steps=steps)
-        found = judge(held_out, [folder for folders in students.values() for folder in folders], samples)
+        found = evaluate_students(held_out, [folder for folders in students.values() for folder in folders], samples)
         guided, unguided = found["guided"].distance, found["unguided"].distance
         for method, folders in students.items():
             distances = [found[folder.name].distance for folder in folders]
