@@ -55,8 +55,8 @@ class ExportedTextEncoder(torch.nn.Module):
         return BaseModelOutputWithPooling(**results, hidden_states=hidden_states)
 
 
-class ExportedVaeDecoder:
-    """The decoding half of an `AutoencoderKL` as a session."""
+class ExportedVaeDecoder(torch.nn.Module):
+    """The decoding half of an `AutoencoderKL` as a session. A module only so that pipelines see where it runs."""
 
     def __init__(self, session: Session, *, config: dict[str, Any]) -> None:
         """Take over a session.
@@ -65,6 +65,7 @@ class ExportedVaeDecoder:
             session: of a VAE decoder's graph.
             config: the whole VAE's `config.json`.
         """
+        super().__init__()
         self.session, self.config = session, FrozenDict(config)
         self.device, self.dtype = session.device, session.input_types["latent_sample"]
 
