@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..engine import embedded
 from ..engine.errors import InputError
 from ..engine.files import prepare_output
-from ..engine.options import DeviceOption, EngineOption, JsonOption, ModelOption, OutputOption, options_of
+from ..engine.options import DeviceOption, EngineOption, JsonOption, ModelOption, OutputOption, config_from, options_of
 from ..engine.terminal import console, print_json, progress_bar, quiet_libraries
 from .config import BenchConfig, Metrics, SweepConfig, Table1Config
 
@@ -39,8 +39,6 @@ QUALITY = ("samples", "sampling_batch_size", "alternatives", *(field.name for fi
 TRAINED = ("student", "engine", "prompts", "guidance")
 """Options that random weights do not use."""
 
-Config = TypeVar("Config")
-
 
 def _refuse(context: typer.Context, names: Iterable[str], reason: str) -> None:
     """Refuse options that were given and would not be used.
@@ -52,12 +50,6 @@ def _refuse(context: typer.Context, names: Iterable[str], reason: str) -> None:
         if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
             option = f"--{name.replace('as_json', 'json').replace('_', '-')}"
             raise InputError(f"{option} {reason}")
-
-
-def _from(config: type[Config], options: dict[str, Any], **others: Any) -> Config:
-    """A config of those options that are its fields."""
-    names = {field.name for field in fields(config)}  # type: ignore[arg-type]
-    return config(**{name: value for name, value in options.items() if name in names} | others)
 
 
 def _prompts(model: str, prompts: Path | None) -> list[str]:
@@ -99,8 +91,8 @@ def bench(
     if speed_only:
         _refuse(context, QUALITY, "has no use with --speed-only")
     quiet_libraries()
-    config = _from(BenchConfig, options, **({"samples": 0} if speed_only or random_weights else {}))
-    metrics = Metrics() if not config.samples else _from(Metrics, options).for_model(model)
+    config = config_from(BenchConfig, options, **({"samples": 0} if speed_only or random_weights else {}))
+    metrics = Metrics() if not config.samples else config_from(Metrics, options).for_model(model)
     from ..engine.model import locate
     from .bench import bench as measure
     from .bench import bench_random
@@ -158,7 +150,7 @@ def _grid_command(name: str, kind: type[Table1Config] | type[SweepConfig], summa
         **options: Any,
     ) -> None:
         quiet_libraries()
-        config, metrics = _from(kind, options), _from(Metrics, options).for_model(model)
+        config, metrics = config_from(kind, options), config_from(Metrics, options).for_model(model)
         from ..engine.model import locate
         from .report.grids import terminal_grid, write_grid
         from .table1 import measure_grid

@@ -32,7 +32,7 @@ RETRIEVAL = 500
 
 
 def make_caption_model(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """A 1.7M-parameter CLIP: a vision transformer on patches of 8 pixels, and a text transformer."""
+    """A 1.6M-parameter CLIP: a vision transformer on patches of 8 pixels, and a text transformer."""
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": TEXT_WIDTH,
