@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import typer
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.training_utils import compute_snr
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -39,9 +40,9 @@ from .placement import draw_pictures, to_model_range
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
 Steps = Annotated[int, typer.Option(min=1, help="Optimizer updates.")]
-Batch = Annotated[int, typer.Option(min=1, help="Images an update.")]
+Batch = Annotated[int, typer.Option(min=1, help="Images per update.")]
 Rate = Annotated[float, typer.Option(help="Peak learning rate of AdamW.")]
-Minutes = Annotated[float, typer.Option(help="Checkpoint every so many minutes.")]
+Minutes = Annotated[float, typer.Option(help="Minutes between checkpoints.")]
 
 LATENT_BACKGROUNDS = 6
 """Background colours and placements drawn for each artwork when latents are precomputed."""
@@ -156,6 +157,7 @@ def diffusion(
     checkpoint_minutes: Minutes = 3,
     empty_captions: Annotated[float, typer.Option(help="Share of captions replaced by the empty one.")] = 0.1,
     wrong_captions: Annotated[float, typer.Option(help="Share of captions that are another picture's.")] = 0.05,
+    min_snr: Annotated[float, typer.Option(help="Gamma of the loss weights; inf for none.")] = 5.0,
     start_from: Annotated[
         Path | None,
         typer.Option(help="Pipeline folder whose text encoder and UNet to go on from.", show_default="none"),
@@ -167,6 +169,8 @@ def diffusion(
     """Train text encoder and UNet together on the precomputed latents (epsilon prediction).
 
     In bf16 autocast where the device multiplies in bfloat16. Each time a latent is met, its caption is drawn anew.
+    Losses are weighted by min(SNR, gamma) / SNR (Hang et al. 2023, eq. 8 for noise prediction): unweighted, most of the
+    gradient is of the finest detail.
     """
     artworks = load_artworks(work)
     stored = load_file(work / "latents.safetensors")
@@ -194,11 +198,15 @@ def diffusion(
         texts = [text if random.random() >= empty_captions else "" for text in texts]
         return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
+    snr = compute_snr(train_scheduler, torch.arange(train_scheduler.config.num_train_timesteps))
+    loss_weights = (snr.clamp(max=min_snr) / snr).to(where)
+
     def noise_loss(z_t: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         with torch.autocast(where.type, torch.bfloat16, enabled=has_bfloat16(where)):
             text = text_encoder(ids).last_hidden_state
             noise_pred = unet(z_t, t, text, return_dict=False)[0]
-        return F.mse_loss(noise_pred.float(), noise)
+        squared_error = F.mse_loss(noise_pred.float(), noise, reduction="none").mean(dim=(1, 2, 3))
+        return (loss_weights[t] * squared_error).mean()
 
     if compiles and missing_compiler(where) is None:
         unet.to(memory_format=torch.channels_last)
