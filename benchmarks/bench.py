@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,23 +13,28 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from ..engine.compiled import CompiledRunner, missing_compiler
 from ..engine.errors import BoostDiffError, InputError
 from ..engine.exported import Engine
-from ..engine.generate import IN_TORCH, LACKING
 from ..engine.manifest import Manifest, read_manifest
 from ..engine.memory import give_back_memory
 from ..engine.model import Model, ModelFiles, resolve_device
 from ..engine.runners import EXPORTED, Runner, TorchRunner, available_runners
 from ..engine.schedulers import make_scheduler
+from ..engine.student import read_student
 from .config import BenchConfig, Metrics
+from .fastest import pays_to_compile
 from .quality.alternatives import candidates
 from .quality.quality import Quality, evaluate
 from .quality.samples import SamplingVariant, bounded_memory
-from .session import Session, provenance_of, read_students
+from .session import Session, provenance_of
 from .speed.random_weights import random_model
 from .speed.stock import StockVariant, stock_pipeline
 from .speed.throughput import MODES, Speed, SpeedRatio, TimedVariant, measure
 from .stats import Estimate
+
+RANDOM_GUIDANCE = 3.0
+"""Guidance scale of random weights; it changes no time."""
 
 SCHEMA_VERSION = 5
 """Version of `report.json`."""
@@ -60,9 +65,9 @@ class BenchResult:
 
     def verdict(self) -> str:
         """How much faster, how close in quality: two or three sentences."""
-        return " ".join([self._verdict_on_speed(), *self._verdict_on_quality()])
+        return " ".join([self._speed_verdict(), *self._quality_verdict()])
 
-    def _verdict_on_speed(self) -> str:
+    def _speed_verdict(self) -> str:
         head = self.headline
         if head is None:
             return "Student and teacher could not be timed on one runner: there is no speed-up to report."
@@ -76,7 +81,7 @@ class BenchResult:
             words += f", and {stock.estimate.value:.2f}x as fast as stock diffusers with guidance"
         return f"{words}."
 
-    def _verdict_on_quality(self) -> list[str]:
+    def _quality_verdict(self) -> list[str]:
         quality = self.quality
         if quality is None:
             return ["Quality was not measured."]
@@ -154,21 +159,11 @@ def bench(
         InputError: a student, the engine, the prompts or the reference can't be used.
     """
     manifest = read_manifest(engine)
-    infos, guidance = read_students(students, files, config.guidance)
-    manifest.check_student(infos[0], engine=engine)
-    opened = Session.open(
-        files,
-        config,
-        sampler=config.sampler,
-        steps=config.steps,
-        students=students,
-        infos=infos,
-        guidance=guidance,
-        prompts=prompts,
-        device=device,
-    )
+    manifest.check_student(read_student(students[0]), engine=engine)
+    opened = Session.open(files, config, students=students, guidance=config.guidance, prompts=prompts, device=device)
     with opened as session:
-        guided, unguided, others = _quality_variants(session, config)
+        session = session.at(config.sampler, config.steps)
+        guided, unguided, *others = _quality_variants(session, config)
         samples = reference = None
         if config.samples:
             # Before speed: a network or reference that can't be used must not cost a measurement.
@@ -195,15 +190,17 @@ def bench(
         )
 
 
-def _quality_variants(
-    session: Session, config: BenchConfig
-) -> tuple[SamplingVariant, SamplingVariant, list[SamplingVariant]]:
+def _quality_variants(session: Session, config: BenchConfig) -> list[SamplingVariant]:
     """Guided teacher, unguided teacher, and what is compared with them."""
     guidance = session.guidance
     settings = candidates(steps=config.steps, guidance=guidance) if config.alternatives else []
-    others = [session.student(student, guidance) for student in session.students]
-    others += [session.alternative(setting) for setting in settings]
-    return session.teacher(guidance), session.teacher(1.0), [*others, session.teacher(guidance, reseeded=True)]
+    return [
+        session.teacher(guidance),
+        session.teacher(1.0),
+        *(session.student(student, guidance) for student in session.students),
+        *(session.alternative(setting) for setting in settings),
+        session.teacher(guidance, reseeded=True),
+    ]
 
 
 def _measure_speed(
@@ -217,24 +214,22 @@ def _measure_speed(
     # Torch times the teacher with the base's weights; an exported graph times all modes with the student's.
     model, device = session.model, session.model.device
     with ExitStack() as opened:
-        variants, unavailable = _in_torch(model, session.students[0].unet, compiles=config.compiles(model.unet))
-        reasons = available_runners(manifest, device) | unavailable
-        for name, reason in reasons.items():
-            if name in EXPORTED and reason is None:
-                try:
-                    loaded = Engine.load(engine, runner=name, device=str(device))
-                except InputError:
-                    raise
-                except BoostDiffError as error:
-                    # It is listed, but a library that it needs is missing.
-                    reasons[name] = str(error)
-                else:
-                    exported = opened.enter_context(loaded).model
-                    variants += [TimedVariant(mode=mode, runner=exported.unet, parts=exported) for mode in MODES]
-        skipped = {name: reason for name, reason in reasons.items() if reason is not None}
+        variants, skipped = _in_torch(model, session.students[0].unet, config)
+        for name, reason in available_runners(manifest, device, EXPORTED).items():
+            if reason is not None:
+                skipped[name] = reason
+                continue
+            try:
+                exported = opened.enter_context(Engine.load(engine, runner=name, device=str(device))).model
+                variants += [TimedVariant(mode=mode, runner=exported.unet, parts=exported) for mode in MODES]
+            except InputError:
+                raise
+            except BoostDiffError as error:
+                # It is listed, but a library that it needs is missing.
+                skipped[name] = str(error)
         for name, reason in skipped.items():
             report(f"{name}: left out, {reason}")
-        speed = _speed(model, config, variants, session.guidance, list(session.prompts), report)
+        speed = _speed(model, config, variants, session.guidance, session.prompts, report)
     return speed, skipped
 
 
@@ -242,7 +237,6 @@ def bench_random(
     files: ModelFiles,
     config: BenchConfig,
     *,
-    guidance: float = 3.0,
     device: str = "auto",
     report: Callable[[str], None] = lambda message: None,
 ) -> BenchResult:
@@ -251,7 +245,6 @@ def bench_random(
     Args:
         files: the model's configuration, as `random_weights.locate_configs` finds it.
         config: what to measure; images are not compared.
-        guidance: guidance scale of the teacher; it changes no time.
         device: "auto", "cpu", "cuda", …
         report: progress callback, with a message.
 
@@ -261,45 +254,42 @@ def bench_random(
     target = resolve_device(device)
     report("initializing random weights")
     model = random_model(files, device=target, seed=config.seed)
-    variants, skipped = _in_torch(model, model.unet, compiles=config.compiles(model.unet))
-    speed = _speed(model, config, variants, guidance, ["a photograph of an astronaut"], report)
+    variants, skipped = _in_torch(model, model.unet, config)
+    speed = _speed(model, config, variants, RANDOM_GUIDANCE, ["a photograph of an astronaut"], report)
+    provenance = provenance_of(files, config, RANDOM_GUIDANCE, target)
     return BenchResult(
         speed=speed,
         skipped=skipped | speed.left_out,
         quality=None,
         prompts=[],
-        provenance=provenance_of(files, config, guidance, target) | {"students": {}, "hashes": {}, "weights": "random"},
+        provenance=provenance | {"students": {}, "hashes": {}, "weights": "random"},
     )
 
 
-def _stock(model: Model) -> list[TimedVariant]:
-    """Stock diffusers with guidance; nothing where its pipeline makes one pass at any guidance."""
-    if model.unet.config.time_cond_proj_dim is not None:
-        return []
-    return [StockVariant(mode="teacher", runner=TorchRunner(model.unet), pipeline=stock_pipeline(model))]
-
-
 def _in_torch(
-    model: Model, student: UNet2DConditionModel, *, compiles: bool
+    model: Model, student: UNet2DConditionModel, config: BenchConfig
 ) -> tuple[list[TimedVariant], dict[str, str]]:
-    """All variants in torch, stock diffusers' too, and the reason for each runner that is unavailable."""
-    variants = [*_modes(TorchRunner, model.unet, student), *_stock(model)]
-    on_cuda = model.device.type == "cuda"
-    unavailable: dict[str, str] = {}
-    for name in [*(["captured"] if on_cuda else []), *(["compiled"] if compiles else [])]:
-        if reason := LACKING[name](model.device):
-            unavailable[name] = reason
-            continue
-        try:
-            variants += _modes(partial(_on_copy, IN_TORCH[name]), model.unet, student)
-        except torch.OutOfMemoryError:
-            unavailable[name] = "out of memory"
-    return variants, unavailable
+    """All variants in torch, stock diffusers' too, and the reason why `torch.compile` is unavailable."""
+    unet = model.unet
+    variants = _modes(TorchRunner, unet, student)
+    if unet.config.time_cond_proj_dim is None:
+        # Else the stock pipeline makes one pass at any guidance.
+        variants.append(StockVariant(mode="teacher", runner=TorchRunner(unet), pipeline=stock_pipeline(model)))
+    if not (pays_to_compile(unet) if config.compile is None else config.compile):
+        return variants, {}
+    if reason := missing_compiler(model.device):
+        return variants, {"compiled": reason}
+    try:
+        compiled = _modes(_compiled_copy if model.device.type == "cuda" else CompiledRunner, unet, student)
+    except torch.OutOfMemoryError:
+        return variants, {"compiled": "out of memory"}
+    batch_sizes = config.compiled_batch_sizes()
+    return [*variants, *(replace(variant, batch_sizes=batch_sizes) for variant in compiled)], {}
 
 
-def _on_copy(runner: Callable[[UNet2DConditionModel], Runner], unet: UNet2DConditionModel) -> Runner:
-    # On CUDA all but eager torch change the memory order of the weights, and with it the speed of other rows.
-    return runner(copy.deepcopy(unet) if unet.device.type == "cuda" else unet)
+def _compiled_copy(unet: UNet2DConditionModel) -> Runner:
+    # On CUDA compiling changes the memory order of the weights, and with it the speed of other rows.
+    return CompiledRunner(copy.deepcopy(unet))
 
 
 def _modes(
@@ -314,9 +304,9 @@ def _modes(
 def _speed(
     model: Model,
     config: BenchConfig,
-    variants: list[TimedVariant],
+    variants: Sequence[TimedVariant],
     guidance: float,
-    prompts: list[str],
+    prompts: Sequence[str],
     report: Callable[[str], None],
 ) -> Speed:
     return measure(

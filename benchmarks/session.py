@@ -15,7 +15,7 @@ from diffusers import SchedulerMixin, UNet2DConditionModel
 
 from ..engine.errors import InputError
 from ..engine.files import sha256_of
-from ..engine.guidance import Denoiser, SinglePassDenoiser, teacher_denoiser
+from ..engine.guidance import SinglePassDenoiser, teacher_denoiser
 from ..engine.merge import merge
 from ..engine.model import Model, ModelFiles, load, resolve_device
 from ..engine.runners import Runner, TorchRunner
@@ -32,9 +32,6 @@ from .speed.device import hardware
 RESEED = 1_000_003
 """Added to the seed for the reseeded teacher: the distance that chance alone makes."""
 
-_DETERMINING = {".safetensors", ".json", ".txt", ".model"}
-"""Suffixes of the files that determine a model's images."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
@@ -49,57 +46,29 @@ class Student:
 def read_students(
     folders: Sequence[Path], files: ModelFiles, guidance: float | None
 ) -> tuple[list[StudentInfo], float]:
-    """Descriptions of the students, and the guidance scale of all of them.
-
-    Args:
-        folders: student folders.
-        files: the model.
-        guidance: scale for guidance-conditioned students; None takes their default.
+    """Descriptions of the students, and the guidance scale of all of them; see `Session.open`.
 
     Raises:
         InputError: one can't be used, or they can't be compared.
     """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise InputError("a --student is given twice")
     infos = [read_student(folder, files) for folder in folders]
     scales = {info.choose_guidance(guidance) or info.guidance for info in infos}
     if len({info.negative_prompt for info in infos}) > 1:
         raise InputError("the students were distilled with different negative prompts: compare them one at a time")
     if len(scales) > 1:
         raise InputError("the students were distilled at different guidance: compare them one at a time")
-    (scale,) = scales
-    return infos, scale
-
-
-def merged_students(model: Model, folders: Sequence[Path], infos: Sequence[StudentInfo]) -> list[Student]:
-    """The students as plain UNets, named after their methods; with the folder where a method comes twice.
-
-    Raises:
-        InputError: an adapter does not fit, or a folder is given twice.
-    """
-    if len({folder.resolve() for folder in folders}) < len(folders):
-        raise InputError("a --student is given twice")
-    methods = [info.method for info in infos]
-    return [
-        Student(
-            name=f"student {info.method}{f' ({folder})' if methods.count(info.method) > 1 else ''}",
-            folder=folder,
-            info=info,
-            unet=merge(model, folder, info),
-        )
-        for folder, info in zip(folders, infos, strict=True)
-    ]
+    return infos, scales.pop()
 
 
 def identity_of(model: Model) -> dict[str, Any]:
     """Plain JSON values that determine a model's images on this machine."""
-    files = model.files
-    parts = [name for name in files.folder.iterdir() if name.is_dir() and name.name != "unet"]
-    weights = [path for part in sorted(parts) for path in sorted(part.rglob("*")) if path.suffix in _DETERMINING]
-    # They hold the size of the images, and how SDXL treats empty prompts.
-    weights += [files.folder / "unet" / "config.json", files.folder / "model_index.json"]
-    device = model.device
-    return {
+    files, device = model.files, model.device
+    return files.other_sha256() | {
         "unet": files.unet_sha256(),
-        "components": {path.relative_to(files.folder).as_posix(): sha256_of(path) for path in weights},
+        # It says how SDXL treats empty prompts.
+        "model_index": sha256_of(files.folder / "model_index.json"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": str(model.unet.dtype),
         "versions": versions(),
@@ -124,12 +93,12 @@ class Session:
     """
 
     model: Model
-    sampler: str
-    steps: int
+    sampler: str = "ddim"
+    steps: int = 20
     runner: Callable[[UNet2DConditionModel], Runner] = TorchRunner
     students: Sequence[Student] = ()
     guidance: float = 3.0
-    config: SamplingConfig = field(default_factory=SamplingConfig)
+    config: SamplingConfig = field(default_factory=BenchConfig)
     prompts: Sequence[str] = ()
     processes: PartialState | None = None
     batch_size: int = 8
@@ -141,11 +110,8 @@ class Session:
         files: ModelFiles,
         config: SamplingConfig,
         *,
-        sampler: str,
-        steps: int,
         students: Sequence[Path],
-        infos: Sequence[StudentInfo],
-        guidance: float,
+        guidance: float | None,
         prompts: Sequence[str],
         device: str,
     ) -> Iterator[Session]:
@@ -154,17 +120,15 @@ class Session:
         Args:
             files: the model.
             config: what to measure.
-            sampler: see the class, as for all that is not listed.
-            steps: likewise.
             students: student folders.
-            infos: their descriptions, as `read_students` gives them.
-            guidance: their scale, as `read_students` gives it.
+            guidance: scale for guidance-conditioned students; None takes their default.
             prompts: at least `config.samples`.
             device: "auto", "cpu", "cuda", …
 
         Raises:
             InputError: a student, the prompts or the device can't be used.
         """
+        infos, scale = read_students(students, files, guidance)
         if len(prompts) < config.samples:
             raise InputError(f"--samples {config.samples} needs as many prompts: there are {len(prompts)}")
         target = resolve_device(device)
@@ -172,15 +136,23 @@ class Session:
         # Under a launcher each process has its own accelerator.
         model = load(files, device=processes.device if processes else target)
         batch_size = config.sampling_batch_size or default_batch_size(model)
-        passes, compiles = config.denoised(len(students)), config.may_compile
+        methods = [info.method for info in infos]
+        passes, compiles = config.image_steps(len(students)), getattr(config, "compile", None) is not False
         with FastestRunners(model, passes=passes, compiles=compiles, batch_size=batch_size) as runners:
             yield cls(
                 model=model,
-                sampler=sampler,
-                steps=steps,
                 runner=runners,
-                students=merged_students(model, students, infos),
-                guidance=guidance,
+                students=[
+                    Student(
+                        # With the folder where a method comes twice.
+                        name=f"student {info.method}{f' ({folder})' if methods.count(info.method) > 1 else ''}",
+                        folder=folder,
+                        info=info,
+                        unet=merge(model, folder, info),
+                    )
+                    for folder, info in zip(students, infos, strict=True)
+                ],
+                guidance=scale,
                 config=config,
                 prompts=prompts,
                 processes=processes,
@@ -234,41 +206,21 @@ class Session:
             cost=setting.cost,
             open=lambda: setting.denoiser(self.runner(self.model.unet), self.make_scheduler),
             make_scheduler=self.make_scheduler,
-            identity={
-                "mode": "interval",
-                "guidance": setting.guidance,
-                "first": setting.first,
-                "last": setting.last,
-            },
-        )
-
-    def custom(self, name: str, opened: Callable[[], Denoiser], *, passes: int, **identity: Any) -> SamplingVariant:
-        """Any denoiser of so many passes per step; `name` and `identity` determine its images."""
-        return SamplingVariant(
-            name=name,
-            role="custom",
-            steps=self.steps,
-            cost=passes * self.steps,
-            open=opened,
-            make_scheduler=self.make_scheduler,
-            identity={"mode": name, **identity},
+            identity={"mode": "interval", **asdict(setting)},
         )
 
     def sample_cache(
-        self, metrics: Metrics, *, folder: Path | None, on_images: Callable[[str, int], None]
+        self,
+        metrics: Metrics,
+        *,
+        folder: Path | None,
+        on_images: Callable[[str, int], None] = lambda name, count: None,
     ) -> SampleCache:
         """Where all rows of quality come from.
-
-        Args:
-            metrics: what images are compared by.
-            folder: folder of the shards, or None.
-            on_images: progress callback, see `SampleCache`.
 
         Raises:
             InputError: see `Metrics`.
         """
-        # Images of two runners differ in the last bits.
-        runner = getattr(self.runner, "name", "torch")
         return SampleCache(
             model=self.model,
             network=metrics.network(self.model.device),
@@ -278,7 +230,8 @@ class Session:
             batch_size=self.batch_size,
             negative_prompt=self.students[0].info.negative_prompt if self.students else "",
             folder=folder,
-            identity=identity_of(self.model) | {"runner": runner} if folder else {},
+            # Images of two runners differ in the last bits.
+            identity=identity_of(self.model) | {"runner": getattr(self.runner, "name", "torch")} if folder else {},
             on_images=on_images,
         )
 

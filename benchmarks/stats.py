@@ -42,9 +42,6 @@ def median_of(values: Sequence[float]) -> Estimate:
 
     The interval lies between the k-th smallest and the k-th largest value, for the largest k whose coverage
     1 − 2 P(Binomial(n, ½) < k) is at least 95%. Below n = 6 there is none, and the range of the values stands in.
-
-    Raises:
-        ValueError: there are no values.
     """
     if not len(values):
         raise ValueError("no measurements")
@@ -64,13 +61,6 @@ def jackknifed(value: float, left_out: Sequence[float]) -> Estimate:
     The variance is (g − 1) / g · Σ (θ_j − θ̄)² over g groups, the interval Student's with g − 1 degrees of freedom.
     All θ_j come from samples of one size, so a bias that depends on the size alone cancels: the reason to prefer it
     to the bootstrap for Fréchet distances, which repeated samples push up.
-
-    Args:
-        value: statistic of the whole sample.
-        left_out: statistic without each group in turn, two or more.
-
-    Raises:
-        ValueError: there are fewer than two groups.
     """
     groups = len(left_out)
     if groups < 2:

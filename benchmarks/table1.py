@@ -10,11 +10,11 @@ from typing import Any
 from ..engine.errors import InputError
 from ..engine.model import ModelFiles
 from .config import SAMPLER_NAMES, Metrics, SweepConfig, Table1Config
-from .quality.distances import Distance
+from .quality.quality import Figures
 from .quality.reference import Reference
 from .quality.samples import SampleCache, SamplingVariant, bounded_memory
-from .session import Session, Student, read_students
-from .stats import Estimate, Score
+from .session import Session, Student
+from .stats import Estimate
 
 SCHEMA_VERSION = 4
 """Version of `table1.json` and `sweep.json`."""
@@ -58,14 +58,10 @@ class CellSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One figure, with its place as in `CellSpec`.
+    """One figure, in the place that its `CellSpec` names.
 
     Attributes:
-        row: see `CellSpec`.
-        column: see `CellSpec`.
-        sampler: see `CellSpec`.
         steps: sampling steps.
-        guidance: see `CellSpec`.
         cost: UNet passes per image.
         distance: Fréchet distance to real images.
         interval: interval of `distance`; None below N = 4.
@@ -138,7 +134,7 @@ def table1_cells(session: Session, config: Table1Config) -> list[CellSpec]:
 
 def sweep_cells(session: Session, config: SweepConfig) -> list[CellSpec]:
     """The teacher at every scale; students only at scales that they were distilled for."""
-    cells = []
+    session, cells = session.at(config.sampler, config.steps), []
     for scale in config.guidance:
         rows = {"teacher": session.teacher(scale)}
         for student in session.students:
@@ -163,21 +159,18 @@ def papers_rows(files: ModelFiles, students: Sequence[Student]) -> set[str]:
 def measured_cells(
     cache: SampleCache, specs: Sequence[CellSpec], reference: Reference, *, paper: set[str]
 ) -> list[Cell]:
-    """Measure the cells, each after the first of its column, a teacher.
-
-    Args:
-        cache: samples, or reads what was sampled before.
-        specs: cells to measure.
-        reference: real images.
-        paper: rows that have the paper's figures.
-    """
+    """Measure the cells, each after the first of its column, a teacher; `paper` are rows that the paper has too."""
     cells = []
-    first: dict[str, tuple[Distance, Score | None]] = {}
+    teachers: dict[str, Figures] = {}
     for spec in specs:
-        sampled, variant = cache.sampled(spec.variant), spec.variant
-        distance = Distance.of(reference, sampled.features)
-        caption = None if sampled.clip is None else Score.of(sampled.clip.tolist())
-        teacher, teachers_caption = first.get(spec.column, (None, None))
+        variant, figures = spec.variant, Figures.of(cache.sampled(spec.variant), reference)
+        teacher = teachers.setdefault(spec.column, figures)
+
+        def delta(name: str, figures: Figures = figures, teacher: Figures = teacher) -> Estimate | None:
+            figure = getattr(figures, name)
+            return None if figures is teacher or figure is None else figure.delta_to(getattr(teacher, name))
+
+        assert figures.distance
         cells.append(
             Cell(
                 row=spec.row,
@@ -186,15 +179,14 @@ def measured_cells(
                 steps=variant.steps,
                 guidance=spec.guidance,
                 cost=variant.cost,
-                distance=distance.value,
-                interval=distance.interval,
-                delta_to_guided=distance.delta_to(teacher) if teacher else None,
-                caption_score=caption.interval if caption else None,
-                caption_delta_to_guided=caption.delta_to(teachers_caption) if caption and teachers_caption else None,
+                distance=figures.distance.value,
+                interval=figures.distance.interval,
+                delta_to_guided=delta("distance"),
+                caption_score=figures.caption.interval if figures.caption else None,
+                caption_delta_to_guided=delta("caption"),
                 paper=PAPER.get((spec.row, spec.sampler, variant.steps)) if spec.row in paper else None,
             )
         )
-        first.setdefault(spec.column, (distance, caption))
     return cells
 
 
@@ -207,22 +199,10 @@ def measure_grid(
     metrics: Metrics,
     cache: Path | None = None,
     device: str = "auto",
+    report: Callable[[str], None] = lambda message: None,
     on_images: Callable[[str, int], None] = lambda name, count: None,
 ) -> Grid | None:
-    """Measure a table; needs no exported engine.
-
-    Args:
-        files: the model.
-        config: which table.
-        students: student folders.
-        prompts: at least `config.samples`.
-        metrics: what images are compared by; must have a reference.
-        cache: folder where a killed run finds what it had sampled; None keeps nothing.
-        device: "auto", "cpu", "cuda", …
-        on_images: progress callback: row name, and number of images that took a step.
-
-    Returns:
-        None in all processes but the first, where several were launched.
+    """Measure a table, with arguments as `bench.bench` has them; needs no exported engine, but a reference.
 
     Raises:
         InputError: the students, the prompts or the metrics can't be used.
@@ -231,30 +211,18 @@ def measure_grid(
         raise InputError("this is a table of distances to real images: pass --reference DIR")
     if not config.samples:
         raise InputError("--samples must be at least 2: this is a table of distances")
-    if isinstance(config, Table1Config):
-        name, sampler, steps, scale = "table1", config.samplers[0], config.steps[0], config.guidance
-        title = "Table 1"
-    else:
-        name, sampler, steps, scale = "sweep", config.sampler, config.steps, None
-        title = f"Guidance sweep, {SAMPLER_NAMES[sampler]}, {steps} steps"
-    infos, guidance = read_students(students, files, scale)
-    opened = Session.open(
-        files,
-        config,
-        sampler=sampler,
-        steps=steps,
-        students=students,
-        infos=infos,
-        guidance=guidance,
-        prompts=prompts,
-        device=device,
-    )
-    with opened as session:
-        specs = table1_cells(session, config) if isinstance(config, Table1Config) else sweep_cells(session, config)
-        opened_cache = session.sample_cache(metrics, folder=cache, on_images=on_images)
-        reference = metrics.reference_for(opened_cache.network)
-        assert reference is not None
-        samples = session.shared_out(opened_cache, [spec.variant for spec in specs])
+    scale = config.guidance if isinstance(config, Table1Config) else None
+    with Session.open(files, config, students=students, guidance=scale, prompts=prompts, device=device) as session:
+        if isinstance(config, Table1Config):
+            name, title, specs = "table1", "Table 1", table1_cells(session, config)
+        else:
+            name, title = "sweep", f"Guidance sweep, {SAMPLER_NAMES[config.sampler]}, {config.steps} steps"
+            specs = sweep_cells(session, config)
+        report("reading the real images")
+        opened = session.sample_cache(metrics, folder=cache, on_images=on_images)
+        reference = metrics.reference_for(opened.network)
+        assert reference
+        samples = session.shared_out(opened, [spec.variant for spec in specs])
         if samples is None:
             return None
         with bounded_memory(session.batch_size):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -63,14 +63,7 @@ class SamplingVariant:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """What is kept of N images.
-
-    Attributes:
-        features: `(N, D)` float32.
-        colors: `(N, 3)` float32, see `color_statistics`.
-        clip: `(N,)` float32 CLIP scores; None without a scorer.
-        samples: first few images, uint8 `(n, 3, H, W)`.
-    """
+    """What is kept of N images: features `(N, D)`, `color_statistics`, CLIP scores `(N,)`, and the first few images."""
 
     features: torch.Tensor
     colors: torch.Tensor
@@ -87,7 +80,7 @@ def color_statistics(images: torch.Tensor) -> torch.Tensor:
     Mean luma (Rec. 709 weights, on gamma-encoded values), mean HSV saturation, and the standard deviation of luma.
     """
     rgb = images.float() / 255
-    luma = (rgb * rgb.new_tensor([0.2126, 0.7152, 0.0722])[:, None, None]).sum(dim=1).flatten(1)
+    luma = torch.einsum("nchw,c->nhw", rgb, rgb.new_tensor([0.2126, 0.7152, 0.0722])).flatten(1)
     highest = rgb.amax(dim=1)
     saturation = ((highest - rgb.amin(dim=1)) / highest.clamp_min(1e-6)).flatten(1)
     return 100 * torch.stack([luma.mean(dim=1), saturation.mean(dim=1), luma.std(dim=1, unbiased=False)], dim=1)
@@ -137,12 +130,8 @@ class SampleCache:
     def sampled(self, variant: SamplingVariant) -> Sampled:
         """What is kept of a variant's images, shard by shard from the folder, or sampled now and put there."""
         parts = [self._shard(variant, start) for start in self.starts()]
-        return Sampled(
-            features=torch.cat([part["features"] for part in parts]),
-            colors=torch.cat([part["colors"] for part in parts]),
-            clip=torch.cat([part["clip"] for part in parts]) if self.clip else None,
-            samples=parts[0]["samples"],
-        )
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "samples"}
+        return Sampled(clip=joined.pop("clip", None), samples=parts[0]["samples"], **joined)
 
     def fill(self, variants: Sequence[SamplingVariant], processes: PartialState) -> SampleCache:
         """Sample the missing shards of all variants, each in one process; then the process group ends.
@@ -191,8 +180,7 @@ class SampleCache:
 
     def _shard(self, variant: SamplingVariant, start: int) -> dict[str, torch.Tensor]:
         key = self._key(variant, start)
-        stored = self._read(key)
-        if stored is not None:
+        if stored := self._read(key):
             self.on_images(variant.name, len(stored["features"]) * variant.steps)
             return stored
         sampled = self._sample(variant, start)
@@ -241,12 +229,9 @@ class SampleCache:
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-        try:
-            save_file(tensors, unfinished, metadata={"key": json.dumps(key, sort_keys=True)})
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+            save_file(tensors, Path(folder) / path.name, metadata={"key": json.dumps(key, sort_keys=True)})
+            (Path(folder) / path.name).replace(path)
 
 
 def launched_processes(device: torch.device) -> PartialState | None:
