@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ...engine.compiled import has_bfloat16
+
 GEMM_SIZES = {"cpu": 1024, "cuda": 8192}
 """Side of the square matrices: large enough that arithmetic, not memory, is the limit."""
 
@@ -70,14 +72,12 @@ def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def gemm_peaks(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[str, float]:
-    """`gemm_peak` by the dtype's name: float32 and bfloat16 on a CPU, else of those that the rows use."""
-    wanted = {torch.float32, torch.bfloat16, *dtypes} if device.type == "cpu" else set(dtypes)
-    return {
-        str(dtype).removeprefix("torch."): gemm_peak(device, dtype)
-        for dtype in sorted(wanted, key=str)
-        # Half precision on a CPU is emulated: slow, and no peak.
-        if not (device.type == "cpu" and dtype == torch.float16)
-    }
+    """`gemm_peak` by the dtype's name: of those that the rows use, and bfloat16 on a CPU that has it."""
+    wanted = set(dtypes)
+    if device.type == "cpu":
+        # What a CPU has no instructions for is emulated: it takes many seconds, and is no peak.
+        wanted = {torch.float32, *([torch.bfloat16] if has_bfloat16(device) else [])}
+    return {str(dtype).removeprefix("torch."): gemm_peak(device, dtype) for dtype in sorted(wanted, key=str)}
 
 
 class Stopwatch:

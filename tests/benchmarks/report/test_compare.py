@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 from boostdiff.benchmarks.bench import SCHEMA_VERSION
-from boostdiff.benchmarks.report.compare import _QUALITY, compare_reports
-from boostdiff.benchmarks.report.report import terminal_comparison
+from boostdiff.benchmarks.report.compare import QUALITY, compare_reports, terminal_comparison
 from boostdiff.engine.errors import InputError
 from rich.console import Console
 
@@ -26,7 +25,7 @@ def report() -> dict[str, Any]:
         "ceiling": 1.9,
     }
     row = {"runner": "torch", "mode": "student", "batch_size": 8, "images_per_second": estimate(10, 1)}
-    image = dict.fromkeys((*_QUALITY, "distance_interval"))
+    image = dict.fromkeys((*QUALITY, "distance_interval"))
     return {
         "schema_version": SCHEMA_VERSION,
         "speed": {"ratios": [ratio | {"estimate": estimate(1.8, 0.1)}], "rows": [row]},
@@ -52,17 +51,19 @@ def test_differences_and_settings(report: dict[str, Any], tmp_path: Path) -> Non
     other["quality"]["rows"][0] |= {"distance": 231.0, "recall": None}
     other["provenance"] |= {"hardware": {"cpu": "two"}, "students": {"b": {}}}
     comparison = compare_reports(*written(tmp_path, report, other))
-    table = comparison.table()
-    headings, cells = table.headings, table.cells
-    assert headings[1:3] == ["A", "B"]
-    assert [row[3:] for row in cells] == [["+5.6%", "no"], ["+100.0%", "yes"], ["+5.0%", "–"]]
-    assert cells[2] == ["student lora, distance", "220", "231", "+5.0%", "–"]
+    (ratio, rate, distance) = comparison.differences
+    assert [row.apart for row in (ratio, rate, distance)] == [False, True, None]
+    assert [row.change for row in (ratio, rate, distance)] == pytest.approx([1.9 / 1.8 - 1, 1.0, 0.05])
+    assert (distance.name, distance.a.value, distance.b.value) == ("student lora, distance", 220, 231)
     assert comparison.settings == {"hardware.cpu": ("one", "two")}
     assert comparison.only == ["student lora, recall"]
     other["speed"]["ratios"][0]["estimate"] = estimate(1.9, 0.1) | {"coverage": 0.75}
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(terminal_comparison(compare_reports(*written(tmp_path, report, other))))
-    assert "the two intervals (75%, 95%) share no point" in console.export_text()
+    shown = console.export_text()
+    assert "the two intervals (75%, 95%) share no point" in shown
+    (line,) = [line for line in shown.splitlines() if "student lora, distance" in line]
+    assert line.split()[-4:] == ["220", "231", "+5.0%", "–"]
 
 
 def test_shares_and_captions_are_compared_with_their_intervals(report: dict[str, Any], tmp_path: Path) -> None:
