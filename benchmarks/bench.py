@@ -71,10 +71,9 @@ class BenchResult:
         head = self.headline
         if head is None:
             return "Student and teacher could not be timed on one runner: there is no speed-up to report."
-        estimate, steps = head.estimate, self.provenance["config"]["steps"]
         words = (
-            f"The student makes images {estimate.value:.2f}x [{estimate.low:.2f}, {estimate.high:.2f}] as fast as the "
-            f"two-pass teacher ({head.faster.runner}, batch {head.batch_size}, {steps} steps; counted operations allow "
+            f"The student makes images {head.estimate:.2fx} as fast as the two-pass teacher ({head.faster.runner}, batch "
+            f"{head.batch_size}, {self.provenance['config']['steps']} steps; counted operations allow "
             f"{head.ceiling:.2f}x)"
         )
         if stock := self.speed.ratio("images", self.speed.students[0], baseline="stock diffusers"):
@@ -91,17 +90,14 @@ class BenchResult:
         elif delta := student.delta_to_guided:
             sentence = f"Its {quality.features} is {_compared(delta)}"
             if share := student.gain_recovered:
-                sentence += (
-                    f": it recovers {share.value:.0%} [{share.low:.0%}, {share.high:.0%}] of what guidance gains"
-                )
+                sentence += f": it recovers {share:.0%} of what guidance gains"
             sentences.append(f"{sentence} (N = {quality.images}).")
             if not share:
                 sentences.append(f"What guidance itself gains is within noise at N = {quality.images}.")
         score, of_teacher, delta = student.caption_score, quality.guided.caption_score, student.caption_delta_to_guided
         if score and of_teacher and delta:
             sentences.append(
-                f"Its {quality.caption_label} is {score.value:.1f} against the teacher's {of_teacher.value:.1f} "
-                f"({delta.value:+.1f} [{delta.low:+.1f}, {delta.high:+.1f}])."
+                f"Its {quality.caption_label} is {score.value:.1f} against the teacher's {of_teacher.value:.1f} ({delta:+.1f})."
             )
         return sentences
 
@@ -120,10 +116,11 @@ class BenchResult:
 def _compared(delta: Estimate) -> str:
     """A student's distance compared with the guided teacher's."""
     if delta.low <= 0 <= delta.high:
-        return f"level with the teacher's ({delta.value:+.1f} [{delta.low:+.1f}, {delta.high:+.1f}])"
-    low, high = sorted((abs(delta.low), abs(delta.high)))
-    side = "worse" if delta.value > 0 else "better"
-    return f"{side} than the teacher's by {abs(delta.value):.1f} [{low:.1f}, {high:.1f}]"
+        return f"level with the teacher's ({delta:+.1f})"
+    if delta.value > 0:
+        return f"worse than the teacher's by {delta:.1f}"
+    better = Estimate(value=-delta.value, low=-delta.high, high=-delta.low, coverage=delta.coverage)
+    return f"better than the teacher's by {better:.1f}"
 
 
 def bench(
@@ -206,11 +203,7 @@ def _quality_variants(session: Session, config: BenchConfig) -> list[SamplingVar
 def _measure_speed(
     session: Session, config: BenchConfig, manifest: Manifest, engine: Path, report: Callable[[str], None]
 ) -> tuple[Speed, dict[str, str]]:
-    """Speed on every runner, and the reason for each that can't run; all that is opened is closed again.
-
-    Raises:
-        InputError: the engine's files are incomplete or were changed.
-    """
+    """Speed on every runner, and the reason for each that can't run; all that is opened is closed again."""
     # Torch times the teacher with the base's weights; an exported graph times all modes with the student's.
     model, device = session.model, session.model.device
     with ExitStack() as opened:
@@ -247,9 +240,6 @@ def bench_random(
         config: what to measure; images are not compared.
         device: "auto", "cpu", "cuda", …
         report: progress callback, with a message.
-
-    Raises:
-        InputError: the model can't be built.
     """
     target = resolve_device(device)
     report("initializing random weights")

@@ -38,11 +38,7 @@ TRAINED = ("student", "engine", "prompts", "guidance")
 
 
 def _refuse(context: typer.Context, names: Iterable[str], reason: str) -> None:
-    """Refuse options that were given and would not be used.
-
-    Raises:
-        InputError: one was given.
-    """
+    """Refuse options that were given and would not be used."""
     for name in names:
         if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
             option = f"--{name.replace('as_json', 'json').replace('_', '-')}"

@@ -66,15 +66,10 @@ class SamplingConfig(ABC):
     ] = None
 
     def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            InputError: a value can't be used.
-        """
+        """Validate."""
         if self.samples < 0 or self.samples == 1:
             raise InputError(f"--samples {self.samples} has no distribution: pass at least 2, or --speed-only")
-        if isinstance(self, (BenchConfig, SweepConfig)):
-            check_options(self)
+        check_options(self)
 
     @abstractmethod
     def image_steps(self, students: int) -> int:
@@ -213,11 +208,7 @@ class Metrics:
     ] = None
 
     def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            InputError: a value can't be used.
-        """
+        """Validate."""
         if self.reference is not None and not self.reference.exists():
             raise InputError(f"there is no reference folder {self.reference}")
         if self.reference_size is not None and self.reference_size < 8:
@@ -238,11 +229,7 @@ class Metrics:
         return replace(self, reference=self.reference or embedded.REFERENCE, clip=self.clip or caption_model)
 
     def network(self, device: torch.device) -> FeatureNetwork:
-        """The feature network, loaded.
-
-        Raises:
-            BoostDiffError: its weights can't be used, or its package is not installed.
-        """
+        """The feature network, loaded."""
         from .quality.features import EfficientNetLite0Features, InceptionFeatures
 
         path = self.inception_weights

@@ -46,11 +46,7 @@ class Student:
 def read_students(
     folders: Sequence[Path], files: ModelFiles, guidance: float | None
 ) -> tuple[list[StudentInfo], float]:
-    """Descriptions of the students, and the guidance scale of all of them; see `Session.open`.
-
-    Raises:
-        InputError: one can't be used, or they can't be compared.
-    """
+    """Descriptions of the students, and the guidance scale of all of them; see `Session.open`."""
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise InputError("a --student is given twice")
     infos = [read_student(folder, files) for folder in folders]
@@ -168,16 +164,19 @@ class Session:
         """Gives a fresh scheduler."""
         return partial(make_scheduler, self.sampler, self.model.pipeline.scheduler.config)
 
+    def _variant(self, **values: Any) -> SamplingVariant:
+        shared = {"sampler": self.sampler, "steps": self.steps, "make_scheduler": self.make_scheduler}
+        return SamplingVariant(**shared | values)
+
     def teacher(self, guidance: float, *, reseeded: bool = False) -> SamplingVariant:
         """The teacher at a guidance scale; reseeded for the distance that chance makes."""
         guided = guidance > 1
-        return SamplingVariant(
+        return self._variant(
             name=f"teacher w={guidance:g}{' reseeded' if reseeded else ''}",
             role="reseeded" if reseeded else "teacher" if guided else "unguided",
-            steps=self.steps,
+            guidance=guidance,
             cost=self.steps * (1 + guided),
             open=lambda: teacher_denoiser(self.runner(self.model.unet), guidance),
-            make_scheduler=self.make_scheduler,
             identity={"mode": "teacher", "guidance": guidance},
             seed_offset=RESEED if reseeded else 0,
         )
@@ -186,26 +185,25 @@ class Session:
         """A student; a guidance-conditioned one takes the scale as an input."""
         unet = student.unet
         scale = guidance if unet.config.time_cond_proj_dim is not None else None
-        return SamplingVariant(
+        return self._variant(
             name=student.name,
             role="student",
-            steps=self.steps,
+            guidance=guidance,
             cost=self.steps,
             open=lambda: SinglePassDenoiser(self.runner(unet), scale),
-            make_scheduler=self.make_scheduler,
             identity={"mode": "student", "adapter": student.info.adapter_sha256, "guidance": scale},
         )
 
     def alternative(self, setting: Alternative) -> SamplingVariant:
         """What saves passes without training."""
-        return SamplingVariant(
+        return self._variant(
             name=setting.name,
             role="alternative",
             method=setting.method,
+            guidance=setting.guidance,
             steps=setting.steps,
             cost=setting.cost,
             open=lambda: setting.denoiser(self.runner(self.model.unet), self.make_scheduler),
-            make_scheduler=self.make_scheduler,
             identity={"mode": "interval", **asdict(setting)},
         )
 
@@ -216,11 +214,7 @@ class Session:
         folder: Path | None,
         on_images: Callable[[str, int], None] = lambda name, count: None,
     ) -> SampleCache:
-        """Where all rows of quality come from.
-
-        Raises:
-            InputError: see `Metrics`.
-        """
+        """Where all rows of quality come from."""
         return SampleCache(
             model=self.model,
             network=metrics.network(self.model.device),

@@ -32,6 +32,11 @@ class Estimate:
     high: float
     coverage: float
 
+    def __format__(self, spec: str) -> str:
+        """The value with its interval, "1.8x [1.7, 1.9]" by the spec ".1fx"; the unit may be left out."""
+        value, low, high = (format(each, spec.rstrip("x")) for each in (self.value, self.low, self.high))
+        return f"{value}{'x' * spec.endswith('x')} [{low}, {high}]"
+
     def overlaps(self, other: Estimate) -> bool:
         """Whether the two intervals share a point."""
         return self.low <= other.high and other.low <= self.high

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,31 +38,13 @@ PAPER: dict[tuple[str, str, int], float] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class CellSpec:
-    """A cell that is to be measured.
+class Cell:
+    """One figure.
 
     Attributes:
         row: "teacher w=3", "student lora", …
         column: "DDIM, 20 steps", or "w=3".
-        sampler: a name in `engine.schedulers.SAMPLERS`.
-        guidance: guidance scale w; of a student, the one that it was distilled at or is given.
-        variant: what is sampled.
-    """
-
-    row: str
-    column: str
-    sampler: str
-    guidance: float
-    variant: SamplingVariant
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One figure, in the place that its `CellSpec` names.
-
-    Attributes:
-        steps: sampling steps.
-        cost: UNet passes per image.
+        sampler: see `SamplingVariant`, as for `steps`, `guidance` and `cost`.
         distance: Fréchet distance to real images.
         interval: interval of `distance`; None below N = 4.
         delta_to_guided: ΔFD to the teacher that comes first in the column, paired; None for itself.
@@ -118,34 +100,30 @@ class Grid:
         return next((cell for cell in self.cells if (cell.row, cell.column) == (row, column)), None)
 
 
-def table1_cells(session: Session, config: Table1Config) -> list[CellSpec]:
+Places = Sequence[tuple[str, SamplingVariant]]
+"""What is sampled for each cell, with the cell's column; its row is the variant's name."""
+
+
+def table1_places(session: Session, config: Table1Config) -> Places:
     """Guided teacher, unguided teacher and students in each column; a column per sampler and number of steps."""
-    cells = []
+    places: list[tuple[str, SamplingVariant]] = []
     for at in (session.at(sampler, steps) for sampler in config.samplers for steps in config.steps):
+        students = [at.student(student, at.guidance) for student in at.students]
         column = f"{SAMPLER_NAMES[at.sampler]}, {at.steps} steps"
-        variants = [(scale, at.teacher(scale)) for scale in (at.guidance, 1.0)]
-        variants += [(at.guidance, at.student(student, at.guidance)) for student in at.students]
-        cells += [
-            CellSpec(row=variant.name, column=column, sampler=at.sampler, guidance=scale, variant=variant)
-            for scale, variant in variants
-        ]
-    return cells
+        places += [(column, variant) for variant in (at.teacher(at.guidance), at.teacher(1.0), *students)]
+    return places
 
 
-def sweep_cells(session: Session, config: SweepConfig) -> list[CellSpec]:
+def sweep_places(session: Session, config: SweepConfig) -> Places:
     """The teacher at every scale; students only at scales that they were distilled for."""
-    session, cells = session.at(config.sampler, config.steps), []
+    session, places = session.at(config.sampler, config.steps), []
     for scale in config.guidance:
-        rows = {"teacher": session.teacher(scale)}
+        variants = [replace(session.teacher(scale), name="teacher")]
         for student in session.students:
             low, high = student.info.guidance_range or (student.info.guidance, student.info.guidance)
-            if low <= scale <= high:
-                rows[student.name] = session.student(student, scale)
-        cells += [
-            CellSpec(row=row, column=f"w={scale:g}", sampler=session.sampler, guidance=scale, variant=variant)
-            for row, variant in rows.items()
-        ]
-    return cells
+            variants += [session.student(student, scale)] if low <= scale <= high else []
+        places += [(f"w={scale:g}", variant) for variant in variants]
+    return places
 
 
 def papers_rows(files: ModelFiles, students: Sequence[Student]) -> set[str]:
@@ -156,15 +134,13 @@ def papers_rows(files: ModelFiles, students: Sequence[Student]) -> set[str]:
     return {"teacher w=3", "teacher w=1", *(student.name for student in same)}
 
 
-def measured_cells(
-    cache: SampleCache, specs: Sequence[CellSpec], reference: Reference, *, paper: set[str]
-) -> list[Cell]:
+def measured_cells(cache: SampleCache, places: Places, reference: Reference, *, paper: set[str]) -> list[Cell]:
     """Measure the cells, each after the first of its column, a teacher; `paper` are rows that the paper has too."""
     cells = []
     teachers: dict[str, Figures] = {}
-    for spec in specs:
-        variant, figures = spec.variant, Figures.of(cache.sampled(spec.variant), reference)
-        teacher = teachers.setdefault(spec.column, figures)
+    for column, variant in places:
+        figures = Figures.of(cache.sampled(variant), reference)
+        teacher = teachers.setdefault(column, figures)
 
         def delta(name: str, figures: Figures = figures, teacher: Figures = teacher) -> Estimate | None:
             figure = getattr(figures, name)
@@ -173,18 +149,18 @@ def measured_cells(
         assert figures.distance
         cells.append(
             Cell(
-                row=spec.row,
-                column=spec.column,
-                sampler=spec.sampler,
+                row=variant.name,
+                column=column,
+                sampler=variant.sampler,
                 steps=variant.steps,
-                guidance=spec.guidance,
+                guidance=variant.guidance,
                 cost=variant.cost,
                 distance=figures.distance.value,
                 interval=figures.distance.interval,
                 delta_to_guided=delta("distance"),
                 caption_score=figures.caption.interval if figures.caption else None,
                 caption_delta_to_guided=delta("caption"),
-                paper=PAPER.get((spec.row, spec.sampler, variant.steps)) if spec.row in paper else None,
+                paper=PAPER.get((variant.name, variant.sampler, variant.steps)) if variant.name in paper else None,
             )
         )
     return cells
@@ -202,11 +178,7 @@ def measure_grid(
     report: Callable[[str], None] = lambda message: None,
     on_images: Callable[[str, int], None] = lambda name, count: None,
 ) -> Grid | None:
-    """Measure a table, with arguments as `bench.bench` has them; needs no exported engine, but a reference.
-
-    Raises:
-        InputError: the students, the prompts or the metrics can't be used.
-    """
+    """Measure a table, with arguments as `bench.bench` has them; needs no exported engine, but a reference."""
     if metrics.reference is None:
         raise InputError("this is a table of distances to real images: pass --reference DIR")
     if not config.samples:
@@ -214,19 +186,19 @@ def measure_grid(
     scale = config.guidance if isinstance(config, Table1Config) else None
     with Session.open(files, config, students=students, guidance=scale, prompts=prompts, device=device) as session:
         if isinstance(config, Table1Config):
-            name, title, specs = "table1", "Table 1", table1_cells(session, config)
+            name, title, places = "table1", "Table 1", table1_places(session, config)
         else:
             name, title = "sweep", f"Guidance sweep, {SAMPLER_NAMES[config.sampler]}, {config.steps} steps"
-            specs = sweep_cells(session, config)
+            places = sweep_places(session, config)
         report("reading the real images")
         opened = session.sample_cache(metrics, folder=cache, on_images=on_images)
         reference = metrics.reference_for(opened.network)
         assert reference
-        samples = session.shared_out(opened, [spec.variant for spec in specs])
+        samples = session.shared_out(opened, [variant for _, variant in places])
         if samples is None:
             return None
         with bounded_memory(session.batch_size):
-            cells = measured_cells(samples, specs, reference, paper=papers_rows(files, session.students))
+            cells = measured_cells(samples, places, reference, paper=papers_rows(files, session.students))
         return Grid(
             name=name,
             title=title,

@@ -20,11 +20,7 @@ class ClipScorer:
     """100 · max(cos(image, prompt), 0) by a CLIP model (Hessel et al. 2021, with torchmetrics' weight of 100)."""
 
     def __init__(self, name: str, *, device: torch.device) -> None:
-        """Load from the safetensors of a folder, or of a hub id such as "openai/clip-vit-base-patch16".
-
-        Raises:
-            InputError: there is no such model, or it is no CLIP model in safetensors.
-        """
+        """Load from the safetensors of a folder, or of a hub id such as "openai/clip-vit-base-patch16"."""
         # Here, as most benchmarks need none of it.
         from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 

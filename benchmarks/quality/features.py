@@ -73,11 +73,7 @@ def features_of(network: torch.nn.Module, images: torch.Tensor, batch_size: int 
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict from safetensors, or from a `.pt` or `.pth` file of nothing but tensors.
-
-    Raises:
-        InputError: it is missing, damaged, or holds other objects, which would run code when read.
-    """
+    """A state dict from safetensors, or from a `.pt` or `.pth` file of nothing but tensors."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

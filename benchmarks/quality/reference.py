@@ -56,11 +56,7 @@ class Reference:
 
     @classmethod
     def load(cls, path: Path) -> Reference:
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: the file is missing or no reference.
-        """
+        """Read what `save` wrote."""
         try:
             tensors = load_file(path)
             mean = tensors["mean"].double()
@@ -74,11 +70,7 @@ class Reference:
 
 
 def reference_of(path: Path, network: FeatureNetwork, *, size: int | None = None) -> Reference:
-    """The reference in a file of `Reference.save`, or of a folder of images, see `reference_from_folder`.
-
-    Raises:
-        InputError: it can't be read, or its features are of another network.
-    """
+    """The reference in a file of `Reference.save`, or of a folder of images, see `reference_from_folder`."""
     if path.is_dir() or not path.exists():
         return reference_from_folder(path, network, size=size)
     reference = Reference.load(path)

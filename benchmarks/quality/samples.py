@@ -40,7 +40,9 @@ class SamplingVariant:
 
     Attributes:
         name: row label.
-        role: "teacher", "unguided", "student", "alternative", "reseeded" or "custom".
+        role: "teacher", "unguided", "student", "alternative" or "reseeded".
+        guidance: guidance scale w; of a student, the one that it was distilled at or is given.
+        sampler: a name in `engine.schedulers.SAMPLERS`.
         steps: sampling steps.
         cost: UNet passes per image.
         open: gives the denoiser; called just before sampling, as variants may share one UNet.
@@ -52,6 +54,8 @@ class SamplingVariant:
 
     name: str
     role: str
+    guidance: float
+    sampler: str
     steps: int
     cost: int
     open: Callable[[], Denoiser]

@@ -15,20 +15,11 @@ from ..bench import SCHEMA_VERSION
 from ..speed.throughput import RunnerMode
 from ..stats import Estimate
 from .report import terminal_table
-from .tables import NOTHING, Table, number, variant_name
+from .tables import NOTHING, Table, formatted, variant_name
 
-QUALITY = {
-    "distance": "distance",
-    "delta_to_guided": "ΔFD to the guided teacher",
-    "gain_recovered": "guidance gain recovered",
-    "kid": "KID",
-    "precision": "precision",
-    "recall": "recall",
-    "distance_to_teacher_image": "distance to the teacher's image",
-    "caption_score": "",
-    "caption_gain_recovered": "guidance gain in caption score recovered",
-}
-"""Keys of a quality row, and what they are called; the caption score brings its label."""
+QUALITY = ("distance", "delta_to_guided", "gain_recovered", "kid", "precision", "recall", "distance_to_teacher_image")
+CAPTIONS = ("caption_score", "caption_delta_to_guided", "caption_gain_recovered")
+"""Keys of a quality row that are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +107,9 @@ def _figures(report: dict[str, Any]) -> dict[str, Estimate]:
             figures[f"{name}, batch {row['batch_size']}, images/s"] = row["images_per_second"]
         quality = report["quality"] or {"rows": []}
         for row in quality["rows"]:
-            for key, label in QUALITY.items():
+            for key in (*QUALITY, *CAPTIONS):
                 value = (row["distance_interval"] if key == "distance" else None) or row[key]
-                figures[f"{row['name']}, {label or quality['caption_label']}"] = value
+                figures[f"{row['name']}, {key.replace('_', ' ')}"] = value
         return {
             name: Estimate(**value)
             if isinstance(value, dict)
@@ -141,17 +132,21 @@ def _flat(value: Any, name: str = "") -> dict[str, str]:
 
 def terminal_comparison(comparison: Comparison) -> RenderableType:
     """Two reports side by side for rich, and the settings that differ; it has no room for the intervals."""
-    verdicts = {True: "yes", False: "no", None: NOTHING}
-    rows, cells = comparison.differences, []
-    for row in rows:
-        values = (f"{row.a.value:.4g}", f"{row.b.value:.4g}", number(row.change, "{:+.1%}"))
-        cells.append([row.name, *values, verdicts[row.apart]])
-    table = Table(headings=["", "A", "B", "change", "beyond noise"], cells=cells)
-    parts: list[RenderableType] = [terminal_table("A against B", table)]
-    compared = [row for row in rows if row.apart is not None]
-    if levels := sorted({f"{side.coverage:.0%}" for row in compared for side in (row.a, row.b)}):
-        parts.append(Text(f"Beyond noise: the two intervals ({', '.join(levels)}) share no point.", style="dim"))
-    parts += [Text(f"{name}: {a} in A, {b} in B", style="dim") for name, (a, b) in comparison.settings.items()]
+    rows = [
+        {
+            "": row.name,
+            "A": f"{row.a.value:.4g}",
+            "B": f"{row.b.value:.4g}",
+            "change": formatted(row.change, "+.1%"),
+            "beyond noise": NOTHING if row.apart is None else "yes" if row.apart else "no",
+        }
+        for row in comparison.differences
+    ]
+    compared = [side for row in comparison.differences if row.apart is not None for side in (row.a, row.b)]
+    notes = [f"{name}: {a} in A, {b} in B" for name, (a, b) in comparison.settings.items()]
+    if compared:
+        levels = ", ".join(sorted({f"{side.coverage:.0%}" for side in compared}))
+        notes.insert(0, f"Beyond noise: the two intervals ({levels}) share no point.")
     if comparison.only:
-        parts.append(Text(f"{len(comparison.only)} figures are in one report alone: --json names them.", style="dim"))
-    return Group(*parts)
+        notes.append(f"{len(comparison.only)} figures are in one report alone: --json names them.")
+    return Group(terminal_table("A against B", Table.of(rows)), *(Text(note, style="dim") for note in notes))

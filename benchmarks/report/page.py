@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..bench import BenchResult
 from ..quality.quality import Quality
-from .plots import cost_plot, quality_plot, rendered, speed_plot
+from .plots import quality_plot, rendered, speed_plot
 from .tables import (
     ALTERNATIVES_NOTE,
     Table,
@@ -126,8 +126,6 @@ def _quality(quality: Quality, result: BenchResult) -> list[str]:
     parts += [html_table(color_table(quality)), _note(f"{quality_note(quality)} {setting} {seeds}")]
     if quality.best_alternatives():
         parts += ["<h2>Without training</h2>", html_table(alternatives_table(quality))]
-        if quality.guided.distance is not None:
-            parts.append(html_plot(cost_plot(quality), f"{quality.features} over UNet passes per image"))
         parts.append(_note(ALTERNATIVES_NOTE))
     return parts
 

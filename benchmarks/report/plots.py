@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib
 
-from ..quality.quality import Quality, QualityRow
+from ..quality.quality import Quality
 from ..speed.throughput import Speed
 from ..stats import Estimate
 from ..table1 import Grid
@@ -20,7 +20,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COLORS = {"teacher": "#8a8f98", "reseeded": "#8a8f98", "student": "#2f6fed", "unguided": "#c9cdd3"}
-_METHODS = ("#c2543a", "#3a8f5c", "#8a5cc2")
 _INK = "#1e1e24"
 _STYLES = ("-", "--", ":", "-.", (0, (1, 3)))
 _MARKERS = ("o", "s", "^", "D", "v", "X", "P", "*")
@@ -75,31 +74,6 @@ def quality_plot(quality: Quality) -> plt.Figure:
         axes.axvline(quality.real_vs_real_distance, color=_INK, linestyle=":", label="real images")
     axes.set_xlabel(f"{quality.features} to real images (lower is better)")
     axes.margins(x=0.12)
-    return _finished(figure, axes)
-
-
-def cost_plot(quality: Quality) -> plt.Figure:
-    """Fréchet distance over UNet passes per image: teacher, students, and the best settings of what needs no training.
-
-    Settings that were tried and are not the best are faint.
-    """
-    figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
-    rows = [row for row in quality.rows if row.distance is not None and row.role != "reseeded"]
-    tried = [row for row in rows if row.role == "alternative"]
-    axes.plot([r.cost for r in tried], [r.distance or 0.0 for r in tried], ".", color="#d9dbe0", zorder=1)
-
-    def line(rows: Sequence[QualityRow], label: str, color: str, style: Any = "") -> None:
-        figures = [row.distance_interval for row in rows]
-        _line(axes, [r.cost for r in rows], [r.distance or 0.0 for r in rows], figures, label, color, style)
-
-    best = sorted(quality.best_alternatives(), key=lambda row: row.cost)
-    for method, color, style in zip(dict.fromkeys(row.method for row in best), _METHODS, _STYLES, strict=False):
-        line([row for row in best if row.method == method], str(method), color, style)
-    for row in rows:
-        if row.role != "alternative":
-            line([row], row.name, COLORS[row.role])
-    axes.set_xlabel("UNet passes per image")
-    axes.set_ylabel(f"{quality.features} (lower is better)")
     return _finished(figure, axes)
 
 

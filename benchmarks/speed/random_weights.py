@@ -19,11 +19,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def locate_configs(model: str) -> ModelFiles:
-    """Find a model's configuration: a folder of `CONFIGS` by its name, else as `engine.model.locate`.
-
-    Raises:
-        InputError: there is no such model, or no family handles it.
-    """
+    """Find a model's configuration: a folder of `CONFIGS` by its name, else as `engine.model.locate`."""
     names = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
     if model in names:
         return dataclasses.replace(locate(str(CONFIGS / model)), name=model)
@@ -40,9 +36,6 @@ def random_model(files: ModelFiles, *, device: torch.device, seed: int = 0) -> M
         files: the model's configuration; weight files are not read.
         device: where to put it.
         seed: seed of the weights.
-
-    Raises:
-        InputError: a configuration is missing or describes nothing that can be built.
     """
     index = read_json(files.folder / "model_index.json")
     entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None}

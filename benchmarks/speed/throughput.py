@@ -247,11 +247,8 @@ def measure(
         runs: timed batches per variant, after one that is discarded.
         on_progress: progress callback, with a message.
     """
-    flops = count_flops(model)
-    on_progress("measuring the peak of matrix multiplication")
-    device = variants[0].runner.device
-    dtypes = [variant.runner.precision for variant in variants]
-    speed, meter = Speed(rows=[], ratios=[], flops=flops, peaks=gemm_peaks(device, dtypes)), Meter(device)
+    flops, device = count_flops(model), variants[0].runner.device
+    speed, meter = Speed(rows=[], ratios=[], flops=flops, peaks={}), Meter(device)
 
     def attempt(variant: TimedVariant, work: Workload) -> dict[str, float] | None:
         try:
@@ -284,9 +281,9 @@ def measure(
                     del times[variant.key]
         speed.rows.extend(_row(variant, times[variant.key], work, flops) for variant in running if variant.key in times)
         speed.ratios.extend(_ratios(times, work, flops))
-        # The best of several moments: other processes and clocks hold a single one down.
-        for name, peak in gemm_peaks(device, dtypes).items():
-            speed.peaks[name] = max(peak, speed.peaks[name])
+        # The best of the moments after each batch size: other processes and clocks hold a single one down.
+        for name, peak in gemm_peaks(device, [variant.runner.precision for variant in variants]).items():
+            speed.peaks[name] = max(peak, speed.peaks.get(name, 0.0))
     speed.rows[:] = [
         replace(row, peak_share=row.tflops / speed.peaks[row.precision]) if row.precision in speed.peaks else row
         for row in speed.rows

@@ -24,12 +24,15 @@ from ...engine.model import locate, resolve_device
 from ...engine.student import INFO_FILE, StudentInfo
 from ...engine.versions import versions
 from ..config import parse_batch_sizes
-from ..report.tables import number
+from ..report.tables import Table
 from ..speed.device import hardware
 from ..speed.random_weights import locate_configs, random_model
-from .held_out import Configuration, Device, Runs, Steps, markdown
+from .held_out import Configuration, Device, Runs, Steps
 
 RESULTS = Path(__file__).parents[1] / "results"
+
+FEW = "1,8"
+"""Batch sizes where each takes minutes."""
 
 TRAINED_PASSES = 4
 """UNet passes of one sample's FLOPs: the teacher's two, the student's, and the backward pass to the activations, as
@@ -82,79 +85,55 @@ class Stage:
     command: list[str]
     done_file: Path
 
-    def run(self, name: str, limit: float | None = None) -> str | None:
-        """Run it, for `limit` seconds at most, if it is not finished; why it failed, or None."""
+    def run(self, name: str) -> str | None:
+        """Run it if it is not finished; why it failed, or None."""
         if self.done_file.exists():
             print(f"{name}: finished before", flush=True)
             return None
         began, shown = time.monotonic(), f"`python -m {shlex.join(self.command)}`"
         print(f"{name}: {shown}", flush=True)
-        command = [sys.executable, "-m", *self.command]
-        try:
-            code = subprocess.run(command, check=False, timeout=limit).returncode  # noqa: S603
-        except subprocess.TimeoutExpired:
-            return f"{shown} was ended after {limit:g} s"
+        code = subprocess.run([sys.executable, "-m", *self.command], check=False).returncode  # noqa: S603
         print(f"{name}: exit code {code} after {time.monotonic() - began:.0f} s", flush=True)
         return f"exit code {code} of {shown}" if code else None
 
 
 def stages(
-    *, model: str, work: Path, output: Path, device: str, batch_sizes: str, few: str, steps: int, runs: int, **more: int
+    *, model: str, work: Path, output: Path, device: str, batch_sizes: str, steps: int, runs: int, updates: int
 ) -> dict[str, Stage]:
     """All of them, by name, in the order in which they can run; for the arguments see `full_size`."""
     folder, engine = work / "folder", work / "engine"
-    ours = ["--model", f"{folder / 'model'}"]
-    prompts = ["--prompts", f"{embedded.HELD_OUT_PROMPTS}"]
+    on_device, timed = ["--device", device], ["--steps", f"{steps}", "--runs", f"{runs}"]
+    own = ["--model", f"{folder / 'model'}", "--prompts", f"{embedded.HELD_OUT_PROMPTS}"]
+    student = ["--model", f"{folder / 'model'}", "--student", f"{folder / 'student'}"]
+    random = ["--model", model, "--random-weights", "--batch-sizes"]
     half = ["--precision", "fp16"] if resolve_device(device).type == "cuda" else []
 
-    def study(*arguments: str, done_file: Path) -> Stage:
+    def study(done_file: Path, *arguments: str) -> Stage:
         return Stage(command=["boostdiff.benchmarks.studies", *arguments], done_file=done_file)
 
     def verb(name: str, target: Path, done_file: str, *arguments: str) -> Stage:
-        command = ["boostdiff", name, *arguments, "--output", f"{target}", "--device", device]
+        command = ["boostdiff", name, *arguments, "--output", f"{target}", *on_device]
         return Stage(command=command, done_file=target / done_file)
 
-    def bench(name: str, sizes: str, *arguments: str) -> Stage:
-        setting = ["--sampler", "dpm++", "--steps", f"{steps}", "--runs", f"{runs}", "--batch-sizes", sizes]
-        return verb("bench", output / name, "report.json", *setting, *arguments)
+    def bench(name: str, *arguments: str) -> Stage:
+        return verb("bench", output / name, "report.json", "--sampler", "dpm++", *timed, *arguments)
 
     def training(name: str, *arguments: str) -> Stage:
-        setting = ["--preset", "paper", *(f"--{key.replace('_', '-')}={value}" for key, value in more.items())]
-        return verb("distill", work / name, INFO_FILE, *ours, *prompts, *setting, *arguments)
+        few = ["--preset", "paper", "--updates", f"{updates}", "--gradient-accumulation-steps", "32"]
+        return verb("distill", work / name, INFO_FILE, *own, *few, *arguments)
 
-    random = ["--model", model, "--random-weights"]
-    student = [*ours, "--student", f"{folder / 'student'}"]
-    profiled = ["--batch-sizes", few, "--steps", f"{steps}", "--runs", f"{runs}", "--device", device]
-    profiled += ["--runners", "torch", "--json", f"{output / 'profile.json'}"]
-    exported = [*student, *prompts, "--engine", f"{engine}", "--speed-only"]
+    profiled = ["profile", model, "--batch-sizes", FEW, "--runners", "torch", *timed, *on_device]
+    exported = [*own, "--student", f"{folder / 'student'}", "--engine", f"{engine}", "--speed-only"]
     return {
-        "speed": bench("speed", batch_sizes, *random, "--no-compile"),
-        "profile": study("profile", model, *profiled, done_file=output / "profile.json"),
-        "folder": study(
-            "random-folder", model, "--half", "--output", f"{folder}", done_file=folder / "student" / INFO_FILE
-        ),
+        "speed": bench("speed", *random, batch_sizes, "--no-compile"),
+        "profile": study(output / "profile.json", *profiled, "--json", f"{output / 'profile.json'}"),
+        "folder": study(folder / "student" / INFO_FILE, "random-folder", model, "--half", "--output", f"{folder}"),
         "training": training("training"),
         "export": verb("export", engine, "manifest.json", *student, *half),
-        "engine": bench("engine", batch_sizes, *exported, "--no-compile"),
+        "engine": bench("engine", *exported, "--batch-sizes", batch_sizes, "--no-compile"),
         "compiled-training": training("compiled-training", "--compile"),
-        "compiled": bench("compiled", few, *random, "--compile"),
+        "compiled": bench("compiled", *random, FEW, "--compile"),
     }
-
-
-def speed_lines(report: dict[str, Any]) -> list[str]:
-    """Markdown: the ratios of whole images of a `boostdiff bench` report."""
-    rows = []
-    for ratio in report["speed"]["ratios"]:
-        if ratio["part"] == "images":
-            estimate = ratio["estimate"]
-            sides = [f"{ratio[side]['runner']} {ratio[side]['mode']}" for side in ("faster", "slower")]
-            measured = f"{estimate['value']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
-            rows.append([*sides, str(ratio["batch_size"]), measured, number(ratio["ceiling"], "{:.2f}")])
-    peaks = ", ".join(f"{dtype} {peak:.4g}" for dtype, peak in report["speed"]["peaks"].items())
-    return [
-        f"Whole images of {report['provenance']['config']['steps']} steps; GEMM peak in this run, TFLOP/s: {peaks}.\n",
-        markdown(["faster", "slower", "batch", "ratio", "ceiling"], rows),
-    ]
 
 
 def training_row(name: str, info: dict[str, Any], speed: dict[str, Any]) -> list[str]:
@@ -173,25 +152,19 @@ def training_row(name: str, info: dict[str, Any], speed: dict[str, Any]) -> list
 
 
 def summary(planned: dict[str, Stage], failed: dict[str, str], *, model: str, device: torch.device) -> str:
-    """Markdown of what is there: the ratios, the training, and what failed."""
+    """Markdown of what is there: where the results are, the pace of the training, and what failed."""
     described = hardware(device)
-    lines = [f"# {model} on {described.get('gpu', described['cpu'])}"]
-    done = {name: read_json(stage.done_file) for name, stage in planned.items() if stage.done_file.exists()}
-    for name in ("speed", "engine", "compiled"):
-        if name in done:
-            lines += [f"\n## {name}\n", *speed_lines(done[name])]
+    done = {name: stage.done_file for name, stage in planned.items() if stage.done_file.exists()}
+    lines = [f"# {model} on {described.get('gpu', described['cpu'])}\n"]
+    lines += [f"- {name}: {path}" for name, path in done.items()]
+    lines += [f"- {name} failed: {reason}" for name, reason in failed.items()]
     if "speed" in done:
-        names = [name for name in ("training", "compiled-training") if name in done]
-        paper = PRESETS["paper"]
-        headings = [
-            f"{paper['updates']} updates of {paper['batch_size']} samples",
-            "seconds per update",
-            "hours for all",
-        ]
-        headings += ["share of the highest GEMM peak", "peak memory, GiB"]
-        rows = [training_row(name, done[name], done["speed"]["speed"]) for name in names]
-        lines += ["\n## training\n", markdown(headings, rows)] if rows else []
-    lines += [f"\n{name} failed: {reason}" for name, reason in failed.items()]
+        speed, paper = read_json(done["speed"])["speed"], PRESETS["paper"]
+        trainings = [name for name in ("training", "compiled-training") if name in done]
+        rows = [training_row(name, read_json(done[name]), speed) for name in trainings]
+        headings = [f"{paper['updates']} updates of {paper['batch_size']} samples", "seconds per update"]
+        headings += ["hours for all", "share of the highest GEMM peak", "peak memory, GiB"]
+        lines += ["", Table(headings=headings, cells=rows).markdown()] if rows else []
     return "\n".join(lines) + "\n"
 
 
@@ -201,12 +174,9 @@ def full_size(
     only: Annotated[str | None, typer.Option(help="Stages, comma-separated.  [default: all]")] = None,
     output: Annotated[Path | None, typer.Option(help="For results.  [default: by GPU and date]")] = None,
     batch_sizes: Annotated[str, typer.Option(help="Images per batch.")] = "1,2,4,8,16",
-    few_batch_sizes: Annotated[str, typer.Option(help="The same of the stages profile and compiled.")] = "1,8",
     steps: Steps = 20,
     runs: Runs = 7,
     updates: Annotated[int, typer.Option(min=2, help="Training updates; the first is not timed.")] = 3,
-    accumulate: Annotated[int, typer.Option(min=1, help="Gradient-accumulation steps.")] = 32,
-    limit: Annotated[float | None, typer.Option(min=1, help="Seconds that a stage may take.")] = None,
     device: Device = "auto",
 ) -> None:
     """Speed, training and export at a public model's size, on random weights: no download, no network.
@@ -217,8 +187,7 @@ def full_size(
     one that fails keeps none of the others from running. `summary.md` is written anew after each.
     """
     target = resolve_device(device)
-    for sizes in (batch_sizes, few_batch_sizes):
-        parse_batch_sizes(sizes)
+    parse_batch_sizes(batch_sizes)
     if output is None:
         described = hardware(target)
         name = re.sub(r"[^a-z0-9]+", "-", described.get("gpu", described["cpu"]).lower()).strip("-")
@@ -229,11 +198,9 @@ def full_size(
         output=output,
         device=device,
         batch_sizes=batch_sizes,
-        few=few_batch_sizes,
         steps=steps,
         runs=runs,
         updates=updates,
-        gradient_accumulation_steps=accumulate,
     )
     wanted = list(planned) if only is None else only.split(",")
     if unknown := set(wanted) - set(planned):
@@ -242,7 +209,7 @@ def full_size(
         folder.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
     for name in (name for name in planned if name in wanted):
-        if reason := planned[name].run(name, limit):
+        if reason := planned[name].run(name):
             failed[name] = reason
         # After each: what ends the script must not take the results along.
         text = summary(planned, failed, model=model, device=target)

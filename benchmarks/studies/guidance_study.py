@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +17,9 @@ from ...engine.runners import TorchRunner
 from ...engine.sampling import initial_noise, sample
 from ...engine.schedulers import make_scheduler
 from ..quality.distances import same_seed_distance
+from ..report.tables import Table
 from ..session import Student
-from .held_out import Sampler, Samples, Scales, Steps, Work, held_out, markdown, scales_of
+from .held_out import Sampler, Samples, Scales, Steps, Work, held_out, scales_of
 
 Students = Annotated[list[Path], typer.Argument(help="Students of the embedded model.")]
 
@@ -27,16 +27,8 @@ TRAJECTORY_STEPS, EVERY = 16, 4
 """DDIM steps of the trajectories whose predictions are compared, at every fourth."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """A point of the teacher's trajectories.
-
-    Attributes:
-        t: the timestep, a scalar.
-        z_t: latents `(B, C, H, W)`.
-        guided: guided prediction.
-        unguided: conditional prediction without guidance.
-    """
+class State(NamedTuple):
+    """Timestep, latents `(B, C, H, W)`, and the teacher's predictions with guidance and without."""
 
     t: torch.Tensor
     z_t: torch.Tensor
@@ -102,7 +94,7 @@ def guidance_r2(
                 r2 = [r2_of(denoiser, part, text) for part in (states, *([state] for state in states))]
                 rows.append([f"{folder.name}, w = {scale:g}", *(f"{each:.3f}" for each in r2)])
                 headings = ["student", "all", *(f"t = {int(state.t)}" for state in states)]
-    print(markdown(headings, rows))
+    print(Table(headings=headings, cells=rows).markdown())
 
 
 def nearest_scale(features: torch.Tensor, teachers: Mapping[float, torch.Tensor]) -> tuple[float, float]:
@@ -152,4 +144,5 @@ def effective_guidance(
                 effective, distance = nearest_scale(features, teachers)
                 rows.append([folder.name, f"{scale:g}", f"{effective:.2f}", f"{distance:.3f}"])
     print(f"N = {samples}, {sampler}, {steps} steps\n")
-    print(markdown(["student", "w", "effective guidance", "distance to the nearest teacher's image"], rows))
+    headings = ["student", "w", "effective guidance", "distance to the nearest teacher's image"]
+    print(Table(headings=headings, cells=rows).markdown())

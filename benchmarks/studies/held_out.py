@@ -44,18 +44,10 @@ def scales_of(text: str) -> tuple[float, ...]:
     return comma_separated("--scales", float, "1.5,3,5")(text)
 
 
-def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (headings, ["---"] * len(headings), *rows))
-
-
 def trained(folder: Path, options: Sequence[str]) -> Path:
     """A student's folder; unless it is there, `boostdiff distill` is run with these options.
 
     The options are kept beside the folder; a student without them was put there by hand, and is taken as it is.
-
-    Raises:
-        InputError: the student that is there was trained with other options.
     """
     record = folder.with_name(f"{folder.name}.options.json")
     if not folder.exists():
@@ -79,11 +71,7 @@ def held_out(
     steps: int = 20,
     guidance: float | None = None,
 ) -> Iterator[tuple[Session, SampleCache]]:
-    """The embedded model and students on the same held-out prompts, seeds and noise, and the cache of their samples.
-
-    Raises:
-        InputError: a student can't be used.
-    """
+    """The embedded model and students on the same held-out prompts, seeds and noise, and the cache of their samples."""
     config = BenchConfig(samples=samples, sampler=sampler, steps=steps)
     files, prompts = locate(embedded.MODEL_NAME), read_prompts(embedded.HELD_OUT_PROMPTS)
     metrics = Metrics().for_model(embedded.MODEL_NAME)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -27,17 +28,16 @@ from ...engine.errors import InputError
 from ...engine.files import write_json
 from ...engine.guidance import combine
 from ...engine.guidance_input import make_adapter
-from ...engine.model import Model, ModelFiles, resolve_device
+from ...engine.model import ModelFiles, resolve_device
 from ...engine.runners import TorchRunner
 from ...engine.schedulers import make_scheduler
 from ...engine.terminal import print_json
 from ..config import parse_batch_sizes
-from ..speed.device import gemm_peak, hardware
-from ..speed.flops import count_flops
+from ..report.tables import Table
+from ..speed.device import hardware
 from ..speed.random_weights import locate_configs, random_model
-from ..speed.throughput import PARTS, TimedVariant, Workload
-from ..stats import median_of
-from .held_out import Configuration, Device, Sampler, Steps, markdown
+from ..speed.throughput import TimedVariant, Workload
+from .held_out import Configuration, Device, Runs, Sampler, Steps
 
 RUNNERS = {"torch": TorchRunner, "compiled": CompiledRunner}
 
@@ -72,19 +72,15 @@ class Breakdown:
         runner: its name.
         batch_size: images per batch.
         total: prompts to pixels, the median without the profiler.
-        parts: text encoder, UNet and VAE, likewise.
         operations: time of the kernels, on a CPU of the operators, by key of `OPERATIONS`.
         longest: the kernels that took longest: name, time and number of calls.
-        peak_share: the UNet's operations per second over the peak of matrix multiplication.
     """
 
     runner: str
     batch_size: int
     total: float
-    parts: dict[str, float]
     operations: dict[str, float]
     longest: list[tuple[str, float, int]]
-    peak_share: float
 
 
 def kernels_of(events: Iterable[Any], device: torch.device) -> list[tuple[str, float, int]]:
@@ -103,19 +99,11 @@ def kernels_of(events: Iterable[Any], device: torch.device) -> list[tuple[str, f
     return sorted(kernels, key=lambda kernel: -kernel[1])
 
 
-def break_down(runner: TorchRunner, work: Workload, *, flops: int, peak: float, runs: int) -> Breakdown:
-    """Time a batch of the student's, then profile one.
-
-    Args:
-        runner: executes the UNet.
-        work: what to make.
-        flops: operations of one pass over one image.
-        peak: peak of matrix multiplication, in 10¹² operations per second.
-        runs: timed batches, after one that is discarded.
-    """
-    variant, batch_size = TimedVariant(mode="student", runner=runner), len(work.prompts)
+def break_down(runner: TorchRunner, work: Workload, runs: int) -> Breakdown:
+    """Time a batch of the student's, the median of `runs` after one that is discarded, then profile one."""
+    variant = TimedVariant(mode="student", runner=runner)
     variant.time(work)
-    times = [variant.time(work) for _ in range(runs)]
+    times = [variant.time(work)["total"] for _ in range(runs)]
     activity = ProfilerActivity.CUDA if runner.device.type == "cuda" else ProfilerActivity.CPU
     # The first batch under a profiler, which starts up in it, is discarded.
     with profiled(activities=[activity], schedule=schedule(wait=0, warmup=1, active=1)) as profiler:
@@ -123,17 +111,15 @@ def break_down(runner: TorchRunner, work: Workload, *, flops: int, peak: float, 
         profiler.step()
         variant.time(work)
     kernels = kernels_of(profiler.key_averages(), runner.device)
-    parts = {part: median_of([run[part] for run in times]).value for part in PARTS}
+    operations = dict.fromkeys(OPERATIONS, 0.0)
+    for name, seconds, _ in kernels:
+        operations[operation_of(name)] += seconds
     return Breakdown(
         runner=runner.name,
-        batch_size=batch_size,
-        total=median_of([run["total"] for run in times]).value,
-        parts=parts,
-        operations={
-            each: sum(seconds for name, seconds, _ in kernels if operation_of(name) == each) for each in OPERATIONS
-        },
+        batch_size=len(work.prompts),
+        total=statistics.median(times),
+        operations=operations,
         longest=kernels[:20],
-        peak_share=batch_size * work.steps * flops / parts["unet"] / 1e12 / peak,
     )
 
 
@@ -144,10 +130,9 @@ def table(rows: Iterable[Breakdown]) -> str:
         busy = sum(row.operations.values())
         # A profiler that saw nothing does not make a device that waits.
         waits = max(0.0, row.total - busy) if busy else float("nan")
-        shares = (share / row.total for share in (*row.parts.values(), *row.operations.values(), waits))
-        first = [row.runner, str(row.batch_size), f"{row.total * 1e3:.1f}", f"{row.peak_share:.0%}"]
-        lines.append([*first, *(f"{share:.0%}" for share in shares)])
-    return markdown(["runner", "batch", "ms", "of GEMM peak", *PARTS, *OPERATIONS, "device waits"], lines)
+        shares = (f"{share / row.total:.0%}" for share in (*row.operations.values(), waits))
+        lines.append([row.runner, str(row.batch_size), f"{row.total * 1e3:.1f}", *shares])
+    return Table(headings=["runner", "batch", "ms", *OPERATIONS, "device waits"], cells=lines).markdown()
 
 
 def profile(
@@ -156,20 +141,20 @@ def profile(
     runners: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(RUNNERS),
     sampler: Sampler = "dpm++",
     steps: Steps = 20,
-    runs: Annotated[int, typer.Option(min=1, help="Timed batches per row.")] = 5,
+    runs: Runs = 5,
     device: Device = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything there.")] = None,
 ) -> None:
-    """Where a batch's time goes: kernels by operation, text encoder, UNet and VAE, and the time that the device waits.
+    """Where a batch's time goes: kernels by operation, and the time that the device waits.
 
     A model of random weights, in eager and compiled torch, the student's single pass. Each batch is timed without the
-    profiler, then run once under it: kernels take as long either way, but launching them does not.
+    profiler, then run once under it: kernels take as long either way, but launching them does not. For text encoder,
+    UNet step and VAE see `boostdiff bench --random-weights`.
     """
     if unknown := set(runners.split(",")) - set(RUNNERS):
         raise InputError(f"unknown runner {unknown.pop()!r}: choose from {', '.join(RUNNERS)}")
     target = resolve_device(device)
-    loaded = random_model(locate_configs(model), device=target)
-    flops, rows = count_flops(loaded).unet, []
+    loaded, rows = random_model(locate_configs(model), device=target), []
     print(hardware(target), flush=True)
     for name in runners.split(","):
         if name == "compiled" and (reason := missing_compiler(target)):
@@ -177,11 +162,15 @@ def profile(
             continue
         # A copy, as compiling changes the order of the weights.
         runner = RUNNERS[name](loaded.unet if name == "torch" else copy.deepcopy(loaded.unet))
-        peak = gemm_peak(target, runner.precision)
-        print(f"{name}: GEMM peak {peak:.4g} TFLOP/s, {runner.precision}", flush=True)
         for size in parse_batch_sizes(batch_sizes):
-            work = _workload(loaded, size, sampler, steps)
-            rows.append(break_down(runner, work, flops=flops, peak=peak, runs=runs))
+            work = Workload(
+                model=loaded,
+                prompts=["a photograph of an astronaut"] * size,
+                guidance=1.0,
+                make_scheduler=partial(make_scheduler, sampler, loaded.pipeline.scheduler.config),
+                steps=steps,
+            )
+            rows.append(break_down(runner, work, runs))
             print(f"\n{name}, batch {size}, the longest:")
             for kernel, seconds, count in rows[-1].longest[:8]:
                 print(f"  {seconds * 1e3:8.2f} ms  {count:5d} x  {kernel[:100]}", flush=True)
@@ -189,16 +178,6 @@ def profile(
     if json_file:
         settings = {"model": model, "sampler": sampler, "steps": steps, "hardware": hardware(target)}
         write_json(json_file, settings | {"rows": [asdict(row) for row in rows]})
-
-
-def _workload(model: Model, batch_size: int, sampler: str, steps: int) -> Workload:
-    return Workload(
-        model=model,
-        prompts=["a photograph of an astronaut"] * batch_size,
-        guidance=1.0,
-        make_scheduler=partial(make_scheduler, sampler, model.pipeline.scheduler.config),
-        steps=steps,
-    )
 
 
 UPDATES = ("fine-tune", "distill")

@@ -11,9 +11,9 @@ import typer
 from ...engine import embedded
 from ..quality.quality import Quality, QualityRow, evaluate
 from ..quality.reference import Reference
-from ..report.tables import NOTHING, number, within
+from ..report.tables import NOTHING, Table, formatted
 from ..stats import Estimate
-from .held_out import Samples, Steps, Work, held_out, markdown, trained
+from .held_out import Samples, Steps, Work, held_out, trained
 
 
 def over_seeds(values: Sequence[float | Estimate | None], pattern: str) -> str:
@@ -33,11 +33,11 @@ def rows_of(quality: Quality, students: dict[str, list[QualityRow]]) -> list[lis
     lines = [
         [
             row.name,
-            within(row.distance_interval),
-            within(row.delta_to_guided, "{:+.1f}"),
+            formatted(row.distance_interval),
+            formatted(row.delta_to_guided, "+.1f"),
             NOTHING,
-            within(row.caption_score),
-            number(row.distance_to_teacher_image, "{:.3f}"),
+            formatted(row.caption_score),
+            formatted(row.distance_to_teacher_image, ".3f"),
         ]
         for row in (guided, unguided)
     ]
@@ -89,4 +89,4 @@ def seeds(
             students.setdefault(method, []).append(row)
         headings = [f"{sampler}, {steps} steps, N = {samples}", quality.features, "ΔFD to the guided teacher"]
         headings += ["guidance gain recovered", str(quality.caption_label), "distance to the teacher's image"]
-        print(markdown(headings, rows_of(quality, students)), end="\n\n", flush=True)
+        print(Table(headings=headings, cells=rows_of(quality, students)).markdown(), end="\n\n", flush=True)

@@ -108,8 +108,8 @@ def test_a_share_of_the_guidance_gain_has_an_interval(result: BenchResult, share
 def test_every_picture_has_its_own_alternative_text(page: Page, result: BenchResult) -> None:
     texts = [image["alt"] for image in page.all("img")]
     assert all(texts)
-    # Three plots; then four sampling variants per prompt, whose texts repeat only because these prompts do.
-    assert len(texts) == 3 + 4 * GRID_ROWS
+    # Two plots; then four sampling variants per prompt, whose texts repeat only because these prompts do.
+    assert len(texts) == 2 + 4 * GRID_ROWS
     assert f"student bitfit: {result.prompts[0]}" in texts
 
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 from boostdiff.benchmarks.studies import held_out
-from boostdiff.benchmarks.studies.held_out import markdown, trained
+from boostdiff.benchmarks.studies.held_out import trained
 from boostdiff.engine.errors import InputError
 
 
@@ -24,7 +24,3 @@ def test_a_student_is_trained_once_and_only_with_its_own_options(
         trained(tmp_path / "lora-0", ["--method", "lora"])
     (tmp_path / "by-hand").mkdir()
     assert trained(tmp_path / "by-hand", options) == tmp_path / "by-hand"
-
-
-def test_a_markdown_table() -> None:
-    assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
