@@ -72,8 +72,8 @@ class BenchResult:
         if head is None:
             return "Student and teacher could not be timed on one runner: there is no speed-up to report."
         words = (
-            f"The student makes images {head.estimate:.2fx} as fast as the two-pass teacher ({head.faster.runner}, batch "
-            f"{head.batch_size}, {self.provenance['config']['steps']} steps; counted operations allow "
+            f"The student makes images {head.estimate:.2fx} as fast as the two-pass teacher ({head.faster.runner}, "
+            f"batch {head.batch_size}, {self.provenance['config']['steps']} steps; counted operations allow "
             f"{head.ceiling:.2f}x)"
         )
         if stock := self.speed.ratio("images", self.speed.students[0], baseline="stock diffusers"):
@@ -97,7 +97,8 @@ class BenchResult:
         score, of_teacher, delta = student.caption_score, quality.guided.caption_score, student.caption_delta_to_guided
         if score and of_teacher and delta:
             sentences.append(
-                f"Its {quality.caption_label} is {score.value:.1f} against the teacher's {of_teacher.value:.1f} ({delta:+.1f})."
+                f"Its {quality.caption_label} is {score.value:.1f} against the teacher's {of_teacher.value:.1f} "
+                f"({delta:+.1f})."
             )
         return sentences
 

@@ -54,11 +54,9 @@ EMPTY = Table(headings=[], cells=[])
 
 def formatted(value: float | Estimate | None, spec: str = ".1f") -> str:
     """A value, with its interval where it has one, or a dash; a `spec` may end in a unit, "x"."""
-    if value is None:
-        return NOTHING
-    return (
-        format(value, spec) if isinstance(value, Estimate) else f"{value:{spec.rstrip('x')}}{'x' * spec.endswith('x')}"
-    )
+    if value is None or isinstance(value, Estimate):
+        return NOTHING if value is None else format(value, spec)
+    return format(value, spec.rstrip("x")) + "x" * spec.endswith("x")
 
 
 KID_HEADING = "KID ×1000 (± spread of subsets)"
@@ -127,10 +125,6 @@ def ratio_table(speed: Speed) -> Table:
     return Table.of(rows, narrow=(0, 1, 2))
 
 
-def _distance(row: QualityRow) -> str:
-    return formatted(row.distance_interval or row.distance)
-
-
 def _gain(row: QualityRow, share: Estimate | None, figure: object) -> str:
     """Cell of a share of the guidance gain: where there is none, whether that is for noise."""
     has_one = row.role == "student" and figure is not None
@@ -150,7 +144,7 @@ def quality_table(quality: Quality) -> Table:
             {
                 "sampling": row.name,
                 "passes per step": f"{row.passes:g}",
-                f"{quality.features} [95%]": _distance(row),
+                f"{quality.features} [95%]": formatted(row.distance_interval or row.distance),
                 "ΔFD to the guided teacher": formatted(row.delta_to_guided, "+.1f"),
                 "guidance gain recovered": _gain(row, row.gain_recovered, row.distance),
                 **(captions if label else {}),
@@ -184,7 +178,7 @@ def alternatives_table(quality: Quality) -> Table:
             "sampling": row.name,
             "method": row.method or NOTHING,
             "passes per image": str(row.cost),
-            f"{quality.features} [95%]": _distance(row),
+            f"{quality.features} [95%]": formatted(row.distance_interval or row.distance),
             "ΔFD to the guided teacher": formatted(row.delta_to_guided, "+.1f"),
             quality.caption_label or "CLIP score": formatted(row.caption_score),
             "distance to the teacher's image": f"{row.distance_to_teacher_image:.3f}",
