@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 from ..engine.compiled import CompiledRunner, missing_compiler
 from ..engine.errors import BoostDiffError, InputError
 from ..engine.exported import Engine
-from ..engine.manifest import Manifest, read_manifest
+from ..engine.manifest import read_manifest
 from ..engine.memory import give_back_memory
 from ..engine.model import Model, ModelFiles, resolve_device
 from ..engine.runners import EXPORTED, Runner, TorchRunner, available_runners
@@ -27,14 +27,11 @@ from .fastest import pays_to_compile
 from .quality.alternatives import candidates
 from .quality.quality import Quality, evaluate
 from .quality.samples import SamplingVariant, bounded_memory
-from .session import Session, provenance_of
+from .session import Session
 from .speed.random_weights import random_model
 from .speed.stock import StockVariant, stock_pipeline
 from .speed.throughput import MODES, Speed, SpeedRatio, TimedVariant, measure
 from .stats import Estimate
-
-RANDOM_GUIDANCE = 3.0
-"""Guidance scale of random weights; it changes no time."""
 
 SCHEMA_VERSION = 5
 """Version of `report.json`."""
@@ -107,7 +104,7 @@ class BenchResult:
         return {
             "schema_version": SCHEMA_VERSION,
             "verdict": self.verdict(),
-            "speed": self.speed.as_json(),
+            "speed": asdict(self.speed),
             "skipped": self.skipped,
             "quality": self.quality.as_json() if self.quality else None,
             "provenance": self.provenance,
@@ -162,26 +159,25 @@ def bench(
     with opened as session:
         session = session.at(config.sampler, config.steps)
         guided, unguided, *others = _quality_variants(session, config)
-        samples = reference = None
+        samples = None
         if config.samples:
             # Before speed: a network or reference that can't be used must not cost a measurement.
             samples = session.sample_cache(metrics, folder=cache, on_images=on_images)
-            reference = metrics.reference_for(samples.network)
-            if reference is None:
+            if samples.reference is None:
                 report("quality: no --reference, so distances to real images are left out")
             samples = session.shared_out(samples, [guided, unguided, *others])
         if session.processes and not session.processes.is_main_process:
             return None
-        speed, skipped = _measure_speed(session, config, manifest, engine, report)
-        # Captured graphs are in reference cycles, and quality needs their memory.
+        speed, skipped = _measure_speed(session, config, report, engine=engine)
+        # Graphs may be in reference cycles, and quality needs their memory.
         give_back_memory()
         quality = None
         if samples:
             with bounded_memory(session.batch_size):
-                quality = evaluate(samples, guided=guided, unguided=unguided, others=others, reference=reference)
+                quality = evaluate(samples, guided=guided, unguided=unguided, others=others)
         return BenchResult(
             speed=speed,
-            skipped=skipped | speed.left_out,
+            skipped=skipped,
             quality=quality,
             prompts=prompts[: config.samples],
             provenance=session.provenance(samples, **manifest.inputs),
@@ -201,15 +197,39 @@ def _quality_variants(session: Session, config: BenchConfig) -> list[SamplingVar
     ]
 
 
+def bench_random(
+    files: ModelFiles,
+    config: BenchConfig,
+    *,
+    device: str = "auto",
+    report: Callable[[str], None] = lambda message: None,
+) -> BenchResult:
+    """Measure the speed of a model from what `locate_configs` finds, with random weights, in torch."""
+    report("initializing random weights")
+    model = random_model(files, device=resolve_device(device), seed=config.seed)
+    session = Session(model=model, config=config, prompts=["a photograph of an astronaut"])
+    speed, skipped = _measure_speed(session, config, report)
+    return BenchResult(
+        speed=speed,
+        skipped=skipped,
+        quality=None,
+        prompts=[],
+        provenance=session.provenance(None) | {"weights": "random"},
+    )
+
+
 def _measure_speed(
-    session: Session, config: BenchConfig, manifest: Manifest, engine: Path, report: Callable[[str], None]
+    session: Session, config: BenchConfig, report: Callable[[str], None], *, engine: Path | None = None
 ) -> tuple[Speed, dict[str, str]]:
-    """Speed on every runner, and the reason for each that can't run; all that is opened is closed again."""
-    # Torch times the teacher with the base's weights; an exported graph times all modes with the student's.
+    """Speed in torch and on the engine's runners, and the reason for what could not run; all that is opened is closed.
+
+    Torch times the teacher with the base's weights; an exported graph times all modes with the student's.
+    """
     model, device = session.model, session.model.device
     with ExitStack() as opened:
-        variants, skipped = _in_torch(model, session.students[0].unet, config)
-        for name, reason in available_runners(manifest, device, EXPORTED).items():
+        student = session.students[0].unet if session.students else model.unet
+        variants, skipped = _in_torch(model, student, config)
+        for name, reason in (available_runners(read_manifest(engine), device, EXPORTED) if engine else {}).items():
             if reason is not None:
                 skipped[name] = reason
                 continue
@@ -223,38 +243,18 @@ def _measure_speed(
                 skipped[name] = str(error)
         for name, reason in skipped.items():
             report(f"{name}: left out, {reason}")
-        speed = _speed(model, config, variants, session.guidance, session.prompts, report)
-    return speed, skipped
-
-
-def bench_random(
-    files: ModelFiles,
-    config: BenchConfig,
-    *,
-    device: str = "auto",
-    report: Callable[[str], None] = lambda message: None,
-) -> BenchResult:
-    """Measure the speed of a model from its configuration alone, with random weights, in torch.
-
-    Args:
-        files: the model's configuration, as `random_weights.locate_configs` finds it.
-        config: what to measure; images are not compared.
-        device: "auto", "cpu", "cuda", …
-        report: progress callback, with a message.
-    """
-    target = resolve_device(device)
-    report("initializing random weights")
-    model = random_model(files, device=target, seed=config.seed)
-    variants, skipped = _in_torch(model, model.unet, config)
-    speed = _speed(model, config, variants, RANDOM_GUIDANCE, ["a photograph of an astronaut"], report)
-    provenance = provenance_of(files, config, RANDOM_GUIDANCE, target)
-    return BenchResult(
-        speed=speed,
-        skipped=skipped | speed.left_out,
-        quality=None,
-        prompts=[],
-        provenance=provenance | {"students": {}, "hashes": {}, "weights": "random"},
-    )
+        speed = measure(
+            variants,
+            model,
+            prompts=session.prompts,
+            guidance=session.guidance,
+            make_scheduler=partial(make_scheduler, config.sampler, model.pipeline.scheduler.config),
+            steps=config.steps,
+            batch_sizes=config.batch_sizes_on(device),
+            runs=config.runs,
+            on_progress=report,
+        )
+    return speed, skipped | speed.left_out
 
 
 def _in_torch(
@@ -290,24 +290,3 @@ def _modes(
     of_teacher = runner(teacher)
     of_student = of_teacher if student is teacher else runner(student)
     return [TimedVariant(mode=mode, runner=of_student if mode == "student" else of_teacher) for mode in MODES]
-
-
-def _speed(
-    model: Model,
-    config: BenchConfig,
-    variants: Sequence[TimedVariant],
-    guidance: float,
-    prompts: Sequence[str],
-    report: Callable[[str], None],
-) -> Speed:
-    return measure(
-        variants,
-        model,
-        prompts=prompts,
-        guidance=guidance,
-        make_scheduler=partial(make_scheduler, config.sampler, model.pipeline.scheduler.config),
-        steps=config.steps,
-        batch_sizes=config.batch_sizes_on(model.device),
-        runs=config.runs,
-        on_progress=report,
-    )

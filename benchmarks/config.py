@@ -20,9 +20,6 @@ from ..engine.options import SamplerOption, SeedOption, StepsOption, check_optio
 if TYPE_CHECKING:
     import torch
 
-    from .quality.clip_score import ClipScorer
-    from .quality.features import FeatureNetwork
-    from .quality.reference import Reference
 
 SAMPLER_NAMES = {"ddim": "DDIM", "dpm++": "DPM-Solver++", "unipc": "UniPC", "euler": "Euler"}
 
@@ -227,22 +224,3 @@ class Metrics:
         # The caption model is a folder of its own; without it there is no score.
         caption_model = str(embedded.CAPTION_MODEL) if embedded.CAPTION_MODEL.is_dir() else None
         return replace(self, reference=self.reference or embedded.REFERENCE, clip=self.clip or caption_model)
-
-    def network(self, device: torch.device) -> FeatureNetwork:
-        """The feature network, loaded."""
-        from .quality.features import EfficientNetLite0Features, InceptionFeatures
-
-        path = self.inception_weights
-        return (EfficientNetLite0Features() if path is None else InceptionFeatures(path)).to(device)
-
-    def scorer(self, device: torch.device) -> ClipScorer | None:
-        """The CLIP model, loaded, where there is one; raises an InputError if it can't be used."""
-        from .quality.clip_score import ClipScorer
-
-        return None if self.clip is None else ClipScorer(self.clip, device=device)
-
-    def reference_for(self, network: FeatureNetwork) -> Reference | None:
-        """The real images' statistics, where there are any; raises an InputError if they can't be read."""
-        from .quality.reference import reference_of
-
-        return None if self.reference is None else reference_of(self.reference, network, size=self.reference_size)

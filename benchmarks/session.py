@@ -26,6 +26,9 @@ from ..engine.versions import source_commit, versions
 from .config import BenchConfig, Metrics, SamplingConfig
 from .fastest import FastestRunners
 from .quality.alternatives import Alternative
+from .quality.clip_score import ClipScorer
+from .quality.features import EfficientNetLite0Features, InceptionFeatures
+from .quality.reference import reference_of
 from .quality.samples import SampleCache, SamplingVariant, bounded_memory, launched_processes
 from .speed.device import hardware
 
@@ -78,12 +81,10 @@ class Session:
     Attributes:
         model: the teacher.
         sampler: a name in `engine.schedulers.SAMPLERS`.
-        steps: sampling steps.
         runner: gives a UNet's runner.
         students: merged into UNets of their own.
         guidance: scale of the guided teacher and of all students.
-        config: what is measured.
-        prompts: prompts; the first N are sampled for quality.
+        prompts: the first N are sampled for quality.
         processes: the launched processes, where there are several.
         batch_size: images denoised together for quality.
     """
@@ -114,9 +115,6 @@ class Session:
         """Load the model, merge the students, and close all runners at the end; cheap checks come first.
 
         Args:
-            files: the model.
-            config: what to measure.
-            students: student folders.
             guidance: scale for guidance-conditioned students; None takes their default.
             prompts: at least `config.samples`.
             device: "auto", "cpu", "cuda", …
@@ -215,10 +213,13 @@ class Session:
         on_images: Callable[[str, int], None] = lambda name, count: None,
     ) -> SampleCache:
         """Where all rows of quality come from."""
+        device, path, weights = self.model.device, metrics.reference, metrics.inception_weights
+        network = (EfficientNetLite0Features() if weights is None else InceptionFeatures(weights)).to(device)
         return SampleCache(
             model=self.model,
-            network=metrics.network(self.model.device),
-            clip=metrics.scorer(self.model.device),
+            network=network,
+            reference=None if path is None else reference_of(path, network, size=metrics.reference_size),
+            clip=None if metrics.clip is None else ClipScorer(metrics.clip, device=device),
             prompts=list(self.prompts[: self.config.samples]),
             seed=self.config.seed,
             batch_size=self.batch_size,
@@ -238,29 +239,23 @@ class Session:
         return cache if self.processes.is_main_process else None
 
     def provenance(self, cache: SampleCache | None, **hashes: str) -> dict[str, Any]:
-        """Provenance for a report."""
+        """Model, settings, hardware, versions and commit, for a report."""
+        device, settings = self.model.device, asdict(self.config)
+        if isinstance(self.config, BenchConfig):
+            settings["batch_sizes"] = list(self.config.batch_sizes_on(device))
         if cache:
             hashes["features"] = cache.network.sha256
             if cache.clip:
                 hashes["clip"] = cache.clip.sha256
-        return provenance_of(self.model.files, self.config, self.guidance, self.model.device) | {
+        return {
+            "model": self.model.files.name,
+            "guidance": self.guidance,
+            "config": settings,
+            "hardware": hardware(device),
+            "commit": source_commit(),
+            "versions": versions("torchmetrics", "torch_fidelity", "tensorrt", "tensorrt_rtx"),
             "students": {str(s.folder): {"method": s.info.method, "settings": s.info.settings} for s in self.students},
             "sampling_batch_size": self.batch_size,
             "hashes": hashes,
             "weights": "trained",
         }
-
-
-def provenance_of(files: ModelFiles, config: SamplingConfig, guidance: float, device: torch.device) -> dict[str, Any]:
-    """Model, settings, hardware, versions and commit, for a report."""
-    settings = asdict(config)
-    if isinstance(config, BenchConfig):
-        settings["batch_sizes"] = list(config.batch_sizes_on(device))
-    return {
-        "model": files.name,
-        "guidance": guidance,
-        "config": settings,
-        "hardware": hardware(device),
-        "commit": source_commit(),
-        "versions": versions("torchmetrics", "torch_fidelity", "tensorrt", "tensorrt_rtx"),
-    }

@@ -11,7 +11,6 @@ from ..engine.errors import InputError
 from ..engine.model import ModelFiles
 from .config import SAMPLER_NAMES, Metrics, SweepConfig, Table1Config
 from .quality.quality import Figures
-from .quality.reference import Reference
 from .quality.samples import SampleCache, SamplingVariant, bounded_memory
 from .session import Session, Student
 from .stats import Estimate
@@ -73,13 +72,11 @@ class Grid:
 
     Attributes:
         name: "table1" or "sweep", also the name of its files.
-        title: heading.
         cells: row by row; not every place is taken.
         images: N, of each cell.
         reference_images: real images behind the reference's statistics.
         features: name of the distance.
         caption_label: name of the caption score, with its model; None without one.
-        provenance: model, settings, hardware, versions.
     """
 
     name: str
@@ -134,12 +131,12 @@ def papers_rows(files: ModelFiles, students: Sequence[Student]) -> set[str]:
     return {"teacher w=3", "teacher w=1", *(student.name for student in same)}
 
 
-def measured_cells(cache: SampleCache, places: Places, reference: Reference, *, paper: set[str]) -> list[Cell]:
+def measured_cells(cache: SampleCache, places: Places, *, paper: set[str]) -> list[Cell]:
     """Measure the cells, each after the first of its column, a teacher; `paper` are rows that the paper has too."""
     cells = []
     teachers: dict[str, Figures] = {}
     for column, variant in places:
-        figures = Figures.of(cache.sampled(variant), reference)
+        figures = Figures.of(cache, variant)
         teacher = teachers.setdefault(column, figures)
 
         def delta(name: str, figures: Figures = figures, teacher: Figures = teacher) -> Estimate | None:
@@ -192,19 +189,17 @@ def measure_grid(
             places = sweep_places(session, config)
         report("reading the real images")
         opened = session.sample_cache(metrics, folder=cache, on_images=on_images)
-        reference = metrics.reference_for(opened.network)
-        assert reference
         samples = session.shared_out(opened, [variant for _, variant in places])
         if samples is None:
             return None
         with bounded_memory(session.batch_size):
-            cells = measured_cells(samples, places, reference, paper=papers_rows(files, session.students))
+            cells = measured_cells(samples, places, paper=papers_rows(files, session.students))
         return Grid(
             name=name,
             title=title,
             cells=cells,
             images=config.samples,
-            reference_images=reference.count,
+            reference_images=samples.reference.count if samples.reference else 0,
             features=samples.network.distance_name,
             caption_label=samples.clip.label if samples.clip else None,
             provenance=session.provenance(samples, unet=files.unet_sha256()),

@@ -30,7 +30,6 @@ class QualityRow:
         name: "teacher w=3", "student lora", …
         role: see `samples.SamplingVariant`.
         method: method of an alternative; rows of one method and cost are one sweep.
-        steps: sampling steps.
         cost: UNet passes per image.
         distance: Fréchet distance to real images.
         distance_interval: over prompts and noise, the reference being fixed; None below N = 4, as all intervals.
@@ -145,11 +144,12 @@ class Figures:
     colors: dict[str, Score]
 
     @classmethod
-    def of(cls, sampled: Sampled, reference: Reference | None) -> Figures:
-        """Compute the figures that have an interval."""
+    def of(cls, cache: SampleCache, variant: SamplingVariant) -> Figures:
+        """Sample a variant, or read what was sampled before, and compute the figures that have an interval."""
+        sampled = cache.sampled(variant)
         return cls(
             sampled=sampled,
-            distance=Distance.of(reference, sampled.features) if reference else None,
+            distance=Distance.of(cache.reference, sampled.features) if cache.reference else None,
             caption=None if sampled.clip is None else Score.of(sampled.clip.tolist()),
             colors={name: Score.of(values.tolist()) for name, values in zip(COLORS, sampled.colors.T, strict=True)},
         )
@@ -178,6 +178,7 @@ def row_of(
     if figures.caption:
         measured["caption_score"] = figures.caption.interval
         add("caption", "caption_")
+    deltas = {n: None if figures is guided else c.delta_to(guided.colors[n]) for n, c in figures.colors.items()}
     return QualityRow(
         name=variant.name,
         role=variant.role,
@@ -185,39 +186,19 @@ def row_of(
         steps=variant.steps,
         cost=variant.cost,
         distance_to_teacher_image=same_seed_distance(features, guided.sampled.features),
-        colors={
-            name: ColorStatistic(
-                value=color.value,
-                delta_to_guided=None if figures is guided else color.delta_to(guided.colors[name]),
-            )
-            for name, color in figures.colors.items()
-        },
+        colors={n: ColorStatistic(value=c.value, delta_to_guided=deltas[n]) for n, c in figures.colors.items()},
         **measured,
     )
 
 
 def evaluate(
-    cache: SampleCache,
-    *,
-    guided: SamplingVariant,
-    unguided: SamplingVariant,
-    others: Sequence[SamplingVariant],
-    reference: Reference | None,
+    cache: SampleCache, *, guided: SamplingVariant, unguided: SamplingVariant, others: Sequence[SamplingVariant]
 ) -> Quality:
-    """Evaluate guided teacher, unguided teacher and others on the same prompts, seeds and noise.
-
-    Args:
-        cache: samples, or reads what was sampled before.
-        guided: guided teacher.
-        unguided: unguided teacher.
-        others: students, alternatives and the reseeded teacher.
-        reference: real images, or None.
-    """
-    of_guided, of_unguided = (Figures.of(cache.sampled(variant), reference) for variant in (guided, unguided))
-    rows, samples = [], {}
+    """Evaluate guided teacher, unguided teacher and others on the same prompts, seeds and noise."""
+    of_guided, of_unguided = (Figures.of(cache, variant) for variant in (guided, unguided))
+    rows, samples, reference = [], {}, cache.reference
     for variant in (guided, unguided, *others):
-        figures = of_guided if variant is guided else of_unguided if variant is unguided else None
-        figures = figures or Figures.of(cache.sampled(variant), reference)
+        figures = of_guided if variant is guided else of_unguided if variant is unguided else Figures.of(cache, variant)
         rows.append(row_of(variant, figures, guided=of_guided, unguided=of_unguided, reference=reference))
         samples[variant.name] = figures.sampled.samples
     count, apart = len(cache.prompts), len(reference.features) if reference else 0

@@ -26,6 +26,7 @@ from ...engine.model import Model
 from ...engine.sampling import generate, to_uint8
 from .clip_score import ClipScorer
 from .features import FeatureNetwork, features_of
+from .reference import Reference
 
 SHARD = 200
 """Images per file: a killed run loses no more."""
@@ -42,13 +43,10 @@ class SamplingVariant:
         name: row label.
         role: "teacher", "unguided", "student", "alternative" or "reseeded".
         guidance: guidance scale w; of a student, the one that it was distilled at or is given.
-        sampler: a name in `engine.schedulers.SAMPLERS`.
-        steps: sampling steps.
         cost: UNet passes per image.
         open: gives the denoiser; called just before sampling, as variants may share one UNet.
         make_scheduler: gives a fresh scheduler.
         identity: plain JSON values that, with `steps` and the scheduler, determine its images.
-        seed_offset: added to the seed.
         method: method of an alternative, see `alternatives.Alternative`.
     """
 
@@ -103,13 +101,11 @@ class SampleCache:
         model: text encoder, VAE and latent shape.
         network: features of uint8 images.
         clip: caption scorer, or None.
-        prompts: N prompts.
+        reference: real images that samples are compared with, or None.
         seed: image i starts from the noise of `seed + i`.
         batch_size: images denoised together.
-        negative_prompt: negative prompt of the guided passes.
         folder: folder of the shards; None keeps nothing on disk.
         identity: plain JSON values that determine model, network and machine.
-        shard: images per file.
         keep: images kept per variant.
         on_images: progress callback: row name, and number of images that took a step.
     """
@@ -117,6 +113,7 @@ class SampleCache:
     model: Model
     network: FeatureNetwork
     clip: ClipScorer | None = None
+    reference: Reference | None = None
     prompts: list[str]
     seed: int
     batch_size: int

@@ -40,12 +40,6 @@ class Difference:
     change: float | None
     apart: bool | None
 
-    @classmethod
-    def of(cls, name: str, a: Estimate, b: Estimate) -> Difference:
-        """Of a figure in both reports."""
-        change = b.value / a.value - 1 if a.value else None
-        return cls(name=name, a=a, b=b, change=change, apart=not a.overlaps(b) if a.coverage and b.coverage else None)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -75,7 +69,7 @@ def compare_reports(first: Path, second: Path) -> Comparison:
         raise InputError(f"{first} and {second} have no figure in common: compare runs with the same batch sizes")
     here, there = (_flat(report["provenance"] | {"students": {}}) for report in reports)
     return Comparison(
-        differences=[Difference.of(name, a[name], b[name]) for name in shared],
+        differences=[_difference(name, a[name], b[name]) for name in shared],
         settings={
             name: (here.get(name, NOTHING), there.get(name, NOTHING))
             for name in sorted(here.keys() | there.keys())
@@ -83,6 +77,11 @@ def compare_reports(first: Path, second: Path) -> Comparison:
         },
         only=[name for name in (*a, *b) if name not in shared],
     )
+
+
+def _difference(name: str, a: Estimate, b: Estimate) -> Difference:
+    apart = not a.overlaps(b) if a.coverage and b.coverage else None
+    return Difference(name=name, a=a, b=b, change=b.value / a.value - 1 if a.value else None, apart=apart)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -45,7 +45,6 @@ class Workload:
         prompts: B prompts.
         guidance: guidance scale of the teacher.
         make_scheduler: gives a fresh scheduler.
-        steps: sampling steps.
     """
 
     model: Model
@@ -120,12 +119,7 @@ class SpeedRow:
     """A variant at one batch size; times in seconds. The parts of a stock pipeline are None.
 
     Attributes:
-        mode: key of `MODES`.
-        runner: its name.
-        device: its device.
         precision: precision of the UNet.
-        batch_size: images per batch.
-        steps: sampling steps.
         latency: from prompts to pixels on the host, per batch.
         images_per_second: batch size over the median latency.
         unet_step: one evaluation of the UNet, the mean over a run's steps: on 2B for the teacher, else on B.
@@ -161,8 +155,6 @@ class SpeedRatio:
     """How many times as fast one variant is as another, by their times in the same round.
 
     Attributes:
-        slower: baseline.
-        faster: a student.
         part: "images" (prompts to pixels) or "unet" (one step).
         estimate: median of the rounds' ratios.
         ceiling: ratio of the counted operations; None where it does not bound the estimate.
@@ -182,7 +174,6 @@ class Speed:
 
     Attributes:
         rows: one per variant and batch size.
-        ratios: see `SpeedRatio`.
         flops: operations, counted from the model.
         peaks: peak of matrix multiplication in the same run, by precision, in 10¹² operations per second.
         left_out: reason by variant and batch size.
@@ -193,10 +184,6 @@ class Speed:
     flops: Flops
     peaks: dict[str, float]
     left_out: dict[str, str] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
 
     @property
     def students(self) -> list[SpeedRow]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import re
 import shlex
 import subprocess
 import sys
@@ -29,10 +27,8 @@ from ..speed.device import hardware
 from ..speed.random_weights import locate_configs, random_model
 from .held_out import Configuration, Device, Runs, Steps
 
-RESULTS = Path(__file__).parents[1] / "results"
-
 FEW = "1,8"
-"""Batch sizes where each takes minutes."""
+"""Batch sizes that are compiled for, which takes minutes each."""
 
 TRAINED_PASSES = 4
 """UNet passes of one sample's FLOPs: the teacher's two, the student's, and the backward pass to the activations, as
@@ -102,17 +98,14 @@ def stages(
 ) -> dict[str, Stage]:
     """All of them, by name, in the order in which they can run; for the arguments see `full_size`."""
     folder, engine = work / "folder", work / "engine"
-    on_device, timed = ["--device", device], ["--steps", f"{steps}", "--runs", f"{runs}"]
+    timed = ["--steps", f"{steps}", "--runs", f"{runs}"]
     own = ["--model", f"{folder / 'model'}", "--prompts", f"{embedded.HELD_OUT_PROMPTS}"]
     student = ["--model", f"{folder / 'model'}", "--student", f"{folder / 'student'}"]
     random = ["--model", model, "--random-weights", "--batch-sizes"]
     half = ["--precision", "fp16"] if resolve_device(device).type == "cuda" else []
 
-    def study(done_file: Path, *arguments: str) -> Stage:
-        return Stage(command=["boostdiff.benchmarks.studies", *arguments], done_file=done_file)
-
     def verb(name: str, target: Path, done_file: str, *arguments: str) -> Stage:
-        command = ["boostdiff", name, *arguments, "--output", f"{target}", *on_device]
+        command = ["boostdiff", name, *arguments, "--output", f"{target}", "--device", device]
         return Stage(command=command, done_file=target / done_file)
 
     def bench(name: str, *arguments: str) -> Stage:
@@ -122,12 +115,13 @@ def stages(
         few = ["--preset", "paper", "--updates", f"{updates}", "--gradient-accumulation-steps", "32"]
         return verb("distill", work / name, INFO_FILE, *own, *few, *arguments)
 
-    profiled = ["profile", model, "--batch-sizes", FEW, "--runners", "torch", *timed, *on_device]
     exported = [*own, "--student", f"{folder / 'student'}", "--engine", f"{engine}", "--speed-only"]
     return {
         "speed": bench("speed", *random, batch_sizes, "--no-compile"),
-        "profile": study(output / "profile.json", *profiled, "--json", f"{output / 'profile.json'}"),
-        "folder": study(folder / "student" / INFO_FILE, "random-folder", model, "--half", "--output", f"{folder}"),
+        "folder": Stage(
+            command=["boostdiff.benchmarks.studies", "random-folder", model, "--half", "--output", f"{folder}"],
+            done_file=folder / "student" / INFO_FILE,
+        ),
         "training": training("training"),
         "export": verb("export", engine, "manifest.json", *student, *half),
         "engine": bench("engine", *exported, "--batch-sizes", batch_sizes, "--no-compile"),
@@ -172,7 +166,7 @@ def full_size(
     work: Annotated[Path, typer.Option(help="Folder for weights, students and engines: some 10 GB.")],
     model: Annotated[str, typer.Option(help="sd15, sd21-base, sdxl, or a pipeline folder.")] = "sd21-base",
     only: Annotated[str | None, typer.Option(help="Stages, comma-separated.  [default: all]")] = None,
-    output: Annotated[Path | None, typer.Option(help="For results.  [default: by GPU and date]")] = None,
+    output: Annotated[Path | None, typer.Option(help="For results.  [default: results in --work]")] = None,
     batch_sizes: Annotated[str, typer.Option(help="Images per batch.")] = "1,2,4,8,16",
     steps: Steps = 20,
     runs: Runs = 7,
@@ -181,17 +175,14 @@ def full_size(
 ) -> None:
     """Speed, training and export at a public model's size, on random weights: no download, no network.
 
-    Each stage is a command that is printed and can be run alone: `speed`, `profile`, `folder` (`random-folder`, which
+    Each stage is a command that is printed and can be run alone: `speed`, `folder` (`random-folder`, which
     the next need), `training` (a few updates of the paper's preset), `export`, `engine`, and last, as `torch.compile`
     takes minutes per graph, `compiled-training` and `compiled`. A stage whose results are there is not run again, and
     one that fails keeps none of the others from running. `summary.md` is written anew after each.
     """
     target = resolve_device(device)
     parse_batch_sizes(batch_sizes)
-    if output is None:
-        described = hardware(target)
-        name = re.sub(r"[^a-z0-9]+", "-", described.get("gpu", described["cpu"]).lower()).strip("-")
-        output = RESULTS / f"{name}-{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
+    output = output or work / "results"
     planned = stages(
         model=model,
         work=work,

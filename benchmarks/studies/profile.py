@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from multiprocessing import get_context
 from typing import Annotated, Any
 
 import torch
@@ -25,21 +23,17 @@ from ...distill.monitoring import peak_memory
 from ...distill.objective import distillation_loss
 from ...engine.compiled import CompiledRunner, missing_compiler
 from ...engine.errors import InputError
-from ...engine.files import write_json
 from ...engine.guidance import combine
 from ...engine.guidance_input import make_adapter
 from ...engine.model import ModelFiles, resolve_device
 from ...engine.runners import TorchRunner
 from ...engine.schedulers import make_scheduler
-from ...engine.terminal import print_json
 from ..config import parse_batch_sizes
 from ..report.tables import Table
 from ..speed.device import hardware
 from ..speed.random_weights import locate_configs, random_model
 from ..speed.throughput import TimedVariant, Workload
 from .held_out import Configuration, Device, Runs, Sampler, Steps
-
-RUNNERS = {"torch": TorchRunner, "compiled": CompiledRunner}
 
 OPERATIONS = {
     "attention": r"flash|fmha|attention|attn|softmax",
@@ -138,12 +132,11 @@ def table(rows: Iterable[Breakdown]) -> str:
 def profile(
     model: Configuration = "sd21-base",
     batch_sizes: Annotated[str, typer.Option(help="Images per batch.")] = "1,8",
-    runners: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(RUNNERS),
+    compile: Annotated[bool, typer.Option("--compile", help="Also profile torch.compile.")] = False,
     sampler: Sampler = "dpm++",
     steps: Steps = 20,
     runs: Runs = 5,
     device: Device = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything there.")] = None,
 ) -> None:
     """Where a batch's time goes: kernels by operation, and the time that the device waits.
 
@@ -151,17 +144,14 @@ def profile(
     profiler, then run once under it: kernels take as long either way, but launching them does not. For text encoder,
     UNet step and VAE see `boostdiff bench --random-weights`.
     """
-    if unknown := set(runners.split(",")) - set(RUNNERS):
-        raise InputError(f"unknown runner {unknown.pop()!r}: choose from {', '.join(RUNNERS)}")
     target = resolve_device(device)
+    if compile and (reason := missing_compiler(target)):
+        raise InputError(reason)
     loaded, rows = random_model(locate_configs(model), device=target), []
     print(hardware(target), flush=True)
-    for name in runners.split(","):
-        if name == "compiled" and (reason := missing_compiler(target)):
-            print(f"compiled: left out, {reason}", flush=True)
-            continue
-        # A copy, as compiling changes the order of the weights.
-        runner = RUNNERS[name](loaded.unet if name == "torch" else copy.deepcopy(loaded.unet))
+    # A copy, as compiling changes the order of the weights.
+    runners = [TorchRunner(loaded.unet), *([CompiledRunner(copy.deepcopy(loaded.unet))] if compile else [])]
+    for runner in runners:
         for size in parse_batch_sizes(batch_sizes):
             work = Workload(
                 model=loaded,
@@ -171,13 +161,10 @@ def profile(
                 steps=steps,
             )
             rows.append(break_down(runner, work, runs))
-            print(f"\n{name}, batch {size}, the longest:")
+            print(f"\n{runner.name}, batch {size}, the longest:")
             for kernel, seconds, count in rows[-1].longest[:8]:
                 print(f"  {seconds * 1e3:8.2f} ms  {count:5d} x  {kernel[:100]}", flush=True)
     print(f"\n{table(rows)}")
-    if json_file:
-        settings = {"model": model, "sampler": sampler, "steps": steps, "hardware": hardware(target)}
-        write_json(json_file, settings | {"rows": [asdict(row) for row in rows]})
 
 
 UPDATES = ("fine-tune", "distill")
@@ -221,23 +208,17 @@ def training_memory(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations.")
     ] = False,
-    only: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Peak memory of one distillation update against the same update as a plain fine-tune.
 
     Both train the same LoRA on a randomly initialized UNet in bf16, each in a process of its own; what differs is the
     teacher's pass. Peak is the process's resident set on a CPU, allocated memory on a GPU.
     """
-    if only is not None:
-        print_json(one_update(only, locate_configs(model), batch_size, gradient_checkpointing))
-        return
-    peaks = {}
-    for update in UPDATES:
-        command = [sys.executable, "-m", "boostdiff.benchmarks.studies", "training-memory", model, "--only", update]
-        command += ["--batch-size", str(batch_size)] + ["--gradient-checkpointing"] * gradient_checkpointing
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603
-        result = json.loads(done.stdout)
-        peaks[update] = result["peak"]
-        memory = " GiB, ".join(f"{when} {result[when] / 2**30:.2f}" for when in ("before", "peak"))
-        print(f"{update:9}: {memory} GiB, {result['seconds']:.0f} s", flush=True)
+    configs, peaks = locate_configs(model), {}
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes:
+        for update in UPDATES:
+            result = processes.submit(one_update, update, configs, batch_size, gradient_checkpointing).result()
+            peaks[update] = result["peak"]
+            memory = " GiB, ".join(f"{when} {result[when] / 2**30:.2f}" for when in ("before", "peak"))
+            print(f"{update:9}: {memory} GiB, {result['seconds']:.0f} s", flush=True)
     print(f"ratio {peaks['distill'] / peaks['fine-tune']:.3f} (batch {batch_size})")

@@ -8,9 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ...engine import embedded
 from ..quality.quality import Quality, QualityRow, evaluate
-from ..quality.reference import Reference
 from ..report.tables import NOTHING, Table, formatted
 from ..stats import Estimate
 from .held_out import Samples, Steps, Work, held_out, trained
@@ -82,7 +80,6 @@ def seeds(
                 guided=session.teacher(session.guidance),
                 unguided=session.teacher(1.0),
                 others=[session.student(student, session.guidance) for student in session.students],
-                reference=Reference.load(embedded.REFERENCE),
             )
         students: dict[str, list[QualityRow]] = {}
         for method, row in zip(folders.values(), quality.rows[2:], strict=True):

@@ -69,9 +69,10 @@ def test_a_stage_runs_on_a_model_of_its_own(
 ) -> None:
     options = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "results"), "--model", str(tiny_folder)]
     options += ["--batch-sizes", "1", "--steps", "1", "--runs", "3", "--device", "cpu"]
-    result = CliRunner().invoke(app, ["full-size", *options, "--only", "profile"])
+    result = CliRunner().invoke(app, ["full-size", *options, "--only", "speed"])
     assert result.exit_code == 0, capfd.readouterr()
-    assert read_json(tmp_path / "results/profile.json")["rows"][0]["runner"] == "torch"
+    rows = read_json(tmp_path / "results/speed/report.json")["speed"]["rows"]
+    assert {row["runner"] for row in rows} == {"torch", "stock diffusers"}
     assert (tmp_path / "results/summary.md").is_file()
 
 
