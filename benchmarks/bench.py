@@ -139,19 +139,13 @@ def bench(
     Where several processes were launched, they share the sampling through `cache`, and only the first has a result.
 
     Args:
-        files: the model.
-        config: what to measure.
         students: student folders; the first is the engine's, the others join the quality rows.
-        engine: engine folder.
         prompts: at least `config.samples`; speed uses the first ones, repeated if needed.
-        metrics: what images are compared by.
         cache: folder where a killed run finds what it had sampled; None keeps nothing.
         device: "auto", "cpu", "cuda", …
-        report: progress callback, with a message.
         on_images: progress callback of quality: row name, and number of images that took a step.
 
-    Raises:
-        InputError: a student, the engine, the prompts or the reference can't be used.
+    An InputError where a student, the engine, the prompts or the reference can't be used.
     """
     manifest = read_manifest(engine)
     manifest.check_student(read_student(students[0]), engine=engine)

@@ -114,13 +114,8 @@ class Session:
     ) -> Iterator[Session]:
         """Load the model, merge the students, and close all runners at the end; cheap checks come first.
 
-        Args:
-            guidance: scale for guidance-conditioned students; None takes their default.
-            prompts: at least `config.samples`.
-            device: "auto", "cpu", "cuda", …
-
-        Raises:
-            InputError: a student, the prompts or the device can't be used.
+        `guidance` is the scale for guidance-conditioned students, None for their default. An InputError where a
+        student, the prompts (at least `config.samples`) or the device can't be used.
         """
         infos, scale = read_students(students, files, guidance)
         if len(prompts) < config.samples:

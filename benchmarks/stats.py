@@ -20,9 +20,6 @@ class Estimate:
     """A value with its interval.
 
     Attributes:
-        value: point estimate.
-        low: lower end of the interval.
-        high: upper end of the interval.
         coverage: probability that the interval holds the true value: 0.95 or a little more; less after too few
             measurements.
     """

@@ -77,11 +77,8 @@ def candidates(*, steps: int, guidance: float) -> list[Alternative]:
     """The settings to sweep: of equal cost within each of `BUDGETS`.
 
     n steps, k of them guided, cost n + k passes. A share k / n of `SHARES` at each of `SCALES`, from the first step on
-    or in the middle; and n = k, that is full guidance at fewer steps.
-
-    Args:
-        steps: sampling steps of the student, and its passes; at least 2.
-        guidance: guidance scale w of the student.
+    or in the middle; and n = k, that is full guidance at fewer steps. `steps` (at least 2) and `guidance` are the
+    student's.
     """
     settings: dict[tuple[Any, ...], Alternative] = {}
 

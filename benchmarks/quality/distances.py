@@ -115,22 +115,16 @@ def same_seed_distance(features: torch.Tensor, to: torch.Tensor) -> float:
     return (1 - torch.cosine_similarity(features.double(), to.double())).mean().abs().item()
 
 
-def _radii(features: torch.Tensor, neighbors: int) -> torch.Tensor:
-    """Distance `(N,)` of each point to its k-th nearest neighbor."""
-    chunks = features.split(1000)
+def _covered(points: torch.Tensor, by: torch.Tensor) -> float:
+    """Share of points that lie in the manifold of another set."""
     # The nearest of all is the point itself.
-    return torch.cat([torch.cdist(chunk, features).kthvalue(neighbors + 1, dim=1).values for chunk in chunks])
-
-
-def _covered(points: torch.Tensor, by: torch.Tensor, radii: torch.Tensor) -> float:
-    """Share of points that lie in a ball around any point of another set."""
+    nearest = [torch.cdist(chunk, by).kthvalue(NEIGHBORS + 1, dim=1).values for chunk in by.split(1000)]
+    radii = torch.cat(nearest)
     inside = [(torch.cdist(chunk, by) <= radii).any(dim=1) for chunk in points.split(1000)]
     return torch.cat(inside).double().mean().item()
 
 
-def precision_recall(
-    real: torch.Tensor, generated: torch.Tensor, *, neighbors: int = NEIGHBORS
-) -> tuple[float, float] | None:
+def precision_recall(real: torch.Tensor, generated: torch.Tensor) -> tuple[float, float] | None:
     """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1-3): fidelity, and diversity.
 
     Precision is the share of generated images inside the real ones' manifold, recall the share of real images inside
@@ -139,8 +133,7 @@ def precision_recall(
     where there are not more than k images of each.
     """
     size = min(len(real), len(generated))
-    if size <= neighbors:
+    if size <= NEIGHBORS:
         return None
     real, generated = real[:size].double(), generated[:size].double()
-    precision = _covered(generated, real, _radii(real, neighbors))
-    return precision, _covered(real, generated, _radii(generated, neighbors))
+    return _covered(generated, real), _covered(real, generated)

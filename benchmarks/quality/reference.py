@@ -87,7 +87,6 @@ def reference_from_folder(folder: Path, network: FeatureNetwork, *, size: int | 
 
     Args:
         folder: PNG, JPEG and WebP files, at any depth, taken in the order of their names.
-        network: feature network.
         size: side in pixels of the centered square that every image is cut and resized to; None takes the images as
             they are, which must all have one size.
 

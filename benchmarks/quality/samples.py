@@ -137,8 +137,7 @@ class SampleCache:
     def fill(self, variants: Sequence[SamplingVariant], processes: PartialState) -> SampleCache:
         """Sample the missing shards of all variants, each in one process; then the process group ends.
 
-        Returns:
-            The cache with no progress callback, as all progress was reported here.
+        The cache that is returned has no progress callback, as all progress was reported here.
         """
         count = processes.num_processes
         # Each process reports for all of them.
@@ -244,11 +243,7 @@ def launched_processes(device: torch.device) -> PartialState | None:
 
 @contextmanager
 def bounded_memory(batch_size: int) -> Iterator[None]:
-    """Say what to do where memory does not suffice to sample so many images together.
-
-    Raises:
-        BoostDiffError: it did not.
-    """
+    """Say what to do where memory does not suffice to sample so many images together."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -57,11 +57,7 @@ class Comparison:
 
 
 def compare_reports(first: Path, second: Path) -> Comparison:
-    """Compare two `report.json`.
-
-    Raises:
-        InputError: one can't be read, is no report, or is of another version; or they share no figure.
-    """
+    """Compare two `report.json`; an InputError where one is no report of this version, or they share no figure."""
     reports = [_read(path) for path in (first, second)]
     a, b = (_figures(report) for report in reports)
     shared = [name for name in a if name in b]

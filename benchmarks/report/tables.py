@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..bench import BenchResult
 from ..quality.distances import KID_SUBSET, KID_SUBSETS, NEIGHBORS
@@ -28,15 +28,15 @@ class Table:
         narrow: columns for a phone; None for `main`.
     """
 
-    headings: list[str]
-    cells: list[list[str]]
+    headings: list[str] = field(default_factory=list)
+    cells: list[list[str]] = field(default_factory=list)
     main: tuple[int, ...] | None = None
     narrow: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, rows: list[dict[str, str]], **columns: tuple[int, ...]) -> Table:
         """From rows of cells by heading, the same headings in each."""
-        return cls(headings=list(rows[0]), cells=[list(row.values()) for row in rows], **columns) if rows else EMPTY
+        return cls(headings=list(rows[0]), cells=[list(row.values()) for row in rows], **columns) if rows else cls()
 
     def markdown(self) -> str:
         """The table in Markdown."""
@@ -47,9 +47,6 @@ class Table:
         """Only the main columns."""
         main = range(len(self.headings)) if self.main is None else self.main
         return Table(headings=[self.headings[i] for i in main], cells=[[row[i] for i in main] for row in self.cells])
-
-
-EMPTY = Table(headings=[], cells=[])
 
 
 def formatted(value: float | Estimate | None, spec: str = ".1f") -> str:

@@ -30,13 +30,7 @@ def locate_configs(model: str) -> ModelFiles:
 
 
 def random_model(files: ModelFiles, *, device: torch.device, seed: int = 0) -> Model:
-    """Build a pipeline with randomly initialized weights.
-
-    Args:
-        files: the model's configuration; weight files are not read.
-        device: where to put it.
-        seed: seed of the weights.
-    """
+    """Build a pipeline from a model's configuration, with randomly initialized weights; weight files are not read."""
     index = read_json(files.folder / "model_index.json")
     entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
     dtype = default_dtype(device)

@@ -230,9 +230,7 @@ def measure(
         variants: the ratios need a teacher and a student on the same runner.
         model: as `guidance`, `make_scheduler` and `steps` see `Workload`.
         prompts: at least one; repeated to fill a batch.
-        batch_sizes: batch sizes, measured one after the other.
         runs: timed batches per variant, after one that is discarded.
-        on_progress: progress callback, with a message.
     """
     flops, device = count_flops(model), variants[0].runner.device
     speed, meter = Speed(rows=[], ratios=[], flops=flops, peaks={}), Meter(device)

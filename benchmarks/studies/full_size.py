@@ -131,13 +131,7 @@ def stages(
 
 
 def training_row(name: str, info: dict[str, Any], speed: dict[str, Any]) -> list[str]:
-    """The paper's run by the pace of a few updates.
-
-    Args:
-        name: name of the stage.
-        info: a student's `student.json`.
-        speed: speed of a `boostdiff bench` report on the same device, for FLOPs and the peak.
-    """
+    """The paper's run by the pace of a few updates in `student.json`, and a report's speed, for FLOPs and the peak."""
     result, paper = info["result"], PRESETS["paper"]
     seconds = paper["batch_size"] / result["images_per_second"]
     rate = paper["batch_size"] * TRAINED_PASSES * speed["flops"]["unet"] / seconds / 1e12

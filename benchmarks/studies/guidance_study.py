@@ -101,11 +101,7 @@ def nearest_scale(features: torch.Tensor, teachers: Mapping[float, torch.Tensor]
     """Effective guidance, and the feature distance to the teacher's images at the nearest scale of the grid.
 
     Between scales it is the lowest point of the parabola through the nearest one and its neighbors; beyond the grid it
-    is the grid's end.
-
-    Args:
-        features: `(N, D)`.
-        teachers: by scale, three or more, features `(N, D)` of the same seeds.
+    is the grid's end. The teacher's features `(N, D)`, by three scales or more, are of the same seeds.
     """
     scales = sorted(teachers)
     distances = [same_seed_distance(features, to=teachers[scale]) for scale in scales]

@@ -35,13 +35,10 @@ Configuration = Annotated[
     str, typer.Argument(help="sd15, sd21-base, sdxl, or a folder with a pipeline's configuration.")
 ]
 
+scales_of = comma_separated("--scales", float, "1.5,3,5")
+
 TAKES_TRAINING_OPTIONS: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
 """For commands that train: options after `--` go to `boostdiff distill`."""
-
-
-def scales_of(text: str) -> tuple[float, ...]:
-    """`1.5,3,5` to numbers; raises an InputError where it is something else."""
-    return comma_separated("--scales", float, "1.5,3,5")(text)
 
 
 def trained(folder: Path, options: Sequence[str]) -> Path:

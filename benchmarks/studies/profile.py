@@ -78,11 +78,9 @@ class Breakdown:
 
 
 def kernels_of(events: Iterable[Any], device: torch.device) -> list[tuple[str, float, int]]:
-    """Name, time in seconds and number of calls of each kernel, the longest first.
+    """Name, time in seconds and number of calls of each kernel in a profiler's `key_averages()`, the longest first.
 
-    Args:
-        events: `key_averages()` of a profiler, in microseconds.
-        device: whose kernels; a CPU's are its operators, each without those that it calls.
+    A CPU's kernels are its operators, each without those that it calls.
     """
     on_gpu = device.type == "cuda"
     kernels = [
