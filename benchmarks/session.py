@@ -82,7 +82,7 @@ class Session:
         model: the teacher.
         sampler: a name in `engine.schedulers.SAMPLERS`.
         runner: gives a UNet's runner.
-        students: merged into UNets of their own.
+        students: one merged UNet each.
         guidance: scale of the guided teacher and of all students.
         prompts: the first N are sampled for quality.
         processes: the launched processes, where there are several.

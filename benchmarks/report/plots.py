@@ -25,12 +25,12 @@ _STYLES = ("-", "--", ":", "-.", (0, (1, 3)))
 _MARKERS = ("o", "s", "^", "D", "v", "X", "P", "*")
 
 
-def rendered(figure: plt.Figure, kind: str) -> bytes:
+def rendered(figure: plt.Figure, image_format: str) -> bytes:
     """A figure as "svg" or "png"; it is closed."""
     buffer = io.BytesIO()
-    metadata = {"Date": None, "Creator": None} if kind == "svg" else None
+    metadata = {"Date": None, "Creator": None} if image_format == "svg" else None
     with plt.rc_context({"svg.hashsalt": "boostdiff"}):
-        figure.savefig(buffer, format=kind, dpi=110, metadata=metadata)
+        figure.savefig(buffer, format=image_format, dpi=110, metadata=metadata)
     plt.close(figure)
     return buffer.getvalue()
 

@@ -173,7 +173,6 @@ class Speed:
     """All that was measured about speed.
 
     Attributes:
-        rows: one per variant and batch size.
         flops: operations, counted from the model.
         peaks: peak of matrix multiplication in the same run, by precision, in 10¹² operations per second.
         left_out: reason by variant and batch size.

@@ -27,8 +27,7 @@ from ..speed.device import hardware
 from ..speed.random_weights import locate_configs, random_model
 from .held_out import Configuration, Device, Runs, Steps
 
-FEW = "1,8"
-"""Batch sizes that are compiled for, which takes minutes each."""
+FEW = "1,8"  # batch sizes that are compiled for, which takes minutes each
 
 TRAINED_PASSES = 4
 """UNet passes of one sample's FLOPs: the teacher's two, the student's, and the backward pass to the activations, as
@@ -99,7 +98,7 @@ def stages(
     """All of them, by name, in the order in which they can run; for the arguments see `full_size`."""
     folder, engine = work / "folder", work / "engine"
     timed = ["--steps", f"{steps}", "--runs", f"{runs}"]
-    own = ["--model", f"{folder / 'model'}", "--prompts", f"{embedded.HELD_OUT_PROMPTS}"]
+    inputs = ["--model", f"{folder / 'model'}", "--prompts", f"{embedded.HELD_OUT_PROMPTS}"]
     student = ["--model", f"{folder / 'model'}", "--student", f"{folder / 'student'}"]
     random = ["--model", model, "--random-weights", "--batch-sizes"]
     half = ["--precision", "fp16"] if resolve_device(device).type == "cuda" else []
@@ -113,9 +112,9 @@ def stages(
 
     def training(name: str, *arguments: str) -> Stage:
         few = ["--preset", "paper", "--updates", f"{updates}", "--gradient-accumulation-steps", "32"]
-        return verb("distill", work / name, INFO_FILE, *own, *few, *arguments)
+        return verb("distill", work / name, INFO_FILE, *inputs, *few, *arguments)
 
-    exported = [*own, "--student", f"{folder / 'student'}", "--engine", f"{engine}", "--speed-only"]
+    exported = [*inputs, "--student", f"{folder / 'student'}", "--engine", f"{engine}", "--speed-only"]
     return {
         "speed": bench("speed", *random, batch_sizes, "--no-compile"),
         "folder": Stage(

@@ -16,6 +16,7 @@ from ...engine.model import Model
 from ...engine.runners import TorchRunner
 from ...engine.sampling import initial_noise, sample
 from ...engine.schedulers import make_scheduler
+from ..config import BenchConfig
 from ..quality.distances import same_seed_distance
 from ..report.tables import Table
 from ..session import Student
@@ -85,7 +86,7 @@ def guidance_r2(
     """
     rows, headings = [], ["student"]
     for folder in students:
-        with held_out([folder], samples=prompts) as (session, _):
+        with held_out([folder], BenchConfig(samples=prompts)) as (session, _):
             (student,), model = session.students, session.model
             text = model.family.encode(model.pipeline, session.prompts[:prompts])
             for scale in scales_for(student, scales_of(scales)):
@@ -130,9 +131,9 @@ def effective_guidance(
     Effective guidance is the scale of the teacher whose images of the same seeds are nearest to the student's, by the
     mean cosine distance of features. On `emoji64` and its held-out prompts; prints a Markdown table.
     """
-    rows = []
+    rows, config = [], BenchConfig(samples=samples, sampler=sampler, steps=steps)
     for folder in students:
-        with held_out([folder], work=work, samples=samples, sampler=sampler, steps=steps) as (session, cache):
+        with held_out([folder], config, work=work) as (session, cache):
             teachers = {scale: cache.sampled(session.teacher(scale)).features for scale in GRID}
             (student,) = session.students
             for scale in scales_for(student, scales_of(scales)):

@@ -60,17 +60,11 @@ def trained(folder: Path, options: Sequence[str]) -> Path:
 
 @contextmanager
 def held_out(
-    students: Sequence[Path],
-    *,
-    work: Path | None = None,
-    samples: int,
-    sampler: str = "ddim",
-    steps: int = 20,
-    guidance: float | None = None,
+    students: Sequence[Path], config: BenchConfig, *, work: Path | None = None
 ) -> Iterator[tuple[Session, SampleCache]]:
     """The embedded model and students on the same held-out prompts, seeds and noise, and the cache of their samples."""
-    config = BenchConfig(samples=samples, sampler=sampler, steps=steps)
-    files, prompts = locate(embedded.MODEL_NAME), read_prompts(embedded.HELD_OUT_PROMPTS)
-    metrics = Metrics().for_model(embedded.MODEL_NAME)
-    with Session.open(files, config, students=students, guidance=guidance, prompts=prompts, device="auto") as session:
-        yield session.at(sampler, steps), session.sample_cache(metrics, folder=work and work / "features")
+    prompts, metrics = read_prompts(embedded.HELD_OUT_PROMPTS), Metrics().for_model(embedded.MODEL_NAME)
+    files = locate(embedded.MODEL_NAME)
+    with Session.open(files, config, students=students, guidance=None, prompts=prompts, device="auto") as session:
+        session = session.at(config.sampler, config.steps)
+        yield session, session.sample_cache(metrics, folder=work and work / "features")

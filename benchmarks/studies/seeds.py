@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..config import BenchConfig
 from ..quality.quality import Quality, QualityRow, evaluate
 from ..report.tables import NOTHING, Table, formatted
 from ..stats import Estimate
@@ -67,14 +68,15 @@ def seeds(
     teacher's images are the same for all; brackets are intervals over prompts. Students and features that are in the
     folder are kept, so an interrupted run goes on. Options after `--` go to `boostdiff distill`.
     """
+    configs = [BenchConfig(samples=samples, sampler=sampler, steps=steps) for sampler in samplers.split(",")]
     options = ["--guidance", f"{guidance:g}", *context.args]
     folders = {
         trained(work / f"{method}-{seed}", ["--method", method, "--seed", str(seed), *options]): method
         for method in methods.split(",")
         for seed in range(seeds)
     }
-    for sampler in samplers.split(","):
-        with held_out(list(folders), work=work, samples=samples, sampler=sampler, steps=steps) as (session, cache):
+    for config in configs:
+        with held_out(list(folders), config, work=work) as (session, cache):
             quality = evaluate(
                 cache,
                 guided=session.teacher(session.guidance),
@@ -84,6 +86,6 @@ def seeds(
         students: dict[str, list[QualityRow]] = {}
         for method, row in zip(folders.values(), quality.rows[2:], strict=True):
             students.setdefault(method, []).append(row)
-        headings = [f"{sampler}, {steps} steps, N = {samples}", quality.features, "ΔFD to the guided teacher"]
+        headings = [f"{config.sampler}, {steps} steps, N = {samples}", quality.features, "ΔFD to the guided teacher"]
         headings += ["guidance gain recovered", str(quality.caption_label), "distance to the teacher's image"]
         print(Table(headings=headings, cells=rows_of(quality, students)).markdown(), end="\n\n", flush=True)
