@@ -208,7 +208,7 @@ def bench_random(
         skipped=skipped,
         quality=None,
         prompts=[],
-        provenance=session.provenance(None) | {"weights": "random"},
+        provenance=session.provenance(None) | {"weights": "random", "sampling_batch_size": None},
     )
 
 
@@ -223,9 +223,10 @@ def _measure_speed(
     with ExitStack() as opened:
         student = session.students[0].unet if session.students else model.unet
         variants, skipped = _in_torch(model, student, config)
-        for name, reason in (available_runners(read_manifest(engine), device, EXPORTED) if engine else {}).items():
-            if reason is not None:
-                skipped[name] = reason
+        reasons = available_runners(read_manifest(engine), device, EXPORTED) if engine else {}
+        for name, reason in reasons.items():
+            if reason is not None or engine is None:
+                skipped[name] = str(reason)
                 continue
             try:
                 exported = opened.enter_context(Engine.load(engine, runner=name, device=str(device))).model

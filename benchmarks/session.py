@@ -158,7 +158,7 @@ class Session:
         return partial(make_scheduler, self.sampler, self.model.pipeline.scheduler.config)
 
     def _variant(self, **values: Any) -> SamplingVariant:
-        shared = {"sampler": self.sampler, "steps": self.steps, "make_scheduler": self.make_scheduler}
+        shared: dict[str, Any] = {"sampler": self.sampler, "steps": self.steps, "make_scheduler": self.make_scheduler}
         return SamplingVariant(**shared | values)
 
     def teacher(self, guidance: float, *, reseeded: bool = False) -> SamplingVariant:

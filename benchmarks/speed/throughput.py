@@ -279,7 +279,7 @@ def _row(variant: TimedVariant, times: list[dict[str, float]], work: Workload, f
     device, batch_size = variant.runner.device, len(work.prompts)
 
     values = {key: [run[key] for run in times] for key in times[0] if all(key in run for run in times)}
-    spreads = {part: Spread.of(values[part]) for part in ("text_encoder", "vae_decode", "host_gap") if part in values}
+    parts: dict[str, Any] = {part: Spread.of(values[part]) for part in (*PARTS[1:], "host_gap") if part in values}
     total, step = median_of(values["total"]), Spread.of([seconds / work.steps for seconds in values["unet"]])
     joules, memory = values.get("joules"), values.get("memory")
     return SpeedRow(
@@ -297,7 +297,7 @@ def _row(variant: TimedVariant, times: list[dict[str, float]], work: Workload, f
             coverage=total.coverage,
         ),
         unet_step=step,
-        **spreads,
+        **parts,
         tflops=MODES[variant.mode] * batch_size * flops.unet / step.median / 1e12,
         joules_per_image=sum(joules) / len(joules) / batch_size if joules else None,
         memory_in_use=int(max(memory)) if memory else None,

@@ -13,6 +13,7 @@ import typer
 from ...engine.families import TextEmbeddings
 from ...engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
 from ...engine.model import Model
+from ...engine.options import SamplerOption
 from ...engine.runners import TorchRunner
 from ...engine.sampling import initial_noise, sample
 from ...engine.schedulers import make_scheduler
@@ -20,7 +21,7 @@ from ..config import BenchConfig
 from ..quality.distances import same_seed_distance
 from ..report.tables import Table
 from ..session import Student
-from .held_out import Sampler, Samples, Scales, Steps, Work, held_out, scales_of
+from .held_out import Samples, Scales, Steps, Work, held_out, scales_of
 
 Students = Annotated[list[Path], typer.Argument(help="Students of the embedded model.")]
 
@@ -123,7 +124,7 @@ def effective_guidance(
     work: Work,
     scales: Scales = "1.5,3,5,7.5",
     samples: Samples = 200,
-    sampler: Sampler = "ddim",
+    sampler: SamplerOption = "ddim",
     steps: Steps = 20,
 ) -> None:
     """The guidance that students give for each w they are asked for.

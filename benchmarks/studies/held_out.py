@@ -26,7 +26,6 @@ from ..session import Session
 
 Work = Annotated[Path, typer.Option("--work", help="Folder for students and sampled features.")]
 Samples = Annotated[int, typer.Option("--samples", min=4, help="Images per row (N).")]
-Sampler = Annotated[str, typer.Option("--sampler", help="ddim, dpm++, unipc or euler.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Sampling steps.")]
 Runs = Annotated[int, typer.Option("--runs", min=3, help="Timed batches per row.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, …")]

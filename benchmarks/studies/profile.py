@@ -26,6 +26,7 @@ from ...engine.errors import InputError
 from ...engine.guidance import combine
 from ...engine.guidance_input import make_adapter
 from ...engine.model import ModelFiles, resolve_device
+from ...engine.options import SamplerOption
 from ...engine.runners import TorchRunner
 from ...engine.schedulers import make_scheduler
 from ..config import parse_batch_sizes
@@ -33,7 +34,7 @@ from ..report.tables import Table
 from ..speed.device import hardware
 from ..speed.random_weights import locate_configs, random_model
 from ..speed.throughput import TimedVariant, Workload
-from .held_out import Configuration, Device, Runs, Sampler, Steps
+from .held_out import Configuration, Device, Runs, Steps
 
 OPERATIONS = {
     "attention": r"flash|fmha|attention|attn|softmax",
@@ -131,7 +132,7 @@ def profile(
     model: Configuration = "sd21-base",
     batch_sizes: Annotated[str, typer.Option(help="Images per batch.")] = "1,8",
     compile: Annotated[bool, typer.Option("--compile", help="Also profile torch.compile.")] = False,
-    sampler: Sampler = "dpm++",
+    sampler: SamplerOption = "dpm++",
     steps: Steps = 20,
     runs: Runs = 5,
     device: Device = "auto",

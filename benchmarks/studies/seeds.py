@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -68,7 +68,8 @@ def seeds(
     teacher's images are the same for all; brackets are intervals over prompts. Students and features that are in the
     folder are kept, so an interrupted run goes on. Options after `--` go to `boostdiff distill`.
     """
-    configs = [BenchConfig(samples=samples, sampler=sampler, steps=steps) for sampler in samplers.split(",")]
+    names: list[Any] = samplers.split(",")
+    configs = [BenchConfig(samples=samples, sampler=name, steps=steps) for name in names]
     options = ["--guidance", f"{guidance:g}", *context.args]
     folders = {
         trained(work / f"{method}-{seed}", ["--method", method, "--seed", str(seed), *options]): method
