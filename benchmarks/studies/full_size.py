@@ -27,8 +27,6 @@ from ..speed.device import hardware
 from ..speed.random_weights import locate_configs, random_model
 from .held_out import Configuration, Device, Runs, Steps
 
-FEW = "1,8"  # batch sizes that are compiled for, which takes minutes each
-
 TRAINED_PASSES = 4
 """UNet passes of one sample's FLOPs: the teacher's two, the student's, and the backward pass to the activations, as
 the weights themselves get no gradient."""
@@ -125,7 +123,7 @@ def stages(
         "export": verb("export", engine, "manifest.json", *student, *half),
         "engine": bench("engine", *exported, "--batch-sizes", batch_sizes, "--no-compile"),
         "compiled-training": training("compiled-training", "--compile"),
-        "compiled": bench("compiled", *random, FEW, "--compile"),
+        "compiled": bench("compiled", *random, "1,8", "--compile"),
     }
 
 
