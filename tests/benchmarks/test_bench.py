@@ -14,6 +14,7 @@ from boostdiff.benchmarks.config import BenchConfig, Metrics, parse_batch_sizes
 from boostdiff.benchmarks.quality.samples import COLORS, bounded_memory
 from boostdiff.benchmarks.report.report import terminal_report, write_report
 from boostdiff.benchmarks.report.tables import alternatives_table, quality_table
+from boostdiff.benchmarks.session import Session
 from boostdiff.benchmarks.speed.flops import Flops
 from boostdiff.benchmarks.speed.throughput import RunnerMode, Speed
 from boostdiff.benchmarks.stats import Estimate
@@ -24,6 +25,7 @@ from boostdiff.engine.compiled import has_bfloat16
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.exported import Engine
 from boostdiff.engine.model import Model, ModelFiles
+from boostdiff.engine.runners import TorchRunner
 from boostdiff.export.export import export
 from rich.console import Console
 from tiny import CPU, PROMPTS
@@ -212,6 +214,27 @@ def test_memory_that_does_not_suffice_ends_in_advice() -> None:
         bounded_memory(8),
     ):
         raise torch.OutOfMemoryError
+
+
+@pytest.mark.parametrize(("asked", "together"), [(None, 8), (3, 3)])
+def test_as_many_images_are_denoised_together_as_the_report_says(
+    tiny_files: ModelFiles, students: dict[str, Path], asked: int | None, together: int
+) -> None:
+    batches: list[int] = []
+
+    class Recording(TorchRunner):
+        def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+            batches.append(len(inputs["sample"]))
+            return super().predict(inputs)
+
+    config = BenchConfig(samples=10, steps=1, sampling_batch_size=asked)
+    with Session.open(
+        tiny_files, config, students=[students["lora"]], guidance=None, prompts=MANY, device="cpu"
+    ) as opened:
+        session = replace(opened.at("ddim", 1), runner=Recording)
+        session.sample_cache(Metrics(), folder=None).sampled(session.student(session.students[0], 3.0))
+    assert (max(batches), sum(batches)) == (together, 10)
+    assert session.provenance(None)["sampling_batch_size"] == together
 
 
 def test_more_samples_than_prompts(tiny_files: ModelFiles, students: dict[str, Path], engine: Path) -> None:
