@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,6 @@ from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.exported import Engine
 from boostdiff.engine.model import Model, ModelFiles
 from boostdiff.engine.runners import TorchRunner
-from boostdiff.export.export import export
 from rich.console import Console
 from tiny import CPU, PROMPTS
 
@@ -292,14 +292,13 @@ def test_torch_is_compiled_for_one_batch_size_unless_others_are_asked_for(
 def test_a_guidance_conditioned_student_is_evaluated_at_the_guidance_asked_for(
     tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Its speed is measured elsewhere.
-    flops = Flops(unet=1, vae_decode=1, text_encoder=1)
-    monkeypatch.setattr(
-        bench_module, "measure", lambda *_, **__: Speed(rows=[], ratios=[], flops=flops, peaks={"float32": 1.0})
-    )
+    # Speed, and whether the engine is the student's, is tested elsewhere.
+    speed = Speed(rows=[], ratios=[], flops=Flops(unet=1, vae_decode=1, text_encoder=1), peaks={"float32": 1.0})
+    monkeypatch.setattr(bench_module, "_measure_speed", lambda *_, **__: (speed, {}))
+    manifest = SimpleNamespace(check_student=lambda *_, **__: None, inputs={})
+    monkeypatch.setattr(bench_module, "read_manifest", lambda folder: manifest)
     training = DistillConfig(guidance=2.0, guidance_max=6.0, prompts=prompt_file, updates=4, batch_size=2)
     distill(tiny_files, training, output=tmp_path / "student", device="cpu", observers=Observers(preview=False))
-    export(tiny_files, student=tmp_path / "student", output=tmp_path / "engine", device="cpu")
 
     def run(guidance: float | None) -> BenchResult:
         config = BenchConfig(steps=2, runs=3, samples=4, batch_sizes=(2,), guidance=guidance, compile=False)
