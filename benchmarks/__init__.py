@@ -1,1 +1,1 @@
-"""The proof: throughput, quality, and the report."""
+"""Speed, quality, and the report."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -14,10 +14,7 @@ from ..engine.errors import InputError
 from ..engine.files import prepare_output
 from ..engine.options import DeviceOption, EngineOption, JsonOption, ModelOption, OutputOption, config_from, options_of
 from ..engine.terminal import console, print_json, progress_bar, quiet_libraries
-from .config import BenchConfig, Metrics, SweepConfig, Table1Config
-
-if TYPE_CHECKING:
-    from .bench import BenchResult
+from .config import BenchConfig, Metrics, SamplingConfig, SweepConfig, Table1Config
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode="rich")
 
@@ -41,24 +38,44 @@ TRAINED = ("student", "engine", "prompts", "guidance")
 
 
 def _refuse(context: typer.Context, names: Iterable[str], reason: str) -> None:
-    """Refuse options that were given and would not be used.
-
-    Raises:
-        InputError: one was given.
-    """
+    """Refuse options that were given and would not be used."""
     for name in names:
         if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
             option = f"--{name.replace('as_json', 'json').replace('_', '-')}"
             raise InputError(f"{option} {reason}")
 
 
-def _prompts(model: str, prompts: Path | None) -> list[str]:
-    """Prompts of a file; without one, those that the embedded model brings."""
+def _measure(
+    verb: Callable[..., Any],
+    config: SamplingConfig,
+    *,
+    model: str,
+    students: list[Path] | None,
+    prompts: Path | None,
+    output: Path,
+    **more: Any,
+) -> Any:
+    """Call `bench` or `measure_grid` under a progress bar."""
+    from ..engine.model import locate
     from ..engine.prompts import read_prompts
 
-    if prompts is None and model != embedded.MODEL_NAME:
-        raise InputError("pass --prompts FILE: only the embedded model brings prompts of its own")
-    return read_prompts(prompts or embedded.HELD_OUT_PROMPTS)
+    students = students or [Path("outputs/student")]
+    with progress_bar("measuring", config.image_steps(len(students)) or 1) as advance:
+        files = locate(model)
+        if prompts is None and model != embedded.MODEL_NAME:
+            raise InputError("pass --prompts FILE: only the embedded model brings prompts of its own")
+        lines = read_prompts(prompts or embedded.HELD_OUT_PROMPTS)
+        prepare_output(output)
+        return verb(
+            files,
+            config,
+            students=students,
+            prompts=lines,
+            cache=output / "cache",
+            report=lambda message: advance(0, note=message),
+            on_images=lambda name, count: advance(count, note=name),
+            **more,
+        )
 
 
 @app.callback()
@@ -92,38 +109,21 @@ def bench(
         _refuse(context, QUALITY, "has no use with --speed-only")
     quiet_libraries()
     config = config_from(BenchConfig, options, **({"samples": 0} if speed_only or random_weights else {}))
-    metrics = Metrics() if not config.samples else config_from(Metrics, options).for_model(model)
-    from ..engine.model import locate
     from .bench import bench as measure
     from .bench import bench_random
     from .report.report import REPORT_FILES, replaced_files, terminal_report, write_report
-    from .speed.random_weights import locate_configs
 
-    students = student or [Path("outputs/student")]
-    with progress_bar("measuring", config.denoised(len(students)) or 1) as advance:
+    if random_weights:
+        from .speed.random_weights import locate_configs
 
-        def report(message: str) -> None:
-            advance(0, note=message)
-
-        if random_weights:
+        with progress_bar("measuring", 1) as advance:
             files = locate_configs(model)
             prepare_output(output)
-            result: BenchResult | None = bench_random(files, config, device=device, report=report)
-        else:
-            files, lines = locate(model), _prompts(model, prompts)
-            prepare_output(output)
-            result = measure(
-                files,
-                config,
-                students=students,
-                engine=engine,
-                prompts=lines,
-                metrics=metrics,
-                cache=output / "cache",
-                device=device,
-                report=report,
-                on_images=lambda name, count: advance(count, note=name),
-            )
+            result = bench_random(files, config, device=device, report=lambda message: advance(0, note=message))
+    else:
+        metrics = config_from(Metrics, options).for_model(model) if config.samples else Metrics()
+        more = {"engine": engine, "metrics": metrics, "device": device}
+        result = _measure(measure, config, model=model, students=student, prompts=prompts, output=output, **more)
     # Of several processes that were launched, only the first has a result.
     if result:
         with replaced_files(output, REPORT_FILES) as folder:
@@ -135,11 +135,11 @@ def bench(
         console.print(f"Report: [bold]{output / 'report.html'}[/]")
 
 
-def _grid_command(name: str, kind: type[Table1Config] | type[SweepConfig], summary: str) -> None:
+def _grid_command(name: str, settings: type[Table1Config] | type[SweepConfig], summary: str) -> None:
     """Register a subcommand that measures a table of distances."""
 
     @app.command(name, help=summary)
-    @options_of(kind, Metrics)
+    @options_of(settings, Metrics)
     def measured(
         model: ModelOption = embedded.MODEL_NAME,
         student: StudentsOption = None,
@@ -150,33 +150,19 @@ def _grid_command(name: str, kind: type[Table1Config] | type[SweepConfig], summa
         **options: Any,
     ) -> None:
         quiet_libraries()
-        config, metrics = config_from(kind, options), config_from(Metrics, options).for_model(model)
-        from ..engine.model import locate
+        config = config_from(settings, options)
+        more = {"metrics": config_from(Metrics, options).for_model(model), "device": device}
         from .report.grids import terminal_grid, write_grid
         from .table1 import measure_grid
 
-        students = student or [Path("outputs/student")]
-        with progress_bar("measuring", config.denoised(len(students)) or 1) as advance:
-            files, lines = locate(model), _prompts(model, prompts)
-            prepare_output(output)
-            grid = measure_grid(
-                files,
-                config,
-                students=students,
-                prompts=lines,
-                metrics=metrics,
-                cache=output / "cache",
-                device=device,
-                on_images=lambda name, count: advance(count, note=name),
-            )
-        if grid is None:
-            return
-        write_grid(grid, output)
-        if as_json:
-            print_json(grid.as_json())
-            return
-        console.print(terminal_grid(grid))
-        console.print(f"Table: [bold]{output / f'{grid.name}.html'}[/]")
+        grid = _measure(measure_grid, config, model=model, students=student, prompts=prompts, output=output, **more)
+        if grid:
+            write_grid(grid, output)
+            if as_json:
+                print_json(grid.as_json())
+                return
+            console.print(terminal_grid(grid))
+            console.print(f"Table: [bold]{output / f'{grid.name}.html'}[/]")
 
 
 _grid_command(
@@ -193,8 +179,7 @@ def compare(
 ) -> None:
     """Show what differs between two reports."""
     quiet_libraries()
-    from .report.compare import compare_reports
-    from .report.report import terminal_comparison
+    from .report.compare import compare_reports, terminal_comparison
 
     comparison = compare_reports(first, second)
     if as_json:

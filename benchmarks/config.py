@@ -5,6 +5,7 @@ Nothing at the top of this module imports torch: the help of a command must not 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,15 +15,11 @@ import typer
 
 from ..engine import embedded
 from ..engine.errors import InputError
-from ..engine.options import SamplerOption, SeedOption, StepsOption
+from ..engine.options import SamplerOption, SeedOption, StepsOption, check_options
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import UNet2DConditionModel
 
-    from .quality.clip_score import ClipScorer
-    from .quality.features import FeatureNetwork
-    from .quality.reference import Reference
 
 SAMPLER_NAMES = {"ddim": "DDIM", "dpm++": "DPM-Solver++", "unipc": "UniPC", "euler": "Euler"}
 
@@ -35,18 +32,12 @@ GuidanceOption = Annotated[
 ]
 
 
-def comma_separated(option: str, kind: Callable[[str], Any], example: str) -> Callable[[Any], Any]:
-    """A parser of `1,2,4` to a tuple, each value once; what is no text is taken as it is.
-
-    Args:
-        option: its name, for the message.
-        kind: converts one value, or raises a ValueError.
-        example: of the option's value.
-    """
+def comma_separated(option: str, convert: Callable[[str], Any], example: str) -> Callable[[Any], Any]:
+    """A parser of an option's `1,2,4` to a tuple, each value once; what is no text is taken as it is."""
 
     def parse(text: Any) -> Any:
         try:
-            return tuple(dict.fromkeys(map(kind, text.split(",")))) if isinstance(text, str) else text
+            return tuple(dict.fromkeys(map(convert, text.split(",")))) if isinstance(text, str) else text
         except ValueError:
             raise InputError(f"{option} {text!r} is no comma-separated list such as {example}") from None
 
@@ -57,7 +48,7 @@ parse_batch_sizes = comma_separated("--batch-sizes", int, "1,2,4")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
+class SamplingConfig(ABC):
     """What all that sample images share; `samples` 0 samples none."""
 
     samples: Annotated[int, typer.Option(help="Images per row, for quality (N).")] = 200
@@ -72,31 +63,14 @@ class SamplingConfig:
     ] = None
 
     def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            InputError: a value can't be used.
-        """
+        """Validate."""
         if self.samples < 0 or self.samples == 1:
             raise InputError(f"--samples {self.samples} has no distribution: pass at least 2, or --speed-only")
+        check_options(self)
 
-    def denoised(self, students: int) -> int:
-        """Steps of single images that all rows take together, at most, with so many students."""
-        raise NotImplementedError
-
-    @property
-    def may_compile(self) -> bool:
-        """Whether many images may be sampled through `torch.compile`, where that pays."""
-        return True
-
-
-def _check(samplers: Sequence[str], steps: Sequence[int]) -> None:
-    from ..engine.schedulers import make_scheduler
-
-    for sampler in samplers:
-        make_scheduler(sampler, {})
-    if min(steps, default=0) < 1:
-        raise InputError("--steps must be at least 1")
+    @abstractmethod
+    def image_steps(self, students: int) -> int:
+        """Denoising steps of single images, of all rows together at most, with so many students."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,15 +86,16 @@ class BenchConfig(SamplingConfig):
             parser=parse_batch_sizes,
             metavar="N,N,…",
             help="Batch sizes that speed is measured at.",
-            show_default="8 on a CPU, else 1,2,4,8,16",
+            show_default="8 on a CPU and for torch.compile, else 1,2,4,8,16",
         ),
     ] = None
-    runs: Annotated[int, typer.Option(help="Timed batches per variant, 3 or more; the intervals reach 95% with 6.")] = 5
+    runs: Annotated[
+        int, typer.Option(min=3, help="Timed batches per variant, 3 or more; the intervals reach 95% with 6.")
+    ] = 5
     compile: Annotated[
         bool | None,
         typer.Option(
-            help="Also time torch.compile. On a GPU it takes minutes per batch size, before the first figure: pass "
-            "few --batch-sizes.",
+            help="Also time torch.compile. On a GPU it takes minutes per batch size.",
             show_default="for small models on CPUs with bfloat16; never on a GPU",
         ),
     ] = None
@@ -129,43 +104,28 @@ class BenchConfig(SamplingConfig):
     ] = False
 
     def __post_init__(self) -> None:
-        """See `SamplingConfig`."""
         super().__post_init__()
-        _check([self.sampler], [self.steps])
         if self.batch_sizes is not None and min(self.batch_sizes, default=0) < 1:
             raise InputError("--batch-sizes must be at least 1, as in --batch-sizes 1,2,4")
-        if self.runs < 3:
-            raise InputError("--runs must be at least 3")
         if self.alternatives and not self.samples:
             raise InputError("--alternatives is about quality: leave --speed-only out")
         if self.alternatives and self.steps < 2:
             raise InputError("--alternatives needs --steps of at least 2: with one, no pass can be saved")
 
-    def denoised(self, students: int) -> int:
-        """See `SamplingConfig`."""
+    def image_steps(self, students: int) -> int:
         from .quality.alternatives import candidates
 
         swept = candidates(steps=self.steps, guidance=1.0) if self.alternatives else []
         return self.samples * ((students + 3) * self.steps + sum(one.steps for one in swept))
 
-    @property
-    def may_compile(self) -> bool:
-        """See `SamplingConfig`."""
-        return self.compile is not False
-
-    def compiles(self, unet: UNet2DConditionModel) -> bool:
-        """Whether to run `torch.compile` on a UNet, where it is."""
-        from ..engine.compiled import has_bfloat16
-        from ..engine.model import LARGE_PARAMETERS
-
-        if self.compile is not None:
-            return self.compile
-        return unet.device.type == "cpu" and unet.num_parameters() < LARGE_PARAMETERS and has_bfloat16(unet.device)
-
     def batch_sizes_on(self, device: torch.device) -> tuple[int, ...]:
         """The batch sizes to measure on a device, ascending."""
         default = (8,) if device.type == "cpu" else (1, 2, 4, 8, 16)
         return tuple(sorted(set(self.batch_sizes or default)))
+
+    def compiled_batch_sizes(self) -> tuple[int, ...] | None:
+        """The batch sizes to measure `torch.compile` at, each of which is compiled for; None for all."""
+        return None if self.batch_sizes else (8,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,12 +147,14 @@ class Table1Config(SamplingConfig):
     guidance: GuidanceOption = None
 
     def __post_init__(self) -> None:
-        """See `SamplingConfig`."""
         super().__post_init__()
-        _check(self.samplers, self.steps)
+        for sampler in self.samplers:
+            if sampler not in SAMPLER_NAMES:
+                raise InputError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLER_NAMES)}")
+        if min(self.steps, default=0) < 1:
+            raise InputError("--steps must be at least 1")
 
-    def denoised(self, students: int) -> int:
-        """See `SamplingConfig`."""
+    def image_steps(self, students: int) -> int:
         return self.samples * (students + 2) * len(self.samplers) * sum(self.steps)
 
 
@@ -210,15 +172,12 @@ class SweepConfig(SamplingConfig):
     sampler: SamplerOption = "ddim"
 
     def __post_init__(self) -> None:
-        """See `SamplingConfig`."""
         super().__post_init__()
-        _check([self.sampler], [self.steps])
         for scale in self.guidance:
             if not 1 <= scale < float("inf"):
                 raise InputError(f"--guidance {scale:g} can't be used: guidance must be at least 1")
 
-    def denoised(self, students: int) -> int:
-        """See `SamplingConfig`."""
+    def image_steps(self, students: int) -> int:
         return self.samples * len(self.guidance) * (students + 1) * self.steps
 
 
@@ -246,11 +205,7 @@ class Metrics:
     ] = None
 
     def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            InputError: a value can't be used.
-        """
+        """Validate."""
         if self.reference is not None and not self.reference.exists():
             raise InputError(f"there is no reference folder {self.reference}")
         if self.reference_size is not None and self.reference_size < 8:
@@ -269,36 +224,3 @@ class Metrics:
         # The caption model is a folder of its own; without it there is no score.
         caption_model = str(embedded.CAPTION_MODEL) if embedded.CAPTION_MODEL.is_dir() else None
         return replace(self, reference=self.reference or embedded.REFERENCE, clip=self.clip or caption_model)
-
-    def network(self, device: torch.device) -> FeatureNetwork:
-        """The feature network, loaded.
-
-        Raises:
-            InputError: its weights can't be used.
-            BoostDiffError: its package is not installed.
-        """
-        from .quality.features import EfficientNetLite0Features, InceptionFeatures
-
-        if self.inception_weights is not None:
-            return InceptionFeatures(self.inception_weights).to(device)
-        return EfficientNetLite0Features().to(device)
-
-    def scorer(self, device: torch.device) -> ClipScorer | None:
-        """The CLIP model, loaded, where there is one.
-
-        Raises:
-            InputError: it can't be used.
-        """
-        from .quality.clip_score import ClipScorer
-
-        return None if self.clip is None else ClipScorer(self.clip, device=device)
-
-    def reference_for(self, network: FeatureNetwork) -> Reference | None:
-        """The real images' statistics.
-
-        Raises:
-            InputError: they can't be read.
-        """
-        from .quality.reference import reference_of
-
-        return None if self.reference is None else reference_of(self.reference, network, size=self.reference_size)

@@ -25,6 +25,11 @@ MANY_PASSES = 10_000
 """Single-image passes from which compiling or exporting a small UNet, half a minute, pays."""
 
 
+def pays_to_compile(unet: UNet2DConditionModel) -> bool:
+    """Whether compiling takes seconds and makes a UNet faster: a small one on a CPU with bfloat16 instructions."""
+    return unet.device.type == "cpu" and unet.num_parameters() < LARGE_PARAMETERS and has_bfloat16(unet.device)
+
+
 class FastestRunners(ExitStack):
     """The fastest runner for each of a model's UNets, original or merged; opened once, on demand.
 
@@ -34,27 +39,21 @@ class FastestRunners(ExitStack):
     """
 
     def __init__(self, model: Model, *, passes: int, compiles: bool = True, batch_size: int = SAMPLING_BATCH) -> None:
-        """For the UNets of one model.
+        """For the UNets of one model, `passes` single-image UNet passes and batches of `batch_size` images.
 
-        Args:
-            model: device and family.
-            passes: number of single-image UNet passes to come, roughly.
-            compiles: whether torch may compile.
-            batch_size: images denoised together.
+        With `compiles` false torch does not compile.
         """
         super().__init__()
         self.model = model
         self.batch_size = batch_size
         self.opened: dict[int, tuple[UNet2DConditionModel, Runner]] = {}
-        device, small = model.device, model.unet.num_parameters() < LARGE_PARAMETERS
-        if device.type != "cpu" or not small or passes < MANY_PASSES:
-            self.name = "torch"
-        elif compiles and has_bfloat16(device) and missing_compiler(device) is None:
-            self.name = "compiled"
-        elif importlib.util.find_spec("onnxruntime") is not None:
-            self.name = "onnx"
-        else:
-            self.name = "torch"
+        device = model.device
+        self.name = "torch"
+        if device.type == "cpu" and model.unet.num_parameters() < LARGE_PARAMETERS and passes >= MANY_PASSES:
+            if compiles and pays_to_compile(model.unet) and missing_compiler(device) is None:
+                self.name = "compiled"
+            elif importlib.util.find_spec("onnxruntime") is not None:
+                self.name = "onnx"
 
     def __call__(self, unet: UNet2DConditionModel) -> Runner:
         """The UNet's runner; its weights must not change after this."""

@@ -15,7 +15,7 @@ from diffusers import SchedulerMixin, UNet2DConditionModel
 
 from ..engine.errors import InputError
 from ..engine.files import sha256_of
-from ..engine.guidance import Denoiser, SinglePassDenoiser, teacher_denoiser
+from ..engine.guidance import SinglePassDenoiser, teacher_denoiser
 from ..engine.merge import merge
 from ..engine.model import Model, ModelFiles, load, resolve_device
 from ..engine.runners import Runner, TorchRunner
@@ -26,14 +26,14 @@ from ..engine.versions import source_commit, versions
 from .config import BenchConfig, Metrics, SamplingConfig
 from .fastest import FastestRunners
 from .quality.alternatives import Alternative
+from .quality.clip_score import ClipScorer
+from .quality.features import EfficientNetLite0Features, InceptionFeatures
+from .quality.reference import reference_of
 from .quality.samples import SampleCache, SamplingVariant, bounded_memory, launched_processes
 from .speed.device import hardware
 
 RESEED = 1_000_003
 """Added to the seed for the reseeded teacher: the distance that chance alone makes."""
-
-_DETERMINING = {".safetensors", ".json", ".txt", ".model"}
-"""Suffixes of the files that determine a model's images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,57 +49,25 @@ class Student:
 def read_students(
     folders: Sequence[Path], files: ModelFiles, guidance: float | None
 ) -> tuple[list[StudentInfo], float]:
-    """Descriptions of the students, and the guidance scale of all of them.
-
-    Args:
-        folders: student folders.
-        files: the model.
-        guidance: scale for guidance-conditioned students; None takes their default.
-
-    Raises:
-        InputError: one can't be used, or they can't be compared.
-    """
+    """Descriptions of the students, and the guidance scale of all of them; see `Session.open`."""
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise InputError("a --student is given twice")
     infos = [read_student(folder, files) for folder in folders]
     scales = {info.choose_guidance(guidance) or info.guidance for info in infos}
     if len({info.negative_prompt for info in infos}) > 1:
         raise InputError("the students were distilled with different negative prompts: compare them one at a time")
     if len(scales) > 1:
         raise InputError("the students were distilled at different guidance: compare them one at a time")
-    (scale,) = scales
-    return infos, scale
-
-
-def merged_students(model: Model, folders: Sequence[Path], infos: Sequence[StudentInfo]) -> list[Student]:
-    """The students as plain UNets, named after their methods; with the folder where a method comes twice.
-
-    Raises:
-        InputError: an adapter does not fit, or a folder is given twice.
-    """
-    if len({folder.resolve() for folder in folders}) < len(folders):
-        raise InputError("a --student is given twice")
-    methods = [info.method for info in infos]
-    return [
-        Student(
-            name=f"student {info.method}{f' ({folder})' if methods.count(info.method) > 1 else ''}",
-            folder=folder,
-            info=info,
-            unet=merge(model, folder, info),
-        )
-        for folder, info in zip(folders, infos, strict=True)
-    ]
+    return infos, scales.pop()
 
 
 def identity_of(model: Model) -> dict[str, Any]:
     """Plain JSON values that determine a model's images on this machine."""
-    files = model.files
-    parts = [name for name in files.folder.iterdir() if name.is_dir() and name.name != "unet"]
-    weights = [path for part in sorted(parts) for path in sorted(part.rglob("*")) if path.suffix in _DETERMINING]
-    # They hold the size of the images, and how SDXL treats empty prompts.
-    weights += [files.folder / "unet" / "config.json", files.folder / "model_index.json"]
-    device = model.device
-    return {
+    files, device = model.files, model.device
+    return files.other_sha256() | {
         "unet": files.unet_sha256(),
-        "components": {path.relative_to(files.folder).as_posix(): sha256_of(path) for path in weights},
+        # It says how SDXL treats empty prompts.
+        "model_index": sha256_of(files.folder / "model_index.json"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": str(model.unet.dtype),
         "versions": versions(),
@@ -113,23 +81,21 @@ class Session:
     Attributes:
         model: the teacher.
         sampler: a name in `engine.schedulers.SAMPLERS`.
-        steps: sampling steps.
         runner: gives a UNet's runner.
-        students: merged into UNets of their own.
+        students: one merged UNet each.
         guidance: scale of the guided teacher and of all students.
-        config: what is measured.
-        prompts: prompts; the first N are sampled for quality.
+        prompts: the first N are sampled for quality.
         processes: the launched processes, where there are several.
         batch_size: images denoised together for quality.
     """
 
     model: Model
-    sampler: str
-    steps: int
+    sampler: str = "ddim"
+    steps: int = 20
     runner: Callable[[UNet2DConditionModel], Runner] = TorchRunner
     students: Sequence[Student] = ()
     guidance: float = 3.0
-    config: SamplingConfig = field(default_factory=SamplingConfig)
+    config: SamplingConfig = field(default_factory=BenchConfig)
     prompts: Sequence[str] = ()
     processes: PartialState | None = None
     batch_size: int = 8
@@ -141,30 +107,17 @@ class Session:
         files: ModelFiles,
         config: SamplingConfig,
         *,
-        sampler: str,
-        steps: int,
         students: Sequence[Path],
-        infos: Sequence[StudentInfo],
-        guidance: float,
+        guidance: float | None,
         prompts: Sequence[str],
         device: str,
     ) -> Iterator[Session]:
         """Load the model, merge the students, and close all runners at the end; cheap checks come first.
 
-        Args:
-            files: the model.
-            config: what to measure.
-            sampler: see the class, as for all that is not listed.
-            steps: likewise.
-            students: student folders.
-            infos: their descriptions, as `read_students` gives them.
-            guidance: their scale, as `read_students` gives it.
-            prompts: at least `config.samples`.
-            device: "auto", "cpu", "cuda", …
-
-        Raises:
-            InputError: a student, the prompts or the device can't be used.
+        `guidance` is the scale for guidance-conditioned students, None for their default. An InputError where a
+        student, the prompts (at least `config.samples`) or the device can't be used.
         """
+        infos, scale = read_students(students, files, guidance)
         if len(prompts) < config.samples:
             raise InputError(f"--samples {config.samples} needs as many prompts: there are {len(prompts)}")
         target = resolve_device(device)
@@ -172,15 +125,23 @@ class Session:
         # Under a launcher each process has its own accelerator.
         model = load(files, device=processes.device if processes else target)
         batch_size = config.sampling_batch_size or default_batch_size(model)
-        passes, compiles = config.denoised(len(students)), config.may_compile
+        methods = [info.method for info in infos]
+        passes, compiles = config.image_steps(len(students)), getattr(config, "compile", None) is not False
         with FastestRunners(model, passes=passes, compiles=compiles, batch_size=batch_size) as runners:
             yield cls(
                 model=model,
-                sampler=sampler,
-                steps=steps,
                 runner=runners,
-                students=merged_students(model, students, infos),
-                guidance=guidance,
+                students=[
+                    Student(
+                        # With the folder where a method comes twice.
+                        name=f"student {info.method}{f' ({folder})' if methods.count(info.method) > 1 else ''}",
+                        folder=folder,
+                        info=info,
+                        unet=merge(model, folder, info),
+                    )
+                    for folder, info in zip(students, infos, strict=True)
+                ],
+                guidance=scale,
                 config=config,
                 prompts=prompts,
                 processes=processes,
@@ -196,16 +157,19 @@ class Session:
         """Gives a fresh scheduler."""
         return partial(make_scheduler, self.sampler, self.model.pipeline.scheduler.config)
 
+    def _variant(self, **values: Any) -> SamplingVariant:
+        shared: dict[str, Any] = {"sampler": self.sampler, "steps": self.steps, "make_scheduler": self.make_scheduler}
+        return SamplingVariant(**shared | values)
+
     def teacher(self, guidance: float, *, reseeded: bool = False) -> SamplingVariant:
         """The teacher at a guidance scale; reseeded for the distance that chance makes."""
         guided = guidance > 1
-        return SamplingVariant(
+        return self._variant(
             name=f"teacher w={guidance:g}{' reseeded' if reseeded else ''}",
             role="reseeded" if reseeded else "teacher" if guided else "unguided",
-            steps=self.steps,
+            guidance=guidance,
             cost=self.steps * (1 + guided),
             open=lambda: teacher_denoiser(self.runner(self.model.unet), guidance),
-            make_scheduler=self.make_scheduler,
             identity={"mode": "teacher", "guidance": guidance},
             seed_offset=RESEED if reseeded else 0,
         )
@@ -214,71 +178,50 @@ class Session:
         """A student; a guidance-conditioned one takes the scale as an input."""
         unet = student.unet
         scale = guidance if unet.config.time_cond_proj_dim is not None else None
-        return SamplingVariant(
+        return self._variant(
             name=student.name,
             role="student",
-            steps=self.steps,
+            guidance=guidance,
             cost=self.steps,
             open=lambda: SinglePassDenoiser(self.runner(unet), scale),
-            make_scheduler=self.make_scheduler,
             identity={"mode": "student", "adapter": student.info.adapter_sha256, "guidance": scale},
         )
 
     def alternative(self, setting: Alternative) -> SamplingVariant:
         """What saves passes without training."""
-        return SamplingVariant(
+        return self._variant(
             name=setting.name,
             role="alternative",
             method=setting.method,
+            guidance=setting.guidance,
             steps=setting.steps,
             cost=setting.cost,
             open=lambda: setting.denoiser(self.runner(self.model.unet), self.make_scheduler),
-            make_scheduler=self.make_scheduler,
-            identity={
-                "mode": "interval",
-                "guidance": setting.guidance,
-                "first": setting.first,
-                "last": setting.last,
-            },
-        )
-
-    def custom(self, name: str, opened: Callable[[], Denoiser], *, passes: int, **identity: Any) -> SamplingVariant:
-        """Any denoiser of so many passes per step; `name` and `identity` determine its images."""
-        return SamplingVariant(
-            name=name,
-            role="custom",
-            steps=self.steps,
-            cost=passes * self.steps,
-            open=opened,
-            make_scheduler=self.make_scheduler,
-            identity={"mode": name, **identity},
+            identity={"mode": "interval", **asdict(setting)},
         )
 
     def sample_cache(
-        self, metrics: Metrics, *, folder: Path | None, on_images: Callable[[str, int], None]
+        self,
+        metrics: Metrics,
+        *,
+        folder: Path | None,
+        on_images: Callable[[str, int], None] = lambda name, count: None,
     ) -> SampleCache:
-        """Where all rows of quality come from.
-
-        Args:
-            metrics: what images are compared by.
-            folder: folder of the shards, or None.
-            on_images: progress callback, see `SampleCache`.
-
-        Raises:
-            InputError: see `Metrics`.
-        """
-        # Images of two runners differ in the last bits.
-        runner = getattr(self.runner, "name", "torch")
+        """Where all rows of quality come from."""
+        device, path, weights = self.model.device, metrics.reference, metrics.inception_weights
+        network = (EfficientNetLite0Features() if weights is None else InceptionFeatures(weights)).to(device)
         return SampleCache(
             model=self.model,
-            network=metrics.network(self.model.device),
-            clip=metrics.scorer(self.model.device),
+            network=network,
+            reference=None if path is None else reference_of(path, network, size=metrics.reference_size),
+            clip=None if metrics.clip is None else ClipScorer(metrics.clip, device=device),
             prompts=list(self.prompts[: self.config.samples]),
             seed=self.config.seed,
             batch_size=self.batch_size,
             negative_prompt=self.students[0].info.negative_prompt if self.students else "",
             folder=folder,
-            identity=identity_of(self.model) | {"runner": runner} if folder else {},
+            # Images of two runners differ in the last bits.
+            identity=identity_of(self.model) | {"runner": getattr(self.runner, "name", "torch")} if folder else {},
             on_images=on_images,
         )
 
@@ -291,29 +234,23 @@ class Session:
         return cache if self.processes.is_main_process else None
 
     def provenance(self, cache: SampleCache | None, **hashes: str) -> dict[str, Any]:
-        """Provenance for a report."""
+        """Model, settings, hardware, versions and commit, for a report."""
+        device, settings = self.model.device, asdict(self.config)
+        if isinstance(self.config, BenchConfig):
+            settings["batch_sizes"] = list(self.config.batch_sizes_on(device))
         if cache:
             hashes["features"] = cache.network.sha256
             if cache.clip:
                 hashes["clip"] = cache.clip.sha256
-        return provenance_of(self.model.files, self.config, self.guidance, self.model.device) | {
+        return {
+            "model": self.model.files.name,
+            "guidance": self.guidance,
+            "config": settings,
+            "hardware": hardware(device),
+            "commit": source_commit(),
+            "versions": versions("torchmetrics", "torch_fidelity", "tensorrt", "tensorrt_rtx"),
             "students": {str(s.folder): {"method": s.info.method, "settings": s.info.settings} for s in self.students},
             "sampling_batch_size": self.batch_size,
             "hashes": hashes,
             "weights": "trained",
         }
-
-
-def provenance_of(files: ModelFiles, config: SamplingConfig, guidance: float, device: torch.device) -> dict[str, Any]:
-    """Model, settings, hardware, versions and commit, for a report."""
-    settings = asdict(config)
-    if isinstance(config, BenchConfig):
-        settings["batch_sizes"] = list(config.batch_sizes_on(device))
-    return {
-        "model": files.name,
-        "guidance": guidance,
-        "config": settings,
-        "hardware": hardware(device),
-        "commit": source_commit(),
-        "versions": versions("torchmetrics", "torch_fidelity", "tensorrt", "tensorrt_rtx"),
-    }

@@ -20,9 +20,6 @@ class Estimate:
     """A value with its interval.
 
     Attributes:
-        value: point estimate.
-        low: lower end of the interval.
-        high: upper end of the interval.
         coverage: probability that the interval holds the true value: 0.95 or a little more; less after too few
             measurements.
     """
@@ -31,6 +28,11 @@ class Estimate:
     low: float
     high: float
     coverage: float
+
+    def __format__(self, spec: str) -> str:
+        """The value with its interval, "1.8x [1.7, 1.9]" by the spec ".1fx"; the unit may be left out."""
+        value, low, high = (format(each, spec.rstrip("x")) for each in (self.value, self.low, self.high))
+        return f"{value}{'x' * spec.endswith('x')} [{low}, {high}]"
 
     def overlaps(self, other: Estimate) -> bool:
         """Whether the two intervals share a point."""
@@ -42,9 +44,6 @@ def median_of(values: Sequence[float]) -> Estimate:
 
     The interval lies between the k-th smallest and the k-th largest value, for the largest k whose coverage
     1 − 2 P(Binomial(n, ½) < k) is at least 95%. Below n = 6 there is none, and the range of the values stands in.
-
-    Raises:
-        ValueError: there are no values.
     """
     if not len(values):
         raise ValueError("no measurements")
@@ -64,13 +63,6 @@ def jackknifed(value: float, left_out: Sequence[float]) -> Estimate:
     The variance is (g − 1) / g · Σ (θ_j − θ̄)² over g groups, the interval Student's with g − 1 degrees of freedom.
     All θ_j come from samples of one size, so a bias that depends on the size alone cancels: the reason to prefer it
     to the bootstrap for Fréchet distances, which repeated samples push up.
-
-    Args:
-        value: statistic of the whole sample.
-        left_out: statistic without each group in turn, two or more.
-
-    Raises:
-        ValueError: there are fewer than two groups.
     """
     groups = len(left_out)
     if groups < 2:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..engine.errors import InputError
 from ..engine.model import ModelFiles
 from .config import SAMPLER_NAMES, Metrics, SweepConfig, Table1Config
-from .quality.distances import Distance
-from .quality.reference import Reference
+from .quality.quality import Figures
 from .quality.samples import SampleCache, SamplingVariant, bounded_memory
-from .session import Session, Student, read_students
-from .stats import Estimate, Score
+from .session import Session, Student
+from .stats import Estimate
 
 SCHEMA_VERSION = 4
 """Version of `table1.json` and `sweep.json`."""
@@ -38,35 +37,13 @@ PAPER: dict[tuple[str, str, int], float] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class CellSpec:
-    """A cell that is to be measured.
+class Cell:
+    """One figure.
 
     Attributes:
         row: "teacher w=3", "student lora", …
         column: "DDIM, 20 steps", or "w=3".
-        sampler: a name in `engine.schedulers.SAMPLERS`.
-        guidance: guidance scale w; of a student, the one that it was distilled at or is given.
-        variant: what is sampled.
-    """
-
-    row: str
-    column: str
-    sampler: str
-    guidance: float
-    variant: SamplingVariant
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One figure, with its place as in `CellSpec`.
-
-    Attributes:
-        row: see `CellSpec`.
-        column: see `CellSpec`.
-        sampler: see `CellSpec`.
-        steps: sampling steps.
-        guidance: see `CellSpec`.
-        cost: UNet passes per image.
+        sampler: see `SamplingVariant`, as for `steps`, `guidance` and `cost`.
         distance: Fréchet distance to real images.
         interval: interval of `distance`; None below N = 4.
         delta_to_guided: ΔFD to the teacher that comes first in the column, paired; None for itself.
@@ -95,13 +72,11 @@ class Grid:
 
     Attributes:
         name: "table1" or "sweep", also the name of its files.
-        title: heading.
         cells: row by row; not every place is taken.
         images: N, of each cell.
         reference_images: real images behind the reference's statistics.
         features: name of the distance.
         caption_label: name of the caption score, with its model; None without one.
-        provenance: model, settings, hardware, versions.
     """
 
     name: str
@@ -122,34 +97,30 @@ class Grid:
         return next((cell for cell in self.cells if (cell.row, cell.column) == (row, column)), None)
 
 
-def table1_cells(session: Session, config: Table1Config) -> list[CellSpec]:
+Places = Sequence[tuple[str, SamplingVariant]]
+"""What is sampled for each cell, with the cell's column; its row is the variant's name."""
+
+
+def table1_places(session: Session, config: Table1Config) -> Places:
     """Guided teacher, unguided teacher and students in each column; a column per sampler and number of steps."""
-    cells = []
+    places: list[tuple[str, SamplingVariant]] = []
     for at in (session.at(sampler, steps) for sampler in config.samplers for steps in config.steps):
+        students = [at.student(student, at.guidance) for student in at.students]
         column = f"{SAMPLER_NAMES[at.sampler]}, {at.steps} steps"
-        variants = [(scale, at.teacher(scale)) for scale in (at.guidance, 1.0)]
-        variants += [(at.guidance, at.student(student, at.guidance)) for student in at.students]
-        cells += [
-            CellSpec(row=variant.name, column=column, sampler=at.sampler, guidance=scale, variant=variant)
-            for scale, variant in variants
-        ]
-    return cells
+        places += [(column, variant) for variant in (at.teacher(at.guidance), at.teacher(1.0), *students)]
+    return places
 
 
-def sweep_cells(session: Session, config: SweepConfig) -> list[CellSpec]:
+def sweep_places(session: Session, config: SweepConfig) -> Places:
     """The teacher at every scale; students only at scales that they were distilled for."""
-    cells = []
+    session, places = session.at(config.sampler, config.steps), []
     for scale in config.guidance:
-        rows = {"teacher": session.teacher(scale)}
+        variants = [replace(session.teacher(scale), name="teacher")]
         for student in session.students:
             low, high = student.info.guidance_range or (student.info.guidance, student.info.guidance)
-            if low <= scale <= high:
-                rows[student.name] = session.student(student, scale)
-        cells += [
-            CellSpec(row=row, column=f"w={scale:g}", sampler=session.sampler, guidance=scale, variant=variant)
-            for row, variant in rows.items()
-        ]
-    return cells
+            variants += [session.student(student, scale)] if low <= scale <= high else []
+        places += [(f"w={scale:g}", variant) for variant in variants]
+    return places
 
 
 def papers_rows(files: ModelFiles, students: Sequence[Student]) -> set[str]:
@@ -160,41 +131,35 @@ def papers_rows(files: ModelFiles, students: Sequence[Student]) -> set[str]:
     return {"teacher w=3", "teacher w=1", *(student.name for student in same)}
 
 
-def measured_cells(
-    cache: SampleCache, specs: Sequence[CellSpec], reference: Reference, *, paper: set[str]
-) -> list[Cell]:
-    """Measure the cells, each after the first of its column, a teacher.
-
-    Args:
-        cache: samples, or reads what was sampled before.
-        specs: cells to measure.
-        reference: real images.
-        paper: rows that have the paper's figures.
-    """
+def measured_cells(cache: SampleCache, places: Places, *, paper: set[str]) -> list[Cell]:
+    """Measure the cells, each after the first of its column, a teacher; `paper` are rows that the paper has too."""
     cells = []
-    first: dict[str, tuple[Distance, Score | None]] = {}
-    for spec in specs:
-        sampled, variant = cache.sampled(spec.variant), spec.variant
-        distance = Distance.of(reference, sampled.features)
-        caption = None if sampled.clip is None else Score.of(sampled.clip.tolist())
-        teacher, teachers_caption = first.get(spec.column, (None, None))
+    teachers: dict[str, Figures] = {}
+    for column, variant in places:
+        figures = Figures.of(cache, variant)
+        teacher = teachers.setdefault(column, figures)
+
+        def delta(name: str, figures: Figures = figures, teacher: Figures = teacher) -> Estimate | None:
+            figure = getattr(figures, name)
+            return None if figures is teacher or figure is None else figure.delta_to(getattr(teacher, name))
+
+        assert figures.distance
         cells.append(
             Cell(
-                row=spec.row,
-                column=spec.column,
-                sampler=spec.sampler,
+                row=variant.name,
+                column=column,
+                sampler=variant.sampler,
                 steps=variant.steps,
-                guidance=spec.guidance,
+                guidance=variant.guidance,
                 cost=variant.cost,
-                distance=distance.value,
-                interval=distance.interval,
-                delta_to_guided=distance.delta_to(teacher) if teacher else None,
-                caption_score=caption.interval if caption else None,
-                caption_delta_to_guided=caption.delta_to(teachers_caption) if caption and teachers_caption else None,
-                paper=PAPER.get((spec.row, spec.sampler, variant.steps)) if spec.row in paper else None,
+                distance=figures.distance.value,
+                interval=figures.distance.interval,
+                delta_to_guided=delta("distance"),
+                caption_score=figures.caption.interval if figures.caption else None,
+                caption_delta_to_guided=delta("caption"),
+                paper=PAPER.get((variant.name, variant.sampler, variant.steps)) if variant.name in paper else None,
             )
         )
-        first.setdefault(spec.column, (distance, caption))
     return cells
 
 
@@ -207,64 +172,34 @@ def measure_grid(
     metrics: Metrics,
     cache: Path | None = None,
     device: str = "auto",
+    report: Callable[[str], None] = lambda message: None,
     on_images: Callable[[str, int], None] = lambda name, count: None,
 ) -> Grid | None:
-    """Measure a table; needs no exported engine.
-
-    Args:
-        files: the model.
-        config: which table.
-        students: student folders.
-        prompts: at least `config.samples`.
-        metrics: what images are compared by; must have a reference.
-        cache: folder where a killed run finds what it had sampled; None keeps nothing.
-        device: "auto", "cpu", "cuda", …
-        on_images: progress callback: row name, and number of images that took a step.
-
-    Returns:
-        None in all processes but the first, where several were launched.
-
-    Raises:
-        InputError: the students, the prompts or the metrics can't be used.
-    """
+    """Measure a table, with arguments as `bench.bench` has them; needs no exported engine, but a reference."""
     if metrics.reference is None:
         raise InputError("this is a table of distances to real images: pass --reference DIR")
     if not config.samples:
         raise InputError("--samples must be at least 2: this is a table of distances")
-    if isinstance(config, Table1Config):
-        name, sampler, steps, scale = "table1", config.samplers[0], config.steps[0], config.guidance
-        title = "Table 1"
-    else:
-        name, sampler, steps, scale = "sweep", config.sampler, config.steps, None
-        title = f"Guidance sweep, {SAMPLER_NAMES[sampler]}, {steps} steps"
-    infos, guidance = read_students(students, files, scale)
-    opened = Session.open(
-        files,
-        config,
-        sampler=sampler,
-        steps=steps,
-        students=students,
-        infos=infos,
-        guidance=guidance,
-        prompts=prompts,
-        device=device,
-    )
-    with opened as session:
-        specs = table1_cells(session, config) if isinstance(config, Table1Config) else sweep_cells(session, config)
-        opened_cache = session.sample_cache(metrics, folder=cache, on_images=on_images)
-        reference = metrics.reference_for(opened_cache.network)
-        assert reference is not None
-        samples = session.shared_out(opened_cache, [spec.variant for spec in specs])
+    scale = config.guidance if isinstance(config, Table1Config) else None
+    with Session.open(files, config, students=students, guidance=scale, prompts=prompts, device=device) as session:
+        if isinstance(config, Table1Config):
+            name, title, places = "table1", "Table 1", table1_places(session, config)
+        else:
+            name, title = "sweep", f"Guidance sweep, {SAMPLER_NAMES[config.sampler]}, {config.steps} steps"
+            places = sweep_places(session, config)
+        report("reading the real images")
+        opened = session.sample_cache(metrics, folder=cache, on_images=on_images)
+        samples = session.shared_out(opened, [variant for _, variant in places])
         if samples is None:
             return None
         with bounded_memory(session.batch_size):
-            cells = measured_cells(samples, specs, reference, paper=papers_rows(files, session.students))
+            cells = measured_cells(samples, places, paper=papers_rows(files, session.students))
         return Grid(
             name=name,
             title=title,
             cells=cells,
             images=config.samples,
-            reference_images=reference.count,
+            reference_images=samples.reference.count if samples.reference else 0,
             features=samples.network.distance_name,
             caption_label=samples.clip.label if samples.clip else None,
             provenance=session.provenance(samples, unet=files.unet_sha256()),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -27,39 +28,13 @@ BUDGETS = (1.0, 1.5)
 """Passes per image, relative to the student's."""
 
 
-class IntervalDenoiser:
-    """Two passes with guidance at the steps from `first` up to `last`, one pass without at the others.
+@dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """One setting: guidance from the step `first` up to `last`, one pass without guidance at the others.
 
     From the first step on it is guidance that is switched off after a share of the steps; from a later one, guidance in
     a limited interval (Kynkäänniemi et al. 2024, "Applying guidance in a limited interval improves sample and
     distribution quality in diffusion models"), the interval being counted in steps and not in noise levels.
-    """
-
-    def __init__(
-        self, runner: Callable[..., Any], guidance_scale: float, *, timesteps: torch.Tensor, first: int, last: int
-    ) -> None:
-        """See the class.
-
-        Args:
-            runner: executes the UNet.
-            guidance_scale: w inside the interval.
-            timesteps: `(S,)`, of the scheduler, in sampling order.
-            first: index of the first guided step.
-            last: index behind the last guided step.
-        """
-        self.guided = GuidedDenoiser(runner, guidance_scale)
-        self.single = SinglePassDenoiser(runner)
-        self.guided_at = set(timesteps[first:last].tolist())
-
-    def __call__(self, z_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
-        """See `engine.guidance.Denoiser`; `t` is a scalar."""
-        denoiser: Denoiser = self.guided if t.item() in self.guided_at else self.single
-        return denoiser(z_t, t, text)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Alternative:
-    """One setting.
 
     Attributes:
         method: `CUT_OFF`, `INTERVAL` or `FEWER`.
@@ -67,7 +42,6 @@ class Alternative:
         steps: sampling steps.
         first: index of the first guided step.
         last: index behind the last guided step.
-        budget: upper limit of passes per image.
     """
 
     method: str
@@ -75,7 +49,6 @@ class Alternative:
     steps: int
     first: int
     last: int
-    budget: int
 
     @property
     def cost(self) -> int:
@@ -89,36 +62,37 @@ class Alternative:
 
     def denoiser(self, runner: Callable[..., Any], make_scheduler: Callable[[], SchedulerMixin]) -> Denoiser:
         """The denoiser for the schedulers that `make_scheduler` gives."""
+        guided, single = GuidedDenoiser(runner, self.guidance), SinglePassDenoiser(runner)
         scheduler = make_scheduler()
         scheduler.set_timesteps(self.steps)
-        return IntervalDenoiser(runner, self.guidance, timesteps=scheduler.timesteps, first=self.first, last=self.last)
+        guided_at = set(scheduler.timesteps[self.first : self.last].tolist())
+
+        def denoiser(z_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
+            return (guided if t.item() in guided_at else single)(z_t, t, text)
+
+        return denoiser
 
 
 def candidates(*, steps: int, guidance: float) -> list[Alternative]:
     """The settings to sweep: of equal cost within each of `BUDGETS`.
 
     n steps, k of them guided, cost n + k passes. A share k / n of `SHARES` at each of `SCALES`, from the first step on
-    or in the middle; and n = k, that is full guidance at fewer steps.
-
-    Args:
-        steps: sampling steps of the student, and its passes; at least 2.
-        guidance: guidance scale w of the student.
+    or in the middle; and n = k, that is full guidance at fewer steps. `steps` (at least 2) and `guidance` are the
+    student's.
     """
     settings: dict[tuple[Any, ...], Alternative] = {}
 
-    def add(method: str, scale: float, n: int, first: int, k: int, budget: int) -> None:
-        one = Alternative(method=method, guidance=guidance * scale, steps=n, first=first, last=first + k, budget=budget)
+    def add(method: str, scale: float, n: int, first: int, k: int) -> None:
+        one = Alternative(method=method, guidance=guidance * scale, steps=n, first=first, last=first + k)
         settings.setdefault((one.guidance, n, first, k), one)
 
-    for share_of_student in BUDGETS:
-        budget = int(steps * share_of_student)
-        for scale in SCALES:
-            add(FEWER, scale, budget // 2, 0, budget // 2, budget)
-            for share in SHARES:
-                n = round(budget / (1 + share))
-                k = budget - n
-                if 0 < k < n:
-                    add(CUT_OFF, scale, n, 0, k, budget)
-                    if (first := (n - k) // 2) > 0:
-                        add(INTERVAL, scale, n, first, k, budget)
+    for budget, scale in product((int(steps * share) for share in BUDGETS), SCALES):
+        add(FEWER, scale, budget // 2, 0, budget // 2)
+        for share in SHARES:
+            n = round(budget / (1 + share))
+            k = budget - n
+            if 0 < k < n:
+                add(CUT_OFF, scale, n, 0, k)
+                if (first := (n - k) // 2) > 0:
+                    add(INTERVAL, scale, n, first, k)
     return list(settings.values())

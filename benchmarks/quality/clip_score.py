@@ -20,15 +20,7 @@ class ClipScorer:
     """100 · max(cos(image, prompt), 0) by a CLIP model (Hessel et al. 2021, with torchmetrics' weight of 100)."""
 
     def __init__(self, name: str, *, device: torch.device) -> None:
-        """Load from safetensors.
-
-        Args:
-            name: a folder that transformers wrote, or a hub id such as "openai/clip-vit-base-patch16".
-            device: where to run.
-
-        Raises:
-            InputError: there is no such model, or it is no CLIP model in safetensors.
-        """
+        """Load from the safetensors of a folder, or of a hub id such as "openai/clip-vit-base-patch16"."""
         # Here, as most benchmarks need none of it.
         from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
@@ -44,8 +36,8 @@ class ClipScorer:
         self._model.to(device).eval().requires_grad_(False)
         path = Path(name).resolve()
         # A small model of our own scores lower than CLIP does: its figures must not be taken for CLIP's.
-        kind = "caption score" if path == embedded.CAPTION_MODEL else "CLIP score"
-        self.label = f"{kind} ({path.name})"
+        score = "caption score" if path == embedded.CAPTION_MODEL else "CLIP score"
+        self.label = f"{score} ({path.name})"
         files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
         commit = getattr(self._model.config, "_commit_hash", None)
         self.sha256 = "-".join(map(sha256_of, files)) if files else f"{name}@{commit}"

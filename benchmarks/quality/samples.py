@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -26,6 +26,7 @@ from ...engine.model import Model
 from ...engine.sampling import generate, to_uint8
 from .clip_score import ClipScorer
 from .features import FeatureNetwork, features_of
+from .reference import Reference
 
 SHARD = 200
 """Images per file: a killed run loses no more."""
@@ -40,18 +41,19 @@ class SamplingVariant:
 
     Attributes:
         name: row label.
-        role: "teacher", "unguided", "student", "alternative", "reseeded" or "custom".
-        steps: sampling steps.
+        role: "teacher", "unguided", "student", "alternative" or "reseeded".
+        guidance: guidance scale w; of a student, the one that it was distilled at or is given.
         cost: UNet passes per image.
         open: gives the denoiser; called just before sampling, as variants may share one UNet.
         make_scheduler: gives a fresh scheduler.
         identity: plain JSON values that, with `steps` and the scheduler, determine its images.
-        seed_offset: added to the seed.
         method: method of an alternative, see `alternatives.Alternative`.
     """
 
     name: str
     role: str
+    guidance: float
+    sampler: str
     steps: int
     cost: int
     open: Callable[[], Denoiser]
@@ -63,14 +65,7 @@ class SamplingVariant:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """What is kept of N images.
-
-    Attributes:
-        features: `(N, D)` float32.
-        colors: `(N, 3)` float32, see `color_statistics`.
-        clip: `(N,)` float32 CLIP scores; None without a scorer.
-        samples: first few images, uint8 `(n, 3, H, W)`.
-    """
+    """What is kept of N images: features `(N, D)`, `color_statistics`, CLIP scores `(N,)`, and the first few images."""
 
     features: torch.Tensor
     colors: torch.Tensor
@@ -87,7 +82,7 @@ def color_statistics(images: torch.Tensor) -> torch.Tensor:
     Mean luma (Rec. 709 weights, on gamma-encoded values), mean HSV saturation, and the standard deviation of luma.
     """
     rgb = images.float() / 255
-    luma = (rgb * rgb.new_tensor([0.2126, 0.7152, 0.0722])[:, None, None]).sum(dim=1).flatten(1)
+    luma = torch.einsum("nchw,c->nhw", rgb, rgb.new_tensor([0.2126, 0.7152, 0.0722])).flatten(1)
     highest = rgb.amax(dim=1)
     saturation = ((highest - rgb.amin(dim=1)) / highest.clamp_min(1e-6)).flatten(1)
     return 100 * torch.stack([luma.mean(dim=1), saturation.mean(dim=1), luma.std(dim=1, unbiased=False)], dim=1)
@@ -106,13 +101,11 @@ class SampleCache:
         model: text encoder, VAE and latent shape.
         network: features of uint8 images.
         clip: caption scorer, or None.
-        prompts: N prompts.
+        reference: real images that samples are compared with, or None.
         seed: image i starts from the noise of `seed + i`.
         batch_size: images denoised together.
-        negative_prompt: negative prompt of the guided passes.
         folder: folder of the shards; None keeps nothing on disk.
         identity: plain JSON values that determine model, network and machine.
-        shard: images per file.
         keep: images kept per variant.
         on_images: progress callback: row name, and number of images that took a step.
     """
@@ -120,6 +113,7 @@ class SampleCache:
     model: Model
     network: FeatureNetwork
     clip: ClipScorer | None = None
+    reference: Reference | None = None
     prompts: list[str]
     seed: int
     batch_size: int
@@ -137,18 +131,13 @@ class SampleCache:
     def sampled(self, variant: SamplingVariant) -> Sampled:
         """What is kept of a variant's images, shard by shard from the folder, or sampled now and put there."""
         parts = [self._shard(variant, start) for start in self.starts()]
-        return Sampled(
-            features=torch.cat([part["features"] for part in parts]),
-            colors=torch.cat([part["colors"] for part in parts]),
-            clip=torch.cat([part["clip"] for part in parts]) if self.clip else None,
-            samples=parts[0]["samples"],
-        )
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "samples"}
+        return Sampled(clip=joined.pop("clip", None), samples=parts[0]["samples"], **joined)
 
     def fill(self, variants: Sequence[SamplingVariant], processes: PartialState) -> SampleCache:
         """Sample the missing shards of all variants, each in one process; then the process group ends.
 
-        Returns:
-            The cache with no progress callback, as all progress was reported here.
+        The cache that is returned has no progress callback, as all progress was reported here.
         """
         count = processes.num_processes
         # Each process reports for all of them.
@@ -191,8 +180,7 @@ class SampleCache:
 
     def _shard(self, variant: SamplingVariant, start: int) -> dict[str, torch.Tensor]:
         key = self._key(variant, start)
-        stored = self._read(key)
-        if stored is not None:
+        if stored := self._read(key):
             self.on_images(variant.name, len(stored["features"]) * variant.steps)
             return stored
         sampled = self._sample(variant, start)
@@ -241,12 +229,9 @@ class SampleCache:
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-        try:
-            save_file(tensors, unfinished, metadata={"key": json.dumps(key, sort_keys=True)})
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+            save_file(tensors, Path(folder) / path.name, metadata={"key": json.dumps(key, sort_keys=True)})
+            (Path(folder) / path.name).replace(path)
 
 
 def launched_processes(device: torch.device) -> PartialState | None:
@@ -258,11 +243,7 @@ def launched_processes(device: torch.device) -> PartialState | None:
 
 @contextmanager
 def bounded_memory(batch_size: int) -> Iterator[None]:
-    """Say what to do where memory does not suffice to sample so many images together.
-
-    Raises:
-        BoostDiffError: it did not.
-    """
+    """Say what to do where memory does not suffice to sample so many images together."""
     try:
         yield
     except torch.OutOfMemoryError:

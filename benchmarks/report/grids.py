@@ -15,24 +15,23 @@ from ..table1 import Cell, Grid
 from .page import html_plot, html_table, page
 from .plots import sweep_plot
 from .report import replaced_files, terminal_table
-from .tables import NOTHING, Table, within
+from .tables import NOTHING, Table, formatted
 
 
 def _table(grid: Grid, shown: Callable[[Cell], str]) -> Table:
-    """Rows and columns in the order in which they were measured."""
-    columns = list(dict.fromkeys(cell.column for cell in grid.cells))
-    cells = []
+    """Rows and columns in the order in which they were measured; without rows that show nothing."""
+    columns, cells = list(dict.fromkeys(cell.column for cell in grid.cells)), []
     for row in dict.fromkeys(cell.row for cell in grid.cells):
         places = [grid.place(row, column) for column in columns]
         cells.append([row, *(NOTHING if cell is None else shown(cell) for cell in places)])
-    return Table(headings=["sampling", *columns], cells=cells)
+    return Table(headings=["sampling", *columns], cells=[line for line in cells if set(line[1:]) != {NOTHING}])
 
 
 def grid_table(grid: Grid) -> Table:
     """The distances; the paper's FID beside, where it is of this model."""
 
     def shown(cell: Cell) -> str:
-        value = within(cell.interval) if cell.interval else f"{cell.distance:.1f}"
+        value = formatted(cell.interval or cell.distance)
         return value if cell.paper is None else f"{value} (paper: FID {cell.paper:.1f})"
 
     return _table(grid, shown)
@@ -47,15 +46,11 @@ def further_tables(grid: Grid) -> list[tuple[str, str, Table]]:
     """The tables that follow the distances, as far as they hold figures: title, explanation, table."""
     label = grid.caption_label or ""
     tables = (
-        ("ΔFD to the teacher at the top", DELTA, _table(grid, lambda cell: within(cell.delta_to_guided, "{:+.1f}"))),
-        (label, CAPTIONS.format(label), _table(grid, lambda cell: within(cell.caption_score))),
-        (f"Δ {label}", CAPTION_DELTA, _table(grid, lambda cell: within(cell.caption_delta_to_guided, "{:+.1f}"))),
+        ("ΔFD to the teacher at the top", DELTA, _table(grid, lambda cell: formatted(cell.delta_to_guided, "+.1f"))),
+        (label, CAPTIONS.format(label), _table(grid, lambda cell: formatted(cell.caption_score))),
+        (f"Δ {label}", CAPTION_DELTA, _table(grid, lambda cell: formatted(cell.caption_delta_to_guided, "+.1f"))),
     )
-    known = [
-        (title, words, Table(headings=table.headings, cells=[r for r in table.cells if set(r[1:]) != {NOTHING}]))
-        for title, words, table in tables
-    ]
-    return [(title, words, table) for title, words, table in known if table.cells]
+    return [(title, words, table) for title, words, table in tables if table.cells]
 
 
 def note(grid: Grid) -> str:
@@ -68,15 +63,10 @@ def note(grid: Grid) -> str:
     )
 
 
-def _lines(table: Table) -> list[str]:
-    lines = [table.headings, ["---"] * len(table.headings), *table.cells]
-    return ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
-
-
 def markdown(grid: Grid) -> str:
     """A title, the tables, and how they were measured."""
-    further = [line for _, words, table in further_tables(grid) for line in (words, "", *_lines(table), "")]
-    return "\n".join([f"# {grid.title}", "", *_lines(grid_table(grid)), "", *further, note(grid), ""])
+    further = [line for _, words, table in further_tables(grid) for line in (words, "", table.markdown(), "")]
+    return "\n".join([f"# {grid.title}", "", grid_table(grid).markdown(), "", *further, note(grid), ""])
 
 
 def terminal_grid(grid: Grid) -> RenderableType:
@@ -92,7 +82,7 @@ def _turned(table: Table) -> Table:
 
 def write_grid(grid: Grid, output: Path) -> None:
     """Write `NAME.md`, `NAME.json` and `NAME.html`; all else in the folder stays."""
-    with replaced_files(output, [f"{grid.name}.{kind}" for kind in ("md", "html", "json")]) as folder:
+    with replaced_files(output, [f"{grid.name}.{suffix}" for suffix in ("md", "html", "json")]) as folder:
         (folder / f"{grid.name}.md").write_text(markdown(grid), encoding="utf-8")
         parts = [html_table(grid_table(grid))]
         if grid.name == "sweep":

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..bench import BenchResult
 from ..quality.quality import Quality
-from .plots import cost_plot, quality_plot, rendered, speed_plot
+from .plots import quality_plot, rendered, speed_plot
 from .tables import (
     ALTERNATIVES_NOTE,
     Table,
@@ -38,17 +38,12 @@ body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:0 auto;padding:1.
   overflow-wrap:anywhere}
 h1{font-size:1.5rem;line-height:1.25}h2{font-size:1.2rem;margin:2.2rem 0 .5rem}
 .verdict{font-size:1.15rem;background:#eef3fe;border-left:5px solid var(--accent);padding:.8rem 1rem;margin:0}
-.facts{display:flex;flex-wrap:wrap;gap:.75rem;margin:1rem 0 0;padding:0;list-style:none}
-.facts li{flex:1 1 10rem;border:1px solid var(--line);border-radius:.4rem;padding:.6rem .8rem}
-.facts b{display:block;font-size:1.35rem;line-height:1.3}.facts span{color:var(--soft);font-size:.85rem}
 .scroll{overflow-x:auto;margin:.6rem 0}
 table{border-collapse:collapse;font-size:.84rem;min-width:100%}
 th,td{padding:.35rem .45rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
 th{vertical-align:bottom;overflow-wrap:normal}td{white-space:nowrap}
 th:first-child,td:first-child{text-align:left;white-space:normal;overflow-wrap:normal}
 td span{display:block;color:var(--soft);font-size:.78rem}
-th button{all:unset;cursor:pointer;font-weight:600}th button:focus-visible{outline:2px solid var(--accent)}
-th[aria-sort=ascending] button::after{content:" ↑"}th[aria-sort=descending] button::after{content:" ↓"}
 .plot{max-width:42rem;width:100%;height:auto;display:block;margin:.8rem 0}
 .prompt{display:flex;flex-wrap:wrap;gap:.6rem;padding:.7rem 0;border-bottom:1px solid var(--line)}
 .prompt p{flex:1 1 11rem;margin:0}
@@ -61,52 +56,23 @@ pre{overflow-x:auto;background:#f6f6f8;padding:.8rem;font-size:.8rem}summary{cur
 @media(max-width:40rem){.minor{display:none}.prompt p{flex-basis:100%}}
 """
 
-# Cells sort by their first number, else as text; those without a figure come last in either order.
-_SCRIPT = """
-for (const table of document.querySelectorAll("table.sortable")) {
-  const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
-  const value = (row, i) => {
-    const text = row.cells[i].textContent, start = text.match(/^[-\\u2212]?[\\d.]+/);
-    return start ? parseFloat(start[0].replace("\\u2212", "-")) : text;
-  };
-  heads.forEach((head, i) => head.firstElementChild.addEventListener("click", () => {
-    const down = head.getAttribute("aria-sort") === "ascending";
-    heads.forEach(other => other.removeAttribute("aria-sort"));
-    head.setAttribute("aria-sort", down ? "descending" : "ascending");
-    const rows = [...body.rows].sort((a, b) => {
-      const x = value(a, i), y = value(b, i), known = typeof x === "number";
-      if (known !== (typeof y === "number")) return known ? -1 : 1;
-      const order = known ? x - y : x.localeCompare(y);
-      return down ? -order : order;
-    });
-    body.append(...rows);
-  }));
-}
-"""
-
 
 def html_table(table: Table) -> str:
-    """A table whose columns sort; on a narrow screen only those of `Table.narrow` show."""
+    """A table; on a narrow screen only the columns of `Table.narrow` show."""
     narrow = table.narrow or table.main or range(len(table.headings))
     classes = ["" if i in narrow else ' class="minor"' for i in range(len(table.headings))]
     head = "".join(
-        f'<th scope="col"{kind}><button type="button">{html.escape(name or "pair")}</button></th>'
-        for name, kind in zip(table.headings, classes, strict=True)
+        f'<th scope="col"{style}>{html.escape(name)}</th>' for name, style in zip(table.headings, classes, strict=True)
     )
-    body = "".join(
-        f"<tr>{''.join(_cell(cell, kind) for cell, kind in zip(row, classes, strict=True))}</tr>" for row in table.cells
-    )
-    return (
-        f'<div class="scroll" tabindex="0"><table class="sortable"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    body = "".join(f"<tr>{''.join(map(_cell, row, classes))}</tr>" for row in table.cells)
+    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _cell(text: str, kind: str) -> str:
+def _cell(text: str, style: str) -> str:
     """The interval goes below its value."""
     value, bracket, interval = text.partition(" [")
     below = f" <span>{html.escape('[' + interval)}</span>" if bracket else ""
-    return f"<td{kind}>{html.escape(value)}{below}</td>"
+    return f"<td{style}>{html.escape(value)}{below}</td>"
 
 
 def html_plot(figure: plt.Figure, alt: str) -> str:
@@ -114,20 +80,19 @@ def html_plot(figure: plt.Figure, alt: str) -> str:
     return _image(rendered(figure, "svg"), "svg+xml", alt, "plot")
 
 
-def _image(data: bytes, kind: str, alt: str, style: str = "") -> str:
+def _image(data: bytes, subtype: str, alt: str, style: str) -> str:
     encoded = base64.b64encode(data).decode()
-    named = f' class="{style}"' if style else ""
-    return f'<img{named} alt="{html.escape(alt)}" src="data:image/{kind};base64,{encoded}">'
+    return f'<img class="{style}" alt="{html.escape(alt)}" src="data:image/{subtype};base64,{encoded}">'
 
 
 def _thumbnail(pixels: torch.Tensor, alt: str) -> str:
     """A uint8 image `(3, H, W)`: PNG where small, else JPEG of at most `THUMBNAIL` pixels per side."""
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    kind = "png" if max(image.size) <= THUMBNAIL else "jpeg"
+    subtype = "png" if max(image.size) <= THUMBNAIL else "jpeg"
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
-    image.save(buffer, format=kind, **({"quality": 88} if kind == "jpeg" else {"optimize": True}))
-    return _image(buffer.getvalue(), kind, alt)
+    image.save(buffer, format=subtype, quality=88, optimize=True)
+    return _image(buffer.getvalue(), subtype, alt, "sample")
 
 
 def _pictures(result: BenchResult, quality: Quality) -> str:
@@ -143,34 +108,6 @@ def _pictures(result: BenchResult, quality: Quality) -> str:
         )
         rows.append(f'<div class="prompt{small}"><p>{html.escape(prompt)}</p>{figures}</div>')
     return "".join(rows)
-
-
-def _facts(result: BenchResult) -> str:
-    """The few figures to take along."""
-    speed, quality = result.speed, result.quality
-    facts = []
-    if head := result.headline:
-        ceiling = f"the teacher's speed, whole images; counted operations allow {head.ceiling:.2f}x"
-        facts.append((f"{head.estimate.value:.2f}x", ceiling))
-    if speed.students:
-        fastest = speed.students[0]
-        if stock := speed.ratio("images", fastest, baseline="stock diffusers"):
-            facts.append((f"{stock.estimate.value:.2f}x", "the speed of stock diffusers with guidance"))
-        rate = f"images per second, student, {fastest.runner}, batch {fastest.batch_size}"
-        facts.append((f"{fastest.images_per_second.value:.3g}", rate))
-    if quality and (delta := quality.student.delta_to_guided):
-        facts.append((f"{delta.value:+.1f}", f"Δ{quality.features} to the guided teacher; lower is better"))
-        share = quality.student.gain_recovered
-        words = (
-            f"share of the guidance gain recovered [{share.low:.0%}, {share.high:.0%}]"
-            if share
-            else (f"share of the guidance gain recovered: the gain itself is within noise at N = {quality.images}")
-        )
-        facts.append((f"{share.value:.0%}" if share else "–", words))
-    if quality and (score := quality.student.caption_score) and (of_teacher := quality.guided.caption_score):
-        facts.append((f"{score.value:.1f}", f"{quality.caption_label}; the teacher's: {of_teacher.value:.1f}"))
-    items = "".join(f"<li><b>{html.escape(big)}</b><span>{html.escape(small)}</span></li>" for big, small in facts)
-    return f'<ul class="facts">{items}</ul>'
 
 
 def _note(text: str) -> str:
@@ -189,20 +126,12 @@ def _quality(quality: Quality, result: BenchResult) -> list[str]:
     parts += [html_table(color_table(quality)), _note(f"{quality_note(quality)} {setting} {seeds}")]
     if quality.best_alternatives():
         parts += ["<h2>Without training</h2>", html_table(alternatives_table(quality))]
-        if quality.guided.distance is not None:
-            parts.append(html_plot(cost_plot(quality), f"{quality.features} over UNet passes per image"))
         parts.append(_note(ALTERNATIVES_NOTE))
     return parts
 
 
 def page(title: str, parts: list[str], provenance: dict[str, Any]) -> str:
-    """One self-contained page.
-
-    Args:
-        title: plain text.
-        parts: HTML between title and provenance.
-        provenance: plain JSON values.
-    """
+    """One self-contained page: a title of plain text, HTML, and provenance of plain JSON values."""
     values = html.escape(json.dumps(provenance, indent=2))
     lines = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
@@ -211,14 +140,14 @@ def page(title: str, parts: list[str], provenance: dict[str, Any]) -> str:
         f"<h1>{html.escape(title)}</h1>",
         *parts,
         "<h2>Provenance</h2><details><summary>Hardware, versions, settings, hashes</summary>",
-        f"<pre>{values}</pre></details></main><script>{_SCRIPT}</script></body></html>",
+        f"<pre>{values}</pre></details></main></body></html>",
     ]
     return "\n".join(lines)
 
 
 def html_report(result: BenchResult) -> str:
-    """One self-contained page: verdict, images, quality, speed and provenance; its tables sort."""
-    parts = [f'<p class="verdict">{html.escape(result.verdict())}</p>', _facts(result)]
+    """One self-contained page: verdict, images, quality, speed and provenance."""
+    parts = [f'<p class="verdict">{html.escape(result.verdict())}</p>']
     if result.quality:
         parts += _quality(result.quality, result)
     parts += ["<h2>Speed</h2>", html_table(ratio_table(result.speed)), html_table(speed_table(result.speed))]

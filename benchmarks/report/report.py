@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,6 @@ from ...engine.files import write_json
 from ...engine.pictures import labelled_grid
 from ..bench import BenchResult
 from . import tables
-from .compare import Comparison
 from .page import GRID_ROWS, html_report
 
 
@@ -52,18 +50,6 @@ def terminal_report(result: BenchResult) -> RenderableType:
     return Group(*parts)
 
 
-def terminal_comparison(comparison: Comparison) -> RenderableType:
-    """Two reports side by side for rich, and the settings that differ."""
-    parts: list[RenderableType] = [terminal_table("A against B", comparison.table())]
-    if levels := comparison.levels():
-        note = f"Beyond noise: the two intervals ({', '.join(f'{level:.0%}' for level in levels)}) share no point."
-        parts.append(Text(note, style="dim"))
-    parts += [Text(f"{name}: {a} in A, {b} in B", style="dim") for name, (a, b) in comparison.settings.items()]
-    if comparison.only:
-        parts.append(Text(f"{len(comparison.only)} figures are in one report alone: --json names them.", style="dim"))
-    return Group(*parts)
-
-
 def comparison_grid(result: BenchResult) -> Image.Image:
     """The first prompts, one column per row of the quality table but the reseeded one."""
     assert result.quality is not None
@@ -88,18 +74,13 @@ def write_report(result: BenchResult, folder: Path) -> None:
 def replaced_files(output: Path, names: Sequence[str]) -> Iterator[Path]:
     """A new folder whose files take their names in `output` if the block ends well; all else in there stays.
 
-    Args:
-        output: made where it is missing.
-        names: files that the block may write; those that it does not are removed from `output`.
+    Of these names, files that the block does not write are removed from `output`.
     """
     output.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=".partial-", dir=output))
-    try:
-        yield staged
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=output) as folder:
+        yield Path(folder)
         for name in names:
-            if (staged / name).is_file():
-                (staged / name).replace(output / name)
+            if Path(folder, name).is_file():
+                Path(folder, name).replace(output / name)
             else:
                 (output / name).unlink(missing_ok=True)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 from ..bench import BenchResult
 from ..quality.distances import KID_SUBSET, KID_SUBSETS, NEIGHBORS
 from ..quality.quality import Quality, QualityRow
 from ..quality.samples import COLORS
 from ..speed.throughput import RunnerMode, Speed, SpeedRatio
-from ..stats import CONFIDENCE, GROUPS, Estimate
+from ..stats import CONFIDENCE, GROUPS, Estimate, Spread
 
 NOTHING = "–"
 MODE_NAMES = {"teacher": "teacher, CFG", "student": "student", "unguided": "teacher, no CFG"}
@@ -27,31 +28,32 @@ class Table:
         narrow: columns for a phone; None for `main`.
     """
 
-    headings: list[str]
-    cells: list[list[str]]
+    headings: list[str] = field(default_factory=list)
+    cells: list[list[str]] = field(default_factory=list)
     main: tuple[int, ...] | None = None
     narrow: tuple[int, ...] | None = None
 
+    @classmethod
+    def of(cls, rows: list[dict[str, str]], **columns: tuple[int, ...]) -> Table:
+        """From rows of cells by heading, the same headings in each."""
+        return cls(headings=list(rows[0]), cells=[list(row.values()) for row in rows], **columns) if rows else cls()
+
+    def markdown(self) -> str:
+        """The table in Markdown."""
+        lines = [self.headings, ["---"] * len(self.headings), *self.cells]
+        return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
     def brief(self) -> Table:
         """Only the main columns."""
-        if self.main is None:
-            return self
-        return Table(
-            headings=[self.headings[i] for i in self.main], cells=[[row[i] for i in self.main] for row in self.cells]
-        )
+        main = range(len(self.headings)) if self.main is None else self.main
+        return Table(headings=[self.headings[i] for i in main], cells=[[row[i] for i in main] for row in self.cells])
 
 
-def number(value: float | None, pattern: str = "{:.1f}") -> str:
-    """Formatted, or a dash."""
-    return NOTHING if value is None else pattern.format(value)
-
-
-def within(estimate: Estimate | None, pattern: str = "{:.1f}", unit: str = "") -> str:
-    """A value with its interval, or a dash."""
-    if estimate is None:
-        return NOTHING
-    value, low, high = (pattern.format(x) for x in (estimate.value, estimate.low, estimate.high))
-    return f"{value}{unit} [{low}, {high}]"
+def formatted(value: float | Estimate | None, spec: str = ".1f") -> str:
+    """A value, with its interval where it has one, or a dash; a `spec` may end in a unit, "x"."""
+    if value is None or isinstance(value, Estimate):
+        return NOTHING if value is None else format(value, spec)
+    return format(value, spec.rstrip("x")) + "x" * spec.endswith("x")
 
 
 KID_HEADING = "KID ×1000 (± spread of subsets)"
@@ -60,7 +62,7 @@ KID_HEADING = "KID ×1000 (± spread of subsets)"
 def kid_cell(kid: float | None, spread: float | None) -> str:
     """For a column under `KID_HEADING`."""
     if kid is None or spread is None:
-        return number(None if kid is None else kid * 1e3)
+        return formatted(None if kid is None else kid * 1e3)
     return f"{kid * 1e3:.1f} ± {spread * 1e3:.1f}"
 
 
@@ -74,130 +76,114 @@ def _coverage(speed: Speed) -> str:
     return f"[{min([CONFIDENCE, *(row.images_per_second.coverage for row in speed.rows)]):.0%}]"
 
 
+def _milliseconds(spread: Spread | None) -> str:
+    return formatted(None if spread is None else spread.median * 1e3)
+
+
 def speed_table(speed: Speed) -> Table:
     """Every variant: throughput, latency and its parts; times in milliseconds per batch."""
-    headings = ["runner", "mode", "batch", f"images/s {_coverage(speed)}", "p50 ms", "p90 ms", "p99 ms"]
-    headings += ["UNet step ms", "text ms", "VAE ms", "host gap ms", "UNet TFLOP/s", "of GEMM peak", "J/image"]
-    cells = []
-    for row in speed.rows:
-        times = (row.latency.median, row.latency.p90, row.latency.p99, row.unet_step.median)
-        parts = (row.text_encoder, row.vae_decode, row.host_gap)
-        cells.append(
-            [
-                f"{row.runner} {_PRECISIONS.get(row.precision, row.precision)}",
-                MODE_NAMES[row.mode],
-                str(row.batch_size),
-                within(row.images_per_second, "{:.3g}"),
-                *(f"{seconds * 1e3:.1f}" for seconds in times),
-                *(NOTHING if part is None else f"{part.median * 1e3:.1f}" for part in parts),
-                f"{row.tflops:.3g}",
-                number(row.peak_share, "{:.0%}"),
-                number(row.joules_per_image, "{:.3g}"),
-            ]
-        )
-    return Table(headings=headings, cells=cells, main=(0, 1, 2, 3, 4, 7), narrow=(0, 1, 2, 3))
+    rows = [
+        {
+            "runner": f"{row.runner} {_PRECISIONS.get(row.precision, row.precision)}",
+            "mode": MODE_NAMES[row.mode],
+            "batch": str(row.batch_size),
+            f"images/s {_coverage(speed)}": formatted(row.images_per_second, ".3g"),
+            "p50 ms": _milliseconds(row.latency),
+            "p90 ms": f"{row.latency.p90 * 1e3:.1f}",
+            "p99 ms": f"{row.latency.p99 * 1e3:.1f}",
+            "UNet step ms": _milliseconds(row.unet_step),
+            "text ms": _milliseconds(row.text_encoder),
+            "VAE ms": _milliseconds(row.vae_decode),
+            "host gap ms": _milliseconds(row.host_gap),
+            "UNet TFLOP/s": f"{row.tflops:.3g}",
+            "of GEMM peak": formatted(row.peak_share, ".0%"),
+            "J/image": formatted(row.joules_per_image, ".3g"),
+        }
+        for row in speed.rows
+    ]
+    return Table.of(rows, main=(0, 1, 2, 3, 4, 7), narrow=(0, 1, 2, 3))
 
 
 def ratio_table(speed: Speed) -> Table:
     """Speed-ups: whole images beside the ceiling of the counted operations, and the UNet step."""
-    headings = ["", "batch", f"whole images {_coverage(speed)}", "ceiling", f"UNet step {_coverage(speed)}"]
     pairs: dict[tuple[RunnerMode, RunnerMode, int], dict[str, SpeedRatio]] = {}
     for ratio in speed.ratios:
         pairs.setdefault((ratio.slower, ratio.faster, ratio.batch_size), {})[ratio.part] = ratio
-    cells = [
-        [
-            f"{variant_name(faster)} over {variant_name(slower)}",
-            str(batch),
-            within(parts["images"].estimate, "{:.2f}", "x"),
-            number(parts["images"].ceiling, "{:.2f}x"),
-            within(parts["unet"].estimate, "{:.2f}", "x"),
-        ]
+    rows = [
+        {
+            "": f"{variant_name(faster)} over {variant_name(slower)}",
+            "batch": str(batch),
+            f"whole images {_coverage(speed)}": formatted(parts["images"].estimate, ".2fx"),
+            "ceiling": formatted(parts["images"].ceiling, ".2fx"),
+            f"UNet step {_coverage(speed)}": formatted(parts["unet"].estimate, ".2fx"),
+        }
         for (slower, faster, batch), parts in pairs.items()
     ]
-    return Table(headings=headings, cells=cells, narrow=(0, 1, 2))
-
-
-def _distance(row: QualityRow) -> str:
-    return within(row.distance_interval) if row.distance_interval else number(row.distance)
+    return Table.of(rows, narrow=(0, 1, 2))
 
 
 def _gain(row: QualityRow, share: Estimate | None, figure: object) -> str:
     """Cell of a share of the guidance gain: where there is none, whether that is for noise."""
     has_one = row.role == "student" and figure is not None
-    return "gain within noise" if has_one and share is None else within(share, "{:.0%}")
+    return "gain within noise" if has_one and share is None else formatted(share, ".0%")
 
 
 def quality_table(quality: Quality) -> Table:
     """Every row but the alternatives; a dash where nothing was measured."""
-    label = quality.caption_label or "CLIP score"
-    headings = ["sampling", "passes per step", f"{quality.features} [95%]", "ΔFD to the guided teacher"]
-    headings += ["guidance gain recovered", label, f"Δ {label}", "its gain recovered", KID_HEADING, "precision"]
-    headings += ["recall", "distance to the teacher's image"]
-    cells = [
-        [
-            row.name,
-            f"{row.passes:g}",
-            _distance(row),
-            within(row.delta_to_guided, "{:+.1f}"),
-            _gain(row, row.gain_recovered, row.distance),
-            within(row.caption_score),
-            within(row.caption_delta_to_guided, "{:+.1f}"),
-            _gain(row, row.caption_gain_recovered, row.caption_score),
-            kid_cell(row.kid, row.kid_spread),
-            number(row.precision, "{:.0%}"),
-            number(row.recall, "{:.0%}"),
-            f"{row.distance_to_teacher_image:.3f}",
-        ]
-        for row in quality.main_rows()
-    ]
-    captions = () if quality.caption_label is None else (5,)
-    shown = [i for i in range(len(headings)) if captions or i not in (5, 6, 7)]
-    table = Table(
-        headings=[headings[i] for i in shown],
-        cells=[[row[i] for i in shown] for row in cells],
-        main=(0, 2, 3, 4, *captions),
-        narrow=(0, 2, 3),
-    )
-    return table
+    label, rows = quality.caption_label, []
+    for row in quality.main_rows():
+        captions = {
+            f"{label}": formatted(row.caption_score),
+            f"Δ {label}": formatted(row.caption_delta_to_guided, "+.1f"),
+            "its gain recovered": _gain(row, row.caption_gain_recovered, row.caption_score),
+        }
+        rows.append(
+            {
+                "sampling": row.name,
+                "passes per step": f"{row.passes:g}",
+                f"{quality.features} [95%]": formatted(row.distance_interval or row.distance),
+                "ΔFD to the guided teacher": formatted(row.delta_to_guided, "+.1f"),
+                "guidance gain recovered": _gain(row, row.gain_recovered, row.distance),
+                **(captions if label else {}),
+                KID_HEADING: kid_cell(row.kid, row.kid_spread),
+                "precision": formatted(row.precision, ".0%"),
+                "recall": formatted(row.recall, ".0%"),
+                "distance to the teacher's image": f"{row.distance_to_teacher_image:.3f}",
+            }
+        )
+    return Table.of(rows, main=(0, 2, 3, 4, *((5,) if label else ())), narrow=(0, 2, 3))
 
 
 def color_table(quality: Quality) -> Table:
     """Color of the images, and the difference to the guided teacher: a washed-out or burned look shows here."""
-    headings = ["color, 0 to 100"]
-    for name in COLORS:
-        headings += [name, f"Δ {name} [95%]"]
-    cells = []
+    rows = []
     for row in quality.main_rows():
-        cells.append([row.name])
+        rows.append({"color, 0 to 100": row.name})
         for name in COLORS:
             color = row.colors[name]
-            cells[-1] += [f"{color.value:.1f}", within(color.delta_to_guided, "{:+.1f}")]
-    return Table(headings=headings, cells=cells, narrow=(0, 2, 4, 6))
+            rows[-1] |= {name: f"{color.value:.1f}", f"Δ {name} [95%]": formatted(color.delta_to_guided, "+.1f")}
+    return Table.of(rows, narrow=(0, 2, 4, 6))
 
 
 def alternatives_table(quality: Quality) -> Table:
     """The best setting of every method that needs no training at each cost, below the teacher and the students."""
     compared = [row for row in quality.main_rows() if row.role != "reseeded"]
     best = sorted(quality.best_alternatives(), key=lambda row: (row.cost, row.method or ""))
-    tried = [row for row in quality.rows if row.role == "alternative"]
-    headings = ["sampling", "method", "passes per image", f"{quality.features} [95%]", "ΔFD to the guided teacher"]
-    headings += [quality.caption_label or "CLIP score", "distance to the teacher's image", "best of"]
-    cells = []
-    for row in (*compared, *best):
-        sweep = [one for one in tried if (one.method, one.cost) == (row.method, row.cost)]
-        cells.append(
-            [
-                row.name,
-                row.method or NOTHING,
-                str(row.cost),
-                _distance(row),
-                within(row.delta_to_guided, "{:+.1f}"),
-                within(row.caption_score),
-                f"{row.distance_to_teacher_image:.3f}",
-                str(len(sweep)) if sweep else NOTHING,
-            ]
-        )
-    return Table(headings=headings, cells=cells, main=(0, 2, 3), narrow=(0, 2, 4))
+    tried = Counter((row.method, row.cost) for row in quality.rows if row.role == "alternative")
+    rows = [
+        {
+            "sampling": row.name,
+            "method": row.method or NOTHING,
+            "passes per image": str(row.cost),
+            f"{quality.features} [95%]": formatted(row.distance_interval or row.distance),
+            "ΔFD to the guided teacher": formatted(row.delta_to_guided, "+.1f"),
+            quality.caption_label or "CLIP score": formatted(row.caption_score),
+            "distance to the teacher's image": f"{row.distance_to_teacher_image:.3f}",
+            "best of": str(tried[row.method, row.cost] or NOTHING),
+        }
+        for row in (*compared, *best)
+    ]
+    return Table.of(rows, main=(0, 2, 3), narrow=(0, 2, 4))
 
 
 ALTERNATIVES_NOTE = (

@@ -6,26 +6,25 @@ import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...engine.compiled import has_bfloat16
+
 GEMM_SIZES = {"cpu": 1024, "cuda": 8192}
 """Side of the square matrices: large enough that arithmetic, not memory, is the limit."""
-
-COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}
-"""Far more than any cache holds."""
 
 PEAK_RUNS = 7
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Processor, GPU and threads, for a report."""
     described: dict[str, Any] = {
         "machine": platform.machine(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "device": str(device),
     }
@@ -40,13 +39,13 @@ def hardware(device: torch.device) -> dict[str, Any]:
     return described
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
 
 
 def synchronize(device: torch.device) -> None:
@@ -59,49 +58,26 @@ def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:
     """The best rate of a large square matrix multiplication, in 10¹² operations per second.
 
     Measured in the same run as what it is compared with: a data sheet's peak says nothing about clocks and neighbors.
-
-    Args:
-        device: where.
-        dtype: of both factors and the product.
     """
-    size = GEMM_SIZES.get(device.type, 4096)
+    size, best = GEMM_SIZES.get(device.type, 4096), float("inf")
     a, b = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
     product = a @ b
-    return 2 * size**3 / _best_time(lambda: torch.mm(a, b, out=product), device) / 1e12
-
-
-def copy_peak(device: torch.device) -> float:
-    """The best rate of copying within the device's memory, in 10¹² bytes per second, read and written.
-
-    Args:
-        device: where.
-    """
-    source = torch.zeros(COPY_BYTES.get(device.type, 2**28), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    target.copy_(source)
-    return 2 * source.nbytes / _best_time(lambda: target.copy_(source), device) / 1e12
-
-
-def _best_time(work: Callable[[], object], device: torch.device) -> float:
-    best = float("inf")
     for _ in range(PEAK_RUNS):
         synchronize(device)
         began = time.perf_counter()
-        work()
+        torch.mm(a, b, out=product)
         synchronize(device)
         best = min(best, time.perf_counter() - began)
-    return best
+    return 2 * size**3 / best / 1e12
 
 
 def gemm_peaks(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[str, float]:
-    """`gemm_peak` by the dtype's name: float32 and bfloat16 on a CPU, else of those that the rows use."""
-    wanted = {torch.float32, torch.bfloat16, *dtypes} if device.type == "cpu" else set(dtypes)
-    return {
-        str(dtype).removeprefix("torch."): gemm_peak(device, dtype)
-        for dtype in sorted(wanted, key=str)
-        # Half precision on a CPU is emulated: slow, and no peak.
-        if not (device.type == "cpu" and dtype == torch.float16)
-    }
+    """`gemm_peak` by the dtype's name: of those that the rows use, and bfloat16 on a CPU that has it."""
+    wanted = set(dtypes)
+    if device.type == "cpu":
+        # What a CPU has no instructions for is emulated: it takes many seconds, and is no peak.
+        wanted = {torch.float32, *([torch.bfloat16] if has_bfloat16(device) else [])}
+    return {str(dtype).removeprefix("torch."): gemm_peak(device, dtype) for dtype in sorted(wanted, key=str)}
 
 
 class Stopwatch:
@@ -135,37 +111,32 @@ class Meter:
     """Energy and memory of an NVIDIA GPU as NVML counts them; knows nothing where there is none."""
 
     def __init__(self, device: torch.device) -> None:
-        """Open NVML (nvidia-ml-py) for a CUDA device; without the package or its counters, every reading is None."""
         self._nvml: Any = None
-        self._handle: Any = None
-        if device.type != "cuda":
-            return
-        try:
-            import pynvml
+        if device.type == "cuda":
+            # A missing package (nvidia-ml-py), driver or permission: each raises a type of its own, none is an error.
+            with suppress(Exception):
+                import pynvml
 
-            pynvml.nvmlInit()
-            uuid = torch.cuda.get_device_properties(device).uuid
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-            self._nvml = pynvml
-        except Exception:
-            # A missing package, driver or permission: each raises a type of its own, and none is an error here.
-            self._nvml = None
+                pynvml.nvmlInit()
+                uuid = torch.cuda.get_device_properties(device).uuid
+                self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+                self._nvml = pynvml
 
-    def joules(self) -> float | None:
-        """Energy that the GPU has drawn since its driver was loaded, in joules; the whole board's."""
-        millijoules = self._read("nvmlDeviceGetTotalEnergyConsumption")
-        return None if millijoules is None else millijoules / 1e3
-
-    def memory_in_use(self) -> int | None:
-        """Bytes of the GPU's memory in use, by all processes."""
-        memory = self._read("nvmlDeviceGetMemoryInfo")
-        return None if memory is None else int(memory.used)
+    @contextmanager
+    def reading(self) -> Iterator[dict[str, float]]:
+        """Energy that the board draws within the block ("joules") and memory in use after it, in bytes ("memory")."""
+        readings: dict[str, float] = {}
+        before = self._read("nvmlDeviceGetTotalEnergyConsumption")
+        yield readings
+        after, memory = self._read("nvmlDeviceGetTotalEnergyConsumption"), self._read("nvmlDeviceGetMemoryInfo")
+        if before is not None and after is not None:
+            readings["joules"] = (after - before) / 1e3
+        if memory is not None:
+            readings["memory"] = memory.used
 
     def _read(self, name: str) -> Any:
-        if self._nvml is None:
-            return None
-        try:
-            return getattr(self._nvml, name)(self._handle)
-        except self._nvml.NVMLError:
-            # Counters that this GPU does not have, such as energy before Volta.
-            return None
+        if self._nvml is not None:
+            # There are GPUs without some counters, such as energy before Volta.
+            with suppress(self._nvml.NVMLError):
+                return getattr(self._nvml, name)(self._handle)
+        return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -43,28 +44,23 @@ def count_flops(model: Model) -> Flops:
     Every part is rebuilt on the meta device from its configuration: nothing is computed, no memory is taken.
     """
     pipeline = model.pipeline
-    inputs = {name: _meta(tensor) for name, tensor in model.family.example_inputs(pipeline, batch=1).items()}
-    encoders = [
-        (getattr(pipeline, name), getattr(pipeline, name.replace("text_encoder", "tokenizer")).model_max_length)
-        for name in model.family.text_encoders
-    ]
+    inputs = {
+        name: tensor.to("meta", torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in model.family.example_inputs(pipeline, batch=1).items()
+    }
+    text_encoder = 0
     with torch.device("meta"):
+        for name, tokenizer in zip(model.family.text_encoders, model.family.tokenizers, strict=True):
+            encoder = getattr(pipeline, name)
+            tokens = torch.zeros(1, getattr(pipeline, tokenizer).model_max_length, dtype=torch.int64)
+            text_encoder += _counted(partial(type(encoder)(encoder.config), tokens))
         unet = type(pipeline.unet).from_config(pipeline.unet.config)
         vae = type(pipeline.vae).from_config(pipeline.vae.config)
         return Flops(
             unet=_counted(lambda: unet_forward(unet, inputs)),
             vae_decode=_counted(lambda: vae.decode(torch.empty(1, *model.latent_shape))),
-            text_encoder=sum(_encoder_flops(encoder, tokens) for encoder, tokens in encoders),
+            text_encoder=text_encoder,
         )
-
-
-def _meta(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to("meta", torch.float32 if tensor.is_floating_point() else tensor.dtype)
-
-
-def _encoder_flops(encoder: torch.nn.Module, tokens: int) -> int:
-    copy = type(encoder)(encoder.config)
-    return _counted(lambda: copy(torch.zeros(1, tokens, dtype=torch.int64)))
 
 
 @torch.no_grad()

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline
 
 from ...engine.model import Model
 from .device import Stopwatch, synchronize
-from .throughput import RunnerMode, TimedVariant
+from .throughput import RunnerMode, TimedVariant, Workload
 
 
 def stock_pipeline(model: Model) -> DiffusionPipeline:
@@ -42,44 +40,29 @@ class StockVariant(TimedVariant):
         """See `TimedVariant`."""
         return RunnerMode("stock diffusers", self.mode)
 
-    def time(
-        self,
-        model: Model,
-        *,
-        prompts: Sequence[str],
-        noise: torch.Tensor,
-        guidance: float,
-        scheduler: SchedulerMixin,
-        steps: int,
-    ) -> dict[str, float]:
+    def time(self, work: Workload) -> dict[str, float]:
         """See `TimedVariant.time`; of its parts, only the UNet can be timed from outside."""
         unet, device = self.pipeline.unet, self.runner.device
-        self.pipeline.scheduler = scheduler
-        watch = Stopwatch(device)
-        spans: list[Any] = []
+        self.pipeline.scheduler = work.make_scheduler()
+        watch, forward = Stopwatch(device), unet.forward
 
-        def begin(*_: Any) -> None:
-            spans.append(watch.part("unet"))
-            spans[-1].__enter__()
+        def timed_forward(*args: Any, **kwargs: Any) -> Any:
+            with watch.part("unet"):
+                return forward(*args, **kwargs)
 
-        def end(*_: Any) -> None:
-            # Must give None: what a hook returns takes the place of the output.
-            spans.pop().__exit__(None, None, None)
-
-        hooks = [unet.register_forward_pre_hook(begin), unet.register_forward_hook(end)]
+        unet.forward = timed_forward
         try:
             synchronize(device)
             began = time.perf_counter()
             images = self.pipeline(
-                list(prompts),
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                latents=noise.to(device, self.runner.dtype),
+                list(work.prompts),
+                num_inference_steps=work.steps,
+                guidance_scale=work.guidance,
+                latents=work.noise.to(device, self.runner.dtype),
                 output_type="pt",
             ).images
             images.float().cpu()
             synchronize(device)
             return {"total": time.perf_counter() - began, "unet": watch.seconds("unet")}
         finally:
-            for hook in hooks:
-                hook.remove()
+            del unet.forward

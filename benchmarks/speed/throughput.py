@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import product
 from typing import Any
 
 import torch
@@ -35,6 +37,29 @@ class RunnerMode:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One batch of images, the same for all variants.
+
+    Attributes:
+        model: text encoder, VAE and latent shape.
+        prompts: B prompts.
+        guidance: guidance scale of the teacher.
+        make_scheduler: gives a fresh scheduler.
+    """
+
+    model: Model
+    prompts: Sequence[str]
+    guidance: float
+    make_scheduler: Callable[[], SchedulerMixin]
+    steps: int
+
+    @cached_property
+    def noise(self) -> torch.Tensor:
+        """Initial noise `(B, C, H, W)`, on the CPU."""
+        return initial_noise(self.model.latent_shape, count=len(self.prompts), seed=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TimedVariant:
     """A mode on a runner.
 
@@ -42,11 +67,13 @@ class TimedVariant:
         mode: key of `MODES`.
         runner: executes the UNet.
         parts: text encoder and VAE of the runner; None takes the model's.
+        batch_sizes: the only batch sizes to time; None for all.
     """
 
     mode: str
     runner: Runner
     parts: Model | None = None
+    batch_sizes: Sequence[int] | None = None
 
     @property
     def key(self) -> RunnerMode:
@@ -58,24 +85,33 @@ class TimedVariant:
         """For messages: "onnx student"."""
         return f"{self.key.runner} {self.key.mode}"
 
-    def time(
-        self,
-        model: Model,
-        *,
-        prompts: Sequence[str],
-        noise: torch.Tensor,
-        guidance: float,
-        scheduler: SchedulerMixin,
-        steps: int,
-    ) -> dict[str, float]:
-        """Make one batch of images and time it; see `time_batch`.
+    def time(self, work: Workload) -> dict[str, float]:
+        """Make the batch of images: seconds by part, as far as they are known, with "total"."""
+        model, runner, guided = self.parts or work.model, self.runner, MODES[self.mode] > 1
+        device, width = runner.device, runner.config.get("time_cond_proj_dim")
+        watch = Stopwatch(device)
 
-        Returns:
-            Seconds by part, as far as they are known, with "total".
-        """
-        return time_batch(
-            self, self.parts or model, prompts=prompts, noise=noise, guidance=guidance, scheduler=scheduler, steps=steps
-        )
+        def timed_runner(z_t: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            # The graph of a guidance-conditioned student wants the scale in every row; its value changes no time.
+            if width is not None:
+                kwargs["timestep_cond"] = z_t.new_zeros(len(z_t), width)
+            with watch.part("unet"):
+                return runner(z_t, *args, **kwargs)
+
+        denoiser = GuidedDenoiser(timed_runner, work.guidance) if guided else SinglePassDenoiser(timed_runner)
+        synchronize(device)
+        began = time.perf_counter()
+        with watch.part("text_encoder"):
+            text = model.family.encode(model.pipeline, work.prompts, negative_prompt="" if guided else None).to(
+                device, runner.dtype
+            )
+        noise = work.noise.to(device, runner.dtype)
+        latents = sample(denoiser, text=text, noise=noise, scheduler=work.make_scheduler(), steps=work.steps)
+        with watch.part("vae_decode"):
+            decode(model, latents.to(model.device))
+        synchronize(device)
+        seconds = {"total": time.perf_counter() - began} | {name: watch.seconds(name) for name in PARTS}
+        return seconds | {"host_gap": seconds["total"] - sum(seconds[name] for name in PARTS)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +119,7 @@ class SpeedRow:
     """A variant at one batch size; times in seconds. The parts of a stock pipeline are None.
 
     Attributes:
-        mode: key of `MODES`.
-        runner: its name.
-        device: its device.
         precision: precision of the UNet.
-        batch_size: images per batch.
-        steps: sampling steps.
         latency: from prompts to pixels on the host, per batch.
         images_per_second: batch size over the median latency.
         unet_step: one evaluation of the UNet, the mean over a run's steps: on 2B for the teacher, else on B.
@@ -110,13 +141,13 @@ class SpeedRow:
     latency: Spread
     images_per_second: Estimate
     unet_step: Spread
-    text_encoder: Spread | None
-    vae_decode: Spread | None
-    host_gap: Spread | None
+    text_encoder: Spread | None = None
+    vae_decode: Spread | None = None
+    host_gap: Spread | None = None
     tflops: float
-    peak_share: float | None
-    joules_per_image: float | None
-    memory_in_use: int | None
+    peak_share: float | None = None
+    joules_per_image: float | None = None
+    memory_in_use: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,10 +155,7 @@ class SpeedRatio:
     """How many times as fast one variant is as another, by their times in the same round.
 
     Attributes:
-        slower: what is compared with.
-        faster: a student.
         part: "images" (prompts to pixels) or "unet" (one step).
-        batch_size: images per batch.
         estimate: median of the rounds' ratios.
         ceiling: ratio of the counted operations; None where it does not bound the estimate.
     """
@@ -145,8 +173,6 @@ class Speed:
     """All that was measured about speed.
 
     Attributes:
-        rows: one per variant and batch size.
-        ratios: see `SpeedRatio`.
         flops: operations, counted from the model.
         peaks: peak of matrix multiplication in the same run, by precision, in 10¹² operations per second.
         left_out: reason by variant and batch size.
@@ -157,10 +183,6 @@ class Speed:
     flops: Flops
     peaks: dict[str, float]
     left_out: dict[str, str] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
 
     @property
     def students(self) -> list[SpeedRow]:
@@ -175,76 +197,15 @@ class Speed:
             row: the student's.
             baseline: the teacher's runner, such as "stock diffusers"; None takes the student's.
         """
-        wanted = (
-            RunnerMode(baseline or row.runner, "teacher"),
-            RunnerMode(row.runner, "student"),
-            part,
-            row.batch_size,
-        )
+        pair = RunnerMode(baseline or row.runner, "teacher"), RunnerMode(row.runner, "student")
+        wanted = (*pair, part, row.batch_size)
         return next((r for r in self.ratios if (r.slower, r.faster, r.part, r.batch_size) == wanted), None)
 
 
 def interleaved(count: int, rounds: int) -> Iterator[tuple[int, int]]:
-    """Every round visits all, in alternating order, so that drift falls on all alike.
-
-    Yields:
-        (round, index) pairs: 0 1 2, 2 1 0, 0 1 2, …
-    """
+    """(round, index) pairs in alternating order, 0 1 2, 2 1 0, 0 1 2, …, so that drift falls on all alike."""
     for number in range(rounds):
-        order = range(count) if number % 2 == 0 else reversed(range(count))
-        yield from ((number, index) for index in order)
-
-
-def time_batch(
-    variant: TimedVariant,
-    model: Model,
-    *,
-    prompts: Sequence[str],
-    noise: torch.Tensor,
-    guidance: float,
-    scheduler: SchedulerMixin,
-    steps: int,
-) -> dict[str, float]:
-    """Make one batch of images and time it.
-
-    Args:
-        variant: mode and runner.
-        model: text encoder and VAE.
-        prompts: B prompts.
-        noise: `(B, C, H, W)` on the CPU.
-        guidance: guidance scale of the teacher.
-        scheduler: a fresh scheduler.
-        steps: sampling steps.
-
-    Returns:
-        Seconds by part, with "total" and "host_gap".
-    """
-    runner, guided = variant.runner, MODES[variant.mode] > 1
-    device = runner.device
-    watch = Stopwatch(device)
-
-    width = runner.config.get("time_cond_proj_dim")
-
-    def timed_runner(z_t: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        # The graph of a guidance-conditioned student wants the scale in every row; its value changes no time.
-        if width is not None:
-            kwargs["timestep_cond"] = z_t.new_zeros(len(z_t), width)
-        with watch.part("unet"):
-            return runner(z_t, *args, **kwargs)
-
-    denoiser = GuidedDenoiser(timed_runner, guidance) if guided else SinglePassDenoiser(timed_runner)
-    synchronize(device)
-    began = time.perf_counter()
-    with watch.part("text_encoder"):
-        text = model.family.encode(model.pipeline, prompts, negative_prompt="" if guided else None).to(
-            device, runner.dtype
-        )
-    latents = sample(denoiser, text=text, noise=noise.to(device, runner.dtype), scheduler=scheduler, steps=steps)
-    with watch.part("vae_decode"):
-        decode(model, latents.to(model.device))
-    synchronize(device)
-    seconds = {"total": time.perf_counter() - began} | {name: watch.seconds(name) for name in PARTS}
-    return seconds | {"host_gap": seconds["total"] - sum(seconds[name] for name in PARTS)}
+        yield from ((number, index) for index in range(count)[:: (-1) ** number])
 
 
 def measure(
@@ -265,82 +226,70 @@ def measure(
     teacher are then the same work, timed twice: how much they differ is the noise of the measurement.
 
     Args:
-        variants: see `TimedVariant`; the ratios need a teacher and a student on the same runner.
-        model: text encoder, VAE and latent shape.
+        variants: the ratios need a teacher and a student on the same runner.
+        model: as `guidance`, `make_scheduler` and `steps` see `Workload`.
         prompts: at least one; repeated to fill a batch.
-        guidance: guidance scale of the teacher.
-        make_scheduler: gives a fresh scheduler.
-        steps: sampling steps.
-        batch_sizes: batch sizes, measured one after the other.
         runs: timed batches per variant, after one that is discarded.
-        on_progress: progress callback, with a message.
     """
-    flops = count_flops(model)
-    on_progress("measuring the peak of matrix multiplication")
-    device = variants[0].runner.device
-    dtypes = [variant.runner.precision for variant in variants]
-    speed, meter = Speed(rows=[], ratios=[], flops=flops, peaks=gemm_peaks(device, dtypes)), Meter(device)
+    flops, device = count_flops(model), variants[0].runner.device
+    speed, meter = Speed(rows=[], ratios=[], flops=flops, peaks={}), Meter(device)
+
+    def attempt(variant: TimedVariant, work: Workload) -> dict[str, float] | None:
+        try:
+            with meter.reading() as readings:
+                seconds = variant.time(work)
+            return seconds | readings
+        except Exception as error:
+            # Out of memory, or a batch beyond an engine's profile: each library raises a type of its own.
+            speed.left_out[f"{variant.name}, batch {len(work.prompts)}"] = one_line(error)
+            return None
+
     for batch_size in batch_sizes:
-        noise = initial_noise(model.latent_shape, count=batch_size, seed=0)
         batch = [prompts[i % len(prompts)] for i in range(batch_size)]
-
-        def timed(variant: TimedVariant, noise: torch.Tensor = noise, batch: list[str] = batch) -> dict[str, float]:
-            before = meter.joules()
-            seconds = variant.time(
-                model, prompts=batch, noise=noise, guidance=guidance, scheduler=make_scheduler(), steps=steps
-            )
-            after, used = meter.joules(), meter.memory_in_use()
-            if before is not None and after is not None:
-                seconds["joules"] = after - before
-            return seconds | ({} if used is None else {"memory": used})
-
+        work = Workload(model=model, prompts=batch, guidance=guidance, make_scheduler=make_scheduler, steps=steps)
         running = []
         for variant in variants:
-            on_progress(f"batch {batch_size}: warming up {variant.name}")
-            # What the one before no longer needs is not counted as memory in use.
-            clear_device_cache()
-            try:
-                timed(variant)
-                running.append(variant)
-            except Exception as error:
-                # Out of memory, or a batch beyond an engine's profile: each library raises a type of its own.
-                speed.left_out[f"{variant.name}, batch {batch_size}"] = one_line(error)
-        times: list[list[dict[str, float]]] = [[] for _ in running]
+            if variant.batch_sizes is None or batch_size in variant.batch_sizes:
+                on_progress(f"batch {batch_size}: warming up {variant.name}")
+                # What the one before no longer needs is not counted as memory in use.
+                clear_device_cache()
+                running += [variant] if attempt(variant, work) else []
+        times: dict[RunnerMode, list[dict[str, float]]] = {variant.key: [] for variant in running}
         for number, index in interleaved(len(running), runs):
-            on_progress(f"batch {batch_size}: round {number + 1} of {runs}, {running[index].name}")
-            times[index].append(timed(running[index]))
-        measured = dict(zip([variant.key for variant in running], times, strict=True))
-        for variant in running:
-            speed.rows.append(_row(variant, measured[variant.key], flops, batch_size, steps))
-        speed.ratios.extend(_ratios(measured, flops, batch_size, steps))
-        # The best of several moments: other processes and clocks hold a single one down.
-        for name, peak in gemm_peaks(device, dtypes).items():
-            speed.peaks[name] = max(peak, speed.peaks[name])
-    shares = [row.tflops / speed.peaks[row.precision] if row.precision in speed.peaks else None for row in speed.rows]
-    speed.rows[:] = [replace(row, peak_share=share) for row, share in zip(speed.rows, shares, strict=True)]
+            variant = running[index]
+            if variant.key in times:
+                on_progress(f"batch {batch_size}: round {number + 1} of {runs}, {variant.name}")
+                if seconds := attempt(variant, work):
+                    times[variant.key].append(seconds)
+                else:
+                    del times[variant.key]
+        speed.rows.extend(_row(variant, times[variant.key], work, flops) for variant in running if variant.key in times)
+        speed.ratios.extend(_ratios(times, work, flops))
+        # The best of the moments after each batch size: other processes and clocks hold a single one down.
+        for name, peak in gemm_peaks(device, [variant.runner.precision for variant in variants]).items():
+            speed.peaks[name] = max(peak, speed.peaks.get(name, 0.0))
+    speed.rows[:] = [
+        replace(row, peak_share=row.tflops / speed.peaks[row.precision]) if row.precision in speed.peaks else row
+        for row in speed.rows
+    ]
     return speed
 
 
-def _row(variant: TimedVariant, times: list[dict[str, float]], flops: Flops, batch_size: int, steps: int) -> SpeedRow:
-    device = variant.runner.device
+def _row(variant: TimedVariant, times: list[dict[str, float]], work: Workload, flops: Flops) -> SpeedRow:
+    device, batch_size = variant.runner.device, len(work.prompts)
 
-    def values(key: str) -> list[float]:
-        return [run[key] for run in times if key in run]
-
-    def spread(key: str) -> Spread | None:
-        return Spread.of(spans) if (spans := values(key)) else None
-
-    total = median_of([run["total"] for run in times])
-    step = Spread.of([run["unet"] / steps for run in times])
-    joules, memory = values("joules"), values("memory")
+    values = {key: [run[key] for run in times] for key in times[0] if all(key in run for run in times)}
+    parts: dict[str, Any] = {part: Spread.of(values[part]) for part in (*PARTS[1:], "host_gap") if part in values}
+    total, step = median_of(values["total"]), Spread.of([seconds / work.steps for seconds in values["unet"]])
+    joules, memory = values.get("joules"), values.get("memory")
     return SpeedRow(
         mode=variant.mode,
         runner=variant.key.runner,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         precision=str(variant.runner.precision).removeprefix("torch."),
         batch_size=batch_size,
-        steps=steps,
-        latency=Spread.of([run["total"] for run in times]),
+        steps=work.steps,
+        latency=Spread.of(values["total"]),
         images_per_second=Estimate(
             value=batch_size / total.value,
             low=batch_size / total.high,
@@ -348,12 +297,8 @@ def _row(variant: TimedVariant, times: list[dict[str, float]], flops: Flops, bat
             coverage=total.coverage,
         ),
         unet_step=step,
-        text_encoder=spread("text_encoder"),
-        vae_decode=spread("vae_decode"),
-        host_gap=spread("host_gap"),
+        **parts,
         tflops=MODES[variant.mode] * batch_size * flops.unet / step.median / 1e12,
-        # Known once the peak is, at the end of the run.
-        peak_share=None,
         joules_per_image=sum(joules) / len(joules) / batch_size if joules else None,
         memory_in_use=int(max(memory)) if memory else None,
     )
@@ -363,35 +308,30 @@ BASELINES = ("stock diffusers", "compiled")
 """The strongest that a user has without a student, compared with the student on its best runner."""
 
 
-def _ratios(
-    measured: dict[RunnerMode, list[dict[str, float]]], flops: Flops, batch_size: int, steps: int
-) -> list[SpeedRatio]:
+def _ratios(measured: dict[RunnerMode, list[dict[str, float]]], work: Workload, flops: Flops) -> list[SpeedRatio]:
     """Teacher and unguided teacher over the student on each runner; torch's teacher over the other runners' students.
 
     And the baselines over the student that is fastest at this batch size.
     """
-    ceilings = {"images": flops.ceiling(steps=steps, batch_size=batch_size), "unet": 2.0}
+    batch_size = len(work.prompts)
+    ceilings = {"total": flops.ceiling(steps=work.steps, batch_size=batch_size), "unet": 2.0}
     students = [key for key in measured if key.mode == "student"]
     best = min(students, key=lambda key: median_of([run["total"] for run in measured[key]]).value, default=None)
     ratios = []
     for faster in students:
-        others = [RunnerMode(faster.runner, "teacher"), RunnerMode(faster.runner, "unguided")]
-        baselines = ("torch", *(BASELINES if faster == best else ()))
-        others += [RunnerMode(name, "teacher") for name in baselines if name != faster.runner]
-        for slower in others:
-            if slower not in measured:
-                continue
-            bounded = slower == RunnerMode(faster.runner, "teacher")
-            for part, key in (("images", "total"), ("unet", "unet")):
-                rounds = zip(measured[slower], measured[faster], strict=True)
-                ratios.append(
-                    SpeedRatio(
-                        slower=slower,
-                        faster=faster,
-                        part=part,
-                        batch_size=batch_size,
-                        estimate=median_of([one[key] / other[key] for one, other in rounds]),
-                        ceiling=ceilings[part] if bounded else None,
-                    )
+        same_runner, unguided = (RunnerMode(faster.runner, mode) for mode in ("teacher", "unguided"))
+        baselines = [RunnerMode(name, "teacher") for name in ("torch", *(BASELINES if faster == best else ()))]
+        others = dict.fromkeys([same_runner, unguided, *baselines])
+        for slower, part in product((other for other in others if other in measured), ("total", "unet")):
+            rounds = zip(measured[slower], measured[faster], strict=True)
+            ratios.append(
+                SpeedRatio(
+                    slower=slower,
+                    faster=faster,
+                    part="images" if part == "total" else part,
+                    batch_size=batch_size,
+                    estimate=median_of([one[part] / other[part] for one, other in rounds]),
+                    ceiling=ceilings[part] if slower == same_runner else None,
                 )
+            )
     return ratios

@@ -1,4 +1,4 @@
-"""The embedded model and its students on the held-out prompts: what the studies that compare students share.
+"""What the studies share: options, Markdown tables, and the embedded model's held-out prompts.
 
 What is sampled is kept in a study's folder: one that was interrupted goes on.
 """
@@ -10,36 +10,44 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Any
 
-import torch
+import typer
 
 from ...engine import embedded
 from ...engine.errors import InputError
-from ...engine.families import TextEmbeddings
 from ...engine.files import read_json, write_json
-from ...engine.model import Model, load, locate, resolve_device
+from ...engine.model import locate
 from ...engine.prompts import read_prompts
-from ...engine.student import read_student
-from ..fastest import SAMPLING_BATCH, FastestRunners
-from ..quality.features import EfficientNetLite0Features
-from ..quality.reference import Reference
-from ..quality.samples import SampleCache, SamplingVariant
-from ..session import Session, Student, identity_of, merged_students
+from ..config import BenchConfig, Metrics, comma_separated
+from ..quality.samples import SampleCache
+from ..session import Session
+
+Work = Annotated[Path, typer.Option("--work", help="Folder for students and sampled features.")]
+Samples = Annotated[int, typer.Option("--samples", min=4, help="Images per row (N).")]
+Steps = Annotated[int, typer.Option("--steps", min=1, help="Sampling steps.")]
+Runs = Annotated[int, typer.Option("--runs", min=3, help="Timed batches per row.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, …")]
+Scales = Annotated[str, typer.Option("--scales", help="Guidance scales of guidance-conditioned students.")]
+Configuration = Annotated[
+    str, typer.Argument(help="sd15, sd21-base, sdxl, or a folder with a pipeline's configuration.")
+]
+
+scales_of = comma_separated("--scales", float, "1.5,3,5")
+
+TAKES_TRAINING_OPTIONS: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""For commands that train: options after `--` go to `boostdiff distill`."""
 
 
 def trained(folder: Path, options: Sequence[str]) -> Path:
     """A student's folder; unless it is there, `boostdiff distill` is run with these options.
 
     The options are kept beside the folder; a student without them was put there by hand, and is taken as it is.
-
-    Raises:
-        InputError: the student that is there was trained with other options.
     """
     record = folder.with_name(f"{folder.name}.options.json")
     if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
         # Before the student: a run that is killed in between trains again.
         write_json(record, {"options": list(options)})
         command = [sys.executable, "-m", "boostdiff", "distill", "--output", str(folder), *options]
@@ -49,94 +57,13 @@ def trained(folder: Path, options: Sequence[str]) -> Path:
     return folder
 
 
-def refuse_training_options(options: Sequence[str]) -> None:
-    """For a command whose students are all given.
-
-    Raises:
-        InputError: there are options of `boostdiff distill`, which nothing would use.
-    """
-    if options:
-        raise InputError(f"{shlex.join(options)}: no such option here, and no student is left to train with it")
-
-
-def teacher_model() -> Model:
-    """The embedded model, on the accelerator where there is one."""
-    return load(locate(embedded.MODEL_NAME), device=resolve_device("auto"))
-
-
-def held_out_text(model: Model, prompts: int) -> TextEmbeddings:
-    """Embeddings of the first held-out prompts."""
-    return model.family.encode(model.pipeline, read_prompts(embedded.HELD_OUT_PROMPTS)[:prompts])
-
-
-def merged_student(model: Model, folder: Path) -> Student:
-    """A student of the model, merged into a UNet of its own.
-
-    Raises:
-        InputError: it does not fit.
-    """
-    return merged_students(model, [folder], [read_student(folder, model.files)])[0]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """Makes rows of the model's images, and gives their features.
-
-    Attributes:
-        session: makes variants, and runs their UNets.
-        sample_cache: samples them.
-    """
-
-    session: Session
-    sample_cache: SampleCache
-
-    def features(self, variant: SamplingVariant) -> torch.Tensor:
-        """Features `(N, D)` of a row's images, float32; drawn where they are not kept yet."""
-        return self.sample_cache.sampled(variant).features
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldOut:
-    """The same held-out prompts, seeds and noise for every way of drawing.
-
-    Attributes:
-        work: folder for what is sampled.
-        sampler: a name in `engine.schedulers.SAMPLERS`.
-        steps: sampling steps.
-    """
-
-    work: Path
-    sampler: str = "ddim"
-    steps: int = 20
-
-    @cached_property
-    def model(self) -> Model:
-        """The embedded model."""
-        return teacher_model()
-
-    @cached_property
-    def reference(self) -> Reference:
-        """Real images."""
-        return Reference.load(embedded.REFERENCE)
-
-    @cached_property
-    def network(self) -> EfficientNetLite0Features:
-        """What gives the features."""
-        return EfficientNetLite0Features().to(self.model.device)
-
-    @contextmanager
-    def sampling(self, samples: int) -> Iterator[Sampling]:
-        """For rows of so many images, run the fastest way; image i is the same for any number of them."""
-        with FastestRunners(self.model, passes=samples * self.steps) as runners:
-            yield Sampling(
-                session=Session(model=self.model, sampler=self.sampler, steps=self.steps, runner=runners),
-                sample_cache=SampleCache(
-                    model=self.model,
-                    network=self.network,
-                    prompts=read_prompts(embedded.HELD_OUT_PROMPTS)[:samples],
-                    seed=0,
-                    batch_size=SAMPLING_BATCH,
-                    folder=self.work / "features",
-                    identity=identity_of(self.model) | {"runner": runners.name},
-                ),
-            )
+@contextmanager
+def held_out(
+    students: Sequence[Path], config: BenchConfig, *, work: Path | None = None
+) -> Iterator[tuple[Session, SampleCache]]:
+    """The embedded model and students on the same held-out prompts, seeds and noise, and the cache of their samples."""
+    prompts, metrics = read_prompts(embedded.HELD_OUT_PROMPTS), Metrics().for_model(embedded.MODEL_NAME)
+    files = locate(embedded.MODEL_NAME)
+    with Session.open(files, config, students=students, guidance=None, prompts=prompts, device="auto") as session:
+        session = session.at(config.sampler, config.steps)
+        yield session, session.sample_cache(metrics, folder=work and work / "features")

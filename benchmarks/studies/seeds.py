@@ -4,109 +4,89 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ..quality.distances import Distance, same_seed_distance
-from ..quality.features import DISTANCE_NAME
-from ..report.tables import NOTHING, within
-from .held_out import HeldOut, merged_student, trained
-from .study_options import Samples, Steps, Work
-
-GUIDANCE = 3.0
+from ..config import BenchConfig
+from ..quality.quality import Quality, QualityRow, evaluate
+from ..report.tables import NOTHING, Table, formatted
+from ..stats import Estimate
+from .held_out import Samples, Steps, Work, held_out, trained
 
 
-@dataclass(frozen=True, kw_only=True)
-class Judged:
-    """One way of drawing.
-
-    Attributes:
-        distance: Fréchet distance to real images.
-        paired: mean cosine distance of features to the guided teacher's images of the same seeds.
-    """
-
-    distance: Distance
-    paired: float
-
-
-def evaluate_students(held_out: HeldOut, students: Sequence[Path], samples: int) -> dict[str, Judged]:
-    """The teacher, as "guided" and "unguided", and each student by its folder's name."""
-    with held_out.sampling(samples) as sampling:
-        session = sampling.session
-        rows = {"guided": session.teacher(GUIDANCE), "unguided": session.teacher(1.0)}
-        rows |= {folder.name: session.student(merged_student(held_out.model, folder), GUIDANCE) for folder in students}
-        features = {name: sampling.features(variant) for name, variant in rows.items()}
-    return {
-        name: Judged(distance=Distance.of(held_out.reference, x), paired=same_seed_distance(x, to=features["guided"]))
-        for name, x in features.items()
-    }
-
-
-def over_seeds(values: Sequence[float], style: str) -> str:
-    """The mean, with its standard error where there are several."""
-    mean = format(statistics.mean(values), style)
-    if len(values) < 2:
+def over_seeds(values: Sequence[float | Estimate | None], pattern: str) -> str:
+    """The mean, with its standard error where there are several; a dash where one is missing."""
+    known = [value.value if isinstance(value, Estimate) else value for value in values if value is not None]
+    if len(known) < len(values):
+        return NOTHING
+    mean = pattern.format(statistics.mean(known))
+    if len(known) < 2:
         return mean
-    return f"{mean} ± {format(statistics.stdev(values) * len(values) ** -0.5, style)}"
+    return f"{mean} ± {pattern.replace('+', '').format(statistics.stdev(known) * len(known) ** -0.5)}"
 
 
-def recovered(students: Sequence[Distance], *, guided: Distance, unguided: Distance) -> str:
-    """The share of guidance's gain that students reach, one a seed; a dash where the gain is within noise."""
-    shares = [student.gain_recovered(guided=guided, unguided=unguided) for student in students]
-    known = [share.value for share in shares if share is not None]
-    return over_seeds(known, ".0%") if len(known) == len(shares) else NOTHING
+def rows_of(quality: Quality, students: dict[str, list[QualityRow]]) -> list[list[str]]:
+    """The teacher's two rows with intervals over prompts, and a row per method, its students' rows over seeds."""
+    guided, unguided, *_ = quality.rows
+    lines = [
+        [
+            row.name,
+            formatted(row.distance_interval),
+            formatted(row.delta_to_guided, "+.1f"),
+            NOTHING,
+            formatted(row.caption_score),
+            formatted(row.distance_to_teacher_image, ".3f"),
+        ]
+        for row in (guided, unguided)
+    ]
+    for method, rows in students.items():
+        cells = [
+            over_seeds([row.distance for row in rows], "{:.1f}"),
+            over_seeds([row.delta_to_guided for row in rows], "{:+.1f}"),
+            over_seeds([row.gain_recovered for row in rows], "{:.0%}"),
+            over_seeds([row.caption_score for row in rows], "{:.1f}"),
+            over_seeds([row.distance_to_teacher_image for row in rows], "{:.3f}"),
+        ]
+        lines.append([f"{method}, {len(rows)} seeds", *cells])
+    return lines
 
 
 def seeds(
     context: typer.Context,
     work: Work,
-    seeds: Annotated[int, typer.Option(min=1, help="Training runs of each method.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Training runs per method.")] = 5,
     samples: Samples = 1000,
     steps: Steps = 20,
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = "lora,bitfit",
     samplers: Annotated[str, typer.Option(help="Comma-separated.")] = "ddim,dpm++",
+    guidance: Annotated[float, typer.Option(help="Guidance scale w.")] = 3.0,
 ) -> None:
     """Students of several training seeds against the teacher, on `emoji64` and its held-out prompts.
 
-    Prints a Markdown table. ± is the standard error of the mean over training seeds alone: prompts, noise and the
-    teacher's images are the same for all, and their chance is not in it. "Guidance gains" is the teacher's distance at
-    w = 1 less that at its guidance, with a paired jackknife interval over groups of prompts; where it is within noise,
-    no share of it is "recovered". "Paired" is the mean cosine distance of features to the guided teacher's images of
-    the same seeds.
-
-    Students that are in the folder already are kept, and so are images' features: a run that was interrupted goes on.
-    Options after `--` go to `boostdiff distill`.
+    Prints Markdown tables. ± is the standard error of the mean over training seeds alone: prompts, noise and the
+    teacher's images are the same for all; brackets are intervals over prompts. Students and features that are in the
+    folder are kept, so an interrupted run goes on. Options after `--` go to `boostdiff distill`.
     """
-    work.mkdir(parents=True, exist_ok=True)
-    students = {
-        method: [
-            trained(
-                work / f"{method}-{seed}",
-                ["--method", method, "--seed", str(seed), "--guidance", str(GUIDANCE), *context.args],
-            )
-            for seed in range(seeds)
-        ]
+    names: list[Any] = samplers.split(",")
+    configs = [BenchConfig(samples=samples, sampler=name, steps=steps) for name in names]
+    options = ["--guidance", f"{guidance:g}", *context.args]
+    folders = {
+        trained(work / f"{method}-{seed}", ["--method", method, "--seed", str(seed), *options]): method
         for method in methods.split(",")
+        for seed in range(seeds)
     }
-    print(
-        f"| sampler, {steps} steps | student | {DISTANCE_NAME} | teacher w={GUIDANCE:g} | teacher w=1 "
-        "| guidance gains [95%] | recovered | paired | teacher w=1 |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    for sampler in samplers.split(","):
-        held_out = HeldOut(work=work, sampler=sampler, steps=steps)
-        found = evaluate_students(held_out, [folder for folders in students.values() for folder in folders], samples)
-        guided, unguided = found["guided"].distance, found["unguided"].distance
-        for method, folders in students.items():
-            distances = [found[folder.name].distance for folder in folders]
-            paired = [found[folder.name].paired for folder in folders]
-            print(
-                f"| {sampler} | {method} | {over_seeds([one.value for one in distances], '.1f')} "
-                f"| {guided.value:.1f} | {unguided.value:.1f} | {within(unguided.delta_to(guided))} "
-                f"| {recovered(distances, guided=guided, unguided=unguided)} | {over_seeds(paired, '.3f')} "
-                f"| {found['unguided'].paired:.3f} |",
-                flush=True,
+    for config in configs:
+        with held_out(list(folders), config, work=work) as (session, cache):
+            quality = evaluate(
+                cache,
+                guided=session.teacher(session.guidance),
+                unguided=session.teacher(1.0),
+                others=[session.student(student, session.guidance) for student in session.students],
             )
+        students: dict[str, list[QualityRow]] = {}
+        for method, row in zip(folders.values(), quality.rows[2:], strict=True):
+            students.setdefault(method, []).append(row)
+        headings = [f"{config.sampler}, {steps} steps, N = {samples}", quality.features, "ΔFD to the guided teacher"]
+        headings += ["guidance gain recovered", str(quality.caption_label), "distance to the teacher's image"]
+        print(Table(headings=headings, cells=rows_of(quality, students)).markdown(), end="\n\n", flush=True)

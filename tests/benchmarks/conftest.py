@@ -12,6 +12,8 @@ from boostdiff.benchmarks.quality.features import EfficientNetLite0Features, fea
 from boostdiff.benchmarks.quality.reference import Reference
 from boostdiff.benchmarks.report.report import write_report
 from boostdiff.engine.model import locate
+from boostdiff.export.config import ExportConfig
+from boostdiff.export.export import export
 from tiny import PROMPTS, make_words
 from transformers import (
     CLIPConfig,
@@ -24,8 +26,10 @@ MANY = [f"{prompt} on a red background" for prompt in PROMPTS] * 6
 
 
 @pytest.fixture(scope="session")
-def engine(engines: dict[str, Path]) -> Path:
-    return engines["lora"]
+def engine(tiny_folder: Path, students: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engines") / "lora"
+    export(locate(str(tiny_folder)), ExportConfig(), student=students["lora"], output=folder, device="cpu")
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -37,13 +41,13 @@ def result(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> BenchResult:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, (26, 3, 16, 16), dtype=torch.uint8, generator=generator)
     features = features_of(EfficientNetLite0Features(), images)
     reference = tmp_path_factory.mktemp("reference") / "r.safetensors"
     Reference.of(features[:16], features[16:]).save(reference)
     return bench(
         locate(str(tiny_folder)),
-        BenchConfig(steps=3, batch_sizes=(2, 1), runs=3, samples=20, alternatives=True, compile=False),
+        BenchConfig(steps=3, batch_sizes=(2, 1), runs=3, samples=8, alternatives=True, compile=False),
         students=[students["lora"], students["bitfit"]],
         engine=engine,
         prompts=MANY,

@@ -5,25 +5,30 @@ import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from boostdiff.benchmarks.bench import BenchResult, _compared, bench
+from boostdiff.benchmarks import bench as bench_module
+from boostdiff.benchmarks.bench import BenchResult, _compared, _in_torch, bench
 from boostdiff.benchmarks.config import BenchConfig, Metrics, parse_batch_sizes
 from boostdiff.benchmarks.quality.samples import COLORS, bounded_memory
 from boostdiff.benchmarks.report.report import terminal_report, write_report
 from boostdiff.benchmarks.report.tables import alternatives_table, quality_table
-from boostdiff.benchmarks.speed.throughput import RunnerMode
+from boostdiff.benchmarks.session import Session
+from boostdiff.benchmarks.speed.flops import Flops
+from boostdiff.benchmarks.speed.throughput import RunnerMode, Speed
 from boostdiff.benchmarks.stats import Estimate
 from boostdiff.distill.config import DistillConfig
 from boostdiff.distill.distill import distill
 from boostdiff.distill.loop import Observers
+from boostdiff.engine.compiled import has_bfloat16
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.exported import Engine
-from boostdiff.engine.model import ModelFiles
-from boostdiff.export.export import export
+from boostdiff.engine.model import Model, ModelFiles
+from boostdiff.engine.runners import TorchRunner
 from rich.console import Console
-from tiny import PROMPTS
+from tiny import CPU, PROMPTS
 
 MANY = [f"{prompt} on a red background" for prompt in PROMPTS] * 6
 
@@ -46,7 +51,7 @@ def test_every_runner_here_is_timed(result: BenchResult) -> None:
     ours = product(("torch", "onnx"), ("teacher", "student", "unguided"), (1, 2))
     assert sorted(variants) == sorted([*ours, ("stock diffusers", "teacher", 1), ("stock diffusers", "teacher", 2)])
     if not torch.cuda.is_available():
-        assert "needs an NVIDIA GPU" in result.skipped["tensorrt"]
+        assert "exported without --trt" in result.skipped["tensorrt"]
     for row in speed.rows:
         assert 0 < row.images_per_second.low <= row.images_per_second.value <= row.images_per_second.high
         assert row.latency.median <= row.latency.p90 <= row.latency.p99
@@ -56,7 +61,7 @@ def test_every_runner_here_is_timed(result: BenchResult) -> None:
         stock = row.runner == "stock diffusers"
         assert (row.host_gap is None) == (row.text_encoder is None) == (row.vae_decode is None) == stock
         assert 3 * row.unet_step.median < row.latency.median
-    assert speed.peaks.keys() == {"bfloat16", "float32"}
+    assert speed.peaks.keys() == {"float32", *(["bfloat16"] if has_bfloat16(CPU) else [])}
     assert len(speed.ratios) == 2 * 2 * (2 + 3 + 1)
     for batch_size in (1, 2):
         rates = {
@@ -76,12 +81,13 @@ def test_every_runner_here_is_timed(result: BenchResult) -> None:
 def test_a_report_is_written_where_teacher_and_student_were_never_timed_together(
     result: BenchResult, tmp_path: Path
 ) -> None:
-    for rows in ([row for row in result.speed.rows if row.mode == "student"], []):
+    of_one_mode = [[row for row in result.speed.rows if row.mode == mode] for mode in ("student", "teacher")]
+    for rows in (*of_one_mode, []):
         alone = replace(result, speed=replace(result.speed, rows=rows, ratios=[]))
         write_report(alone, tmp_path)
         verdict = json.loads((tmp_path / "report.json").read_text())["verdict"]
         assert verdict.startswith("Student and teacher could not be timed on one runner")
-        assert "N = 20" in verdict
+        assert "N = 8" in verdict
         console = Console(width=80, record=True, file=io.StringIO())
         console.print(terminal_report(alone))
         assert "could not be timed" in console.export_text()
@@ -210,6 +216,27 @@ def test_memory_that_does_not_suffice_ends_in_advice() -> None:
         raise torch.OutOfMemoryError
 
 
+@pytest.mark.parametrize(("asked", "together"), [(None, 8), (3, 3)])
+def test_as_many_images_are_denoised_together_as_the_report_says(
+    tiny_files: ModelFiles, students: dict[str, Path], asked: int | None, together: int
+) -> None:
+    batches: list[int] = []
+
+    class Recording(TorchRunner):
+        def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+            batches.append(len(inputs["sample"]))
+            return super().predict(inputs)
+
+    config = BenchConfig(samples=10, steps=1, sampling_batch_size=asked)
+    with Session.open(
+        tiny_files, config, students=[students["lora"]], guidance=None, prompts=MANY, device="cpu"
+    ) as opened:
+        session = replace(opened.at("ddim", 1), runner=Recording)
+        session.sample_cache(Metrics(), folder=None).sampled(session.student(session.students[0], 3.0))
+    assert (max(batches), sum(batches)) == (together, 10)
+    assert session.provenance(None)["sampling_batch_size"] == together
+
+
 def test_more_samples_than_prompts(tiny_files: ModelFiles, students: dict[str, Path], engine: Path) -> None:
     with pytest.raises(InputError, match="needs as many prompts: there are 24"):
         bench(
@@ -229,6 +256,7 @@ def test_wrong_settings() -> None:
         ({"batch_sizes": ()}, "--batch-sizes"),
         ({"samples": 1}, "--samples 1"),
         ({"sampler": "x"}, "unknown sampler"),
+        ({"runs": 2}, "--runs must be at least 3"),
         ({"alternatives": True, "samples": 0}, "leave --speed-only out"),
         ({"alternatives": True, "steps": 1}, "--steps of at least 2"),
     ):
@@ -246,12 +274,31 @@ def test_default_batch_sizes() -> None:
     assert BenchConfig(batch_sizes=(4, 1, 4)).batch_sizes_on(torch.device("cpu")) == (1, 4)
 
 
-def test_a_guidance_conditioned_student_is_evaluated_at_the_guidance_asked_for(
-    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path
+def test_torch_is_compiled_for_one_batch_size_unless_others_are_asked_for(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(bench_module, "missing_compiler", lambda device: None)
+    for batch_sizes, compiled_at in ((None, (8,)), ((1, 2), None)):
+        variants, skipped = _in_torch(tiny, tiny.unet, BenchConfig(compile=True, batch_sizes=batch_sizes))
+        assert {v.batch_sizes for v in variants if v.key.runner == "compiled"} == {compiled_at}
+        assert {v.batch_sizes for v in variants if v.key.runner != "compiled"} == {None}
+        assert not skipped
+    monkeypatch.setattr(bench_module, "missing_compiler", lambda device: "no compiler")
+    variants, skipped = _in_torch(tiny, tiny.unet, BenchConfig(compile=True))
+    assert skipped == {"compiled": "no compiler"}
+    assert {v.key.runner for v in variants} == {"torch", "stock diffusers"}
+
+
+def test_a_guidance_conditioned_student_is_evaluated_at_the_guidance_asked_for(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Speed, and whether the engine is the student's, is tested elsewhere.
+    speed = Speed(rows=[], ratios=[], flops=Flops(unet=1, vae_decode=1, text_encoder=1), peaks={"float32": 1.0})
+    monkeypatch.setattr(bench_module, "_measure_speed", lambda *_, **__: (speed, {}))
+    manifest = SimpleNamespace(check_student=lambda *_, **__: None, inputs={})
+    monkeypatch.setattr(bench_module, "read_manifest", lambda folder: manifest)
     training = DistillConfig(guidance=2.0, guidance_max=6.0, prompts=prompt_file, updates=4, batch_size=2)
     distill(tiny_files, training, output=tmp_path / "student", device="cpu", observers=Observers(preview=False))
-    export(tiny_files, student=tmp_path / "student", output=tmp_path / "engine", device="cpu")
 
     def run(guidance: float | None) -> BenchResult:
         config = BenchConfig(steps=2, runs=3, samples=4, batch_sizes=(2,), guidance=guidance, compile=False)

@@ -138,6 +138,7 @@ def test_two_runs_may_share_a_folder(sample_cache: SampleCache) -> None:
 
 
 WORKER = """
+import dataclasses
 import sys
 from pathlib import Path
 import torch
@@ -163,8 +164,8 @@ sample_cache = sample_cache.fill(rows, processes)
 Path(sys.argv[3], f"{processes.process_index}.count").write_text(str(sum(counted)))
 if processes.is_main_process:
     # The other process is gone: nothing must wait for it.
-    reference = Reference.load(embedded.REFERENCE)
-    quality = evaluate(sample_cache, guided=rows[0], unguided=rows[1], others=[], reference=reference)
+    sample_cache = dataclasses.replace(sample_cache, reference=Reference.load(embedded.REFERENCE))
+    quality = evaluate(sample_cache, guided=rows[0], unguided=rows[1], others=[])
     print(quality.rows[1].distance)
 """
 

@@ -60,20 +60,3 @@ def test_what_matters_shows_on_every_screen(browser: Any) -> None:
     assert ("p99 ms" in shown) == (browser.execute_script("return innerWidth") == 1280)
     widths = browser.execute_script("return [...document.querySelectorAll('figure img')].map(e => e.clientWidth)")
     assert min(widths) >= 128
-
-
-def test_tables_sort_by_a_click_and_back_by_another(browser: Any) -> None:
-    def column(index: int) -> list[float]:
-        cells = browser.execute_script(
-            "return [...arguments[0].tBodies[0].rows].map(row => row.cells[arguments[1]].textContent)", table, index
-        )
-        return [float(cell.split()[0]) for cell in cells if cell[:1].isdigit()]
-
-    tables = browser.find_elements("css selector", "table.sortable")
-    assert len(tables) >= 3
-    for table in tables:
-        heads = table.find_elements("css selector", "th button")
-        index = next(i for i in range(len(heads)) if len(set(column(i))) > 1)
-        for reverse in (False, True):
-            browser.execute_script("arguments[0].click()", heads[index])
-            assert column(index) == sorted(column(index), reverse=reverse)

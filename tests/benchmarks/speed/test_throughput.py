@@ -60,3 +60,47 @@ def test_what_cannot_run_is_left_out_with_its_reason(tiny: Model) -> None:
     assert [(row.mode, row.batch_size) for row in speed.rows] == [("teacher", 1), ("student", 1), ("student", 2)]
     assert speed.left_out == {"refusing teacher, batch 2": "shape out of profile"}
     assert {ratio.batch_size for ratio in speed.ratios} == {1}
+
+
+def test_what_fails_while_it_is_timed_takes_no_other_row_along(tiny: Model) -> None:
+    calls = []
+
+    class Failing(TorchRunner):
+        name = "failing"
+
+        def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+            calls.append(1)
+            if len(calls) > 3:
+                raise torch.OutOfMemoryError("out of memory")
+            return super().predict(inputs)
+
+    runners = {"teacher": TorchRunner(tiny.unet), "unguided": Failing(tiny.unet), "student": TorchRunner(tiny.unet)}
+    speed = measure(
+        [TimedVariant(mode=mode, runner=runner) for mode, runner in runners.items()],
+        tiny,
+        prompts=["a red cat"],
+        guidance=3.0,
+        make_scheduler=lambda: make_scheduler("ddim", tiny.pipeline.scheduler.config),
+        steps=2,
+        batch_sizes=(1,),
+        runs=3,
+    )
+    assert [row.mode for row in speed.rows] == ["teacher", "student"]
+    assert speed.left_out == {"failing unguided, batch 1": "out of memory"}
+    assert {(ratio.slower.mode, ratio.part) for ratio in speed.ratios} == {("teacher", "images"), ("teacher", "unet")}
+
+
+def test_a_variant_is_timed_at_its_own_batch_sizes(tiny: Model) -> None:
+    runner = TorchRunner(tiny.unet)
+    speed = measure(
+        [TimedVariant(mode="teacher", runner=runner), TimedVariant(mode="student", runner=runner, batch_sizes=(2,))],
+        tiny,
+        prompts=["a red cat"],
+        guidance=3.0,
+        make_scheduler=lambda: make_scheduler("ddim", tiny.pipeline.scheduler.config),
+        steps=1,
+        batch_sizes=(1, 2),
+        runs=3,
+    )
+    assert [(row.mode, row.batch_size) for row in speed.rows] == [("teacher", 1), ("teacher", 2), ("student", 2)]
+    assert {ratio.batch_size for ratio in speed.ratios} == {2}
