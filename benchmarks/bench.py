@@ -284,9 +284,8 @@ def _in_torch(
 ) -> tuple[list[TimedVariant], dict[str, str]]:
     """All variants in torch, stock diffusers' too, and the reason for each runner that is unavailable."""
     variants = [*_modes(TorchRunner, model.unet, student), *_stock(model)]
-    on_cuda = model.device.type == "cuda"
     unavailable: dict[str, str] = {}
-    for name in [*(["captured"] if on_cuda else []), *(["compiled"] if compiles else [])]:
+    for name in ["compiled"] if compiles else []:
         if reason := LACKING[name](model.device):
             unavailable[name] = reason
             continue

@@ -101,7 +101,6 @@ class CompiledRunner(TorchRunner):
         self.unet = _compile(unet, backend=backend, mode="max-autotune" if self._graphs else None)
 
     def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """See `Runner.predict`."""
         batch = len(inputs["sample"])
         filled = next((size for size in self.batches if size >= batch), batch)
         if filled > batch:
@@ -144,6 +143,5 @@ class TrainingRunner(TorchRunner):
         self.unet = _compile(unet, backend=backend)
 
     def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """See `Runner.predict`."""
         with _without_remarks():
             return super().predict(inputs)
