@@ -51,8 +51,8 @@ def missing_compiler(device: torch.device) -> str | None:
     if device.type == "cuda":
         return None if importlib.util.find_spec("triton") else "torch.compile needs triton"
     compilers = (os.environ.get("CXX"), "g++", "clang++", "cl")
-    found = any(shutil.which(name) for name in compilers if name)
-    return None if found else "torch.compile needs a C++ compiler"
+    available = any(shutil.which(name) for name in compilers if name)
+    return None if available else "torch.compile needs a C++ compiler"
 
 
 def _compile(unet: torch.nn.Module, *, backend: str, mode: str | None = None) -> Any:

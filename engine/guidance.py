@@ -28,7 +28,7 @@ class Denoiser(Protocol):
             text: embeddings for B prompts.
 
         Returns:
-            `(B, C, H, W)`, in the model's own prediction type.
+            `(B, C, H, W)`, in the model's prediction type.
         """
 
 
@@ -99,7 +99,7 @@ class GuidedDenoiser:
 class SinglePassDenoiser:
     """The student (and the teacher without guidance): one pass over a batch of B.
 
-    `guidance_scale`, a number or `(B,)`, goes to a guidance-conditioned student; other UNets have no such input.
+    `guidance_scale`, a number or `(B,)`, is the input of a guidance-conditioned student; others have none.
     """
 
     def __init__(self, runner: Any, guidance_scale: float | torch.Tensor | None = None) -> None:

@@ -29,7 +29,7 @@ class MergeProof:
         max_abs: largest absolute difference from base + adapter, over all `TIMESTEPS`.
         relative: the same over the prediction's largest absolute value.
         cosine: smallest cosine similarity to base + adapter.
-        change: largest absolute difference from the base: the adapter's own effect.
+        change: largest absolute difference from the base: the adapter's effect.
     """
 
     max_abs: float

@@ -114,11 +114,11 @@ def graph_signature(path: Path) -> dict[str, dict[str, Any]]:
 
 @torch.inference_mode()
 def compare(session: Session, cases: Sequence[Case], *, what: str, tolerance: float) -> dict[str, Any]:
-    """Compare an exported graph with the module that it came from, on settled cases.
+    """Compare an exported graph with the module that it came from.
 
     Args:
         session: executes the graph.
-        cases: settled: they know what torch gives in float32.
+        cases: with what torch gives in float32.
         what: the part's name.
         tolerance: on the largest difference relative to the output's largest value.
 
