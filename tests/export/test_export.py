@@ -80,6 +80,7 @@ def test_the_plan_is_built_but_not_claimed_to_have_run(engine: Path) -> None:
     assert set(plan["outputs"]) == {"out_sample"}
     with pytest.raises(BoostDiffError, match="needs an NVIDIA GPU"):
         check_plan(plan)
+    load_tensorrt("tensorrt_rtx")
     with pytest.raises(BoostDiffError, match="needs a process of its own"):
         load_tensorrt("tensorrt")
 
