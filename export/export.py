@@ -16,7 +16,7 @@ from ..engine.memory import give_back_memory
 from ..engine.merge import TIMESTEPS, merge_in_place
 from ..engine.model import Model, ModelFiles, load, resolve_device
 from ..engine.sessions import OnnxSession
-from ..engine.student import Distilled, StudentInfo, read_student
+from ..engine.student import StudentInfo, read_student
 from ..engine.trt import TensorRTSession, check_plan
 from ..engine.versions import versions
 from .config import ExportConfig
@@ -109,7 +109,12 @@ def _intended(files: ModelFiles, info: StudentInfo, config: ExportConfig, flavou
         model=files.name,
         inputs={"unet": info.unet_sha256, "adapter": info.adapter_sha256, **files.other_sha256()},
         options=config.as_json() | {"flavour": flavour.name if flavour else None},
-        student={name: getattr(info, name) for name in Distilled.__dataclass_fields__},
+        student={
+            "method": info.method,
+            "guidance": info.guidance,
+            "guidance_range": list(info.guidance_range) if info.guidance_range else None,
+            "negative_prompt": info.negative_prompt,
+        },
         unet_config={},
         versions=versions("tensorrt", "tensorrt_rtx") if flavour else versions(),
         hardware={"gpu": torch.cuda.get_device_name()} if gpu else {},
