@@ -121,12 +121,10 @@ class Lora(Adapter):
             parameter.data = parameter.data.float()
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """See `Adapter.parameters`."""
         return {name: self.unet.get_parameter(name) for name in self._names}
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """See `Adapter.disabled`."""
         self.unet.disable_adapters()
         try:
             yield
@@ -156,7 +154,6 @@ class Lora(Adapter):
 
     @staticmethod
     def load(unet: UNet2DConditionModel, folder: str | Path) -> None:
-        """See `Adapter.load`."""
         tensors = load_file(Path(folder) / LORA_FILE)
         if not tensors or not all(name.startswith("unet.") for name in tensors):
             raise ValueError(f"{LORA_FILE} is no LoRA of a UNet")
@@ -208,12 +205,10 @@ class BitFit(Adapter):
             parameter.requires_grad_(True)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """See `Adapter.parameters`."""
         return {name: p for name, p in self.unet.named_parameters() if name.endswith(".bias")}
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """See `Adapter.disabled`."""
         self._swap()
         try:
             yield
@@ -274,12 +269,10 @@ class SoftPrompt(Adapter):
         self.prompt = SoftPromptHook(unet, 0.02 * torch.randn(tokens, unet.config.cross_attention_dim))
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """See `Adapter.parameters`."""
         return {"soft_prompt.tokens": self.prompt.tokens}
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """See `Adapter.disabled`."""
         self.prompt.enabled = False
         try:
             yield

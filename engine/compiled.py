@@ -51,8 +51,8 @@ def missing_compiler(device: torch.device) -> str | None:
     if device.type == "cuda":
         return None if importlib.util.find_spec("triton") else "torch.compile needs triton"
     compilers = (os.environ.get("CXX"), "g++", "clang++", "cl")
-    found = any(shutil.which(name) for name in compilers if name)
-    return None if found else "torch.compile needs a C++ compiler"
+    available = any(shutil.which(name) for name in compilers if name)
+    return None if available else "torch.compile needs a C++ compiler"
 
 
 def _compile(unet: torch.nn.Module, *, backend: str, mode: str | None = None) -> Any:
@@ -101,7 +101,6 @@ class CompiledRunner(TorchRunner):
         self.unet = _compile(unet, backend=backend, mode="max-autotune" if self._graphs else None)
 
     def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """See `Runner.predict`."""
         batch = len(inputs["sample"])
         filled = next((size for size in self.batches if size >= batch), batch)
         if filled > batch:
@@ -144,6 +143,5 @@ class TrainingRunner(TorchRunner):
         self.unet = _compile(unet, backend=backend)
 
     def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """See `Runner.predict`."""
         with _without_remarks():
             return super().predict(inputs)

@@ -14,7 +14,7 @@ import typer
 from .errors import InputError
 from .options import SamplerOption, SeedOption, StepsOption, check_options, refuse_unused
 
-EXPORTED = ("tensorrt", "onnx", "onnx-tensorrt")
+EXPORTED = ("onnx", "tensorrt")
 """Runners that execute an exported engine."""
 
 
@@ -62,21 +62,26 @@ class GenerateConfig:
         ),
     ] = None
     runner: Annotated[
-        Literal["torch", "captured", "compiled", "onnx", "onnx-tensorrt", "tensorrt"],
+        Literal["torch", "compiled", "onnx", "tensorrt"],
         typer.Option(
-            help="torch; captured: a CUDA graph of it; compiled: torch.compile, slow to start, pays for many images; "
-            "or an engine's: onnx, onnx-tensorrt, tensorrt."
+            help="torch; compiled: torch.compile, slow to start, pays for many images; or an engine's: onnx, tensorrt."
         ),
     ] = "torch"
     precision: Annotated[
         Literal["fp32", "fp16"] | None,
-        typer.Option(show_default="what the device is faster at", help="Precision of the onnx runners."),
+        typer.Option(show_default="what the device is faster at", help="Precision of the onnx runner."),
     ] = None
     sampler: SamplerOption = "ddim"
     steps: StepsOption = 20
     batch_size: Annotated[
         int | None,
         typer.Option(min=1, show_default="8, fewer above 512 pixels", help="Images denoised together."),
+    ] = None
+    height: Annotated[
+        int | None, typer.Option(min=1, show_default="the model's", help="Height of the images in pixels.")
+    ] = None
+    width: Annotated[
+        int | None, typer.Option(min=1, show_default="the model's", help="Width of the images in pixels.")
     ] = None
     seed: SeedOption = 0
 
@@ -103,7 +108,7 @@ class GenerateConfig:
             refuse_unused(self, "with --teacher", "student", "lora_scale")
         if self.runner != "torch":
             refuse_unused(self, f"with --runner {self.runner}, where the LoRA is merged", "lora_scale")
-        if not self.runner.startswith("onnx"):
+        if self.runner != "onnx":
             refuse_unused(self, f"with --runner {self.runner}: it is for ONNX Runtime's graphs", "precision")
 
     @property

@@ -5,16 +5,18 @@ The whole pipeline runs from the engine folder: no torch module and no model fol
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from diffusers import SchedulerMixin
+from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 from transformers import CLIPTokenizer
 
@@ -26,10 +28,9 @@ from .guidance import Denoiser, SinglePassDenoiser
 from .manifest import Manifest, read_manifest, verified_file
 from .model import Model, ModelFiles, resolve_device
 from .runners import EXPORTED, GraphRunner, available_runners, open_session
-from .sampling import decode, default_batch_size, generate, initial_noise, sampling, to_pil
+from .sampling import decode, default_batch_size, initial_noise, sampling, to_pil
 from .schedulers import make_scheduler
 from .sessions import Session
-from .student import choose_guidance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,6 @@ class Engine(AbstractContextManager["Engine"]):
     Attributes:
         manifest: the engine's manifest.
         model: its parts as a stock diffusers pipeline, `model.pipeline`, that makes one pass a step.
-        runner: a name in `runners.EXPORTED`.
     """
 
     def __init__(self, *, manifest: Manifest, model: Model, opened: ExitStack) -> None:
@@ -68,7 +68,13 @@ class Engine(AbstractContextManager["Engine"]):
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, runner: str = "auto", device: str = "auto", precision: str | None = None
+        cls,
+        folder: str | Path,
+        *,
+        runner: str = "auto",
+        device: str = "auto",
+        precision: str | None = None,
+        lean: bool = False,
     ) -> Self:
         """Open what `boostdiff export` wrote. Every file is checked against the manifest first.
 
@@ -78,6 +84,7 @@ class Engine(AbstractContextManager["Engine"]):
                 Runtime.
             device: "auto", "cpu", "cuda", "cuda:1", …; TensorRT runs on no CPU.
             precision: "fp32" or "fp16" of the ONNX graphs; by default what the device is faster at.
+            lean: less memory in ONNX Runtime, but slower.
 
         Raises:
             InputError: the engine is missing, incomplete or was changed.
@@ -96,7 +103,7 @@ class Engine(AbstractContextManager["Engine"]):
             verified_file(folder, manifest, name)
         with ExitStack() as stack:
             session = partial(
-                open_session, runner, folder=folder, manifest=manifest, device=target, precision=precision
+                open_session, runner, folder=folder, manifest=manifest, device=target, precision=precision, lean=lean
             )
             model = _assemble(folder, manifest, lambda part: stack.enter_context(session(part)))
             return cls(manifest=manifest, model=model, opened=stack.pop_all())
@@ -106,7 +113,7 @@ class Engine(AbstractContextManager["Engine"]):
 
     @property
     def runner(self) -> str:
-        """The name of what executes it."""
+        """The runner's name, one in `runners.EXPORTED`."""
         return self.model.unet.name
 
     def close(self) -> None:
@@ -119,52 +126,66 @@ class Engine(AbstractContextManager["Engine"]):
         Raises:
             InputError: the student was not distilled for this guidance.
         """
-        student = self.manifest.student
-        return SinglePassDenoiser(
-            self.model.unet,
-            choose_guidance(guidance, own=student["guidance"], guidance_range=student["guidance_range"]),
-        )
+        return SinglePassDenoiser(self.model.unet, self.manifest.distilled.choose_guidance(guidance))
 
-    def encode(self, prompts: Sequence[str]) -> TextEmbeddings:
-        """Embeddings of the prompts; there is no unconditional one, since no pass needs it."""
-        if not prompts or not all(prompt.strip() for prompt in prompts):
-            raise InputError("a prompt is empty")
-        text = self.model.family.encode(self.model.pipeline, prompts, negative_prompt=None)
-        return text.to(self.model.unet.dtype)
+    def sized(self, height: int | None = None, width: int | None = None) -> Model:
+        """The model that draws images of a size in pixels; it shares everything with `model`.
+
+        Raises:
+            InputError: the engine was not exported for it.
+        """
+        factor, config = self.model.pipeline.vae_scale_factor, self.manifest.unet_config
+        default = [factor * side for side in self.model.latent_shape[1:]]
+        size = [asked or side for asked, side in zip((height, width), default, strict=True)]
+        smallest, _, largest = self.manifest.options["size"] or (default[0],) * 3
+        multiple = factor * 2 ** (len(config["block_out_channels"]) - 1)
+        if size != default and not all(smallest <= side <= largest and side % multiple == 0 for side in size):
+            raise InputError(
+                f"the engine in {self.model.files.folder} can't draw {size[0]}x{size[1]} pixels: it was exported for "
+                + (f"{default[0]}x{default[1]}" if smallest == largest else f"{smallest} to {largest}, in {multiple}s")
+                + "; `boostdiff export --size` makes others"
+            )
+        unet, pipeline = copy.copy(self.model.unet), copy.copy(self.model.pipeline)
+        unet.config = FrozenDict({**unet.config, "sample_size": [side // factor for side in size]})
+        pipeline.unet = unet
+        return replace(self.model, pipeline=pipeline)
+
+    def encode(self, prompts: str | Sequence[str], *, model: Model | None = None) -> TextEmbeddings:
+        """Embeddings of the prompts; there is no unconditional one, since no pass needs it.
+
+        Args:
+            prompts: B of them.
+            model: from `sized`, for another size: SDXL is conditioned on it.
+
+        Raises:
+            InputError: a prompt is empty.
+        """
+        model = model or self.model
+        text = model.family.encode(model.pipeline, _listed(prompts), negative_prompt=None)
+        return text.to(model.unet.dtype)
 
     def __call__(
-        self,
-        prompts: str | Sequence[str],
-        *,
-        steps: int = 20,
-        seed: int = 0,
-        sampler: str = "ddim",
-        guidance: float | None = None,
-        batch_size: int | None = None,
+        self, prompts: str | Sequence[str], *, seed: int = 0, batch_size: int | None = None, **options: Any
     ) -> list[Image.Image]:
         """Draw.
 
         Args:
             prompts: one image each; image i starts from the noise of `seed + i`.
-            steps: sampling steps.
             seed: see `prompts`.
-            sampler: a name in `samplers.SAMPLERS`.
-            guidance: scale for a guidance-conditioned student; by default its own.
-            batch_size: images denoised together; None takes `generate.default_batch_size`.
+            batch_size: images denoised together; None takes `sampling.default_batch_size`.
+            options: as `stream` takes them: steps, sampler, guidance, height, width.
 
         Raises:
-            InputError: a prompt is empty, the sampler is unknown, or the student was not distilled for this guidance.
+            InputError: see `stream`.
         """
-        images = generate(
-            self.model,
-            self.denoiser(guidance),
-            text=self.encode([prompts] if isinstance(prompts, str) else prompts),
-            make_scheduler=partial(self._scheduler, sampler, steps),
-            steps=steps,
-            seed=seed,
-            batch_size=batch_size or default_batch_size(self.model),
-        )
-        return to_pil(images)
+        prompts = _listed(prompts)
+        size = {side: options.get(side) for side in ("height", "width")}
+        together = batch_size or default_batch_size(self.sized(**size))
+        images = []
+        for start in range(0, len(prompts), together):
+            *_, last = self.stream(prompts[start : start + together], seed=seed + start, **options)
+            images += last.images()
+        return images
 
     def stream(
         self,
@@ -174,24 +195,47 @@ class Engine(AbstractContextManager["Engine"]):
         seed: int = 0,
         sampler: str = "ddim",
         guidance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> Iterator[Step]:
-        """As calling the engine, in one batch, with the state after every step; `Step.images` decodes it."""
-        text = self.encode([prompts] if isinstance(prompts, str) else prompts)
-        noise = initial_noise(self.model.latent_shape, count=len(text), seed=seed)
+        """Draw in one batch, with the state after every step; `Step.images` decodes it.
+
+        Args:
+            prompts: one image each; image i starts from the noise of `seed + i`.
+            steps: sampling steps.
+            seed: see `prompts`.
+            sampler: a name in `schedulers.SAMPLERS`.
+            guidance: scale for a guidance-conditioned student; None takes its default.
+            height: height of the images in pixels, within what the engine was exported for; None takes the engine's.
+            width: likewise.
+
+        Raises:
+            InputError: a prompt is empty, the sampler is unknown, or the student or the engine is not made for this.
+        """
+        model = self.sized(height, width)
+        text = self.encode(prompts, model=model)
+        noise = initial_noise(model.latent_shape, count=len(text), seed=seed)
         states = sampling(
             self.denoiser(guidance),
             text=text,
-            noise=noise.to(self.model.device, text.conditional.dtype),
+            noise=noise.to(model.device, text.conditional.dtype),
             scheduler=self._scheduler(sampler, steps),
             steps=steps,
         )
         for index, latents in enumerate(states):
-            yield Step(index=index, total=steps, latents=latents, model=self.model)
+            yield Step(index=index, total=steps, latents=latents, model=model)
 
     def _scheduler(self, sampler: str, steps: int) -> SchedulerMixin:
         if steps < 1:
             raise InputError("steps must be at least 1")
         return make_scheduler(sampler, self.model.pipeline.scheduler.config)
+
+
+def _listed(prompts: str | Sequence[str]) -> list[str]:
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise InputError("a prompt is empty")
+    return prompts
 
 
 def _assemble(folder: Path, manifest: Manifest, opened: Callable[[str], Session]) -> Model:
@@ -215,9 +259,8 @@ def _assemble(folder: Path, manifest: Manifest, opened: Callable[[str], Session]
 def _scheduler_from(folder: Path, index: dict[str, Any]) -> SchedulerMixin:
     import diffusers
 
-    class_name = index["scheduler"][1]
-    kind = getattr(diffusers, class_name, None)
-    if not (inspect.isclass(kind) and issubclass(kind, SchedulerMixin)):
-        raise InputError(f"{folder / 'model_index.json'} names the scheduler {class_name}, which diffusers lacks")
-    scheduler: Any = kind
+    name = index["scheduler"][1]
+    scheduler: Any = getattr(diffusers, name, None)
+    if not (inspect.isclass(scheduler) and issubclass(scheduler, SchedulerMixin)):
+        raise InputError(f"{folder / 'model_index.json'} names the scheduler {name}, which diffusers lacks")
     return scheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))

@@ -75,11 +75,6 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def user_cache() -> Path:
-    """Where this program keeps, for the user, what it can make again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "boostdiff"
-
-
 def is_full_disk(error: BaseException) -> bool:
     """Whether an error says that no more can be written.
 

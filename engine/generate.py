@@ -16,13 +16,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .adapters import ADAPTER_NAME
-from .captured import CapturedRunner, missing_cuda
 from .compiled import CompiledRunner, missing_compiler
 from .config import GenerateConfig
 from .errors import BoostDiffError, InputError
 from .exported import Engine
 from .families import TextEmbeddings
-from .files import prepare_output
+from .files import prepare_output, read_json
 from .guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser, teacher_denoiser
 from .manifest import read_manifest
 from .merge import fold_student
@@ -30,14 +29,13 @@ from .model import Model, ModelFiles, load, resolve_device
 from .runners import Runner, TorchRunner
 from .sampling import batches, default_batch_size, to_pil
 from .schedulers import make_scheduler
-from .student import apply_student, check_negative_prompt, read_student
+from .student import apply_student, read_student
 
 IN_TORCH: dict[str, Callable[[UNet2DConditionModel], Runner]] = {
     "torch": TorchRunner,
-    "captured": CapturedRunner,
     "compiled": CompiledRunner,
 }
-LACKING: dict[str, Callable[[torch.device], str | None]] = {"captured": missing_cuda, "compiled": missing_compiler}
+LACKING: dict[str, Callable[[torch.device], str | None]] = {"compiled": missing_compiler}
 """Why a runner is unavailable on a device, or None."""
 
 DEFAULT_GUIDANCE = 3.0
@@ -59,16 +57,34 @@ def open_engine(config: GenerateConfig, device: str) -> Iterator[Sampling]:
     manifest = read_manifest(folder)
     if config.student is not None:
         manifest.check_student(read_student(config.student), engine=folder)
-    check_negative_prompt(config.negative_prompt, own=manifest.student["negative_prompt"])
+    manifest.distilled.check_negative_prompt(config.negative_prompt)
     with Engine.load(folder, runner=config.runner, device=device, precision=config.precision) as engine:
-        yield Sampling(
-            model=engine.model, denoiser=engine.denoiser(config.guidance), text=engine.encode(config.prompts)
-        )
+        model = engine.sized(config.height, config.width)
+        text = engine.encode(config.prompts, model=model)
+        yield Sampling(model=model, denoiser=engine.denoiser(config.guidance), text=text)
+
+
+def load_sized(files: ModelFiles, config: GenerateConfig, device: torch.device) -> Model:
+    """The model in torch, made to draw images of the size that was asked for.
+
+    Raises:
+        InputError: it can't make them, said before its weights are read; see `load`.
+    """
+    latent = files.family.latent_shape(files.unet_config)[1:]
+    factor = 2 ** (len(read_json(files.folder / "vae" / "config.json").get("block_out_channels", [64])) - 1)
+    size = [asked or factor * side for asked, side in zip((config.height, config.width), latent, strict=True)]
+    if any(side % factor for side in size):
+        raise InputError(f"can't draw {size[0]}x{size[1]} pixels: --height and --width must be multiples of {factor}")
+    model = load(files, device=device)
+    if config.height or config.width:
+        # Noise, and SDXL's conditions, are of the size in the UNet's configuration.
+        model.unet.register_to_config(sample_size=[side // factor for side in size])
+    return model
 
 
 def open_teacher(files: ModelFiles, config: GenerateConfig, device: torch.device) -> Sampling:
     """The teacher in torch: two passes with guidance, one where w is 1."""
-    model = load(files, device=device)
+    model = load_sized(files, config, device)
     scale = DEFAULT_GUIDANCE if config.guidance is None else config.guidance
     denoiser = teacher_denoiser(IN_TORCH[config.runner](model.unet), scale)
     negative_prompt = (config.negative_prompt or "") if isinstance(denoiser, GuidedDenoiser) else None
@@ -77,7 +93,7 @@ def open_teacher(files: ModelFiles, config: GenerateConfig, device: torch.device
 
 
 def open_student(files: ModelFiles, config: GenerateConfig, device: torch.device) -> Sampling:
-    """The student in torch: its adapter beside the weights, merged on runners that compile or record."""
+    """The student in torch: its adapter beside the weights, merged on runners that compile."""
     folder = config.student or Path("outputs/student")
     # What the student can't do is said before the weights are read.
     info = read_student(folder, files)
@@ -87,7 +103,7 @@ def open_student(files: ModelFiles, config: GenerateConfig, device: torch.device
         # At scale 0 a DoRA's magnitudes stay, and so does a guidance input: that is not the base.
         kind = info.method if info.guidance_range is None else "guidance-conditioned"
         raise InputError(f"--lora-scale is for students of method lora and one guidance scale, not {kind} ones")
-    model = load(files, device=device)
+    model = load_sized(files, config, device)
     if config.runner == "torch":
         apply_student(model, folder, info)
     else:

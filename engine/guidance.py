@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 
 from .families import TextEmbeddings
 
@@ -27,7 +28,7 @@ class Denoiser(Protocol):
             text: embeddings for B prompts.
 
         Returns:
-            `(B, C, H, W)`, in the model's own prediction type.
+            `(B, C, H, W)`, in the model's prediction type.
         """
 
 
@@ -47,17 +48,13 @@ def teacher_denoiser(runner: Callable[..., Any], guidance_scale: float) -> Denoi
     return GuidedDenoiser(runner, guidance_scale) if guidance_scale > 1 else SinglePassDenoiser(runner)
 
 
-def _embedding_rates(width: int) -> torch.Tensor:
-    half = width // 2
-    return torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1)))
-
-
 def smooth_columns(width: int) -> torch.Tensor:
     """Which of the guidance embedding's columns, `(width,)` bool, turn by at most one radian while w grows by 1.
 
     Most turn up to 1000 radians: nothing that is learned from few scales carries over to those between.
     """
-    slow = 1000.0 * _embedding_rates(width) <= 1
+    half = width // 2
+    slow = 1000.0 * torch.exp(-math.log(10000.0) * torch.arange(half) / (half - 1)) <= 1
     return torch.nn.functional.pad(torch.cat([slow, slow]), (0, width % 2))
 
 
@@ -67,9 +64,7 @@ def guidance_embedding(guidance_scale: torch.Tensor, width: int) -> torch.Tensor
     Sines and cosines of w − 1, as stock pipelines feed them
     (`StableDiffusionPipeline.get_guidance_scale_embedding`; Meng et al. 2023, §3).
     """
-    rates = _embedding_rates(width).to(guidance_scale.device)
-    angles = (guidance_scale.float() - 1)[:, None] * 1000.0 * rates
-    return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
+    return get_timestep_embedding(1000 * (guidance_scale.float() - 1), width, downscale_freq_shift=1)
 
 
 class GuidedDenoiser:
@@ -98,14 +93,13 @@ class GuidedDenoiser:
         return combine(unconditional, conditional, scale)
 
     def __call__(self, z_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
-        """See `Denoiser`."""
         return self.combined(*self.passes(z_t, t, text))
 
 
 class SinglePassDenoiser:
     """The student (and the teacher without guidance): one pass over a batch of B.
 
-    `guidance_scale`, a number or `(B,)`, goes to a guidance-conditioned student; other UNets have no such input.
+    `guidance_scale`, a number or `(B,)`, is the input of a guidance-conditioned student; others have none.
     """
 
     def __init__(self, runner: Any, guidance_scale: float | torch.Tensor | None = None) -> None:
@@ -125,7 +119,6 @@ class SinglePassDenoiser:
         return embedding
 
     def __call__(self, z_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
-        """See `Denoiser`."""
         arguments = text.conditional.unet_arguments()
         if self.guidance_scale is not None:
             arguments["timestep_cond"] = self._embedding(z_t)

@@ -35,7 +35,6 @@ class GuidanceConditioned(Adapter):
         self.projection.weight.register_hook(lambda gradient: gradient * smooth)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """See `Adapter.parameters`."""
         name = "time_embedding.cond_proj.weight"
         return {**self.inner.parameters(), name: self.unet.get_parameter(name)}
 
@@ -45,7 +44,6 @@ class GuidanceConditioned(Adapter):
         return self.inner.count() + columns * self.projection.out_features
 
     def disabled(self) -> AbstractContextManager[None]:
-        """See `Adapter.disabled`."""
         return self.inner.disabled()
 
     def save(self, folder: Path, pipeline: DiffusionPipeline) -> list[Path]:

@@ -13,10 +13,10 @@ from typing import Any
 
 from .errors import InputError
 from .files import read_json, sha256_of, write_json
-from .student import StudentInfo
+from .student import Distilled, StudentInfo
 
 MANIFEST_FILE = "manifest.json"
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
 
 
 @dataclass(kw_only=True)
@@ -32,6 +32,7 @@ class Manifest:
         student: method and guidance of the student.
         unet_config: the UNet's configuration, for whoever runs the graph.
         merge: comparison of the merged UNet with base + adapter.
+        pipeline: comparison of whole images with torch, by runner and precision.
         artefacts: by path: precision, inputs, outputs, checks; for plans also flavour, version, compute
             capabilities and profiles.
         versions: versions of boostdiff and the libraries that matter.
@@ -46,9 +47,15 @@ class Manifest:
     student: dict[str, Any]
     unet_config: dict[str, Any]
     merge: dict[str, Any] = field(default_factory=dict)
+    pipeline: dict[str, dict[str, Any]] = field(default_factory=dict)
     artefacts: dict[str, dict[str, Any]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     hardware: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def distilled(self) -> Distilled:
+        """The student's conditions."""
+        return Distilled(**self.student)
 
     def configurations(self) -> list[str]:
         """The files that are neither graphs nor plans: what stands around them, down to the tokenizers' words."""

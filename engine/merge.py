@@ -29,7 +29,7 @@ class MergeProof:
         max_abs: largest absolute difference from base + adapter, over all `TIMESTEPS`.
         relative: the same over the prediction's largest absolute value.
         cosine: smallest cosine similarity to base + adapter.
-        change: largest absolute difference from the base: the adapter's own effect.
+        change: largest absolute difference from the base: the adapter's effect.
     """
 
     max_abs: float
@@ -46,18 +46,11 @@ def merge(model: Model, folder: Path, info: StudentInfo) -> UNet2DConditionModel
 
 
 def fold_student(unet: UNet2DConditionModel, folder: Path, info: StudentInfo) -> None:
-    """Make a UNet the student's, of the base's architecture but for what a method must add.
-
-    A guidance-conditioned student keeps its input, a soft prompt is appended by a hook that graphs take with them.
-
-    Args:
-        unet: the base, without adapters.
-        folder: the student's folder.
-        info: its description.
+    """Turn a base UNet into the student; a guidance input is added, a soft prompt stays a hook, as graphs take it.
 
     Raises:
         InputError: the adapter does not fit.
-        BoostDiffError: the tuner can't be merged.
+        BoostDiffError: it can't be merged.
     """
     apply_adapter(unet, folder, info)
     adapter_class(info.method).merge(unet)
@@ -65,19 +58,14 @@ def fold_student(unet: UNet2DConditionModel, folder: Path, info: StudentInfo) ->
 
 @torch.no_grad()
 def merge_in_place(model: Model, folder: Path, info: StudentInfo) -> MergeProof:
-    """Turn the model's own UNet into the student's, and prove it: at any time one UNet is in memory.
-
-    Args:
-        model: the base model in float32, without adapters.
-        folder: the student's folder.
-        info: its description.
+    """Turn the UNet of a base model in float32 into the student, and prove it; one UNet is in memory at any time.
 
     Returns:
-        How the merged UNet compares with base + adapter as stock libraries apply it.
+        Comparison of the merged UNet with base + adapter as stock libraries apply it.
 
     Raises:
         InputError: the adapter does not fit.
-        BoostDiffError: see `proof_of`; or the tuner can't be merged.
+        BoostDiffError: see `proof_of`; or it can't be merged.
     """
     unet = model.unet
     inputs = model.family.example_inputs(model.pipeline, batch=2)

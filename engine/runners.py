@@ -20,7 +20,6 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from .config import EXPORTED
 from .errors import BoostDiffError, InputError
-from .files import user_cache
 from .manifest import Manifest, verified_file
 from .sessions import OnnxSession, Session, execution_provider
 from .trt import TensorRTSession, check_plan
@@ -119,7 +118,6 @@ class TorchRunner(Runner):
         self.precision = self.dtype
 
     def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """See `Runner.predict`."""
         return unet_forward(self.unet, inputs)
 
 
@@ -134,7 +132,7 @@ class GraphRunner(Runner):
             unet_config: the UNet's configuration.
         """
         self.session = session
-        self.name, self.device = session.kind, session.device
+        self.name, self.device = session.name, session.device
         if width := unet_config.get("projection_class_embeddings_input_dim"):
             # Where the stock SDXL pipeline looks for the width of its added conditions.
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
@@ -142,7 +140,6 @@ class GraphRunner(Runner):
         self.precision = self.dtype
 
     def close(self) -> None:
-        """See `Runner.close`."""
         self.session.close()
 
     def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -154,18 +151,26 @@ class GraphRunner(Runner):
 
 
 def open_session(
-    kind: str, part: str, *, folder: Path, manifest: Manifest, device: torch.device, precision: str | None = None
+    name: str,
+    part: str,
+    *,
+    folder: Path,
+    manifest: Manifest,
+    device: torch.device,
+    precision: str | None = None,
+    lean: bool = False,
 ) -> Session:
     """Open one part of an exported engine, after checking it against its manifest.
 
     Args:
-        kind: a name in `EXPORTED`.
+        name: a name in `EXPORTED`.
         part: "unet", "text_encoder", "text_encoder_2" or "vae_decoder".
         folder: the engine folder.
         manifest: its manifest.
         device: device to run on; TensorRT needs a GPU.
         precision: "fp32" or "fp16", of an ONNX graph; None takes what the device is faster at, if it is there. A part
             other than the UNet that has no such graph runs in what it has.
+        lean: see `OnnxSession`.
 
     Raises:
         InputError: a file is missing or was changed, or the engine has no such precision.
@@ -173,60 +178,40 @@ def open_session(
     """
     if precision not in (None, "fp32", "fp16"):
         raise InputError(f"unknown precision {precision!r}: choose fp32 or fp16")
-    if kind == "tensorrt":
+    if name == "tensorrt":
         if precision:
-            raise InputError("a plan has one precision: choose it with ONNX Runtime's runners alone")
-        name = f"{part}/model.plan"
-        path = verified_file(folder, manifest, name)
-        return TensorRTSession(path, artefact=manifest.artefacts[name], digest=manifest.files[name], device=device)
+            raise InputError("a plan has one precision: choose it with the runner onnx alone")
+        plan = f"{part}/model.plan"
+        path = verified_file(folder, manifest, plan)
+        return TensorRTSession(path, artefact=manifest.artefacts[plan], device=device)
     graphs = {
-        artefact["precision"]: name
-        for name, artefact in manifest.artefacts.items()
-        if name.startswith(f"{part}/") and name.endswith(".onnx")
+        artefact["precision"]: path
+        for path, artefact in manifest.artefacts.items()
+        if path.startswith(f"{part}/") and path.endswith(".onnx")
     }
     wanted = ["fp32", "fp16"] if device.type == "cpu" else ["fp16", "fp32"]
     if precision:
         # Parts that overflow in FP16 are in FP32 alone, whatever the UNet is in.
         wanted = [precision] if part == "unet" else [precision, *wanted]
-    found = next((graphs[name] for name in wanted if name in graphs), None)
-    if found is None:
+    graph = next((graphs[each] for each in wanted if each in graphs), None)
+    if graph is None:
         if not precision or not graphs:
             raise InputError(f"the engine in {folder} has no ONNX graph of the {part}: export again")
         raise InputError(
             f"the engine in {folder} has the {part} in {', '.join(sorted(graphs))} alone: "
             f"`boostdiff export --precision both` makes {precision}, too"
         )
-    path = verified_file(folder, manifest, found)
-    engines = None
-    if kind == "onnx-tensorrt":
-        # By graph and weights: another student's graph has the same structure.
-        digests = (manifest.files[name][:16] for name in (found, f"{found}.data"))
-        engines = user_cache() / "onnxruntime" / "-".join(digests)
-    return OnnxSession(path, device=device, tensorrt_engines=engines)
+    return OnnxSession(verified_file(folder, manifest, graph), device=device, lean=lean)
 
 
-def open_exported(
-    name: str, *, folder: Path, manifest: Manifest, device: torch.device, precision: str | None = None
-) -> Runner:
-    """Open a runner on an exported engine's UNet, see `open_session`.
-
-    Args:
-        name: one in `EXPORTED`.
-        folder: the engine folder.
-        manifest: its manifest.
-        device: device to run on; TensorRT needs a GPU.
-        precision: precision of the ONNX graph.
-
-    Raises:
-        InputError: a file is missing or was changed.
-        BoostDiffError: this machine can't run it.
-    """
-    session = open_session(name, "unet", folder=folder, manifest=manifest, device=device, precision=precision)
+def open_exported(name: str, *, folder: Path, manifest: Manifest, device: torch.device, **options: Any) -> Runner:
+    """Open a runner on an exported engine's UNet, see `open_session`."""
+    session = open_session(name, "unet", folder=folder, manifest=manifest, device=device, **options)
     return GraphRunner(session, unet_config=manifest.unet_config)
 
 
 def available_runners(
-    manifest: Manifest, device: torch.device, names: Sequence[str] = ("torch", "onnx", "onnx-tensorrt", "tensorrt")
+    manifest: Manifest, device: torch.device, names: Sequence[str] = ("torch", *EXPORTED)
 ) -> dict[str, str | None]:
     """Which of these runners can execute an exported engine on a device: the reason against each, or None.
 
@@ -240,8 +225,8 @@ def available_runners(
                 if "unet/model.plan" not in manifest.files:
                     raise BoostDiffError("the engine was exported without --trt")
                 check_plan(manifest.artefacts["unet/model.plan"], device)
-            elif name in EXPORTED:
-                execution_provider(device, tensorrt=name == "onnx-tensorrt")
+            elif name == "onnx":
+                execution_provider(device)
         except BoostDiffError as error:
             reasons[name] = str(error)
     return reasons

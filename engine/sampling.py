@@ -10,6 +10,7 @@ from PIL import Image
 
 from .families import TextEmbeddings
 from .guidance import Denoiser
+from .latents import denormalized
 from .model import Model
 
 MIDDLING = 64**2
@@ -85,7 +86,7 @@ def decode(model: Model, latents: torch.Tensor) -> torch.Tensor:
     together = len(latents) if area < MIDDLING else max(1, 4 * MIDDLING // area)
     images = []
     for part in latents.split(together):
-        decoded = vae.decode(part.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        decoded = vae.decode(denormalized(part.to(vae.dtype), vae), return_dict=False)[0]
         images.append((decoded.float() / 2 + 0.5).clamp(0, 1))
     # Copied at once: each copy is waited for.
     return torch.cat(images).cpu()

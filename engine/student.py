@@ -19,14 +19,65 @@ INFO_FILE = "student.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentInfo:
-    """What `student.json` records.
+class Distilled:
+    """What a student was distilled for, and so can be asked for; engines keep it in their manifest.
 
     Attributes:
-        method: "lora", "bitfit", ….
+        method: a name in `adapters.METHODS`.
         guidance: guidance scale w that was distilled in; for a range its middle.
         guidance_range: smallest and largest w of a guidance-conditioned student, else None.
         negative_prompt: negative prompt that was distilled in, or "".
+    """
+
+    method: str
+    guidance: float
+    guidance_range: tuple[float, float] | None = None
+    negative_prompt: str = ""
+
+    def choose_guidance(self, guidance: float | None) -> float | None:
+        """The UNet's guidance input: a scale for a guidance-conditioned student, else None.
+
+        Args:
+            guidance: the user's choice, or None for the student's default.
+
+        Raises:
+            InputError: the student was not distilled for it.
+        """
+        if self.guidance_range is None:
+            if guidance not in (None, self.guidance):
+                raise InputError(
+                    f"this student was distilled at guidance {self.guidance:g} and can't give {guidance:g}: "
+                    "leave --guidance out, distill another, or pass --teacher"
+                )
+            return None
+        low, high = self.guidance_range
+        scale = self.guidance if guidance is None else guidance
+        if not low <= scale <= high:
+            raise InputError(
+                f"this student was distilled for guidance {low:g} to {high:g} and can't give {scale:g}: "
+                "choose one in between, distill another, or pass --teacher"
+            )
+        return scale
+
+    def check_negative_prompt(self, negative_prompt: str | None) -> None:
+        """Refuse a negative prompt that the student was not distilled with; None is its default.
+
+        Raises:
+            InputError: it is another.
+        """
+        if negative_prompt not in (None, self.negative_prompt):
+            trained = f"the negative prompt {self.negative_prompt!r}" if self.negative_prompt else "no negative prompt"
+            raise InputError(
+                f"this student was distilled with {trained}, and one pass can't follow another: "
+                "leave --negative-prompt out, distill with it, or pass --teacher"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentInfo(Distilled):
+    """What `student.json` records.
+
+    Attributes:
         model: name that the user gave the model.
         unet_sha256: hash of the UNet weights that the adapter belongs to.
         adapter_files: SHA-256 by file name.
@@ -36,10 +87,6 @@ class StudentInfo:
         result: measurements of the training (updates, seconds, losses, R² of the guidance term).
     """
 
-    method: str
-    guidance: float
-    guidance_range: tuple[float, float] | None = None
-    negative_prompt: str = ""
     model: str
     unet_sha256: str
     adapter_files: dict[str, str]
@@ -53,74 +100,26 @@ class StudentInfo:
         """One hash for all of the adapter's files."""
         return "-".join(self.adapter_files[name] for name in sorted(self.adapter_files))
 
-    def choose_guidance(self, guidance: float | None) -> float | None:
-        """What to hand to the UNet as guidance: a number for a guidance-conditioned student, else None.
-
-        Args:
-            guidance: what the user asked for, or None for the student's own.
-
-        Raises:
-            InputError: the student was not trained for it.
-        """
-        return choose_guidance(guidance, own=self.guidance, guidance_range=self.guidance_range)
-
-    def check_negative_prompt(self, negative_prompt: str | None) -> None:
-        """Refuse a negative prompt that the student was not trained for.
-
-        Raises:
-            InputError: it is another.
-        """
-        check_negative_prompt(negative_prompt, own=self.negative_prompt)
-
     def write(self, folder: Path) -> None:
         """Write `student.json`."""
         write_json(folder / INFO_FILE, asdict(self))
 
 
-def check_negative_prompt(negative_prompt: str | None, *, own: str) -> None:
-    """Refuse a negative prompt that a student was not trained for.
+def _usable(values: dict[str, Any]) -> bool:
+    """Whether the values of a `student.json` that are relied upon are of their types."""
 
-    Args:
-        negative_prompt: what the user asked for, or None for the student's own.
-        own: what it was distilled with, or "".
+    def number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-    Raises:
-        InputError: it is another.
-    """
-    if negative_prompt not in (None, own):
-        trained = f"the negative prompt {own!r}" if own else "no negative prompt"
-        raise InputError(
-            f"this student was distilled with {trained}, and one pass can't follow another: "
-            "leave --negative-prompt out, distill with it, or pass --teacher"
-        )
-
-
-def choose_guidance(guidance: float | None, *, own: float, guidance_range: tuple[float, float] | None) -> float | None:
-    """What to hand to the UNet as guidance: a number for a guidance-conditioned student, else None.
-
-    Args:
-        guidance: what the user asked for, or None for the student's own.
-        own: the scale that it was distilled at, or its default.
-        guidance_range: lowest and highest scale that it was distilled for; None for a student of one scale.
-
-    Raises:
-        InputError: the student was not trained for it.
-    """
-    if guidance_range is None:
-        if guidance not in (None, own):
-            raise InputError(
-                f"this student was distilled at guidance {own:g} and can't give {guidance:g}: "
-                "leave --guidance out, distill another, or pass --teacher"
-            )
-        return None
-    low, high = guidance_range
-    wanted = own if guidance is None else guidance
-    if not low <= wanted <= high:
-        raise InputError(
-            f"this student was distilled for guidance {low:g} to {high:g} and can't give {wanted:g}: "
-            "choose one in between, distill another, or pass --teacher"
-        )
-    return wanted
+    scales, files = values["guidance_range"], values["adapter_files"]
+    return (
+        all(isinstance(values[name], str) for name in ("method", "negative_prompt", "model", "unet_sha256"))
+        and number(values["guidance"])
+        and (scales is None or (isinstance(scales, list) and len(scales) == 2 and all(map(number, scales))))
+        and isinstance(files, dict)
+        and bool(files)
+        and all(isinstance(digest, str) for digest in files.values())
+    )
 
 
 def read_student(folder: Path, files: ModelFiles | None = None) -> StudentInfo:
@@ -137,7 +136,7 @@ def read_student(folder: Path, files: ModelFiles | None = None) -> StudentInfo:
         raise InputError(f"there is no student in {folder}: run `boostdiff distill` first, or pass --student DIR")
     values = read_json(folder / INFO_FILE)
     names = {item.name for item in fields(StudentInfo)}
-    if not names <= set(values) or not isinstance(values["adapter_files"], dict) or not values["adapter_files"]:
+    if not names <= set(values) or not _usable(values):
         raise InputError(f"{folder / INFO_FILE} is not a student's description; distill again")
     if values["guidance_range"] is not None:
         values["guidance_range"] = tuple(values["guidance_range"])

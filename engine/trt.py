@@ -8,88 +8,64 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import re
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .errors import BoostDiffError, one_line
-from .files import user_cache, write_whole
 from .sessions import GRAPH_TYPES, Session
 
 TENSORRT_FLAVOURS = ("tensorrt", "tensorrt_rtx")
-"""Each is also the name of the Python module that carries it."""
+"""Each is also the name of its Python module."""
 
 RTX_COMPUTE_CAPABILITIES = ((8, 0), (8, 6), (8, 9), (12, 0))
 """Ampere, Ada and Blackwell: what plans of TensorRT for RTX are built for."""
 
 
-def cache_of_this_gpu(name: str) -> Path:
-    """A file in the user's cache that is of use to the current GPU alone."""
-    gpu = re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name())
-    return user_cache() / f"{name}-{gpu}.cache"
-
-
 class TensorRTSession(Session):
     """A TensorRT plan of either flavour, through polygraphy, on CUDA tensors without host copies."""
 
-    kind = "tensorrt"
+    name = "tensorrt"
 
-    def __init__(
-        self, path: Path, *, artefact: dict[str, Any], digest: str | None = None, device: torch.device | None = None
-    ) -> None:
+    def __init__(self, path: Path, *, artefact: dict[str, Any], device: torch.device | None = None) -> None:
         """Deserialise a plan.
 
         Args:
             path: a plan, already verified against its manifest.
             artefact: its entry in the manifest.
-            digest: the plan's SHA-256, under which TensorRT for RTX keeps what it compiles for this GPU; None keeps
-                nothing.
             device: a GPU; None takes the current one.
 
         Raises:
             BoostDiffError: no GPU, another device, the flavour is not installed, or the plan is for other hardware.
         """
         check_plan(artefact, device)
-        module = load_tensorrt(artefact["flavour"])
         from polygraphy.backend.common import bytes_from_path
         from polygraphy.backend.trt import TrtRunner, engine_from_bytes
 
         index = None if device is None else device.index
         self.device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
         self.input_types, self.output_types = (
-            {name: GRAPH_TYPES[about["type"]] for name, about in artefact[side].items()}
+            {name: GRAPH_TYPES[entry["type"]] for name, entry in artefact[side].items()}
             for side in ("inputs", "outputs")
         )
         # By input the smallest, best and largest shape; the batch comes first.
         profile = artefact["profile"].values()
         self.smallest_batch = max(smallest[0] for smallest, _, _ in profile)
         self.largest_batch = min(largest[0] for _, _, largest in profile)
-        self._kernels = None
         # TensorRT and polygraphy know no device but the current one.
         with torch.cuda.device(self.device):
-            plan = engine_from_bytes(bytes_from_path(str(path)))
-            if artefact["flavour"] == "tensorrt_rtx":
-                self._kernels = RuntimeCache(plan, digest)
-                plan = self._kernels.context(module)
-            self._runner = TrtRunner(plan)
+            self._runner = TrtRunner(engine_from_bytes(bytes_from_path(str(path))))
             self._runner.activate()
             self._stream = torch.cuda.ExternalStream(self._runner.stream.ptr, self.device)
 
     def close(self) -> None:
-        """See `Session.close`."""
         with torch.cuda.device(self.device):
-            if self._kernels is not None:
-                self._kernels.save()
-                self._kernels = None
             self._runner.deactivate()
 
     def _execute(self, feeds: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
-        """See `Session.run`."""
         from polygraphy.exception import PolygraphyException
 
         # Behind what makes the inputs, and what still copies the last results. polygraphy itself waits for its stream
@@ -105,48 +81,6 @@ class TensorRTSession(Session):
         # polygraphy hands out its own buffers, which the next call overwrites.
         for name, tensor in outputs.items():
             tensor.copy_(results[name])
-
-
-class RuntimeCache:
-    """The kernels that TensorRT for RTX compiles for the GPU at hand when a plan first runs, kept for the next time.
-
-    Source: `IRuntimeConfig` and `IRuntimeCache` of TensorRT for RTX.
-    """
-
-    def __init__(self, engine: Any, digest: str | None) -> None:
-        """Read what is there.
-
-        Args:
-            engine: an `ICudaEngine`.
-            digest: the plan's SHA-256; None keeps nothing.
-        """
-        self._engine, self._config = engine, engine.create_runtime_config()
-        self._cache = self._config.create_runtime_cache()
-        self._file = cache_of_this_gpu(f"rtx-{digest[:16]}") if digest else None
-        if self._file is not None:
-            with suppress(OSError):
-                # It refuses by itself what was compiled for another GPU, driver or version.
-                self._cache.deserialize(self._file.read_bytes())
-
-    def context(self, module: Any) -> Any:
-        """An `IExecutionContext` that compiles into this cache and replays its work as a CUDA graph.
-
-        Raises:
-            BoostDiffError: there is none, mostly for want of GPU memory.
-        """
-        self._config.set_runtime_cache(self._cache)
-        self._config.cuda_graph_strategy = module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        context = self._engine.create_execution_context(self._config)
-        if context is None:
-            raise BoostDiffError("TensorRT for RTX can't run the plan: is there enough free GPU memory?")
-        return context
-
-    def save(self) -> None:
-        """Keep what was compiled; a cache that can't be written costs time alone."""
-        if self._file is not None:
-            with suppress(OSError):
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(self._file, bytes(self._cache.serialize()))
 
 
 def load_tensorrt(flavour: str) -> Any:

@@ -27,13 +27,6 @@ def export(
     model: ModelOption = embedded.MODEL_NAME,
     student: StudentOption = Path("outputs/student"),
     output: OutputOption = Path("outputs/engine"),
-    refit: Annotated[
-        Path | None,
-        typer.Option(
-            show_default="none",
-            help="Engine folder whose refittable TensorRT engines get the new weights; needs their GPU.",
-        ),
-    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Export again even if nothing has changed.")] = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -54,7 +47,6 @@ def export(
             output=output,
             device=device,
             force=force,
-            refit=refit,
             report=console.print,
         )
     if as_json:

@@ -35,10 +35,10 @@ def parse_range(text: str | Range) -> Range:
     Raises:
         BadParameter: it is neither, or not ascending; typer adds the option's name.
     """
-    found = re.fullmatch(r"(\d+)(?::(\d+):(\d+))?", str(text).strip())
-    if not found:
+    match = re.fullmatch(r"(\d+)(?::(\d+):(\d+))?", str(text).strip())
+    if not match:
         raise typer.BadParameter(f"{text!r} is neither a number nor MIN:OPT:MAX, such as 1:4:16")
-    parsed = Range(*(int(found[i] or found[1]) for i in (1, 2, 3)))
+    parsed = Range(*(int(match[i] or match[1]) for i in (1, 2, 3)))
     if not 1 <= parsed.min <= parsed.opt <= parsed.max:
         raise typer.BadParameter(f"{text} must be at least 1 and ascend: MIN:OPT:MAX")
     return parsed
@@ -77,9 +77,6 @@ class ExportConfig:
         Range | None,
         typer.Option(show_default="the model's", help="Height and width in pixels; a range lets them vary.", **RANGE),
     ] = None
-    refittable: Annotated[
-        bool, typer.Option("--refittable", help="Engines whose weights can be replaced; may be a little slower.")
-    ] = False
     workspace_gb: Annotated[
         float | None,
         typer.Option("--workspace", show_default="no limit", help="Limit of TensorRT's scratch memory in GB."),
@@ -98,7 +95,7 @@ class ExportConfig:
         if self.trt and self.precision == "fp32":
             raise InputError("--trt builds from FP16 graphs: leave --precision fp32 out, or pass both")
         if not self.trt:
-            refuse_unused(self, "without --trt", "trt_flavour", "batch", "workspace_gb", "refittable")
+            refuse_unused(self, "without --trt", "trt_flavour", "batch", "workspace_gb")
         if self.workspace_gb is not None and self.workspace_gb <= 0:
             raise InputError("--workspace must be more than 0 GB")
 
@@ -112,19 +109,19 @@ class ExportConfig:
             chosen = ("fp16" if 4 * parameters > LARGE else "both") if self.trt else "fp32"
         return ("fp32", "fp16") if chosen == "both" else (chosen,)
 
-    def latent_size(self, *, factor: int, multiple: int, own: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    def latent_size(self, *, factor: int, multiple: int, default: tuple[int, int]) -> tuple[tuple[int, int], ...]:
         """Smallest, best and largest (height, width) of the latents.
 
         Args:
             factor: pixels a latent.
             multiple: of latents that the UNet can halve again and again.
-            own: the model's own latent height and width.
+            default: the model's latent height and width.
 
         Raises:
             InputError: a size is no multiple of `factor * multiple` pixels.
         """
         if self.size is None:
-            return (own,) * 3
+            return (default,) * 3
         wrong = [size for size in self.size if size % (factor * multiple)]
         if wrong:
             raise InputError(

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -32,11 +30,12 @@ from .parts import (
     vae_decoder_part,
 )
 from .plan import Flavour, choose_flavour, plan_from_onnx, plan_in_a_process
-from .refit import plan_by_refit, refittable_engine
+from .whole import PROMPT, compare_engine, draw_reference
 
-CHECK_PROMPTS = ("a photo of a red apple on a table", "noto emoji of octopus on a light blue background")
+CHECK_PROMPTS = (PROMPT, "noto emoji of octopus on a light blue background")
 
 
+@exact_float32()
 def export(
     files: ModelFiles,
     config: ExportConfig | None = None,
@@ -45,7 +44,6 @@ def export(
     output: Path,
     device: str = "auto",
     force: bool = False,
-    refit: Path | None = None,
     report: Callable[[str], None] = lambda message: None,
 ) -> Manifest:
     """Merge, export, compare, and only then give the folder its name.
@@ -59,7 +57,6 @@ def export(
             `model_index.json`; and `manifest.json`.
         device: where the reference runs; if it is a GPU, it is the one that plans are built for.
         force: export again even if nothing has changed.
-        refit: an engine whose plans get the new weights, instead of being built anew; may be `output` itself.
         report: callback for each stage in words.
 
     Returns:
@@ -69,69 +66,40 @@ def export(
         InputError: the student or the output can't be used.
         BoostDiffError: a stage failed, or a result is outside its tolerance; nothing was replaced.
     """
-    target = resolve_device(device)
-    with exact_float32(), torch.cuda.device(target) if target.type == "cuda" else nullcontext():
-        return _export(
-            files,
-            config or ExportConfig(),
-            student=student,
-            output=output,
-            target=target,
-            force=force,
-            refit=refit,
-            report=report,
+    config, target = config or ExportConfig(), resolve_device(device)
+    with torch.cuda.device(target) if target.type == "cuda" else nullcontext():
+        info = read_student(student, files)
+        if config.diffusers and info.method == "soft-prompt":
+            raise InputError("a soft prompt is no part of the weights: leave --diffusers out, graphs carry its tokens")
+        flavour = choose_flavour(config.trt_flavour) if config.trt else None
+        prepare_output(output, replaces=MANIFEST_FILE)
+        manifest = _intended(files, info, config, flavour)
+        if not force and (present := up_to_date_engine(output, manifest)):
+            report(f"nothing has changed since the export in {output}")
+            return present
+
+        model = load(files, device=target, dtype=torch.float32)
+        height, width = latent_sizes(model, config)[1]
+        check = merge_in_place(model, student, info)
+        report(
+            f"merged {info.method}: differs from base + adapter by {check.relative:.1e} of the output's scale "
+            f"(cosine {check.cosine:.7f}), from the base by {check.change:.2f}"
         )
-
-
-def _export(
-    files: ModelFiles,
-    config: ExportConfig,
-    *,
-    student: Path,
-    output: Path,
-    target: torch.device,
-    force: bool,
-    refit: Path | None,
-    report: Callable[[str], None],
-) -> Manifest:
-    """See `export`; the target is the current device."""
-    info = read_student(student, files)
-    if config.diffusers and info.method == "soft-prompt":
-        raise InputError("a soft prompt is no part of the weights: leave --diffusers out, graphs carry its tokens")
-    flavour = choose_flavour(config.trt_flavour) if config.trt else None
-    prepare_output(output, replaces=MANIFEST_FILE)
-    manifest = _intended(files, info, config, flavour)
-    source = None
-    if refit is not None:
-        if not (config.trt and config.refittable):
-            raise InputError("--refit needs refittable TensorRT plans: pass --trt --refittable with it")
-        source = partial(plan_by_refit, refit, refittable_engine(refit, config, manifest.inputs))
-    if not force and (present := up_to_date_engine(output, manifest)):
-        report(f"nothing has changed since the export in {output}")
-        return present
-
-    model = load(files, device=target, dtype=torch.float32)
-    latent_sizes(model, config)
-    check = merge_in_place(model, student, info)
-    report(
-        f"merged {info.method}: differs from base + adapter by {check.relative:.1e} of the output's scale "
-        f"(cosine {check.cosine:.7f}), from the base by {check.change:.2f}"
-    )
-    manifest.merge = {**asdict(check), "timesteps": list(TIMESTEPS)}
-    height, width = latent_sizes(model, config)[1]
-    model.unet.register_to_config(sample_size=height if height == width else (height, width))
-    manifest.unet_config = {key: value for key, value in dict(model.unet.config).items() if not key.startswith("_")}
-    with staged_folder(output, replaces=MANIFEST_FILE) as folder:
-        write_configs_and_tokenizers(model, manifest, folder, diffusers=config.diffusers)
-        precisions = config.precisions(model.unet.num_parameters())
-        if flavour is not None and source is None:
-            report(f"building with {flavour.name}: {flavour.reason}")
-        for part in _parts(model, config, precisions):
-            _export_part(part, folder, manifest, precisions, report)
+        manifest.merge = {**asdict(check), "timesteps": list(TIMESTEPS)}
+        model.unet.register_to_config(sample_size=height if height == width else (height, width))
+        manifest.unet_config = {key: value for key, value in dict(model.unet.config).items() if not key.startswith("_")}
+        with staged_folder(output, replaces=MANIFEST_FILE) as folder:
+            write_configs_and_tokenizers(model, manifest, folder, diffusers=config.diffusers)
+            precisions = config.precisions(model.unet.num_parameters())
             if flavour is not None:
-                _export_plan(part, folder, manifest, config, flavour, source, report)
-        manifest.write(folder)
-    return manifest
+                report(f"building with {flavour.name}: {flavour.reason}")
+            reference = draw_reference(model, config, guidance=info.guidance)
+            for part in _parts(model, config, precisions):
+                _export_part(part, folder, manifest, precisions, report)
+                if flavour is not None:
+                    _export_plan(part, folder, manifest, config, flavour, report)
+            compare_engine(folder, manifest, reference, precisions=precisions, device=target, report=report)
+        return manifest
 
 
 def _intended(files: ModelFiles, info: StudentInfo, config: ExportConfig, flavour: Flavour | None) -> Manifest:
@@ -149,32 +117,16 @@ def _intended(files: ModelFiles, info: StudentInfo, config: ExportConfig, flavou
         },
         unet_config={},
         versions=versions("tensorrt", "tensorrt_rtx") if flavour else versions(),
-        hardware={"gpu": torch.cuda.get_device_name(), "driver": _driver()} if gpu else {},
+        hardware={"gpu": torch.cuda.get_device_name()} if gpu else {},
     )
-
-
-def _driver() -> str:
-    """The NVIDIA driver's version, where NVML's Python package is installed."""
-    try:
-        import pynvml
-    except ImportError:
-        return "unknown"
-    pynvml.nvmlInit()
-    try:
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def up_to_date_engine(output: Path, intended: Manifest) -> Manifest | None:
     """The engine that stands in `output`, if it is whole and an export would only make it again."""
     try:
         standing = read_manifest(output)
-    except InputError:
-        return None
-    if standing.fingerprint() != intended.fingerprint():
-        return None
-    try:
+        if standing.fingerprint() != intended.fingerprint():
+            return None
         for name in standing.files:
             verified_file(output, standing, name)
     except InputError:
@@ -204,7 +156,7 @@ def write_configs_and_tokenizers(model: Model, manifest: Manifest, folder: Path,
 
 
 def _parts(model: Model, config: ExportConfig, precisions: tuple[str, ...]) -> list[Part]:
-    """Every part with what its cases expect. The model's own references go: a part is freed once it is exported."""
+    """Every part with its cases' references. The model's references go: a part is freed once it is exported."""
     pipeline = model.pipeline
     text = model.family.encode(pipeline, CHECK_PROMPTS, negative_prompt=None).conditional
     parts = [text_encoder_part(model, name, CHECK_PROMPTS, config) for name in model.family.text_encoders]
@@ -241,7 +193,7 @@ def _export_part(
     for precision, path in graphs.items():
         with OnnxSession(path, device=torch.device("cpu"), lean=part.large) as session:
             tolerance = FP16_TOLERANCE if precision == "fp16" else FP32_TOLERANCE
-            check = compare(session, part.graph_cases(), what=part.name, tolerance=tolerance)
+            check = compare(session, part.cases, what=part.name, tolerance=tolerance)
         give_back_memory()
         manifest.artefacts[f"{part.name}/{path.name}"]["check"] = check
         report(
@@ -255,26 +207,16 @@ def _export_plan(
     manifest: Manifest,
     config: ExportConfig,
     flavour: Flavour,
-    source: Callable[[Path, Path], dict[str, Any]] | None,
     report: Callable[[str], None],
 ) -> None:
-    graphs = [folder / name for name in manifest.artefacts if name.startswith(f"{part.name}/model.")]
-    graph = graphs[-1]
+    # The FP16 graph, where there are two.
+    graph = [folder / name for name in manifest.artefacts if name.startswith(f"{part.name}/model.")][-1]
     plan = graph.with_name("model.plan")
-    if source is not None:
-        entry = source(graph, plan)
-    else:
-        entry = {
-            "precision": manifest.artefacts[f"{part.name}/{graph.name}"]["precision"],
-            **(plan_in_a_process if part.large else plan_from_onnx)(
-                graph,
-                plan,
-                flavour=flavour,
-                profile=part.profile,
-                refittable=config.refittable,
-                workspace_gb=config.workspace_gb,
-            ),
-        }
+    build = plan_in_a_process if part.large else plan_from_onnx
+    entry = {
+        "precision": manifest.artefacts[f"{part.name}/{graph.name}"]["precision"],
+        **build(graph, plan, flavour=flavour, profile=part.profile, workspace_gb=config.workspace_gb),
+    }
     manifest.artefacts[f"{part.name}/{plan.name}"] = entry
     size = f"{part.name}: plan of {plan.stat().st_size / 1e6:.1f} MB"
     try:

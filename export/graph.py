@@ -27,31 +27,27 @@ FP16_TOLERANCE = 3e-2
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
     """Compute float32 in float32 on a GPU, too: with TF32, cuDNN's default, a reference is off by ten tolerances."""
-    precision = torch.get_float32_matmul_precision()
-    cudnn = torch.backends.cudnn
-    flags = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    precision, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     try:
-        with cudnn.flags(**flags, allow_tf32=False):
-            yield
+        yield
     finally:
         torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = tf32
 
 
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
     """Silence the exporter's progress lines and its warnings about decompositions; errors still raise."""
-    names = ("torch.onnx", "onnxscript", "onnx_ir")
-    levels = {name: logging.getLogger(name).level for name in names}
+    disabled = logging.root.manager.disable
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
+        logging.disable(logging.WARNING)
         try:
             yield
         finally:
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)
+            logging.disable(disabled)
 
 
 def _strip_traces(model: onnx_ir.Model) -> None:
@@ -118,11 +114,11 @@ def graph_signature(path: Path) -> dict[str, dict[str, Any]]:
 
 @torch.inference_mode()
 def compare(session: Session, cases: Sequence[Case], *, what: str, tolerance: float) -> dict[str, Any]:
-    """Compare an exported graph with the module that it came from, on settled cases.
+    """Compare an exported graph with the module that it came from.
 
     Args:
         session: executes the graph.
-        cases: settled: they know what torch gives in float32.
+        cases: with what torch gives in float32.
         what: the part's name.
         tolerance: on the largest difference relative to the output's largest value.
 
@@ -133,7 +129,7 @@ def compare(session: Session, cases: Sequence[Case], *, what: str, tolerance: fl
         BoostDiffError: a value is not finite or beyond the tolerance; says where. Or there is no case.
     """
     if not cases:
-        raise BoostDiffError(f"the {what}'s {session.kind} graph can't be compared with torch: no case suits it")
+        raise BoostDiffError(f"the {what}'s {session.name} graph can't be compared with torch: no case suits it")
     worst = {"max_abs": 0.0, "mean_abs": 0.0, "relative": 0.0, "cosine": 1.0}
     for case in cases:
         results = {
@@ -143,7 +139,7 @@ def compare(session: Session, cases: Sequence[Case], *, what: str, tolerance: fl
         session.run(case.inputs, results)
         for name, expected in case.expected.items():
             got = results[name].cpu().double()
-            where = f"the {what}'s {session.kind} graph, {name} at {case.where},"
+            where = f"the {what}'s {session.name} graph, {name} at {case.where},"
             if not torch.isfinite(got).all():
                 raise BoostDiffError(f"{where} gives NaN or Inf")
             difference = (got - expected.double()).abs()

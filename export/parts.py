@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor
 
 from ..engine.exported_parts import HIDDEN_STATES
 from ..engine.families import PromptEmbeds
+from ..engine.latents import denormalized
 from ..engine.memory import give_back_memory, give_back_pages
 from ..engine.model import LARGE_PARAMETERS, Model
 from ..engine.runners import UNET_OUTPUT, unet_forward
@@ -33,13 +34,15 @@ class Case:
         where: the case in words.
         inputs: tensors by name, float32.
         expected: outputs by name, float32 on the CPU.
-        plan_only: whether it is too much for ONNX Runtime on a CPU, and so compared with plans alone.
     """
 
     where: str
     inputs: dict[str, torch.Tensor]
     expected: dict[str, torch.Tensor] = field(default_factory=dict)
-    plan_only: bool = False
+
+
+Axis = tuple[Any, tuple[int, ...]]
+"""A `torch.export.Dim`, and the smallest, best and largest size in a plan."""
 
 
 @dataclass(kw_only=True)
@@ -51,31 +54,35 @@ class Part:
         module: takes `inputs` by keyword and gives a tuple of tensors.
         inputs: example inputs by name, a batch of `TRACE_BATCH`.
         outputs: names of what it gives.
-        dynamic: the dimensions that vary: by input, axis and `torch.export.Dim`.
-        profile: smallest, best and largest shape of a plan, by input.
+        axes: by input, the axes that vary.
         cases: inputs that its graphs are compared on.
         half: whether it may run in FP16.
-        one_by_one: whether references are computed an image at a time, to save memory.
-        large: whether memory is a concern.
+        large: whether memory is a concern: references are then computed an image at a time.
     """
 
     name: str
     module: torch.nn.Module
     inputs: dict[str, torch.Tensor]
     outputs: tuple[str, ...]
-    dynamic: dict[str, dict[int, Any]]
-    profile: dict[str, list[tuple[int, ...]]]
+    axes: dict[str, dict[int, Axis]]
     cases: list[Case]
     half: bool = True
-    one_by_one: bool = False
-    large: bool = field(init=False)
+    large: bool = False
 
-    def __post_init__(self) -> None:
-        self.large = sum(p.numel() for p in self.module.parameters()) >= LARGE_PARAMETERS
+    @property
+    def dynamic(self) -> dict[str, dict[int, Any]]:
+        """The axes as `torch.export` takes them."""
+        return {name: {axis: dim for axis, (dim, _) in axes.items()} for name, axes in self.axes.items()}
 
-    def graph_cases(self) -> list[Case]:
-        """The cases that ONNX Runtime has time for."""
-        return [case for case in self.cases if not case.plan_only]
+    @property
+    def profile(self) -> dict[str, list[tuple[int, ...]]]:
+        """Smallest, best and largest shape of each input in a plan."""
+
+        def shape(name: str, index: int) -> tuple[int, ...]:
+            sizes = {axis: sizes[index] for axis, (_, sizes) in self.axes[name].items()}
+            return tuple(sizes.get(axis, size) for axis, size in enumerate(self.inputs[name].shape))
+
+        return {name: [shape(name, index) for index in range(3)] for name in self.inputs}
 
     def planned_cases(self) -> list[Case]:
         """The cases that lie within a plan's profile."""
@@ -94,7 +101,7 @@ class Part:
         """Compute what every case expects, in float32, before the module is cast or given away."""
         for case in self.cases:
             batch = len(next(iter(case.inputs.values())))
-            step = 1 if self.one_by_one else batch
+            step = 1 if self.large else batch
             results = []
             for start in range(0, batch, step):
                 rows = {name: tensor[start : start + step] for name, tensor in case.inputs.items()}
@@ -175,35 +182,18 @@ def _cycled(tensor: torch.Tensor, batch: int) -> torch.Tensor:
     return tensor[torch.arange(batch, device=tensor.device) % len(tensor)]
 
 
-def _chosen_cases(
-    case: Callable[..., Case],
-    *,
-    few: Iterable[tuple[Any, ...]],
-    every: Iterable[tuple[Any, ...]],
-    large: bool,
-    device: torch.device,
-    config: ExportConfig,
-) -> list[Case]:
-    """What a part is compared on: of a large one a few cases, and on a GPU every case of its plan.
-
-    Args:
-        case: makes one.
-        few: its arguments, for a large part.
-        every: its arguments, for a small part and for plans.
-        large: whether all of them would take ONNX Runtime minutes: it runs them on a CPU, wherever the reference runs.
-        device: where the reference runs.
-        config: whether there will be plans.
-    """
-    chosen = dict.fromkeys(few if large else every)
-    cases = [case(*arguments) for arguments in chosen]
-    if large and config.trt and device.type != "cpu":
-        others = [arguments for arguments in dict.fromkeys(every) if arguments not in chosen]
-        cases += [replace(case(*arguments), plan_only=True) for arguments in others]
-    return cases
+def _batches(config: ExportConfig, *, large: bool) -> list[int]:
+    """Batches that a part is compared at: of a large one two, as ONNX Runtime would take minutes for more."""
+    return sorted({2, *config.batch[: 1 if large else 3]})
 
 
-def _batch_dim() -> Any:
-    return torch.export.Dim("batch", min=1, max=256)
+def _batch_axis(batches: Sequence[int]) -> Axis:
+    return torch.export.Dim("batch", min=1, max=256), tuple(batches)
+
+
+def _size_axes(sizes: Sequence[tuple[int, int]], dim: Callable[[str], Any]) -> dict[int, Axis]:
+    """Height and width of latents."""
+    return {2: (dim("height"), tuple(h for h, _ in sizes)), 3: (dim("width"), tuple(w for _, w in sizes))}
 
 
 def latent_sizes(model: Model, config: ExportConfig) -> tuple[tuple[int, int], ...]:
@@ -212,9 +202,9 @@ def latent_sizes(model: Model, config: ExportConfig) -> tuple[tuple[int, int], .
     Raises:
         InputError: the model can't make a size that was asked for.
     """
-    _, *own = model.latent_shape
+    _, height, width = model.latent_shape
     multiple = 2 ** (len(model.unet.config.block_out_channels) - 1)
-    return config.latent_size(factor=model.pipeline.vae_scale_factor, multiple=multiple, own=(own[0], own[1]))
+    return config.latent_size(factor=model.pipeline.vae_scale_factor, multiple=multiple, default=(height, width))
 
 
 def unet_part(
@@ -227,7 +217,7 @@ def unet_part(
         merged: the student, in float32.
         text: real embeddings of a few prompts, which the cases cycle through.
         config: batches and sizes.
-        timesteps: timesteps that a small UNet is compared at; a large one at some of them.
+        timesteps: timesteps that a small UNet is compared at; a large one at the middle one.
     """
     sizes = latent_sizes(model, config)
     channels = model.latent_shape[0]
@@ -240,45 +230,23 @@ def unet_part(
     length = inputs["encoder_hidden_states"].shape[1]
     # Traced with two chunks of text: a dimension of its smallest size would be frozen.
     inputs["encoder_hidden_states"] = torch.cat([inputs["encoder_hidden_states"]] * 2, dim=1)
+    axes: dict[str, dict[int, Axis]] = {name: {0: _batch_axis(config.batch)} for name in inputs}
+    chunks = tuple(length * count for count in (1, 1, TEXT_CHUNKS))
+    axes["encoder_hidden_states"][1] = (length * torch.export.Dim("chunks", min=1, max=64), chunks)
+    if sizes[0] != sizes[2]:
+        # Each block but the last halves them.
+        multiple = 2 ** (len(merged.config.block_out_channels) - 1)
+        axes["sample"] |= _size_axes(sizes, lambda side: multiple * torch.export.Dim(side, min=1, max=1024))
     large = merged.num_parameters() >= LARGE_PARAMETERS
     return Part(
         name="unet",
         module=_Unet(merged),
         inputs=inputs,
         outputs=(UNET_OUTPUT,),
-        dynamic=_unet_dynamic_shapes(inputs, length, sizes, len(merged.config.block_out_channels)),
-        profile=_unet_profile(inputs, length, sizes, config.batch),
+        axes=axes,
         cases=_unet_cases(inputs | text.tensors(), noise, sizes, config, timesteps, large=large),
-        one_by_one=large,
+        large=large,
     )
-
-
-def _unet_dynamic_shapes(
-    inputs: dict[str, torch.Tensor], length: int, sizes: tuple[tuple[int, int], ...], levels: int
-) -> dict[str, dict[int, Any]]:
-    """By input, the axes that vary: the batch, whole chunks of text, and sizes that halve `levels - 1` times."""
-    batch = _batch_dim()
-    dynamic: dict[str, dict[int, Any]] = {name: {0: batch} for name in inputs}
-    dynamic["encoder_hidden_states"][1] = length * torch.export.Dim("chunks", min=1, max=64)
-    if sizes[0] != sizes[2]:
-        for axis, side in ((2, "height"), (3, "width")):
-            dynamic["sample"][axis] = 2 ** (levels - 1) * torch.export.Dim(side, min=1, max=1024)
-    return dynamic
-
-
-def _unet_profile(
-    inputs: dict[str, torch.Tensor], length: int, sizes: tuple[tuple[int, int], ...], batch: tuple[int, int, int]
-) -> dict[str, list[tuple[int, ...]]]:
-    """By input, its smallest, best and largest shape."""
-    profile: dict[str, list[tuple[int, ...]]] = {
-        name: [(b, *tensor.shape[1:]) for b in batch] for name, tensor in inputs.items()
-    }
-    _, channels, *_ = inputs["sample"].shape
-    *_, width = inputs["encoder_hidden_states"].shape
-    profile["sample"] = [(b, channels, *size) for b, size in zip(batch, sizes, strict=True)]
-    chunks = (1, 1, TEXT_CHUNKS)
-    profile["encoder_hidden_states"] = [(b, length * n, width) for b, n in zip(batch, chunks, strict=True)]
-    return profile
 
 
 def _unet_cases(
@@ -290,8 +258,8 @@ def _unet_cases(
     *,
     large: bool,
 ) -> list[Case]:
-    """What the UNet is compared on: each batch at each timestep, other sizes, and text of two chunks."""
-    best, smallest = sizes[1], config.batch[0]
+    """What the UNet is compared on: each batch, each timestep, other sizes, and text of two chunks."""
+    best, smallest, middle = sizes[1], config.batch[0], timesteps[len(timesteps) // 2]
     device = inputs["sample"].device
 
     def case(count: int, t: int, size: tuple[int, int] = best, chunks: int = 1) -> Case:
@@ -304,13 +272,12 @@ def _unet_cases(
         where += [f"{chunks} chunks of text"] if chunks > 1 else []
         return Case(where=", ".join(where), inputs=tensors)
 
-    every: list[tuple[Any, ...]] = [(count, t) for count in sorted({*config.batch, 2}) for t in timesteps]
-    every += [(smallest, timesteps[1], size) for size in dict.fromkeys(sizes) if size != best]
-    every += [(max(2, smallest), timesteps[1], best, 2)]
-    few = [(1, timesteps[0]), (1, timesteps[-1]), (2, timesteps[len(timesteps) // 2])]
-    if config.trt and smallest > 2:
-        few += [(smallest, timesteps[0])]
-    return _chosen_cases(case, few=few, every=every, large=large, device=device, config=config)
+    cases: list[tuple[Any, ...]] = [(count, middle) for count in _batches(config, large=large)]
+    if not large:
+        cases += [(smallest, t) for t in timesteps if t != middle]
+        cases += [(smallest, middle, size) for size in dict.fromkeys(sizes) if size != best]
+        cases += [(max(2, smallest), middle, best, 2)]
+    return [case(*arguments) for arguments in cases]
 
 
 def text_encoder_part(model: Model, name: str, prompts: Sequence[str], config: ExportConfig) -> Part:
@@ -324,22 +291,18 @@ def text_encoder_part(model: Model, name: str, prompts: Sequence[str], config: E
     outputs = ["text_embeds", "last_hidden_state"] if projected else ["last_hidden_state", "pooler_output"]
     if len(model.family.text_encoders) > 1:
         outputs += [f"{HIDDEN_STATES}{i}" for i in range(encoder.config.num_hidden_layers + 1)]
-
-    def case(count: int) -> Case:
-        return Case(where=f"batch {count}", inputs={"input_ids": _cycled(ids, count)})
-
     large = encoder.num_parameters() >= LARGE_PARAMETERS
-    few = [(1,), (2,), *([(config.batch[0],)] if config.trt else [])]
-    every = [(count,) for count in sorted({1, 2, *config.batch})]
     return Part(
         name=name,
         module=_TextEncoder(encoder, outputs),
         inputs={"input_ids": _cycled(ids, TRACE_BATCH)},
         outputs=tuple(outputs),
-        dynamic={"input_ids": {0: _batch_dim()}},
-        profile={"input_ids": [(b, ids.shape[1]) for b in config.batch]},
-        cases=_chosen_cases(case, few=few, every=every, large=large, device=encoder.device, config=config),
-        one_by_one=large,
+        axes={"input_ids": {0: _batch_axis(config.batch)}},
+        cases=[
+            Case(where=f"batch {count}", inputs={"input_ids": _cycled(ids, count)})
+            for count in _batches(config, large=large)
+        ],
+        large=large,
     )
 
 
@@ -353,30 +316,28 @@ def vae_decoder_part(model: Model, config: ExportConfig) -> Part:
 
     def latents(batch: int, size: tuple[int, int]) -> torch.Tensor:
         noise = torch.randn(batch, vae.config.latent_channels, *size, generator=generator)
-        return (noise / vae.config.scaling_factor).to(vae.device)
+        return denormalized(noise.to(vae.device), vae)
 
     def case(count: int, size: tuple[int, int]) -> Case:
         where = f"batch {count}, {size[0]}x{size[1]} latents"
         return Case(where=where, inputs={"latent_sample": latents(count, size)})
 
     batches = [min(b, VAE_BATCH) for b in config.batch]
-    dynamic: dict[int, Any] = {0: _batch_dim()}
+    axes = {0: _batch_axis(batches)}
     if sizes[0] != sizes[2]:
-        dynamic |= {2: torch.export.Dim("height", min=2, max=8192), 3: torch.export.Dim("width", min=2, max=8192)}
-    few = [(1, sizes[1]), *([(batches[0], sizes[1])] if config.trt else [])]
-    every = [(count, sizes[1]) for count in sorted({1, 2, *batches})]
-    every += [(batches[0], size) for size in dict.fromkeys(sizes) if size != sizes[1]]
+        axes |= _size_axes(sizes, lambda side: torch.export.Dim(side, min=2, max=8192))
+    cases = [(batches[0], sizes[1])]
+    if not large:
+        cases += [(count, sizes[1]) for count in sorted({2, *batches[1:]})]
+        cases += [(batches[0], size) for size in dict.fromkeys(sizes) if size != sizes[1]]
     return Part(
         name="vae_decoder",
         module=_VaeDecoder(vae),
         inputs={"latent_sample": latents(TRACE_BATCH, sizes[1])},
         outputs=("sample",),
-        dynamic={"latent_sample": dynamic},
-        profile={
-            "latent_sample": [(b, vae.config.latent_channels, *size) for b, size in zip(batches, sizes, strict=True)]
-        },
-        cases=_chosen_cases(case, few=few, every=every, large=large, device=vae.device, config=config),
-        one_by_one=large,
+        axes={"latent_sample": axes},
+        cases=[case(*arguments) for arguments in dict.fromkeys(cases)],
+        large=large,
         half=not model.family.upcast_vae,
     )
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from ..engine.errors import BoostDiffError
-from ..engine.trt import RTX_COMPUTE_CAPABILITIES, TENSORRT_FLAVOURS, cache_of_this_gpu, load_tensorrt
+from ..engine.errors import BoostDiffError, one_line
+from ..engine.trt import RTX_COMPUTE_CAPABILITIES, TENSORRT_FLAVOURS, load_tensorrt
 from .graph import graph_signature
 
 
@@ -64,7 +64,6 @@ def plan_from_onnx(
     *,
     flavour: Flavour,
     profile: dict[str, list[tuple[int, ...]]],
-    refittable: bool = False,
     workspace_gb: float | None = None,
 ) -> dict[str, Any]:
     """Build a strongly typed plan: its precision is the graph's own.
@@ -74,7 +73,6 @@ def plan_from_onnx(
         plan: where to write.
         flavour: from `choose_flavour`.
         profile: smallest, best and largest shape of each input.
-        refittable: let the plan's weights be replaced later; it may be a little slower.
         workspace_gb: limit of TensorRT's scratch memory.
 
     Returns:
@@ -95,10 +93,9 @@ def plan_from_onnx(
     shapes = Profile()
     for name, (smallest, best, largest) in profile.items():
         shapes.add(name, smallest, best, largest)
-    options: dict[str, Any] = {"profiles": [shapes], "refittable": refittable}
+    options: dict[str, Any] = {"profiles": [shapes]}
     if workspace_gb is not None:
         options["memory_pool_limits"] = {module.MemoryPoolType.WORKSPACE: int(workspace_gb * 1e9)}
-    cache = None
     if flavour.name == "tensorrt_rtx":
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
@@ -106,23 +103,18 @@ def plan_from_onnx(
         config = CreateConfigRTX(use_gpu=False, compute_capabilities=list(RTX_COMPUTE_CAPABILITIES), **options)
     else:
         capabilities = ["{}.{}".format(*torch.cuda.get_device_capability())]
-        # How fast its kernels were on this GPU: later builds are quicker.
-        cache = cache_of_this_gpu("timing")
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        config = CreateConfig(load_timing_cache=str(cache) if cache.exists() else None, **options)
+        config = CreateConfig(**options)
     try:
         network = network_from_onnx_path(str(graph), strongly_typed=True)
-        engine = engine_bytes_from_network(network, config=config, save_timing_cache=str(cache) if cache else None)
+        plan.write_bytes(engine_bytes_from_network(network, config=config))
     except PolygraphyException as error:
-        raise BoostDiffError(f"{flavour.name} can't build a plan from {graph.name}: {error}") from error
-    plan.write_bytes(engine)
+        raise BoostDiffError(f"{flavour.name} can't build a plan from {graph.name}: {one_line(error)}") from error
     return {
         "flavour": flavour.name,
         "version": module.__version__,
         "reason": flavour.reason,
         "compute_capabilities": capabilities,
         "profile": {name: [list(shape) for shape in three] for name, three in profile.items()},
-        "refittable": refittable,
         **graph_signature(graph),
     }
 
@@ -149,18 +141,13 @@ def plan_in_a_process(graph: Path, plan: Path, *, flavour: Flavour, **options: A
     return answer
 
 
-def _build_as_requested() -> None:
+if __name__ == "__main__":
     request = json.loads(sys.stdin.read())
     if (gpu := request.pop("gpu")) is not None:
         torch.cuda.set_device(gpu)
+    paths = (Path(request.pop(name)) for name in ("graph", "plan"))
     try:
-        answer = plan_from_onnx(
-            Path(request.pop("graph")), Path(request.pop("plan")), flavour=Flavour(**request.pop("flavour")), **request
-        )
+        answer = plan_from_onnx(*paths, flavour=Flavour(**request.pop("flavour")), **request)
     except BoostDiffError as error:
         answer = {"error": str(error)}
     print(json.dumps(answer))
-
-
-if __name__ == "__main__":
-    _build_as_requested()

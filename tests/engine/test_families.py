@@ -1,5 +1,7 @@
 """Every family against the stock pipeline: what it encodes, what the teacher predicts, what a student draws."""
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from boostdiff.engine.exported import Engine
 from boostdiff.engine.families import family_of
 from boostdiff.engine.generate import draw
 from boostdiff.engine.guidance import GuidedDenoiser
+from boostdiff.engine.manifest import Manifest
 from boostdiff.engine.merge import merge
 from boostdiff.engine.model import Model, load, locate
 from boostdiff.engine.runners import GraphRunner, TorchRunner
@@ -41,6 +44,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "sd-v": make_pipeline(prediction_type="v_prediction"),
         "sdxl": make_xl_pipeline(),
     }
+    # Both of which the stock pipeline honours, of Stable Diffusion XL alone.
+    pipelines["sdxl"].vae.register_to_config(
+        scaling_factor=0.5, latents_mean=[0.3, -0.2, 0.0, 0.1], latents_std=[1.2, 0.7, 1.0, 0.9]
+    )
     for name, pipeline in pipelines.items():
         pipeline.save_pretrained(root / name)
     return {name: root / name for name in pipelines}
@@ -113,12 +120,83 @@ def test_a_student_draws_the_same_in_the_stock_pipeline(
     assert np.abs(before - image()).max() > 1
 
 
-@pytest.mark.parametrize("kind", ["sd-v", "sdxl"])
+@pytest.mark.parametrize("size", [(16, 24), (28, 20)])
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_another_size_is_the_stock_pipelines(
+    folders: dict[str, Path], kind: str, size: tuple[int, int], tmp_path: Path
+) -> None:
+    height, width = size
+    config = GenerateConfig(
+        prompts=[PROMPTS[0]], teacher=True, guidance=4.0, steps=3, seed=9, height=height, width=width
+    )
+    (path,) = draw(locate(str(folders[kind])), config, output=tmp_path, device="cpu")
+    image = Image.open(path)
+    assert image.size == (width, height)
+    expected = stock(folders[kind])(
+        PROMPTS[0],
+        guidance_scale=4.0,
+        num_inference_steps=3,
+        height=height,
+        width=width,
+        generator=torch.Generator().manual_seed(9),
+    ).images[0]
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_an_engine_of_another_size_is_the_stock_pipeline(folders: dict[str, Path], kind: str) -> None:
+    """SDXL is conditioned on the size. The parts are torch's: a graph of several sizes takes a minute to export."""
+    model = load(locate(str(folders[kind])), device=CPU)
+    manifest = Manifest(
+        model=kind,
+        inputs={},
+        options={"size": [16, 16, 32]},
+        student={"method": "lora", "guidance": 3.0},
+        unet_config=dict(model.unet.config),
+    )
+    model.pipeline.unet = TorchRunner(model.unet)
+    with Engine(manifest=manifest, model=model, opened=ExitStack()) as engine:
+        (image,) = engine(PROMPTS[0], steps=3, seed=9, height=28, width=20)
+        (default,) = engine(PROMPTS[0], steps=3, seed=9)
+        with pytest.raises(InputError, match="can't draw 36x16 pixels: it was exported for 16 to 32, in 4s"):
+            engine(PROMPTS[0], height=36)
+    assert (image.size, default.size) == ((20, 28), (16, 16))
+    expected = stock(folders[kind])(
+        PROMPTS[0],
+        guidance_scale=1.0,
+        num_inference_steps=3,
+        height=28,
+        width=20,
+        generator=torch.Generator().manual_seed(9),
+    ).images[0]
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 1
+
+
+def test_a_size_that_the_model_can_not_draw(folders: dict[str, Path], tmp_path: Path) -> None:
+    config = GenerateConfig(prompts=[PROMPTS[0]], teacher=True, height=17)
+    with pytest.raises(InputError, match="can't draw 17x16 pixels: --height and --width must be multiples of 2"):
+        draw(locate(str(folders["sd"])), config, output=tmp_path / "images", device="cpu")
+    assert not (tmp_path / "images").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "trt"), [("sd-v", False), ("sdxl", False), pytest.param("sdxl", True, marks=pytest.mark.slow)]
+)
 def test_export_of_every_family(
-    folders: dict[str, Path], family_students: dict[str, Path], kind: str, tmp_path: Path
+    folders: dict[str, Path],
+    family_students: dict[str, Path],
+    engines: dict[str, Path],
+    reuse_graphs: Callable[..., None],
+    kind: str,
+    trt: bool,
+    tmp_path: Path,
 ) -> None:
     files = locate(str(folders[kind]))
-    config = ExportConfig(trt=kind == "sdxl")
+    config = ExportConfig(precision="both" if kind == "sdxl" else None, trt=trt, size=(16, 16, 24) if trt else None)
+    # The tiny model's VAE, and Stable Diffusion's text encoder, are of the same weights.
+    same = {"vae_decoder": not trt, "text_encoder": kind == "sd-v"}
+    parts = ("unet", "vae_decoder", *files.family.text_encoders)
+    reuse_graphs(engines["lora"], fresh=[name for name in parts if not same.get(name)])
     manifest = export(files, config, student=family_students[kind], output=tmp_path / "engine", device="cpu")
     names = set(manifest.artefacts["unet/model.onnx"]["inputs"])
     common = {"sample", "timestep", "encoder_hidden_states"}
@@ -132,17 +210,23 @@ def test_export_of_every_family(
             torch.testing.assert_close(
                 runner.predict(inputs), TorchRunner(merged).predict(inputs), atol=1e-4, rtol=1e-3
             )
-    drawing = GenerateConfig(prompts=list(PROMPTS), student=family_students[kind], steps=4, sampler="euler")
-    expected = [np.asarray(Image.open(path)).astype(int) for path in draw(files, drawing, output=tmp_path / "images")]
-    for precision, allowed in {"sd-v": [("fp32", 2)], "sdxl": [("fp32", 2), ("fp16", 8)]}[kind]:
-        with Engine.load(tmp_path / "engine", runner="onnx", precision=precision) as engine:
-            assert engine.model.unet.dtype == (torch.float16 if precision == "fp16" else torch.float32)
-            got = engine(PROMPTS, steps=4, sampler="euler")
-            for image, torch_image in zip(got, expected, strict=True):
-                assert np.abs(np.asarray(image) - torch_image).max() <= allowed
-            # As `pipe.unet` of the stock pipeline.
-            images = engine.model.pipeline(PROMPTS[0], num_inference_steps=1, guidance_scale=1.0).images
-            assert images[0].size == got[0].size
+    for width in (16, 24) if trt else (16,):
+        drawing = GenerateConfig(
+            prompts=list(PROMPTS), student=family_students[kind], steps=4, sampler="euler", width=width
+        )
+        paths = draw(files, drawing, output=tmp_path / f"{width}")
+        expected = [np.asarray(Image.open(path)).astype(int) for path in paths]
+        for precision, allowed in {"sd-v": [("fp32", 2)], "sdxl": [("fp32", 2), ("fp16", 8)]}[kind]:
+            with Engine.load(tmp_path / "engine", runner="onnx", precision=precision) as engine:
+                assert engine.model.unet.dtype == (torch.float16 if precision == "fp16" else torch.float32)
+                got = engine(PROMPTS, steps=4, sampler="euler", width=width)
+                for image, torch_image in zip(got, expected, strict=True):
+                    assert np.abs(np.asarray(image) - torch_image).max() <= allowed
+                # As `pipe.unet` of the stock pipeline.
+                images = engine.model.pipeline(
+                    PROMPTS[0], num_inference_steps=1, guidance_scale=1.0, height=16, width=width
+                ).images
+                assert images[0].size == got[0].size == (width, 16)
 
 
 def test_speed_of_sdxl(folders: dict[str, Path]) -> None:

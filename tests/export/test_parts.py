@@ -19,7 +19,7 @@ def test_weights_mapped_from_a_file_are_given_back(tmp_path: Path) -> None:
     layer.weight = torch.nn.Parameter(load_file(tmp_path / "large.safetensors")["weight"])
     assert layer.weight.sum() == 4096**2
     before = mapped_megabytes()
-    part = Part(name="layer", module=layer, inputs={}, outputs=(), dynamic={}, profile={}, cases=[])
+    part = Part(name="layer", module=layer, inputs={}, outputs=(), axes={}, cases=[])
     # As the exporter's caches do.
     held = layer.weight
     part.release()

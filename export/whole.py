@@ -1,0 +1,138 @@
+"""The whole engine against the whole torch pipeline.
+
+Each part may equal torch's while something between them is lost: a mask, a length of the text, a scaling factor. So one
+prompt is drawn by the engine as people use it, and by the stock diffusers pipeline around the merged UNet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..engine.errors import BoostDiffError
+from ..engine.exported import Engine
+from ..engine.manifest import Manifest
+from ..engine.memory import give_back_memory
+from ..engine.model import LARGE_PARAMETERS, Model
+from ..engine.runners import available_runners
+from ..engine.sampling import decode, initial_noise
+from ..engine.schedulers import make_scheduler
+from .config import ExportConfig
+from .parts import latent_sizes
+
+PROMPT = "a photo of a red apple on a table"
+STEPS, SAMPLER, SEED = 2, "ddim", 0
+"""Few, as a UNet of Stable Diffusion's size takes ten seconds a pass on a CPU; what is lost shows in the first."""
+
+LATENT_TOLERANCE = {"fp32": 1e-3, "fp16": 3e-2}
+"""Largest norm of the latents' difference, relative to their norm."""
+IMAGE_TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2}
+"""Largest root mean square of the images' difference, in [0, 1]: 60 and 34 dB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What torch draws.
+
+    Attributes:
+        latents: `(1, C, H, W)` after the last step, float32 on the CPU.
+        image: `(1, 3, H, W)` in [0, 1].
+        lean: whether memory is a concern.
+    """
+
+    latents: torch.Tensor
+    image: torch.Tensor
+    lean: bool
+
+
+@torch.inference_mode()
+def draw_reference(model: Model, config: ExportConfig, *, guidance: float) -> Reference:
+    """Draw by the stock pipeline, in float32, at the smallest size of the engine's.
+
+    Args:
+        model: the student, merged, in float32.
+        config: sizes.
+        guidance: for a guidance-conditioned student.
+    """
+    pipeline, size = model.pipeline, latent_sizes(model, config)[0]
+    states: list[torch.Tensor] = []
+
+    def keep(pipeline: Any, index: int, t: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        states.append(tensors["latents"].float().cpu())
+        return {}
+
+    scheduler, pipeline.scheduler = pipeline.scheduler, make_scheduler(SAMPLER, pipeline.scheduler.config)
+    image = pipeline(
+        PROMPT,
+        height=size[0] * pipeline.vae_scale_factor,
+        width=size[1] * pipeline.vae_scale_factor,
+        num_inference_steps=STEPS,
+        guidance_scale=1.0 if model.unet.config.time_cond_proj_dim is None else guidance,
+        latents=initial_noise((model.latent_shape[0], *size), count=1, seed=SEED).to(model.device),
+        output_type="pt",
+        callback_on_step_end=keep,
+    ).images
+    pipeline.scheduler = scheduler
+    large = model.unet.num_parameters() >= LARGE_PARAMETERS
+    return Reference(latents=states[-1], image=image.float().cpu(), lean=large)
+
+
+def compare_engine(
+    folder: Path,
+    manifest: Manifest,
+    reference: Reference,
+    *,
+    precisions: tuple[str, ...],
+    device: torch.device,
+    report: Callable[[str], None],
+) -> None:
+    """Draw by the engine in each precision of its graphs, and by its plans where they run; write the manifest.
+
+    Raises:
+        BoostDiffError: latents or image are beyond the tolerance.
+    """
+    manifest.write(folder)
+    runs: list[tuple[str, str | None, str]] = [("onnx", precision, "cpu") for precision in precisions]
+    if available_runners(manifest, device, ["tensorrt"])["tensorrt"] is None:
+        runs.append(("tensorrt", None, str(device)))
+    for runner, precision, place in runs:
+        name = f"{runner} {precision}" if precision else runner
+        with Engine.load(folder, runner=runner, device=place, precision=precision, lean=reference.lean) as engine:
+            factor = engine.model.pipeline.vae_scale_factor
+            height, width = (factor * side for side in reference.latents.shape[2:])
+            *_, last = engine.stream(PROMPT, steps=STEPS, seed=SEED, sampler=SAMPLER, height=height, width=width)
+            image = decode(last.model, last.latents)
+        give_back_memory()
+        manifest.pipeline[name] = check = compare_images(
+            name, reference, latents=last.latents.float().cpu(), image=image, precision=precision or "fp16"
+        )
+        report(
+            f"pipeline: {name} differs from torch by {check['latents']:.1e} of the latents' norm, "
+            f"the image by {255 * check['image']:.2f}/255 (RMS), {255 * check['image_max']:.0f}/255 at most"
+        )
+    manifest.write(folder)
+
+
+def compare_images(
+    name: str, reference: Reference, *, latents: torch.Tensor, image: torch.Tensor, precision: str
+) -> dict[str, Any]:
+    """Differences of latents and images, with what is allowed; the entry for the manifest.
+
+    Raises:
+        BoostDiffError: one is beyond the tolerance, or no number.
+    """
+    difference = image - reference.image
+    check = {
+        "latents": ((latents - reference.latents).norm() / reference.latents.norm()).item(),
+        "image": difference.square().mean().sqrt().item(),
+        "image_max": difference.abs().max().item(),
+    }
+    allowed = {"latents": LATENT_TOLERANCE[precision], "image": IMAGE_TOLERANCE[precision]}
+    if wrong := [key for key in allowed if not check[key] <= allowed[key]]:
+        differences = " and ".join(f"{key} by {check[key]:.2e} (allowed: {allowed[key]:.0e})" for key in wrong)
+        raise BoostDiffError(f"the engine as a whole ({name}) differs from the torch pipeline: {differences}")
+    return check | {"allowed": allowed, "prompt": PROMPT, "steps": STEPS, "sampler": SAMPLER}
