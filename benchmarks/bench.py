@@ -20,7 +20,7 @@ from ..engine.manifest import Manifest, read_manifest
 from ..engine.memory import give_back_memory
 from ..engine.model import Model, ModelFiles, resolve_device
 from ..engine.runners import EXPORTED, Runner, TorchRunner, available_runners
-from ..engine.schedulers import make_scheduler
+from ..engine.schedulers import check_steps, make_scheduler
 from .config import BenchConfig, Metrics
 from .quality.alternatives import candidates
 from .quality.quality import Quality, evaluate
@@ -153,6 +153,7 @@ def bench(
     Raises:
         InputError: a student, the engine, the prompts or the reference can't be used.
     """
+    check_steps(files.scheduler_config, [config.sampler], [config.steps])
     manifest = read_manifest(engine)
     infos, guidance = read_students(students, files, config.guidance)
     manifest.check_student(infos[0], engine=engine)
@@ -259,6 +260,7 @@ def bench_random(
         InputError: the model can't be built.
     """
     target = resolve_device(device)
+    check_steps(files.scheduler_config, [config.sampler], [config.steps])
     report("initializing random weights")
     model = random_model(files, device=target, seed=config.seed)
     variants, skipped = _in_torch(model, model.unet, compiles=config.compiles(model.unet))

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..engine.errors import InputError
 from ..engine.model import ModelFiles
+from ..engine.schedulers import check_steps
 from .config import SAMPLER_NAMES, Metrics, SweepConfig, Table1Config
 from .quality.distances import Distance
 from .quality.reference import Reference
@@ -234,9 +235,11 @@ def measure_grid(
     if isinstance(config, Table1Config):
         name, sampler, steps, scale = "table1", config.samplers[0], config.steps[0], config.guidance
         title = "Table 1"
+        check_steps(files.scheduler_config, config.samplers, config.steps)
     else:
         name, sampler, steps, scale = "sweep", config.sampler, config.steps, None
         title = f"Guidance sweep, {SAMPLER_NAMES[sampler]}, {steps} steps"
+        check_steps(files.scheduler_config, [sampler], [steps])
     infos, guidance = read_students(students, files, scale)
     opened = Session.open(
         files,

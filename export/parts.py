@@ -377,7 +377,7 @@ def vae_decoder_part(model: Model, config: ExportConfig) -> Part:
         },
         cases=_chosen_cases(case, few=few, every=every, large=large, device=vae.device, config=config),
         one_by_one=large,
-        half=not model.family.upcast_vae,
+        half=not model.family.upcasts(vae.config),
     )
 
 
