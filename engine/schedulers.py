@@ -46,8 +46,8 @@ REFUSED = {
 }
 """Settings of schedulers that change what the network's numbers mean, with the values that don't."""
 
-FEWEST_TIMESTEPS = 20
-"""Of a noise schedule: previews take as many steps."""
+FEWEST_STEPS = 20
+"""What a noise schedule must have timesteps for: previews take as many."""
 
 
 class DDIM(DDIMScheduler):
@@ -155,14 +155,18 @@ def check_schedule(class_name: str, config: Mapping[str, Any]) -> None:
             names = ", ".join(str(one).lower() for one in values if one is not None)
             raise InputError(f"{key} {value!r} is not supported, only {names}")
     count, offset = config["num_train_timesteps"], config.get("steps_offset", 0)
-    if not isinstance(count, int) or count < FEWEST_TIMESTEPS:
-        raise InputError(f"num_train_timesteps {count!r} can't be used: it must be at least {FEWEST_TIMESTEPS}")
+    if not isinstance(count, int) or count < FEWEST_STEPS:
+        raise InputError(f"num_train_timesteps {count!r} can't be used: it must be at least {FEWEST_STEPS}")
     if not isinstance(offset, int) or not 0 <= offset < count:
         raise InputError(f"steps_offset {offset!r} can't be used: it must lie between 0 and {count - 1}")
     try:
         scheduler = make_scheduler("ddim", config)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise InputError(f"its betas can't be used: {one_line(error)}") from None
+    if not _fits(scheduler, FEWEST_STEPS):
+        raise InputError(
+            f"steps_offset {offset} can't be used: with it {FEWEST_STEPS} steps leave the {count} timesteps"
+        )
     betas = scheduler.betas
     if betas.shape != (count,) or not ((betas > 0) & (betas <= 1)).all():
         raise InputError(f"its betas can't be used: they must be {count} numbers above 0 and up to 1")

@@ -101,7 +101,7 @@ def betas(**changes: Any) -> dict[str, dict[str, Any]]:
 
 FOLDERS = [
     Folder(setting="scheduler `DDIMScheduler`", plain=True),
-    Folder(setting="scheduler `PNDMScheduler`", change=scheduled("PNDMScheduler", steps_offset=1)),
+    Folder(setting="scheduler `PNDMScheduler`", change=scheduled("PNDMScheduler", steps_offset=1), plain=True),
     Folder(setting="scheduler `EulerDiscreteScheduler`", change=scheduled("EulerDiscreteScheduler")),
     Folder(setting="scheduler `DPMSolverMultistepScheduler`", change=scheduled("DPMSolverMultistepScheduler")),
     Folder(setting="scheduler `UniPCMultistepScheduler`", change=scheduled("UniPCMultistepScheduler")),
@@ -238,9 +238,8 @@ def by_us(root: Path, samplers: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 def row(folder: Folder) -> str:
     family = "XL" if folder.xl else "SD"
-    result = (
-        "refused" if folder.refused else f"as stock diffusers: {', '.join(f'`{name}`' for name in folder.samplers)}"
-    )
+    only = "" if folder.samplers == ALL else f" ({', '.join(f'`{name}`' for name in folder.samplers)})"
+    result = "refused" if folder.refused else f"as stock diffusers{only}"
     return f"| {family} | {folder.setting} | {result}{f'; {folder.note}' if folder.note else ''} |"
 
 
