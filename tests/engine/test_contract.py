@@ -55,7 +55,7 @@ def changed(folder: Path, target: Path, name: str, **values: Any) -> str:
         ("text_encoder/config.json", {"hidden_size": 64}, "width 32, the text encoders give 64"),
         (SCHEDULER, {"num_train_timesteps": 10}, "must be at least 20"),
         (SCHEDULER, {"steps_offset": 1000}, "must lie between 0 and 999"),
-        (SCHEDULER, {"steps_offset": 50}, "with it 20 steps leave the 1000 timesteps"),
+        (SCHEDULER, {"steps_offset": 50}, "20 steps leave the 1000 timesteps"),
         (SCHEDULER, {"beta_end": 2.0}, "betas can't be used"),
         (SCHEDULER, {"beta_start": "small"}, "betas can't be used"),
         (SCHEDULER, {"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid' is not supported"),
