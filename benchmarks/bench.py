@@ -20,7 +20,7 @@ from ..engine.manifest import read_manifest
 from ..engine.memory import give_back_memory
 from ..engine.model import Model, ModelFiles, resolve_device
 from ..engine.runners import EXPORTED, Runner, TorchRunner, available_runners
-from ..engine.schedulers import make_scheduler
+from ..engine.schedulers import check_steps, make_scheduler
 from ..engine.student import read_student
 from .config import BenchConfig, Metrics
 from .fastest import pays_to_compile
@@ -147,6 +147,7 @@ def bench(
 
     An InputError where a student, the engine, the prompts or the reference can't be used.
     """
+    check_steps(files.scheduler_config, [config.sampler], [config.steps])
     manifest = read_manifest(engine)
     manifest.check_student(read_student(students[0]), engine=engine)
     opened = Session.open(files, config, students=students, guidance=config.guidance, prompts=prompts, device=device)
@@ -199,6 +200,7 @@ def bench_random(
     report: Callable[[str], None] = lambda message: None,
 ) -> BenchResult:
     """Measure the speed of a model from what `locate_configs` finds, with random weights, in torch."""
+    check_steps(files.scheduler_config, [config.sampler], [config.steps])
     report("initializing random weights")
     model = random_model(files, device=resolve_device(device), seed=config.seed)
     session = Session(model=model, config=config, prompts=["a photograph of an astronaut"])

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..engine.errors import InputError
 from ..engine.model import ModelFiles
+from ..engine.schedulers import check_steps
 from .config import SAMPLER_NAMES, Metrics, SweepConfig, Table1Config
 from .quality.quality import Figures
 from .quality.samples import SampleCache, SamplingVariant, bounded_memory
@@ -181,6 +182,10 @@ def measure_grid(
     if not config.samples:
         raise InputError("--samples must be at least 2: this is a table of distances")
     scale = config.guidance if isinstance(config, Table1Config) else None
+    if isinstance(config, Table1Config):
+        check_steps(files.scheduler_config, config.samplers, config.steps)
+    else:
+        check_steps(files.scheduler_config, [config.sampler], [config.steps])
     with Session.open(files, config, students=students, guidance=scale, prompts=prompts, device=device) as session:
         if isinstance(config, Table1Config):
             name, title, places = "table1", "Table 1", table1_places(session, config)

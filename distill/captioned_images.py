@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ..engine.families import TextEmbeddings
+from ..engine.latents import encode
 from ..engine.model import Model
 from .images import BadSample, ImageStream, Rows
 from .objective import NoiseSchedule
@@ -54,11 +55,8 @@ class CaptionedImages(Source):
         captions, images = self.stream.next_batch(self.share.members)
         vae = self.model.pipeline.vae
         with torch.no_grad():
-            encoded = [
-                vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode()
-                for part in images.split(max(1, ENCODED_PIXELS // images[0, 0].numel()))
-            ]
-            x = torch.cat(encoded).float() * vae.config.scaling_factor
+            together = max(1, ENCODED_PIXELS // images[0, 0].numel())
+            x = torch.cat([encode(part, vae) for part in images.split(together)])
         timesteps, scales, noise = [], [], []
         for member in self.share.members:
             number = update * self.share.batch_size + member

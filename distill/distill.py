@@ -22,6 +22,7 @@ from ..engine.guidance_input import make_adapter
 from ..engine.model import Model, ModelFiles, load, resolve_device
 from ..engine.options import refuse_unused
 from ..engine.prompts import read_prompts
+from ..engine.schedulers import make_scheduler
 from ..engine.student import INFO_FILE, StudentInfo
 from .captioned_images import CaptionedImages
 from .config import DistillConfig, RunConfig
@@ -54,14 +55,13 @@ def dry(files: ModelFiles, config: DistillConfig, execution: RunConfig) -> dict[
     """The resolved configuration, and the parameters that would be trained, from configuration files alone.
 
     Raises:
-        InputError: the UNet can't be made, or is guidance-conditioned already.
+        InputError: the UNet can't be made.
     """
     return config.as_json() | execution.as_json() | count_parameters(files, config)
 
 
 def count_parameters(files: ModelFiles, config: DistillConfig) -> dict[str, int]:
     """Parameters that would be trained, and those of the UNet without an adapter; see `dry`."""
-    _check_guidance(files, config)
     unet = files.empty_unet().requires_grad_(False)
     total = sum(p.numel() for p in unet.parameters())
     with torch.device("meta"):
@@ -114,7 +114,7 @@ def distill(
     # Build the run, and open its folder.
     accelerator, target = _accelerator(config, device, folder, execution.log_with)
     model, adapter = _load(files, config, execution, target)
-    schedule = NoiseSchedule.of(model.pipeline.scheduler, target)
+    schedule = NoiseSchedule.of(make_scheduler("ddim", model.pipeline.scheduler.config), target)
     source, shown = _source(model, config, execution, accelerator, schedule, prompts, rows)
     run = Run(accelerator, model, adapter, source, schedule, config, execution, folder)
     if state is not None:
@@ -167,7 +167,6 @@ def _check(files: ModelFiles, config: DistillConfig, execution: RunConfig, devic
         refuse_unused(execution, f"with --method {config.method}", "format")
     if execution.log_with and not find_spec(execution.log_with):
         raise InputError(f"{execution.log_with} is not installed: pip install {execution.log_with}")
-    _check_guidance(files, config)
     if config.precision == "fp16":
         if device.type == "cpu":
             raise InputError("--precision fp16 needs a GPU: choose bf16 or fp32")
@@ -226,11 +225,6 @@ def _opened(images: str) -> Rows:
     from .image_files import open_images
 
     return open_images(images)
-
-
-def _check_guidance(files: ModelFiles, config: DistillConfig) -> None:
-    if config.guidance_conditioned and files.unet_config.get("time_cond_proj_dim") is not None:
-        raise InputError(f"{files.name} is guidance-conditioned already: it is distilled")
 
 
 def _adapter(unet: Any, config: DistillConfig) -> Adapter:

@@ -6,7 +6,6 @@ The whole pipeline runs from the engine folder: no torch module and no model fol
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+import diffusers
 import torch
 from diffusers import SchedulerMixin
 from diffusers.configuration_utils import FrozenDict
@@ -28,8 +28,8 @@ from .guidance import Denoiser, SinglePassDenoiser
 from .manifest import Manifest, read_manifest, verified_file
 from .model import Model, ModelFiles, resolve_device
 from .runners import EXPORTED, GraphRunner, available_runners, open_session
-from .sampling import decode, default_batch_size, initial_noise, sampling, to_pil
-from .schedulers import make_scheduler
+from .sampling import FiniteCheck, decode, default_batch_size, initial_noise, sampling, to_pil
+from .schedulers import check_schedule, check_steps, completed, make_scheduler
 from .sessions import Session
 
 
@@ -222,13 +222,17 @@ class Engine(AbstractContextManager["Engine"]):
             scheduler=self._scheduler(sampler, steps),
             steps=steps,
         )
+        finite = FiniteCheck()
         for index, latents in enumerate(states):
+            finite.note(latents)
+            if index + 1 == steps:
+                finite.verify(latents.dtype)
             yield Step(index=index, total=steps, latents=latents, model=model)
 
     def _scheduler(self, sampler: str, steps: int) -> SchedulerMixin:
-        if steps < 1:
-            raise InputError("steps must be at least 1")
-        return make_scheduler(sampler, self.model.pipeline.scheduler.config)
+        config = self.model.pipeline.scheduler.config
+        check_steps(config, [sampler], [steps])
+        return make_scheduler(sampler, config)
 
 
 def _listed(prompts: str | Sequence[str]) -> list[str]:
@@ -249,18 +253,21 @@ def _assemble(folder: Path, manifest: Manifest, opened: Callable[[str], Session]
     vae_config = read_json(folder / "vae_decoder" / "config.json")
     components["vae"] = ExportedVaeDecoder(opened("vae_decoder"), config=vae_config)
     components["unet"] = GraphRunner(opened("unet"), unet_config=manifest.unet_config)
-    components["scheduler"] = _scheduler_from(folder, index)
+    components["scheduler"] = scheduler_of(folder)
     pipeline = family.assemble(components)
     pipeline.set_progress_bar_config(disable=True)
     files = ModelFiles(name=manifest.model, folder=folder, family=family, unet_config=manifest.unet_config)
     return Model(files=files, pipeline=pipeline)
 
 
-def _scheduler_from(folder: Path, index: dict[str, Any]) -> SchedulerMixin:
-    import diffusers
+def scheduler_of(folder: Path) -> SchedulerMixin:
+    """The scheduler of the model that an engine was made from.
 
-    name = index["scheduler"][1]
-    scheduler: Any = getattr(diffusers, name, None)
-    if not (inspect.isclass(scheduler) and issubclass(scheduler, SchedulerMixin)):
-        raise InputError(f"{folder / 'model_index.json'} names the scheduler {name}, which diffusers lacks")
-    return scheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
+    Raises:
+        InputError: see `check_schedule`.
+    """
+    class_name = read_json(folder / "model_index.json")["scheduler"][1]
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    check_schedule(class_name, completed(class_name, config))
+    scheduler: SchedulerMixin = getattr(diffusers, class_name).from_config(config)
+    return scheduler

@@ -19,6 +19,9 @@ from .errors import InputError
 ENCODED_TOGETHER = 64
 """Prompts that the text encoder takes at once."""
 
+SIZES = 6
+"""Numbers in SDXL's `time_ids`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptEmbeds:
@@ -110,11 +113,26 @@ class Family(ABC):
     name: str
     pipeline_class: type[DiffusionPipeline]
     upcast_vae = False
-    """Whether the VAE overflows in FP16 and is run in FP32."""
+    """Whether stock diffusers runs the VAE in FP32 where its configuration says `force_upcast`."""
+    normalizes_latents = False
+    """Whether stock diffusers honours the VAE's `latents_mean` and `latents_std`."""
     text_encoders: tuple[str, ...]
     """The pipeline's attributes that hold them."""
     load_options: ClassVar[dict[str, Any]]
     """Arguments of the pipeline's `from_pretrained` that this class alone takes."""
+
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """The pipeline's parts, and the classes that each may be of."""
+        classes = {"text_encoder": ("CLIPTextModel",), "text_encoder_2": ("CLIPTextModelWithProjection",)}
+        return {
+            "unet": ("UNet2DConditionModel",),
+            "vae": ("AutoencoderKL", "AutoencoderTiny"),
+            **{name: classes[name] for name in self.text_encoders},
+            **dict.fromkeys(self.tokenizers, ("CLIPTokenizer", "CLIPTokenizerFast")),
+            # `schedulers.check_schedule` says why others are refused.
+            "scheduler": (),
+        }
 
     @property
     def tokenizers(self) -> tuple[str, ...]:
@@ -157,8 +175,32 @@ class Family(ABC):
         return self.embed(pipeline, [prompt])
 
     @abstractmethod
+    def check_added_conditions(self, parts: dict[str, dict[str, Any]]) -> None:
+        """Refuse a UNet that takes other conditions beside the text embedding than `embed` gives.
+
+        Args:
+            parts: the configuration of each part.
+
+        Raises:
+            InputError: see above.
+        """
+
+    def scheduler_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A folder's scheduler configuration as the pipeline changes it when it is made."""
+        return config
+
+    def upcasts(self, vae_config: Any) -> bool:
+        """Whether a VAE overflows in FP16 and is run in FP32."""
+        return self.upcast_vae and vae_config.force_upcast
+
+    @abstractmethod
     def prompt_shapes(self, pipeline: DiffusionPipeline) -> dict[str, tuple[int, ...]]:
         """Shapes of `PromptEmbeds`' tensors by name, without the batch."""
+
+    def text_shape(self, pipeline: DiffusionPipeline) -> tuple[int, int]:
+        """Tokens and width of one prompt's embedding."""
+        width = sum(getattr(pipeline, name).config.hidden_size for name in self.text_encoders)
+        return pipeline.tokenizer.model_max_length, width
 
     def example_inputs(self, pipeline: DiffusionPipeline, batch: int) -> dict[str, torch.Tensor]:
         """Random denoiser inputs by name, in the order in which a runner takes them; used to trace and compare."""
@@ -195,10 +237,18 @@ class StableDiffusion(Family):
         embeddings, _ = pipeline.encode_prompt(prompts, pipeline.device, 1, False)
         return PromptEmbeds(encoder_hidden_states=embeddings)
 
+    def check_added_conditions(self, parts: dict[str, dict[str, Any]]) -> None:
+        """See `Family.check_added_conditions`; "text" is an embedding of the text that is there anyway."""
+        if (kind := parts["unet"].get("addition_embed_type")) not in (None, "text"):
+            raise InputError(f"addition_embed_type is {kind!r}, a condition that {self.name} does not have")
+
+    def scheduler_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """See `Family.scheduler_config`; the stock pipeline sets `steps_offset` to 1."""
+        return config | ({"steps_offset": 1} if "steps_offset" in config else {})
+
     def prompt_shapes(self, pipeline: DiffusionPipeline) -> dict[str, tuple[int, ...]]:
         """See `Family.prompt_shapes`."""
-        tokens = pipeline.tokenizer.model_max_length
-        return {"encoder_hidden_states": (tokens, pipeline.unet.config.cross_attention_dim)}
+        return {"encoder_hidden_states": self.text_shape(pipeline)}
 
 
 class StableDiffusionXL(Family):
@@ -208,6 +258,7 @@ class StableDiffusionXL(Family):
     pipeline_class = StableDiffusionXLPipeline
     text_encoders = ("text_encoder", "text_encoder_2")
     upcast_vae = True
+    normalizes_latents = True
     load_options: ClassVar = {"add_watermarker": False}
 
     def embed(self, pipeline: DiffusionPipeline, prompts: list[str]) -> PromptEmbeds:
@@ -231,13 +282,24 @@ class StableDiffusionXL(Family):
         time_ids = torch.tensor([[*size, 0, 0, *size]], device=hidden.device, dtype=hidden.dtype)
         return PromptEmbeds(encoder_hidden_states=hidden, text_embeds=pooled, time_ids=time_ids.repeat(len(hidden), 1))
 
+    def check_added_conditions(self, parts: dict[str, dict[str, Any]]) -> None:
+        """See `Family.check_added_conditions`."""
+        unet, pooled = parts["unet"], parts["text_encoder_2"]["projection_dim"]
+        if (kind := unet.get("addition_embed_type")) != "text_time":
+            raise InputError(f"addition_embed_type is {kind!r}, where {self.name} has 'text_time'")
+        width, each = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
+        if not isinstance(each, int) or width != pooled + SIZES * each:
+            raise InputError(
+                f"projection_class_embeddings_input_dim is {width!r}, where text embeddings of {pooled} and {SIZES} "
+                f"numbers of size of {each} each make another: refiners and models of other conditions can't be used"
+            )
+
     def prompt_shapes(self, pipeline: DiffusionPipeline) -> dict[str, tuple[int, ...]]:
         """See `Family.prompt_shapes`."""
-        tokens = pipeline.tokenizer.model_max_length
         return {
-            "encoder_hidden_states": (tokens, pipeline.unet.config.cross_attention_dim),
+            "encoder_hidden_states": self.text_shape(pipeline),
             "text_embeds": (pipeline.text_encoder_2.config.projection_dim,),
-            "time_ids": (6,),
+            "time_ids": (SIZES,),
         }
 
 

@@ -19,7 +19,7 @@ from .adapters import ADAPTER_NAME
 from .compiled import CompiledRunner, missing_compiler
 from .config import GenerateConfig
 from .errors import BoostDiffError, InputError
-from .exported import Engine
+from .exported import Engine, scheduler_of
 from .families import TextEmbeddings
 from .files import prepare_output, read_json
 from .guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser, teacher_denoiser
@@ -28,7 +28,7 @@ from .merge import fold_student
 from .model import Model, ModelFiles, load, resolve_device
 from .runners import Runner, TorchRunner
 from .sampling import batches, default_batch_size, to_pil
-from .schedulers import make_scheduler
+from .schedulers import check_steps, make_scheduler
 from .student import apply_student, read_student
 
 IN_TORCH: dict[str, Callable[[UNet2DConditionModel], Runner]] = {
@@ -58,6 +58,7 @@ def open_engine(config: GenerateConfig, device: str) -> Iterator[Sampling]:
     if config.student is not None:
         manifest.check_student(read_student(config.student), engine=folder)
     manifest.distilled.check_negative_prompt(config.negative_prompt)
+    check_steps(scheduler_of(folder).config, [config.sampler], [config.steps])
     with Engine.load(folder, runner=config.runner, device=device, precision=config.precision) as engine:
         model = engine.sized(config.height, config.width)
         text = engine.encode(config.prompts, model=model)
@@ -138,6 +139,8 @@ def draw(
     Raises:
         InputError: the student, the engine or the output can't be used.
     """
+    if files is not None:
+        check_steps(files.scheduler_config, [config.sampler], [config.steps])
     prepare_output(output)
     opened: AbstractContextManager[Sampling]
     if config.on_engine:

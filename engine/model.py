@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
 from . import embedded
+from .contract import check_folder
 from .errors import InputError, one_line
 from .families import Family, family_of
 from .files import read_json, sha256_of
@@ -34,12 +35,14 @@ class ModelFiles:
         folder: pipeline folder.
         family: model family.
         unet_config: the UNet's `config.json`.
+        scheduler_config: the scheduler's configuration, as the pipeline will have it.
     """
 
     name: str
     folder: Path
     family: Family
     unet_config: dict[str, Any]
+    scheduler_config: dict[str, Any] = field(default_factory=dict)
 
     def unet_weights(self) -> tuple[str | None, list[Path]]:
         """The UNet's safetensors files and their variant (`None` or "fp16").
@@ -158,13 +161,15 @@ def locate(model: str, *, weights: bool = True) -> ModelFiles:
         folder = _download(model, weights=weights)
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder} is no diffusers pipeline folder: it has no model_index.json")
-    if not (folder / "unet" / "config.json").is_file():
-        raise InputError(f"{folder} has no UNet: unet/config.json is missing")
+    index = read_json(folder / "model_index.json")
+    family = family_of(index)
+    parts = check_folder(folder, family, index)
     return ModelFiles(
         name=model,
         folder=folder,
-        family=family_of(read_json(folder / "model_index.json")),
+        family=family,
         unet_config=read_json(folder / "unet" / "config.json"),
+        scheduler_config=family.scheduler_config(parts["scheduler"]),
     )
 
 
@@ -213,7 +218,7 @@ def load(files: ModelFiles, *, device: torch.device, dtype: torch.dtype | None =
             low_cpu_mem_usage=True,
             **files.family.load_options,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise InputError(f"can't load the model in {files.folder}: {one_line(error)}") from None
     prepare_for_inference(pipeline, files.family)
     return Model(files=files, pipeline=pipeline.to(device))
@@ -233,7 +238,7 @@ def prepare_for_inference(pipeline: DiffusionPipeline, family: Family) -> None:
         component.requires_grad_(False).eval()
     if pipeline.unet.dtype != torch.float16:
         return
-    if family.upcast_vae:
+    if family.upcasts(pipeline.vae.config):
         pipeline.vae.float()
     if pipeline.unet.config.upcast_attention:
         # diffusers' default processor ignores upcast_attention; SD 2.1-v overflows in FP16 without it.

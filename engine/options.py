@@ -29,7 +29,7 @@ EngineOption = Annotated[Path, typer.Option("--engine", help="Folder that `boost
 OutputOption = Annotated[Path, typer.Option("--output", help="Folder to write.")]
 SamplerOption = Annotated[Literal["ddim", "dpm++", "unipc", "euler"], typer.Option("--sampler", help="Sampler.")]
 StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Sampling steps.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of everything random.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 

@@ -8,6 +8,7 @@ import torch
 from diffusers import SchedulerMixin
 from PIL import Image
 
+from .errors import BoostDiffError, InputError
 from .families import TextEmbeddings
 from .guidance import Denoiser
 from .latents import denormalized
@@ -16,6 +17,41 @@ from .model import Model
 MIDDLING = 64**2
 """Latents of an image, one channel, at 512 pixels."""
 
+LARGEST_SEED = 2**63 - 1
+"""Above it a seed and the number of an image don't fit torch's 64 bits."""
+
+
+class FiniteCheck:
+    """Whether latents are numbers, noted at each step and read once: a GPU is not waited for."""
+
+    def __init__(self) -> None:
+        self.finite: list[torch.Tensor] = []
+
+    def note(self, latents: torch.Tensor) -> None:
+        """Look at the latents after another step."""
+        self.finite.append(latents.isfinite().all())
+
+    def verify(self, dtype: torch.dtype) -> None:
+        """Look back.
+
+        Args:
+            dtype: dtype of the UNet.
+
+        Raises:
+            BoostDiffError: there were NaN or Inf.
+        """
+        steps = torch.stack(self.finite).tolist()
+        if not all(steps):
+            where = f"after step {steps.index(False) + 1} of {len(steps)}"
+            raise BoostDiffError(f"the latents are not finite (NaN or Inf) {where}{_hint(dtype)}")
+
+
+def _hint(dtype: torch.dtype) -> str:
+    """What helps where numbers are not finite."""
+    if dtype == torch.float16:
+        return ": they may overflow in fp16, which fp32 (a CPU, or --runner onnx --precision fp32) would not"
+    return ": the model's weights, its adapter or the guidance scale are at fault"
+
 
 def initial_noise(shape: tuple[int, int, int], *, count: int, seed: int) -> torch.Tensor:
     """Standard normal latents, `(count, *shape)` float32 on the CPU.
@@ -23,7 +59,12 @@ def initial_noise(shape: tuple[int, int, int], *, count: int, seed: int) -> torc
     Image i is drawn from a generator seeded with `seed + i`, as a stock pipeline does when it is given
     `generator=[torch.Generator().manual_seed(seed + i) for i in range(count)]`: an image does not depend on the
     batch that it was made in.
+
+    Raises:
+        InputError: the seed has more than 63 bits, or is negative.
     """
+    if not 0 <= seed <= LARGEST_SEED:
+        raise InputError(f"the seed {seed} can't be used: it must lie between 0 and 2^63 - 1")
     return torch.stack(
         [torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed + i))[0] for i in range(count)]
     )
@@ -62,10 +103,16 @@ def sample(
     scheduler: SchedulerMixin,
     steps: int,
     on_step: Callable[[int], None] | None = None,
+    finite: FiniteCheck | None = None,
 ) -> torch.Tensor:
-    """The last latents of `sampling`, `(B, C, H, W)`; `on_step` is called after each step with its index."""
+    """The last latents of `sampling`, `(B, C, H, W)`.
+
+    After each step `on_step` is called with its index, and `finite` takes note of the latents.
+    """
     z_t = noise
-    for index, z_t in enumerate(sampling(denoiser, text=text, noise=noise, scheduler=scheduler, steps=steps)):  # noqa: B007
+    for index, z_t in enumerate(sampling(denoiser, text=text, noise=noise, scheduler=scheduler, steps=steps)):
+        if finite:
+            finite.note(z_t)
         if on_step:
             on_step(index)
     return z_t
@@ -76,20 +123,34 @@ def _counting(on_step: Callable[[int], None] | None, size: int) -> Callable[[int
 
 
 @torch.inference_mode()
-def decode(model: Model, latents: torch.Tensor) -> torch.Tensor:
+def decode(model: Model, latents: torch.Tensor, finite: FiniteCheck | None = None) -> torch.Tensor:
     """Latents `(B, C, H, W)` to images `(B, 3, 8H or so, …)`, float32 in [0, 1], on the CPU.
 
     From 512 pixels on a few at a time: a decoder's activations are the largest of all.
+
+    Args:
+        model: for its VAE.
+        latents: the last of `sampling`.
+        finite: what was noted of them.
+
+    Raises:
+        BoostDiffError: latents or images hold NaN or Inf.
     """
     vae = model.pipeline.vae
     area = latents.shape[2] * latents.shape[3]
     together = len(latents) if area < MIDDLING else max(1, 4 * MIDDLING // area)
-    images = []
+    images, in_range = [], FiniteCheck()
     for part in latents.split(together):
-        decoded = vae.decode(denormalized(part.to(vae.dtype), vae), return_dict=False)[0]
-        images.append((decoded.float() / 2 + 0.5).clamp(0, 1))
+        decoded = vae.decode(denormalized(part.to(vae.dtype), vae), return_dict=False)[0].float()
+        in_range.note(decoded)
+        images.append((decoded / 2 + 0.5).clamp(0, 1))
     # Copied at once: each copy is waited for.
-    return torch.cat(images).cpu()
+    copied = torch.cat(images).cpu()
+    if finite is not None:
+        finite.verify(latents.dtype)
+    if not torch.stack(in_range.finite).all():
+        raise BoostDiffError(f"the VAE's images are not finite (NaN or Inf){_hint(vae.dtype)}")
+    return copied
 
 
 def default_batch_size(model: Model) -> int:
@@ -133,11 +194,15 @@ def batches(
 
     Yields:
         `(B, 3, H, W)` float32 in [0, 1], on the CPU.
+
+    Raises:
+        BoostDiffError: latents or images hold NaN or Inf.
     """
     for start in range(0, len(text), batch_size):
         chunk = text[start : start + batch_size]
         size = len(chunk)
         noise = initial_noise(model.latent_shape, count=size, seed=seed + start)
+        finite = FiniteCheck()
         latents = sample(
             denoiser,
             text=chunk,
@@ -145,8 +210,9 @@ def batches(
             scheduler=make_scheduler(),
             steps=steps,
             on_step=_counting(on_step, size),
+            finite=finite,
         )
-        yield decode(model, latents)
+        yield decode(model, latents, finite)
 
 
 def generate(

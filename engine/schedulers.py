@@ -1,9 +1,13 @@
-"""Samplers: diffusers' schedulers under the command line's names."""
+"""Samplers: diffusers' schedulers under the command line's names, and the noise schedules that they share."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import diffusers
+import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -11,23 +15,95 @@ from diffusers import (
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
-from .errors import InputError
+from .errors import InputError, one_line
 
+NOISE_SCHEDULE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+)
+"""What the network was trained with: taken from the model's folder, the defaults of its scheduler's class included."""
+
+TIMESTEPS = ("timestep_spacing", "steps_offset", "set_alpha_to_one")
+"""Where sampling starts and ends: taken from the model's folder where it says so, else the sampler's own default."""
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+SPACINGS = ("leading", "trailing", "linspace")
+
+REFUSED = {
+    "use_flow_sigmas": (None, False),
+    "use_dynamic_shifting": (None, False),
+    "timestep_type": (None, "discrete"),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+}
+"""Settings of schedulers that change what the network's numbers mean, with the values that don't."""
+
+FEWEST_STEPS = 20
+"""What a noise schedule must have timesteps for: previews take as many."""
+
+
+class DDIM(DDIMScheduler):
+    """DDIM (η = 0) whose steps end at the next timestep: diffusers' own are T // steps long, whatever the spacing."""
+
+    def step(self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor, **options: Any) -> Any:
+        """As `DDIMScheduler.step`, which takes no further options here but `return_dict`."""
+        t = int(timestep)
+        later = self.timesteps[self.timesteps < t]
+        alpha_squared = self.alphas_cumprod[t]
+        next_squared = self.alphas_cumprod[later.max()] if len(later) else self.final_alpha_cumprod
+        alpha, sigma = alpha_squared**0.5, (1 - alpha_squared) ** 0.5
+        match self.config.prediction_type:
+            case "epsilon":
+                x, noise = (sample - sigma * model_output) / alpha, model_output
+            case "v_prediction":
+                x, noise = alpha * sample - sigma * model_output, alpha * model_output + sigma * sample
+            case _:
+                x, noise = model_output, (sample - alpha * model_output) / sigma
+        after = next_squared**0.5 * x + (1 - next_squared) ** 0.5 * noise
+        return DDIMSchedulerOutput(after, x) if options.get("return_dict", True) else (after, x)
+
+
+# Of its own a sampler has order, solver, spread of the sigmas and the last sigma, whatever a folder's scheduler has.
 # Clipping and thresholding are for pixels: latents lie beyond [-1, 1], and DDIM clips if its configuration is silent.
 SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
-    "ddim": (DDIMScheduler, {"clip_sample": False, "thresholding": False}),
+    "ddim": (DDIM, {"clip_sample": False, "thresholding": False}),
     "dpm++": (
         DPMSolverMultistepScheduler,
-        {"algorithm_type": "dpmsolver++", "solver_order": 2, "thresholding": False},
+        {
+            "algorithm_type": "dpmsolver++",
+            "solver_order": 2,
+            "solver_type": "midpoint",
+            "lower_order_final": True,
+            "final_sigmas_type": "zero",
+            "thresholding": False,
+        },
     ),
-    "unipc": (UniPCMultistepScheduler, {"thresholding": False}),
-    "euler": (EulerDiscreteScheduler, {}),
+    "unipc": (
+        UniPCMultistepScheduler,
+        {
+            "solver_order": 2,
+            "solver_type": "bh2",
+            "predict_x0": True,
+            "lower_order_final": True,
+            "final_sigmas_type": "zero",
+            "thresholding": False,
+        },
+    ),
+    "euler": (EulerDiscreteScheduler, {"interpolation_type": "linear", "final_sigmas_type": "zero"}),
 }
+"""Class and own settings; the class's defaults stand for all that is neither here nor in the two lists above."""
 
 
-def make_scheduler(name: str, config: dict[str, Any]) -> SchedulerMixin:
-    """A scheduler with a model's betas and prediction type.
+def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
+    """A scheduler with a model's noise schedule and timesteps, and all else the sampler's own.
 
     Args:
         name: a key of `SAMPLERS`.
@@ -38,5 +114,97 @@ def make_scheduler(name: str, config: dict[str, Any]) -> SchedulerMixin:
     """
     if name not in SAMPLERS:
         raise InputError(f"unknown sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
-    scheduler_class, settings = SAMPLERS[name]
-    return scheduler_class.from_config(config, **settings)
+    scheduler_class, own = SAMPLERS[name]
+    # What the folder did not say, diffusers filled in with the defaults of another class.
+    silent = config.get("_use_default_values", ())
+    taken = {key: config[key] for key in NOISE_SCHEDULE if key in config}
+    taken |= {key: config[key] for key in TIMESTEPS if key in config and key not in silent}
+    if name == "ddim" and taken.get("timestep_spacing") == "linspace":
+        # Its last timestep is 0, from where DDIM has nowhere to go.
+        del taken["timestep_spacing"]
+    parameters = inspect.signature(scheduler_class).parameters
+    return scheduler_class(**{key: value for key, value in taken.items() if key in parameters}, **own)
+
+
+def completed(class_name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with the defaults of its class, if diffusers has it."""
+    kind = getattr(diffusers, class_name, None)
+    parameters = inspect.signature(kind.__init__).parameters.values() if inspect.isclass(kind) else ()
+    return {one.name: one.default for one in parameters if one.default is not one.empty} | config
+
+
+def check_schedule(class_name: str, config: Mapping[str, Any]) -> None:
+    """Refuse a model's scheduler whose noise schedule or prediction type the samplers don't share.
+
+    Args:
+        class_name: its class.
+        config: its configuration, the defaults of its class included.
+
+    Raises:
+        InputError: see above.
+    """
+    if class_name not in KarrasDiffusionSchedulers.__members__ or "beta_start" not in config:
+        raise InputError(f"{class_name} has another noise schedule than {', '.join(SAMPLERS)}: it is not supported")
+    for key, values in {
+        "prediction_type": PREDICTION_TYPES,
+        "timestep_spacing": (None, *SPACINGS),
+        **REFUSED,
+        **({} if config.get("trained_betas") else {"beta_schedule": BETA_SCHEDULES}),
+    }.items():
+        if (value := config.get(key)) not in values:
+            names = ", ".join(str(one).lower() for one in values if one is not None)
+            raise InputError(f"{key} {value!r} is not supported, only {names}")
+    count, offset = config["num_train_timesteps"], config.get("steps_offset", 0)
+    if not isinstance(count, int) or count < FEWEST_STEPS:
+        raise InputError(f"num_train_timesteps {count!r} can't be used: it must be at least {FEWEST_STEPS}")
+    if not isinstance(offset, int) or not 0 <= offset < count:
+        raise InputError(f"steps_offset {offset!r} can't be used: it must lie between 0 and {count - 1}")
+    try:
+        scheduler = make_scheduler("ddim", config)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(f"its betas can't be used: {one_line(error)}") from None
+    if not _fits(scheduler, FEWEST_STEPS):
+        raise InputError(
+            f"steps_offset {offset} can't be used: with it {FEWEST_STEPS} steps leave the {count} timesteps"
+        )
+    betas = scheduler.betas
+    if betas.shape != (count,) or not ((betas > 0) & (betas <= 1)).all():
+        raise InputError(f"its betas can't be used: they must be {count} numbers above 0 and up to 1")
+    if scheduler.alphas_cumprod.min() <= 0 and config["prediction_type"] == "epsilon":
+        raise InputError(
+            "its betas leave no signal at the last timestep (rescale_betas_zero_snr), where a prediction of the noise "
+            "(prediction_type epsilon) tells nothing of the image: they need v_prediction"
+        )
+
+
+def check_steps(config: Mapping[str, Any], samplers: Iterable[str], steps: Iterable[int]) -> None:
+    """Refuse numbers of steps for which a sampler has no timesteps in a model's schedule.
+
+    Args:
+        config: the configuration of the model's own scheduler.
+        samplers: keys of `SAMPLERS`.
+        steps: numbers of steps, each taken with each sampler.
+
+    Raises:
+        InputError: see above.
+    """
+    for name in samplers:
+        scheduler = make_scheduler(name, config)
+        for number in steps:
+            if not _fits(scheduler, number):
+                count = scheduler.config.num_train_timesteps
+                fewer = next((n for n in range(min(number - 1, count), 0, -1) if _fits(scheduler, n)), 1)
+                raise InputError(
+                    f"--steps {number} can't be used with {name} on this model's schedule of {count} timesteps: "
+                    f"pass {fewer}"
+                )
+
+
+def _fits(scheduler: SchedulerMixin, steps: int) -> bool:
+    """Whether each step has a timestep of its own within the schedule."""
+    count = scheduler.config.num_train_timesteps
+    if not 1 <= steps <= count:
+        return False
+    scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps
+    return len(timesteps.unique()) == len(timesteps) == steps and 0 <= timesteps.min() <= timesteps.max() < count

@@ -338,7 +338,7 @@ def vae_decoder_part(model: Model, config: ExportConfig) -> Part:
         axes={"latent_sample": axes},
         cases=[case(*arguments) for arguments in dict.fromkeys(cases)],
         large=large,
-        half=not model.family.upcast_vae,
+        half=not model.family.upcasts(vae.config),
     )
 
 

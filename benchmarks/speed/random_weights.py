@@ -66,8 +66,8 @@ def _component(folder: Path, library: str, class_name: str) -> Any:
 
 
 def _tokenizer(folder: Path, class_name: str) -> Any:
-    """The model's tokenizer where the folder has one; else a stand-in, since prompts are padded to one length."""
-    if folder.is_dir():
+    """The model's tokenizer where its words are there; else a stand-in, since prompts are padded to one length."""
+    if (folder / "vocab.json").is_file() or (folder / "tokenizer.json").is_file():
         return getattr(transformers, class_name).from_pretrained(folder, local_files_only=True)
     encoder = read_json(folder.with_name(folder.name.replace("tokenizer", "text_encoder")) / "config.json")
     stand_in = transformers.CLIPTokenizer(model_max_length=encoder["max_position_embeddings"])

@@ -67,7 +67,9 @@ def family_students(
 
 def stock(folder: Path) -> DiffusionPipeline:
     pipeline = DiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    # Where the folder says "linspace", diffusers' DDIM would not step from one timestep to the next.
+    own = {"clip_sample": False, "timestep_spacing": "leading"}
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **own)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -67,7 +67,7 @@ def test_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_unet(copied: Path) -> None:
     shutil.rmtree(copied / "unet")
-    with pytest.raises(InputError, match="has no UNet"):
+    with pytest.raises(InputError, match=r"has no unet: unet/config\.json is missing"):
         locate(str(copied))
 
 

@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 from boostdiff.engine.adapters import LORA_FILE
+from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.families import TextEmbeddings
 from boostdiff.engine.guidance import GuidedDenoiser, SinglePassDenoiser
+from boostdiff.engine.latents import denormalized, encode
 from boostdiff.engine.model import Model, locate
 from boostdiff.engine.runners import TorchRunner
 from boostdiff.engine.sampling import decode, default_batch_size, generate, initial_noise, sample, to_uint8
 from boostdiff.engine.schedulers import SAMPLERS, make_scheduler
 from boostdiff.engine.student import apply_student
-from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderTiny, EulerDiscreteScheduler, StableDiffusionPipeline
 from tiny import PROMPTS, make_pipeline
 
 
@@ -130,6 +132,59 @@ def test_no_sampler_clips_latents(sampler: str, config: dict[str, Any]) -> None:
     scheduler.scale_model_input(z, t)
     z_0 = scheduler.step(torch.zeros_like(z), t, z, return_dict=False)[0]
     assert z_0.min() > 2
+
+
+@pytest.mark.parametrize(("bad", "step"), [(float("nan"), 3), (float("inf"), 1)])
+def test_latents_that_are_not_finite_are_an_error_that_names_the_step(tiny: Model, bad: float, step: int) -> None:
+    calls = []
+
+    def denoiser(z_t: torch.Tensor, t: torch.Tensor, _: TextEmbeddings) -> torch.Tensor:
+        calls.append(t)
+        return torch.full_like(z_t, bad) if len(calls) == step else torch.zeros_like(z_t)
+
+    with pytest.raises(BoostDiffError, match=rf"not finite \(NaN or Inf\) after step {step} of 6") as error:
+        ours(tiny, denoiser)
+    assert error.value.exit_code == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_images_that_are_not_finite_are_an_error(tiny: Model, bad: float) -> None:
+    latents = torch.zeros(2, *tiny.latent_shape)
+    decode(tiny, latents)
+    tiny.pipeline.vae.decoder.conv_out.bias.data[1] = bad
+    with pytest.raises(BoostDiffError, match="the VAE's images are not finite"):
+        decode(tiny, latents)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64])
+def test_a_seed_has_63_bits(seed: int) -> None:
+    initial_noise((4, 8, 8), count=2, seed=2**63 - 1)
+    with pytest.raises(InputError, match="the seed"):
+        initial_noise((4, 8, 8), count=2, seed=seed)
+
+
+def test_normalized_latents_are_encoded_and_decoded_by_the_same_numbers(tiny: Model) -> None:
+    vae = tiny.pipeline.vae
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        raw = vae.encode(images).latent_dist.mode()
+        mean, std = torch.tensor([0.1, -0.2, 0.3, 0.0]), torch.tensor([2.0, 0.5, 1.0, 1.5])
+        vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+        latents = encode(images, vae)
+    expected = (raw - mean[:, None, None]) / std[:, None, None] * vae.config.scaling_factor
+    torch.testing.assert_close(latents, expected)
+    torch.testing.assert_close(denormalized(latents, vae), raw)
+
+
+def test_a_small_vae_encodes(tiny: Model) -> None:
+    """It has no distribution of latents."""
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    assert encode(torch.zeros(2, 3, 16, 16), vae).shape == (2, 4, 8, 8)
 
 
 def test_noise_is_that_of_a_generator_per_image() -> None:

@@ -1,0 +1,147 @@
+"""A name of a sampler stands for one sampler, whatever scheduler a model's folder has."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from boostdiff.engine.errors import InputError
+from boostdiff.engine.schedulers import (
+    NOISE_SCHEDULE,
+    SAMPLERS,
+    SPACINGS,
+    TIMESTEPS,
+    check_schedule,
+    check_steps,
+    completed,
+    make_scheduler,
+)
+from diffusers import DDIMScheduler, HeunDiscreteScheduler, PNDMScheduler
+
+FOLDER: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+}
+PLAIN = DDIMScheduler(**FOLDER).config
+OTHERS: list[dict[str, Any]] = [
+    {"use_karras_sigmas": True},
+    {"use_exponential_sigmas": True},
+    {"use_beta_sigmas": True},
+    {"use_lu_lambdas": True},
+    {"final_sigmas_type": "sigma_min"},
+    {"interpolation_type": "log_linear"},
+    {"solver_type": "heun"},
+    {"solver_type": "bh1"},
+    {"solver_order": 3},
+    {"algorithm_type": "sde-dpmsolver++"},
+    {"lower_order_final": False},
+    {"euler_at_final": True},
+    {"lambda_min_clipped": -2.0},
+    {"disable_corrector": [0, 1]},
+    {"predict_x0": False},
+    {"clip_sample": True, "thresholding": True, "sample_max_value": 2.0},
+    {"sigma_min": 0.5, "sigma_max": 4.0},
+]
+
+
+def drawn(name: str, config: Any, steps: int = 6) -> torch.Tensor:
+    """The last latents of a denoiser that leads to smaller ones."""
+    scheduler = make_scheduler(name, config)
+    scheduler.set_timesteps(steps)
+    z_t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        z_t = scheduler.step(scheduler.scale_model_input(z_t, t).sin(), t, z_t, return_dict=False)[0]
+    return z_t
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+def test_what_is_a_samplers_own_is_not_taken_from_a_folder(other: dict[str, Any]) -> None:
+    for name in SAMPLERS:
+        assert torch.equal(drawn(name, {**PLAIN, **other}), drawn(name, PLAIN)), name
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_folders_noise_schedule_is_taken(name: str) -> None:
+    for other in ({"prediction_type": "v_prediction"}, {"beta_end": 0.02}, {"rescale_betas_zero_snr": True}):
+        assert not torch.equal(drawn(name, {**PLAIN, "timestep_spacing": "trailing", **other}), drawn(name, PLAIN))
+
+
+def test_the_defaults_are_those_of_the_folders_own_class() -> None:
+    """Heun's betas begin at 0.00085, those of all samplers at 0.0001."""
+    silent = HeunDiscreteScheduler().config
+    for name in SAMPLERS:
+        assert make_scheduler(name, silent).config.beta_start == 0.00085
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_silent_folder_leaves_the_spacing_to_the_sampler(name: str) -> None:
+    """As stock diffusers has it."""
+    spacing = make_scheduler(name, PNDMScheduler().config).config.timestep_spacing
+    assert spacing == ("leading" if name == "ddim" else "linspace")
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_parameter_of_a_sampler_is_decided(name: str) -> None:
+    """A diffusers with a new one fails here: is it the folder's or the sampler's own?"""
+    scheduler_class, own = SAMPLERS[name]
+    known = {*NOISE_SCHEDULE, *TIMESTEPS, *own, *(key for other in OTHERS for key in other)}
+    known |= {"dynamic_thresholding_ratio", "clip_sample_range", "variance_type", "timestep_type", "solver_p"}
+    known |= {"use_flow_sigmas", "flow_shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal"}
+    assert set(inspect.signature(scheduler_class.__init__).parameters) - {"self"} <= known
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("steps", [1, 3, 4, 7, 10, 49, 500, 501, 999])
+def test_ddims_moves_meet_its_timesteps(spacing: str, steps: int) -> None:
+    """Of a network that knows the noise exactly, each state is that of the next timestep."""
+    scheduler = make_scheduler("ddim", {**PLAIN, "timestep_spacing": spacing})
+    scheduler.set_timesteps(steps)
+    x, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    z_t = scheduler.add_noise(x, noise, scheduler.timesteps[:1])
+    for index, t in enumerate(scheduler.timesteps):
+        z_t = scheduler.step(noise, t, z_t).prev_sample
+        if index + 1 < steps:
+            expected = scheduler.add_noise(x, noise, scheduler.timesteps[index + 1, None])
+            torch.testing.assert_close(z_t, expected, atol=1e-5, rtol=1e-5)
+    end = scheduler.final_alpha_cumprod.double()
+    torch.testing.assert_close(z_t, end.sqrt() * x + (1 - end).sqrt() * noise, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_ddim_is_diffusers_own_where_that_meets_its_timesteps(prediction_type: str) -> None:
+    config = {**FOLDER, "prediction_type": prediction_type, "timestep_spacing": "leading"}
+    ours, stock = make_scheduler("ddim", config), DDIMScheduler(**config, clip_sample=False)
+    z_t, prediction = torch.randn(2, 1, 4, 8, 8)
+    for scheduler in (ours, stock):
+        scheduler.set_timesteps(7)
+    for t in stock.timesteps:
+        torch.testing.assert_close(
+            ours.step(prediction, t, z_t, return_dict=False), stock.step(prediction, t, z_t, return_dict=False)
+        )
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_steps_that_the_schedule_has_no_timesteps_for(name: str) -> None:
+    most = 998 if name in ("dpm++", "unipc") else 999
+    config = {**FOLDER, "timestep_spacing": "leading"}
+    check_steps(config, [name], [1, 20, most])
+    with pytest.raises(InputError, match=rf"--steps 1001 can't be used with .* of 1000 timesteps: pass {most}"):
+        check_steps(config, [name], [20, 1001])
+    with pytest.raises(InputError, match="--steps 0"):
+        check_steps(config, [name], [0])
+
+
+def test_zero_terminal_snr_needs_another_prediction_than_the_noise() -> None:
+    zero = completed("DDIMScheduler", {**FOLDER, "rescale_betas_zero_snr": True})
+    with pytest.raises(InputError, match="no signal at the last timestep"):
+        check_schedule("DDIMScheduler", zero)
+    for prediction_type in ("v_prediction", "sample"):
+        config = {**zero, "prediction_type": prediction_type, "timestep_spacing": "trailing"}
+        check_schedule("DDIMScheduler", config)
+        for name in SAMPLERS:
+            assert drawn(name, config).isfinite().all()
