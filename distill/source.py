@@ -6,7 +6,7 @@ Everything random is drawn from (seed, counter) pairs, so a resumed run sees wha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +15,6 @@ import torch
 
 from ..engine.families import PromptEmbeds, TextEmbeddings
 from ..engine.model import Model
-from .images import BadSample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +64,12 @@ class Source(ABC):
         """What a checkpoint must hold for this source to continue, the same in every process; called in every one."""
         return {}
 
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Continue from `state()`."""
+    def notes(self) -> Counter[str]:
+        """How many samples were left out or are used in part, by reason, in all processes; called in every one."""
+        return Counter()
 
-    def skipped(self) -> Sequence[BadSample]:
-        """Samples that were skipped, in all processes; called in every one."""
-        return ()
+    def restore(self, state: dict[str, torch.Tensor], notes: Counter[str]) -> None:
+        """Continue from `state()` and `notes()`."""
 
 
 class TextCache:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ...engine.errors import InputError
+from ...engine.pictures import PICTURE_TYPES, PictureError, files_in, read_picture
 from .features import FeatureNetwork, features_of
 
 BATCH = 50
@@ -109,7 +107,7 @@ def reference_from_folder(folder: Path, network: FeatureNetwork, *, size: int | 
     """Statistics of a folder of real images; every tenth is kept apart for KID, recall and the real-vs-real distance.
 
     Args:
-        folder: PNG, JPEG and WebP files, at any depth, taken in the order of their names.
+        folder: picture files, at any depth, taken in the order of their names; of animations the first frame.
         network: feature network.
         size: side in pixels of the centered square that every image is cut and resized to; None takes the images as
             they are, which must all have one size.
@@ -119,7 +117,7 @@ def reference_from_folder(folder: Path, network: FeatureNetwork, *, size: int | 
     """
     if not folder.is_dir():
         raise InputError(f"there is no reference folder {folder}")
-    paths = list(_images_in(folder))
+    paths = [path for path in files_in(folder) if path.suffix[1:].lower() in PICTURE_TYPES]
     if len(paths) < 20:
         raise InputError(f"the reference folder {folder} holds {len(paths)} images: at least 20 are needed")
     features, first = [], None
@@ -141,20 +139,10 @@ def reference_from_folder(folder: Path, network: FeatureNetwork, *, size: int | 
     return Reference.of(rows[~apart], rows[apart])
 
 
-def _images_in(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"}:
-            yield path
-
-
 def _pixels(path: Path, size: int | None) -> np.ndarray:
     """uint8 `(H, W, 3)`."""
     try:
-        # libpng and libjpeg complain on standard error by themselves.
-        with contextlib.redirect_stderr(io.StringIO()), Image.open(path) as image:
-            rgb = image.convert("RGB")
-            if size is not None:
-                rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS)
-            return np.array(rgb)
-    except (OSError, ValueError) as error:
+        rgb, _ = read_picture(path)
+    except PictureError as error:
         raise InputError(f"can't decode the reference image {path}: {error}") from None
+    return np.array(rgb if size is None else ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS))
