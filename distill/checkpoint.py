@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..engine.files import give_modes
+
 _FORMAT = "boostdiff-training-state-1"
 
 
@@ -66,6 +68,7 @@ def save_training_state(
     }
     partial = path.with_name(f".{path.name}.partial")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    give_modes(partial)
     with partial.open("rb") as handle:
         os.fsync(handle.fileno())
     partial.replace(path)

@@ -284,7 +284,7 @@ def _tar_row(shard: str, key: str, found: dict[str, bytes | None]) -> dict[str, 
         plain = [name for name in types if name in found]
         members = plain[:1] or [name for name in found if name.rpartition(".")[2] in types]
         if len(members) > 1:
-            row["error"] = f"several members of one name up to the first dot: {', '.join(members)}"
+            row.setdefault("error", f"several members of one name up to the first dot: {', '.join(members)}")
         return members[0] if members else None
 
     picture, text, described = one_of(*PICTURE_TYPES), one_of("txt"), one_of("json")

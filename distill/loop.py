@@ -24,6 +24,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from ..engine.adapters import Adapter
 from ..engine.compiled import TrainingRunner
 from ..engine.errors import BoostDiffError, InputError
+from ..engine.files import give_modes
 from ..engine.guidance import GuidedDenoiser, SinglePassDenoiser
 from ..engine.model import Model
 from ..engine.runners import TorchRunner
@@ -338,6 +339,7 @@ class Run:
                 parameter.copy_(good)
         if self.accelerator.is_main_process:
             self.adapter.save(self.folder, self.model.pipeline)
+            give_modes(self.folder)
         raise BoostDiffError(
             f"{reason}: lower --learning-rate and run again; the last good adapter is kept in {self.folder}"
         )

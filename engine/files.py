@@ -143,6 +143,15 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
+def give_modes(path: Path) -> None:
+    """Give a file, or a folder and all in it, the modes of the umask: some libraries write for one user alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for each in (path, *path.rglob("*")) if path.is_dir() else (path,):
+        if not each.is_symlink():
+            each.chmod((0o777 if each.is_dir() else 0o666) & ~mask)
+
+
 def user_cache() -> Path:
     """Where this program keeps, for the user, what it can make again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "boostdiff"
@@ -154,10 +163,10 @@ def is_full_disk(error: BaseException) -> bool:
     safetensors wraps the system's error in one of its own, numpy's `tofile` keeps no number of it.
     """
     number = getattr(error, "errno", None)
-    if number is None and (found := re.search(r"os error (\d+)", str(error))):
+    if number is None and (found := re.search(r"os error (\d+)", one_line(error))):
         number = int(found[1])
     if number is None and isinstance(error, OSError):
-        return bool(re.search(r"problem writing element|\d+ requested and \d+ written", str(error)))
+        return bool(re.search(r"problem writing element|\d+ requested and \d+ written", one_line(error)))
     return number in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -203,6 +212,7 @@ def _check_replaceable(path: Path, marker: str) -> None:
 
 def publish(staged: Path, final: Path) -> None:
     """Give a finished folder its final name; a folder that had the name goes away only then."""
+    give_modes(staged)
     final = final.resolve()
     parent = final.parent
     with locked(parent):
@@ -271,6 +281,5 @@ def staged_folder(final: Path, *, replaces: str) -> Iterator[Path]:
             staged = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=parent))
             held.callback(shutil.rmtree, staged, ignore_errors=True)
             held.enter_context(locked(staged))
-        staged.chmod(0o755)
         yield staged
         publish(staged, final)

@@ -33,11 +33,14 @@ def read_prompts(path: Path) -> list[str]:
         raise InputError(f"the prompt file {path} is of another format: pass one prompt a line, JSON lines or CSV")
     lines = [line.strip() for line in lines_of(text) if line.strip()]
     heading = re.split(r"[,;\t]", lines[0]) if lines else []
-    if suffix in {".jsonl", ".ndjson"} or (suffix != ".json" and lines and _is_object(lines[0])):
+    first = _parsed(lines[0]) if lines else None
+    if suffix in {".jsonl", ".ndjson"} or (
+        suffix != ".json" and isinstance(first, dict) and "annotations" not in first
+    ):
         prompts = _texts(json_lines(path), path)
     elif suffix in {".csv", ".tsv"} or (len(heading) > 1 and _field(name.strip(' "') for name in heading)):
         prompts = _texts(csv_rows(path), path)
-    elif suffix == ".json" or (text.lstrip().startswith(("{", "[")) and _is_json(text)):
+    elif suffix == ".json" or isinstance(_parsed(text), dict | list):
         prompts = _coco_captions(text, path)
     else:
         prompts = lines
@@ -47,16 +50,12 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def _is_json(text: str) -> bool:
+def _parsed(text: str) -> Any:
+    """The value of JSON; None of other text."""
     try:
-        json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _is_object(line: str) -> bool:
-    return line.startswith("{") and _is_json(line)
+        return None
 
 
 def _field(names: Iterable[str]) -> str | None:

@@ -494,3 +494,99 @@ def test_orientation_transparency_and_depth() -> None:
     assert rgb_of(Image.new("RGBA", (2, 2), (255, 0, 0, 255))).getpixel((0, 0)) == (255, 0, 0)
     assert rgb_of(Image.fromarray(np.full((2, 2), 32896, dtype=np.uint16))).getpixel((0, 0)) == (128, 128, 128)
     assert rgb_of(Image.new("CMYK", (2, 2))).mode == "RGB"
+
+
+def test_names_with_several_dots_in_a_tar(tmp_path: Path) -> None:
+    """As WebDataset: a sample's name ends at the first dot."""
+    members = {
+        "0.v2.jpg": encoded(0),
+        "0.v2.txt": b"zero",
+        "1.jpg": encoded(1),
+        "1.seg.png": encoded(5),
+        "1.txt": b"one",
+    }
+    path = write_tar(tmp_path / "a.tar", members)
+    stream = stream_of(str(path), batch_size=2)
+    captions, pixels = take(stream, 1)
+    assert sorted(captions) == ["one", "zero"]
+    assert pixels[captions.index("one")].mean().item() == pytest.approx(20 / 127.5 - 1, abs=0.02)
+    assert in_words(stream.notes) == ["1 of 2 samples with members that are not used (.seg.png)"]
+    write_tar(path, {"a.1.jpg": encoded(0), "a.1.txt": b"zero", "a.2.jpg": encoded(1), "a.2.txt": b"one"})
+    with pytest.raises(InputError, match=r"several members of one name up to the first dot: 1\.jpg, 2\.jpg"):
+        take(stream_of(str(path)), 1)
+
+
+def test_names_that_come_twice_and_parts_that_stand_apart(tmp_path: Path) -> None:
+    for names in (
+        ("0.jpg", "0.JPG", "0.txt"),
+        ("0.jpg", "1.jpg", "0.txt", "1.txt"),
+        ("0.jpg", "0.txt", "1.txt", "./0.jpg"),
+    ):
+        with tarfile.open(tmp_path / "a.tar", "w") as archive:
+            for name in names:
+                info = tarfile.TarInfo(name)
+                info.size = 1
+                archive.addfile(info, io.BytesIO(b"x"))
+        with pytest.raises(InputError, match=r"twice, or apart from the other parts of its sample: .* --sort=name"):
+            take(stream_of(str(tmp_path / "a.tar")), 1)
+
+
+def test_links_and_folders_in_a_tar(tmp_path: Path) -> None:
+    save_images(tmp_path / "f", count=2)
+    (tmp_path / "f" / "2.png").symlink_to("0.png")
+    (tmp_path / "f" / "2.txt").write_text("linked")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(tmp_path / "f", "f")
+    with pytest.raises(InputError, match=r"a link in the archive.*--dereference"):
+        take(stream_of(str(tmp_path / "a.tar")), 1)
+    stream = stream_of(str(tmp_path / "a.tar"), max_bad_samples=1, batch_size=3)
+    assert set(take(stream, 1)[0]) == {"picture 0", "picture 1"}
+    assert "1 of 3 samples left out: a link in the archive" in in_words(stream.notes)[0]
+
+
+def test_a_folder_of_other_types_and_links(tmp_path: Path) -> None:
+    folder = tmp_path / "snapshots" / "0"
+    (folder / "deep").mkdir(parents=True)
+    for number, ending in enumerate(("bmp", "GIF", "tif", "avif", "JFIF", "webp")):
+        Image.new("RGB", (8, 8), (20 * number,) * 3).save(folder / f"{number}.x.{ending}")
+        (folder / f"{number}.x.TXT").write_bytes(f"\ufeffpicture {number}\r\n".encode())
+    (tmp_path / "blob").write_bytes(encoded(6))
+    (folder / "deep" / "6.png").symlink_to(tmp_path / "blob")
+    (folder / "deep" / "6.txt").write_bytes("picture 6".encode("utf-16"))
+    (folder / "photo.heic").write_bytes(b"")
+    data = open_images(str(folder))
+    assert data.notes == (f"1 files in {folder} are not used: 1 .heic",)
+    captions, pixels = take(stream_of(str(folder), batch_size=7), 1)
+    assert sorted(captions) == [f"picture {number}" for number in range(7)]
+    for caption, picture in zip(captions, pixels, strict=True):
+        assert picture.mean().item() == pytest.approx(20 * int(caption[-1]) / 127.5 - 1, abs=0.03)
+
+
+def test_a_table_of_captions(tmp_path: Path) -> None:
+    save_images(tmp_path, count=3)
+    (tmp_path / "metadata.csv").write_text('\ufefffile_name,text\n0.png,"one, two"\n1.png,three\n')
+    data = open_images(str(tmp_path))
+    assert {row.caption for row in data.rows(0, 0, 0)} == {"one, two", "three"}
+    assert data.notes == (f"4 files in {tmp_path} are not used: 3 .txt, 1 .png",)
+
+
+def test_what_is_listed_tells_other_content(tmp_path: Path) -> None:
+    save_images(tmp_path, count=2)
+    before = open_images(str(tmp_path)).content()
+    (tmp_path / "1.txt").write_text("picture 7\n")
+    changed = open_images(str(tmp_path)).content()
+    assert [name for name, value in changed if dict(before)[name] != value] == ["1.txt"]
+    Image.new("RGB", (31, 20)).save(tmp_path / "2.png")
+    assert len(open_images(str(tmp_path)).content()) == len(before) + 1
+
+
+def test_an_animation_and_a_long_caption_are_counted(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "0.gif", save_all=True, append_images=frames[1:])
+    (tmp_path / "0.txt").write_text("a cat")
+    stream = stream_of(str(tmp_path), batch_size=2, note_on=lambda caption: "cut" if len(caption) > 3 else "")
+    take(stream, 1)
+    assert in_words(stream.notes) == [
+        "2 of 2 samples cut",
+        "2 of 2 samples with several frames or pages, of which the first is used",
+    ]
