@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -49,19 +48,6 @@ PREVIEW_ROWS = 6
 def resolve(config: DistillConfig, files: ModelFiles, device: torch.device) -> DistillConfig:
     """The configuration with what was left out filled in for a model and a device."""
     return config.resolved(in_bfloat16=has_bfloat16(device), embedded=files.folder == embedded.MODEL_DIR)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingData:
-    """What a run trains on.
-
-    Attributes:
-        prompts: prompts of online trajectories; none for images.
-        images: captioned images, or None.
-    """
-
-    prompts: list[str]
-    images: ImageData | None
 
 
 def dry(files: ModelFiles, config: DistillConfig, execution: RunConfig, device: torch.device) -> dict[str, Any]:
@@ -115,9 +101,9 @@ def distill(
     # Plan: all that can be refused, before the weights are read, which can take minutes.
     execution, observers, target = execution or RunConfig(), observers or Observers(), resolve_device(device)
     config = resolve(config, files, target)
-    data = plan(files, config, execution, target)
+    prompts, images = plan(files, config, execution, target)
     prepare_output(output, replaces=INFO_FILE)
-    folder, same = work_folder(output), identity(files, config, data.images)
+    folder, same = work_folder(output), identity(files, config, images)
     if execution.resume and (ended := finished_run(output, same)):
         observers.note(f"the run in {output} has ended: there is nothing left to resume")
         return ended
@@ -125,7 +111,7 @@ def distill(
 
     # Open the run folder.
     accelerator = _accelerator(config, target, folder, execution.log_with)
-    run, preview = _run(files, config, execution, accelerator, target, data, folder, observers)
+    run, preview = _run(files, config, execution, accelerator, target, prompts, images, folder, observers)
     if state is not None:
         run.restore(state)
     elif accelerator.is_main_process:
@@ -146,7 +132,9 @@ def distill(
     return _from_main_process(accelerator, info)
 
 
-def plan(files: ModelFiles, config: DistillConfig, execution: RunConfig, device: torch.device) -> TrainingData:
+def plan(
+    files: ModelFiles, config: DistillConfig, execution: RunConfig, device: torch.device
+) -> tuple[list[str], ImageData | None]:
     """Find the data, and refuse what can't be trained.
 
     Args:
@@ -178,11 +166,11 @@ def plan(files: ModelFiles, config: DistillConfig, execution: RunConfig, device:
         raise InputError(f"--compile: {reason}")
     if config.images is None:
         assert config.prompts is not None
-        return TrainingData(prompts=read_prompts(config.prompts), images=None)
+        return read_prompts(config.prompts), None
     # What reads them is large, and a run on prompts does without.
     from .image_files import open_images
 
-    return TrainingData(prompts=[], images=open_images(config.images))
+    return [], open_images(config.images)
 
 
 def _run(
@@ -191,7 +179,8 @@ def _run(
     execution: RunConfig,
     accelerator: Accelerator,
     target: torch.device,
-    data: TrainingData,
+    prompts: list[str],
+    images: ImageData | None,
     folder: Path,
     observers: Observers,
 ) -> tuple[Run, Preview]:
@@ -208,15 +197,15 @@ def _run(
     }
     source: Source
     notes = [cut_note(model.pipeline, [config.negative_prompt], "negative prompts")]
-    if data.images is not None:
-        source = CaptionedImages(model, data.images, schedule, max_bad_samples=execution.max_bad_samples, **common)
+    if images is not None:
+        source = CaptionedImages(model, images, schedule, max_bad_samples=execution.max_bad_samples, **common)
         shown = source.stream.captions(PREVIEW_ROWS)
-        notes += data.images.notes
+        notes += images.notes
     else:
-        source = Trajectories(model, data.prompts, schedule, **common)
+        source = Trajectories(model, prompts, schedule, **common)
         # Prompts that stand far apart show more than the first few of a sorted list.
-        shown = data.prompts[:: max(1, len(data.prompts) // PREVIEW_ROWS)][:PREVIEW_ROWS]
-        notes.append(cut_note(model.pipeline, data.prompts))
+        shown = prompts[:: max(1, len(prompts) // PREVIEW_ROWS)][:PREVIEW_ROWS]
+        notes.append(cut_note(model.pipeline, prompts))
     run = Run(accelerator, model, adapter, source, schedule, config, execution, folder)
     run.notes = [note for note in notes if note]
     return run, Preview(model, adapter, shown, config, autocast=accelerator.autocast, note=observers.note)

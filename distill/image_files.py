@@ -26,7 +26,7 @@ from ..engine.errors import InputError, one_line
 from ..engine.files import csv_rows, decode_text, json_lines
 from ..engine.pictures import PICTURE_TYPES, files_in
 from ..engine.prompts import TEXT_FIELDS
-from .images import ImageData, Row
+from .images import ImageData, Row, Rows
 from .order import epoch_order
 
 METADATA = {"metadata.jsonl": json_lines, "metadata.csv": csv_rows}
@@ -80,7 +80,7 @@ def _passed_over(files: Sequence[Path], used: Sequence[Path], folder: Path) -> t
     return (f"{others.total()} files in {folder} are not used: {kinds}",) if others else ()
 
 
-def _permuted(count: int, row: Callable[[int], Row]) -> Callable[[int, int, int], Iterator[Row]]:
+def _permuted(count: int, row: Callable[[int], Row]) -> Rows:
     def rows(seed: int, epoch: int, skip: int) -> Iterator[Row]:
         return (row(int(index)) for index in epoch_order(count, seed, epoch)[skip:])
 
@@ -141,7 +141,7 @@ def _selected(data: Any, where: str) -> tuple[Any, Callable[[dict[str, Any]], di
     return data.select_columns([image, caption]).cast_column(image, datasets.Image(decode=False)), fields
 
 
-def _saved_dataset(folder: Path) -> Callable[[int, int, int], Iterator[Row]]:
+def _saved_dataset(folder: Path) -> Rows:
     try:
         table = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
@@ -154,7 +154,7 @@ def _saved_dataset(folder: Path) -> Callable[[int, int, int], Iterator[Row]]:
     return _permuted(len(selected), lambda index: Row(**fields(selected[index])))
 
 
-def _shuffled(stream: datasets.IterableDataset, where: str) -> Callable[[int, int, int], Iterator[Row]]:
+def _shuffled(stream: datasets.IterableDataset, where: str) -> Rows:
     """Rows of a stream of dicts with the fields of `Row`."""
 
     def rows(seed: int, epoch: int, skip: int) -> Iterator[Row]:
@@ -172,7 +172,7 @@ def _shuffled(stream: datasets.IterableDataset, where: str) -> Callable[[int, in
     return rows
 
 
-def _hub(name: str) -> Callable[[int, int, int], Iterator[Row]]:
+def _hub(name: str) -> Rows:
     try:
         builder = datasets.load_dataset_builder(name)
     # Beside these, `requests` and `aiohttp` have errors of their own for a missing network.
@@ -191,7 +191,7 @@ def _hub(name: str) -> Callable[[int, int, int], Iterator[Row]]:
     return _table(lambda: builder.as_streaming_dataset(split="train"), f"the hub dataset {name}")
 
 
-def _table(opened: Callable[[], datasets.IterableDataset], where: str) -> Callable[[int, int, int], Iterator[Row]]:
+def _table(opened: Callable[[], datasets.IterableDataset], where: str) -> Rows:
     try:
         stream, fields = _selected(opened(), where)
     except InputError:
@@ -201,7 +201,7 @@ def _table(opened: Callable[[], datasets.IterableDataset], where: str) -> Callab
     return _shuffled(stream.map(fields, remove_columns=stream.column_names), where)
 
 
-def _parquets(shards: list[str]) -> Callable[[int, int, int], Iterator[Row]]:
+def _parquets(shards: list[str]) -> Rows:
     where = shards[0] if len(shards) == 1 else f"{shards[0]} … {shards[-1]}"
     return _table(lambda: datasets.IterableDataset.from_parquet(shards), where)
 
@@ -219,7 +219,7 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(f"damaged or cut short ({error})") from None
 
 
-def _tars(shards: list[str]) -> Callable[[int, int, int], Iterator[Row]]:
+def _tars(shards: list[str]) -> Rows:
     stream = datasets.IterableDataset.from_generator(_tar_rows, gen_kwargs={"shards": shards})
     return _shuffled(stream, shards[0])
 

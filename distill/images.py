@@ -40,18 +40,22 @@ class Row:
     notes: tuple[str, ...] = ()
 
 
+Rows = Callable[[int, int, int], Iterator[Row]]
+"""(seed, epoch, skip) -> the rows of that epoch from number `skip` on."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageData:
     """Captioned images that were found.
 
     Attributes:
-        rows: (seed, epoch, skip) -> the rows of that epoch from number `skip` on.
+        rows: the samples, by epoch.
         root: folder that the files' names begin from.
         files: images, captions and shards behind the rows; none of a hub dataset.
         notes: what was passed over when they were listed, in words.
     """
 
-    rows: Callable[[int, int, int], Iterator[Row]]
+    rows: Rows
     root: Path = Path()
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
@@ -59,13 +63,8 @@ class ImageData:
     def content(self) -> list[tuple[str, int | str]]:
         """Names and sizes of the images and shards, names and hashes of the texts."""
         texts = {".txt", ".jsonl", ".csv"}
-        return [
-            (
-                path.relative_to(self.root).as_posix(),
-                sha256_of(path) if path.suffix.lower() in texts else path.stat().st_size,
-            )
-            for path in self.files
-        ]
+        values = (sha256_of(path) if path.suffix.lower() in texts else path.stat().st_size for path in self.files)
+        return list(zip((path.relative_to(self.root).as_posix() for path in self.files), values, strict=True))
 
 
 class _BadSampleError(Exception):
