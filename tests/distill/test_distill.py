@@ -504,7 +504,7 @@ def test_what_of_the_data_is_not_used_is_said_once_and_recorded(tiny_files: Mode
         told: list[str] = []
         config = DistillConfig(updates=2, batch_size=2, **data)
         observers = Observers(preview=False, on_note=told.append)
-        info = distill(tiny_files, config, output=tmp_path / source, device="cpu", observers=observers)
+        info = distill(tiny_files, config, output=tmp_path / f"of-{source}", device="cpu", observers=observers)
         assert told == info.result["notes"] == notes
 
 

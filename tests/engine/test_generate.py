@@ -20,18 +20,8 @@ def written(prompt: str, folder: Path, seed: int = 0) -> str:
 
 
 def test_other_prompts_have_other_names(tmp_path: Path) -> None:
-    prompts = [
-        "a red cat",
-        "a-red-cat",
-        "A red cat!",
-        "猫",
-        "犬",
-        "кошка",
-        "!!",
-        f"{LONG} one",
-        f"{LONG} two",
-        "a red  cat",
-    ]
+    prompts = ["a red cat", "a-red-cat", "A red cat!", "a red  cat", "猫", "犬", "кошка", "!!"]
+    prompts += [f"{LONG} one", f"{LONG} two"]
     names = {prompt: written(prompt, tmp_path) for prompt in prompts}
     assert all(names[one] != names[other] for one, other in combinations(prompts, 2))
     assert names["a red cat"] == "a-red-cat-student-0.png"
