@@ -52,7 +52,7 @@ def save_training_state(
         step: optimizer updates done so far.
         weights: the trained tensors (and an EMA of them, say) by name.
         optimizer: its `state_dict()` is stored; param groups must be plain JSON values.
-        data: the data source's own state.
+        data: the data source's state.
         header: JSON values to find again on loading.
     """
     state = optimizer.state_dict()
@@ -90,15 +90,15 @@ def load_training_state(path: Path) -> TrainingState:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"can't read the checkpoint {path}: {error}") from None
-    moments: dict[int, dict[str, torch.Tensor]] = {}
     groups: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "data": {}}
+    moments: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
-        kind, name = key.split("/", 1)
-        if kind == "optimizer":
-            index, moment = name.split("/", 1)
-            moments.setdefault(int(index), {})[moment] = tensor
+        group, name = key.split("/", 1)
+        if group == "optimizer":
+            index, name = name.split("/", 1)
+            moments.setdefault(int(index), {})[name] = tensor
         else:
-            groups[kind][name] = tensor
+            groups[group][name] = tensor
     return TrainingState(
         step=int(metadata["step"]),
         weights=groups["weights"],

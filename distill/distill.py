@@ -19,7 +19,7 @@ from ..engine.compiled import has_bfloat16, missing_compiler, use_plain_attentio
 from ..engine.errors import InputError
 from ..engine.files import prepare_output, publish
 from ..engine.guidance_input import make_adapter
-from ..engine.model import Model, ModelFiles, load, resolve_device
+from ..engine.model import LARGE_PARAMETERS, Model, ModelFiles, load, resolve_device
 from ..engine.options import refuse_unused
 from ..engine.prompts import cut_note, read_prompts
 from ..engine.student import INFO_FILE, StudentInfo
@@ -258,11 +258,12 @@ def _accelerator(config: DistillConfig, target: torch.device, folder: Path, log_
 def _affordable(
     preview: Preview, result: dict[str, Any], device: torch.device, observers: Observers, output: Path
 ) -> bool:
-    """Whether the picture after training takes less than half of the training's time, or than a minute."""
+    """Whether the picture of a large model on a CPU takes less than half of the training's time; others always may."""
     # A training sample takes two passes of the teacher, and one forward and backward of the student.
     passes = PREVIEW_STEPS * len(preview.prompts) * (1 + 3 * len(preview.scales))
     seconds = passes / 5 / (result["images_per_second"] or math.inf)
-    if device.type != "cpu" or seconds < max(60, result["seconds"] / 2):
+    small = preview.model.unet.num_parameters() < LARGE_PARAMETERS
+    if small or device.type != "cpu" or seconds < max(60, result["seconds"] / 2):
         return True
     observers.note(
         f"no grid.png: drawing it would take {seconds / 60:.0f} minutes on this CPU; "

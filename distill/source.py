@@ -5,10 +5,12 @@ Everything random is drawn from (seed, counter) pairs, so a resumed run sees wha
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -37,17 +39,12 @@ class Batch:
         return len(self.t)
 
     def split(self, parts: int) -> list[Batch]:
-        """In up to `parts` batches of about equal size."""
-        bounds = [piece for piece in np.array_split(np.arange(len(self)), parts) if len(piece)]
-        return [
-            Batch(
-                z_t=self.z_t[rows.start : rows.stop],
-                t=self.t[rows.start : rows.stop],
-                text=self.text[rows.start : rows.stop],
-                guidance=self.guidance[rows.start : rows.stop],
-            )
-            for rows in (slice(int(piece[0]), int(piece[-1]) + 1) for piece in bounds)
-        ]
+        """In up to `parts` batches, whose sizes differ by one at most."""
+        pieces = [piece for piece in np.array_split(np.arange(len(self)), parts) if len(piece)]
+        return [self[int(piece[0]) : int(piece[-1]) + 1] for piece in pieces]
+
+    def __getitem__(self, rows: slice) -> Batch:
+        return Batch(z_t=self.z_t[rows], t=self.t[rows], text=self.text[rows], guidance=self.guidance[rows])
 
 
 class Source(ABC):
@@ -73,27 +70,20 @@ class Source(ABC):
 
 
 class TextCache:
-    """Embeddings of prompts, each computed once, kept on the CPU; the oldest go when memory runs short."""
+    """Embeddings of prompts, each computed once, kept on the CPU in at most `limit` bytes."""
 
     def __init__(self, model: Model, limit: int = 2**30) -> None:
-        self.model, self.limit, self.bytes = model, limit, 0
-        self._kept: OrderedDict[str, PromptEmbeds] = OrderedDict()
+        self.model = model
+        numbers = sum(math.prod(shape) for shape in model.family.prompt_shapes(model.pipeline).values())
+        # One at a time goes through the text encoder: the batch around a prompt changes its last bits, and a resumed
+        # run must give the bytes of an uninterrupted one.
+        self._embedded = lru_cache(maxsize=max(1, limit // (4 * numbers)))(
+            lambda prompt: model.family.embed(model.pipeline, [prompt]).to("cpu")
+        )
 
     def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """Embeddings of B prompts, float32, on the model's device.
-
-        One at a time goes through the text encoder: the batch around a prompt changes its last bits, and a resumed run
-        must give the bytes of an uninterrupted one.
-        """
-        for prompt in prompts:
-            if prompt not in self._kept:
-                embeds = self.model.family.embed(self.model.pipeline, [prompt]).to("cpu")
-                self._kept[prompt] = embeds
-                self.bytes += sum(tensor.nbytes for tensor in embeds.tensors().values())
-        found = PromptEmbeds.cat([self._kept[prompt] for prompt in prompts])
-        while self.bytes > self.limit:
-            _, oldest = self._kept.popitem(last=False)
-            self.bytes -= sum(tensor.nbytes for tensor in oldest.tensors().values())
+        """Embeddings of B prompts, float32, on the model's device."""
+        found = PromptEmbeds.cat([self._embedded(prompt) for prompt in prompts])
         return found.to(self.model.device, torch.float32)
 
 

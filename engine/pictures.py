@@ -7,6 +7,7 @@ import os
 import textwrap
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,10 +82,11 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """As RGB, by the ICC profile; without one, or where it is damaged, as Pillow converts it."""
     srgb = ImageCms.createProfile("sRGB")
     try:
-        if image.mode == "LAB":
-            return ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), srgb, outputMode="RGB")
-        if profile and "sRGB" not in ImageCms.getProfileName(found := ImageCms.ImageCmsProfile(io.BytesIO(profile))):
-            return ImageCms.profileToProfile(image, found, srgb, outputMode="RGB")
+        found: Any = ImageCms.createProfile("LAB") if image.mode == "LAB" else None
+        if found is None and profile:
+            found = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if found is not None and "sRGB" not in ImageCms.getProfileName(found):
+            return ImageCms.profileToProfile(image, found, srgb, outputMode="RGB") or image
     except (ImageCms.PyCMSError, OSError):
         pass
     return image.convert("RGB")

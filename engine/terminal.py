@@ -98,10 +98,10 @@ def progress_bar(description: str, total: int) -> Iterator[Any]:
 class _Lenient(io.FileIO):
     """A standard stream that takes all: what a full disk or a closed pipe can't take is lost without a word."""
 
-    def write(self, content: Any) -> int | None:
+    def write(self, content: Any, /) -> int:
         """See `io.FileIO.write`."""
         try:
-            return super().write(content)
+            return super().write(content) or 0
         except OSError:
             return len(content)
 

@@ -509,9 +509,8 @@ def test_what_of_the_data_is_not_used_is_said_once_and_recorded(tiny_files: Mode
 
 
 def test_a_picture_that_would_take_longer_than_the_run_is_left_out(tmp_path: Path) -> None:
-    preview = SimpleNamespace(
-        prompts=["a"] * 6, scales=[3.0], model=SimpleNamespace(files=SimpleNamespace(name="stable-diffusion"))
-    )
+    model = SimpleNamespace(files=SimpleNamespace(name="sd"), unet=SimpleNamespace(num_parameters=lambda: 860_000_000))
+    preview = SimpleNamespace(prompts=["a"] * 6, scales=[3.0], model=model)
     notes: list[str] = []
 
     def drawn(*, images_per_second: float, seconds: float, device: str = "cpu") -> bool:
@@ -525,6 +524,9 @@ def test_a_picture_that_would_take_longer_than_the_run_is_left_out(tmp_path: Pat
     assert drawn(images_per_second=0.1, seconds=1, device="cuda")
     assert not notes
     assert not drawn(images_per_second=0.1, seconds=60)
+    model.unet.num_parameters = lambda: 8_000_000
+    assert drawn(images_per_second=0.1, seconds=60)
+    assert len(notes) == 1
     assert "would take 16 minutes" in notes[0]
     assert "boostdiff generate" in notes[0]
 
