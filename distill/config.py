@@ -140,7 +140,7 @@ class DistillConfig:
 
         Args:
             in_bfloat16: whether the device has bfloat16 instructions.
-            embedded: whether the model is the one that ships prompts of its own.
+            embedded: whether the model is the one that ships with prompts.
         """
         preset = PRESETS[self.preset or "default"]
         defaults = {"precision": "bf16" if in_bfloat16 else "fp32", **METHOD_DEFAULTS[self.method], **preset}

@@ -185,7 +185,7 @@ def _run(
     observers: Observers,
 ) -> tuple[Run, Preview]:
     """The run's moving parts, with the weights read, and what draws its previews."""
-    # Under a launcher each process has an accelerator of its own.
+    # Under a launcher each process has its accelerator.
     device = accelerator.device if accelerator.num_processes > 1 else target
     model, adapter = _load(files, config, execution, device)
     schedule = NoiseSchedule.of(model.pipeline.scheduler, device)

@@ -1,4 +1,4 @@
-"""Captioned images as they are stored: folders, WebDataset shards, Parquet, saved and hub datasets, one kind of row.
+"""Captioned images as they are stored: folders, WebDataset shards, Parquet, saved and hub datasets, as one sort of row.
 
 What is read comes from outside and is treated so: nothing is unpickled, no code of a dataset is run, and no name in a
 file leads out of its folder.
@@ -50,7 +50,7 @@ def open_images(spec: str) -> ImageData:
         version of `datasets`.
 
     Raises:
-        InputError: there is nothing there, or nothing of these kinds.
+        InputError: there is nothing there, or none of these formats.
     """
     path = Path(spec)
     if path.is_file():
@@ -76,8 +76,8 @@ def open_images(spec: str) -> ImageData:
 
 def _passed_over(files: Sequence[Path], used: Sequence[Path], folder: Path) -> tuple[str, ...]:
     others = Counter(path.suffix.lower() or path.name for path in set(files) - set(used))
-    kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
-    return (f"{others.total()} files in {folder} are not used: {kinds}",) if others else ()
+    counts = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+    return (f"{others.total()} files in {folder} are not used: {counts}",) if others else ()
 
 
 def _permuted(count: int, row: Callable[[int], Row]) -> Rows:
@@ -175,7 +175,7 @@ def _shuffled(stream: datasets.IterableDataset, where: str) -> Rows:
 def _hub(name: str) -> Rows:
     try:
         builder = datasets.load_dataset_builder(name)
-    # Beside these, `requests` and `aiohttp` have errors of their own for a missing network.
+    # The hub client's errors are many, and those of a missing network are of other libraries.
     except Exception as error:
         reason = one_line(error)
         raise InputError(f"there is no folder or file {name}, and no hub dataset could be read: {reason}") from None

@@ -126,7 +126,7 @@ class Run:
     def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The teacher's x̂_w `(B, C, H, W)`, and for each sample, `(B,)`, equation (4) and the unguided loss.
 
-        The latter is that of the teacher's own conditional pass, which x̂_w needs anyway.
+        The latter is that of the teacher's conditional pass, which x̂_w needs anyway.
         """
         dtype = self.model.unet.dtype
         alpha, sigma = self.schedule.at(batch.t)

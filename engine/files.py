@@ -41,8 +41,8 @@ def decode_text(content: bytes) -> str:
     return content.decode("utf-16" if utf_16 else "utf-8-sig")
 
 
-def read_text(path: Path) -> str:
-    """See `decode_text`.
+def read_text(path: Path, what: str = "") -> str:
+    """See `decode_text`; `what` stands before the path in messages.
 
     Raises:
         InputError: the file is missing, unreadable or no text.
@@ -52,9 +52,9 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError:
         text = "\0"
     except OSError as error:
-        raise InputError(f"can't read {path}: {error.strerror or one_line(error)}") from None
+        raise InputError(f"can't read {what}{path}: {error.strerror or one_line(error)}") from None
     if "\0" in text:
-        raise InputError(f"can't read {path}: it is not UTF-8 text")
+        raise InputError(f"can't read {what}{path}: it is not UTF-8 text")
     return text
 
 

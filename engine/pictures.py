@@ -24,6 +24,7 @@ PICTURE_TYPES = tuple(sorted(end[1:] for end, kind in Image.registered_extension
 """Endings of the files that are pictures, without the dot, in lower case."""
 
 FIRST_FRAME = "with several frames or pages, of which the first is used"
+"""Why a picture is used in part."""
 
 _MARGIN = 8
 _TEXT = 13

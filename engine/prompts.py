@@ -27,7 +27,7 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         InputError: the file is missing, not UTF-8, malformed, or has no prompt.
     """
-    text = read_text(path)
+    text = read_text(path, "the prompt file ")
     suffix = path.suffix.lower()
     if suffix in _OTHER_SUFFIXES or _OTHER_FORMATS.match(text):
         raise InputError(f"the prompt file {path} is of another format: pass one prompt a line, JSON lines or CSV")

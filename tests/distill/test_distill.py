@@ -534,7 +534,7 @@ def test_a_picture_that_would_take_longer_than_the_run_is_left_out(tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "execution", "message"),
     [
-        ({"prompts": Path("missing.txt")}, {}, "can't read missing.txt"),
+        ({"prompts": Path("missing.txt")}, {}, "can't read the prompt file missing.txt"),
         ({"images": "missing"}, {}, "there is no image folder"),
         ({"prompts": Path("missing.txt"), "method": "bitfit"}, {"format": "kohya"}, "--format is not used with"),
     ],
