@@ -51,12 +51,12 @@ def resolve(config: DistillConfig, files: ModelFiles, device: torch.device) -> D
 
 
 def dry(files: ModelFiles, config: DistillConfig, execution: RunConfig, device: torch.device) -> dict[str, Any]:
-    """The resolved configuration, and the parameters that would be trained, from configuration files alone.
+    """The resolved configuration, and the parameters that would be trained, from configuration files and data alone.
 
     Raises:
-        InputError: see `plan`; or the UNet can't be made.
+        InputError: see `plan`, but that data may be left out; or the UNet can't be made.
     """
-    plan(files, config, execution, device)
+    plan(files, config, execution, device, needs_data=False)
     return config.as_json() | execution.as_json() | count_parameters(files, config)
 
 
@@ -133,7 +133,7 @@ def distill(
 
 
 def plan(
-    files: ModelFiles, config: DistillConfig, execution: RunConfig, device: torch.device
+    files: ModelFiles, config: DistillConfig, execution: RunConfig, device: torch.device, *, needs_data: bool = True
 ) -> tuple[list[str], ImageData | None]:
     """Find the data, and refuse what can't be trained.
 
@@ -142,11 +142,15 @@ def plan(
         config: resolved.
         execution: how the run is executed.
         device: resolved.
+        needs_data: whether to refuse a run without data.
+
+    Returns:
+        Prompts, or captioned images.
 
     Raises:
         InputError: there is no data, or model, configuration and device don't go together.
     """
-    if config.prompts is None and config.images is None:
+    if needs_data and config.prompts is None and config.images is None:
         raise InputError("there is nothing to train on: pass --prompts FILE or --images DIR")
     if config.images is None:
         refuse_unused(execution, "without --images", "max_bad_samples")
@@ -165,8 +169,7 @@ def plan(
     if execution.compile and (reason := missing_compiler(device)):
         raise InputError(f"--compile: {reason}")
     if config.images is None:
-        assert config.prompts is not None
-        return read_prompts(config.prompts), None
+        return read_prompts(config.prompts) if config.prompts else [], None
     # What reads them is large, and a run on prompts does without.
     from .image_files import open_images
 
