@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import torch
 
 from ..engine.families import TextEmbeddings
 from ..engine.latents import encode
 from ..engine.model import Model
-from .images import BadSample, ImageStream, Rows
+from ..engine.prompts import is_cut, token_limit
+from .images import ImageData, ImageStream
 from .objective import NoiseSchedule
 from .order import Share, noise_of
 from .source import Batch, Source, TextCache, draw_guidance
@@ -23,7 +26,7 @@ class CaptionedImages(Source):
     def __init__(
         self,
         model: Model,
-        rows: Rows,
+        data: ImageData,
         schedule: NoiseSchedule,
         *,
         share: Share,
@@ -37,13 +40,15 @@ class CaptionedImages(Source):
         self.embed = TextCache(model)
         self.unconditional = model.family.embed_negative(model.pipeline, negative_prompt).to(torch.float32)
         height, width = image_size(model)
+        cut = f"with a caption cut to {token_limit(model.pipeline)} tokens"
         self.stream = ImageStream(
-            rows,
+            data,
             height=height,
             width=width,
             batch_size=share.batch_size,
             seed=seed,
             max_bad_samples=max_bad_samples,
+            note_on=lambda caption: cut if is_cut(model.pipeline, caption) else "",
         )
 
     def batch(self, update: int) -> Batch:
@@ -72,27 +77,25 @@ class CaptionedImages(Source):
             guidance=torch.tensor(scales, device=x.device),
         )
 
-    def skipped(self) -> list[BadSample]:
-        """See `Source.skipped`.
+    def notes(self) -> Counter[str]:
+        """See `Source.notes`.
 
         Raises:
-            InputError: together the processes skipped more than allowed.
+            InputError: together the processes skipped more bad samples than allowed.
         """
-        self.stream.know_as_bad(self.share.gather_list(self.stream.bad))
-        return self.stream.bad
+        total = sum(self.share.gather_list([self.stream.notes]), Counter[str]())
+        self.stream.check(total)
+        return total
 
     def state(self) -> dict[str, torch.Tensor]:
-        """See `Source.state`.
-
-        Raises:
-            InputError: see `skipped`.
-        """
-        self.skipped()
+        """See `Source.state`."""
         return self.stream.state()
 
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """See `Source.restore`."""
+    def restore(self, state: dict[str, torch.Tensor], notes: Counter[str]) -> None:
+        """See `Source.restore`; one process goes on with the counts of all."""
         self.stream.restore(state)
+        if self.share.index == 0:
+            self.stream.notes = notes
 
 
 def image_size(model: Model) -> tuple[int, int]:

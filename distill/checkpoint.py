@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..engine.files import give_modes
+
 _FORMAT = "boostdiff-training-state-1"
 
 
@@ -50,7 +52,7 @@ def save_training_state(
         step: optimizer updates done so far.
         weights: the trained tensors (and an EMA of them, say) by name.
         optimizer: its `state_dict()` is stored; param groups must be plain JSON values.
-        data: the data source's own state.
+        data: the data source's state.
         header: JSON values to find again on loading.
     """
     state = optimizer.state_dict()
@@ -66,6 +68,7 @@ def save_training_state(
     }
     partial = path.with_name(f".{path.name}.partial")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    give_modes(partial)
     with partial.open("rb") as handle:
         os.fsync(handle.fileno())
     partial.replace(path)
@@ -87,15 +90,15 @@ def load_training_state(path: Path) -> TrainingState:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"can't read the checkpoint {path}: {error}") from None
-    moments: dict[int, dict[str, torch.Tensor]] = {}
     groups: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "data": {}}
+    moments: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
-        kind, name = key.split("/", 1)
-        if kind == "optimizer":
-            index, moment = name.split("/", 1)
-            moments.setdefault(int(index), {})[moment] = tensor
+        group, name = key.split("/", 1)
+        if group == "optimizer":
+            index, name = name.split("/", 1)
+            moments.setdefault(int(index), {})[name] = tensor
         else:
-            groups[kind][name] = tensor
+            groups[group][name] = tensor
     return TrainingState(
         step=int(metadata["step"]),
         weights=groups["weights"],

@@ -43,9 +43,10 @@ def distill(
     config = config_from(DistillConfig, options, guidance=low, guidance_max=high)
     execution = config_from(RunConfig, options)
     files = locate(model, weights=not dry_run)
-    config = resolve(config, files, resolve_device(device))
+    target = resolve_device(device)
+    config = resolve(config, files, target)
     if dry_run:
-        print_json({"model": model, "output": str(output), **dry(files, config, execution)})
+        print_json({"model": model, "output": str(output), **dry(files, config, execution, target)})
         return
     with progress_bar(f"distilling {config.method}", config.updates) as advance:
 
@@ -62,15 +63,14 @@ def distill(
         info = train(files, config, execution, output=output, device=device, observers=observers)
     if not is_main_process():
         return
-    if skipped := info.result["bad_samples"]:
-        console.print(f"{len(skipped)} unreadable samples were skipped; student.json lists them")
     if as_json:
         print_json({"output": str(output), **asdict(info)})
         return
+    preview = f"; preview: {output / 'grid.png'}" if (output / "grid.png").exists() else ""
     console.print(
         f"Student of {info.trainable_parameters:,} parameters in [bold]{output}[/] "
-        f"({_explained(info.result['guidance_r2'])}{info.result['seconds']:.0f} s); "
-        f"preview: {output / 'grid.png'}\nNext: [bold]boostdiff export --trt[/]"
+        f"({_explained(info.result['guidance_r2'])}{info.result['seconds']:.0f} s){preview}\n"
+        "Next: [bold]boostdiff export --trt[/]"
     )
 
 

@@ -63,7 +63,7 @@ class DistillConfig:
         Path | None,
         typer.Option(
             show_default="emoji64's own",
-            help="File with one prompt per line, or a COCO captions JSON: trains on online trajectories.",
+            help="File with one prompt per line, JSON lines, CSV, or COCO captions: trains on online trajectories.",
         ),
     ] = None
     images: Annotated[
@@ -140,7 +140,7 @@ class DistillConfig:
 
         Args:
             in_bfloat16: whether the device has bfloat16 instructions.
-            embedded: whether the model is the one that ships prompts of its own.
+            embedded: whether the model is the one that ships with prompts.
         """
         preset = PRESETS[self.preset or "default"]
         defaults = {"precision": "bf16" if in_bfloat16 else "fp32", **METHOD_DEFAULTS[self.method], **preset}
@@ -161,7 +161,7 @@ class RunConfig:
 
     resume: Annotated[bool, typer.Option("--resume", help="Continue the unfinished run of this output.")] = False
     max_bad_samples: Annotated[
-        int, typer.Option(min=0, help="Unreadable samples of --images to skip before the run stops.")
+        int, typer.Option(min=0, help="Unreadable samples of --images to skip in an epoch before the run stops.")
     ] = 0
     gradient_accumulation_steps: Annotated[
         int, typer.Option(min=1, help="Passes per update; increased automatically when out of memory.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import math
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,21 +19,21 @@ from ..engine.compiled import has_bfloat16, missing_compiler, use_plain_attentio
 from ..engine.errors import InputError
 from ..engine.files import prepare_output, publish
 from ..engine.guidance_input import make_adapter
-from ..engine.model import Model, ModelFiles, load, resolve_device
+from ..engine.model import LARGE_PARAMETERS, Model, ModelFiles, load, resolve_device
 from ..engine.options import refuse_unused
-from ..engine.prompts import read_prompts
+from ..engine.prompts import cut_note, read_prompts
 from ..engine.schedulers import make_scheduler
 from ..engine.student import INFO_FILE, StudentInfo
 from .captioned_images import CaptionedImages
 from .config import DistillConfig, RunConfig
-from .images import Rows
-from .loop import CHECKPOINT_FILE, Observers, Run
+from .images import ImageData
+from .loop import Observers, Run
 from .objective import NoiseSchedule
 from .order import Share
-from .preview import Preview
+from .preview import PREVIEW_STEPS, Preview
 from .run_folder import (
+    at_work_in,
     begin,
-    exclusive_lock,
     finished_run,
     identity,
     resumable_state,
@@ -51,12 +51,13 @@ def resolve(config: DistillConfig, files: ModelFiles, device: torch.device) -> D
     return config.resolved(in_bfloat16=has_bfloat16(device), embedded=files.folder == embedded.MODEL_DIR)
 
 
-def dry(files: ModelFiles, config: DistillConfig, execution: RunConfig) -> dict[str, Any]:
-    """The resolved configuration, and the parameters that would be trained, from configuration files alone.
+def dry(files: ModelFiles, config: DistillConfig, execution: RunConfig, device: torch.device) -> dict[str, Any]:
+    """The resolved configuration, and the parameters that would be trained, from configuration files and data alone.
 
     Raises:
-        InputError: the UNet can't be made.
+        InputError: see `plan`, but that data may be left out; or the UNet can't be made.
     """
+    plan(files, config, execution, device, needs_data=False)
     return config.as_json() | execution.as_json() | count_parameters(files, config)
 
 
@@ -98,68 +99,59 @@ def distill(
         InputError: the model, the data or the output can't be used, or there is nothing to resume.
         BoostDiffError: the loss is no longer finite or diverges, or the run was asked to stop.
     """
-    execution, observers = execution or RunConfig(), observers or Observers()
-    config = resolve(config, files, resolve_device(device))
     # Plan: all that can be refused, before the weights are read, which can take minutes.
-    _check(files, config, execution, resolve_device(device))
-    prompts = read_prompts(config.prompts) if config.prompts else []
-    rows = _opened(config.images) if config.images else None
+    execution, observers, target = execution or RunConfig(), observers or Observers(), resolve_device(device)
+    config = resolve(config, files, target)
+    prompts, images = plan(files, config, execution, target)
     prepare_output(output, replaces=INFO_FILE)
-    folder, same = work_folder(output), identity(files, config)
+    folder, same = work_folder(output), identity(files, config, images)
     if execution.resume and (ended := finished_run(output, same)):
         observers.note(f"the run in {output} has ended: there is nothing left to resume")
         return ended
     state = resumable_state(folder, same) if execution.resume else None
 
-    # Build the run, and open its folder.
-    accelerator, target = _accelerator(config, device, folder, execution.log_with)
-    model, adapter = _load(files, config, execution, target)
-    schedule = NoiseSchedule.of(make_scheduler("ddim", model.pipeline.scheduler.config), target)
-    source, shown = _source(model, config, execution, accelerator, schedule, prompts, rows)
-    run = Run(accelerator, model, adapter, source, schedule, config, execution, folder)
+    # Open the run folder.
+    accelerator = _accelerator(config, target, folder, execution.log_with)
+    run, preview = _run(files, config, execution, accelerator, target, prompts, images, folder, observers)
     if state is not None:
         run.restore(state)
     elif accelerator.is_main_process:
         begin(folder, same, observers)
     accelerator.wait_for_everyone()
-    preview = Preview(model, adapter, shown, config, autocast=accelerator.autocast, note=observers.note)
 
     info = None
-    with exclusive_lock(folder) if accelerator.is_main_process else nullcontext():
-        if observers.on_start:
-            observers.on_start(run.done)
+    with at_work_in(folder) if accelerator.is_main_process else nullcontext():
         if execution.log_with:
             accelerator.init_trackers("boostdiff", {key: value for key, value in same.items() if value is not None})
-        try:
-            result = run.train(observers, preview.write)
-        except InputError:
-            if accelerator.is_main_process and not (folder / CHECKPOINT_FILE).exists():
-                # Data that can't be used from the start leaves nothing to resume.
-                shutil.rmtree(folder)
-            raise
+        result = run.train(observers, preview.write)
         if accelerator.is_main_process:
-            info = write_student(folder, model, adapter, config, execution, identity=same, result=result)
-            (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+            info = write_student(run, identity=same, result=result)
             publish(folder, output)
             # The last: nothing that goes wrong with a picture is worth a student.
-            if observers.preview:
+            if observers.preview and _affordable(preview, result, target, observers, output):
                 preview.write(output / "grid.png")
-    accelerator.wait_for_everyone()
-    if accelerator.num_processes > 1:
-        (info,) = broadcast_object_list([info])
-    # Finishes the trackers and leaves the process group: a process that ends in one may abort at its exit.
-    accelerator.end_training()
-    assert info is not None
-    return info
+    return _from_main_process(accelerator, info)
 
 
-def _check(files: ModelFiles, config: DistillConfig, execution: RunConfig, device: torch.device) -> None:
-    """Refuse what can't be trained.
+def plan(
+    files: ModelFiles, config: DistillConfig, execution: RunConfig, device: torch.device, *, needs_data: bool = True
+) -> tuple[list[str], ImageData | None]:
+    """Find the data, and refuse what can't be trained.
+
+    Args:
+        files: the model.
+        config: resolved.
+        execution: how the run is executed.
+        device: resolved.
+        needs_data: whether to refuse a run without data.
+
+    Returns:
+        Prompts, or captioned images.
 
     Raises:
         InputError: there is no data, or model, configuration and device don't go together.
     """
-    if config.prompts is None and config.images is None:
+    if needs_data and config.prompts is None and config.images is None:
         raise InputError("there is nothing to train on: pass --prompts FILE or --images DIR")
     if config.images is None:
         refuse_unused(execution, "without --images", "max_bad_samples")
@@ -175,6 +167,50 @@ def _check(files: ModelFiles, config: DistillConfig, execution: RunConfig, devic
             raise InputError(f"the attention of {files.name} overflows in fp16: choose --precision bf16 or fp32")
     if execution.compile and (reason := missing_compiler(device)):
         raise InputError(f"--compile: {reason}")
+    if config.images is None:
+        return read_prompts(config.prompts) if config.prompts else [], None
+    # What reads them is large, and a run on prompts does without.
+    from .image_files import open_images
+
+    return [], open_images(config.images)
+
+
+def _run(
+    files: ModelFiles,
+    config: DistillConfig,
+    execution: RunConfig,
+    accelerator: Accelerator,
+    target: torch.device,
+    prompts: list[str],
+    images: ImageData | None,
+    folder: Path,
+    observers: Observers,
+) -> tuple[Run, Preview]:
+    """The run's moving parts, with the weights read, and what draws its previews."""
+    # Under a launcher each process has its accelerator.
+    device = accelerator.device if accelerator.num_processes > 1 else target
+    model, adapter = _load(files, config, execution, device)
+    schedule = NoiseSchedule.of(make_scheduler("ddim", model.pipeline.scheduler.config), device)
+    common: dict[str, Any] = {
+        "share": Share(batch_size=config.batch_size, index=accelerator.process_index, count=accelerator.num_processes),
+        "seed": config.seed,
+        "guidance": config.guidance_bounds,
+        "negative_prompt": config.negative_prompt,
+    }
+    source: Source
+    notes = [cut_note(model.pipeline, [config.negative_prompt], "negative prompts")]
+    if images is not None:
+        source = CaptionedImages(model, images, schedule, max_bad_samples=execution.max_bad_samples, **common)
+        shown = source.stream.captions(PREVIEW_ROWS)
+        notes += images.notes
+    else:
+        source = Trajectories(model, prompts, schedule, **common)
+        # Prompts that stand far apart show more than the first few of a sorted list.
+        shown = prompts[:: max(1, len(prompts) // PREVIEW_ROWS)][:PREVIEW_ROWS]
+        notes.append(cut_note(model.pipeline, prompts))
+    run = Run(accelerator, model, adapter, source, schedule, config, execution, folder)
+    run.notes = [note for note in notes if note]
+    return run, Preview(model, adapter, shown, config, autocast=accelerator.autocast, note=observers.note)
 
 
 def _load(
@@ -195,38 +231,6 @@ def _load(
     return model, adapter
 
 
-def _source(
-    model: Model,
-    config: DistillConfig,
-    execution: RunConfig,
-    accelerator: Accelerator,
-    schedule: NoiseSchedule,
-    prompts: list[str],
-    rows: Rows | None,
-) -> tuple[Source, list[str]]:
-    """The supply of batches, and the prompts that previews show."""
-    share = Share(batch_size=config.batch_size, index=accelerator.process_index, count=accelerator.num_processes)
-    common: dict[str, Any] = {
-        "share": share,
-        "seed": config.seed,
-        "guidance": config.guidance_bounds,
-        "negative_prompt": config.negative_prompt,
-    }
-    if rows is not None:
-        images = CaptionedImages(model, rows, schedule, max_bad_samples=execution.max_bad_samples, **common)
-        return images, images.stream.captions(PREVIEW_ROWS)
-    # Prompts that stand far apart show more than the first few of a sorted list.
-    shown = prompts[:: max(1, len(prompts) // PREVIEW_ROWS)][:PREVIEW_ROWS]
-    return Trajectories(model, prompts, schedule, **common), shown
-
-
-def _opened(images: str) -> Rows:
-    # What reads them is large, and a run on prompts does without.
-    from .image_files import open_images
-
-    return open_images(images)
-
-
 def _adapter(unet: Any, config: DistillConfig) -> Adapter:
     return make_adapter(
         config.method,
@@ -239,10 +243,7 @@ def _adapter(unet: Any, config: DistillConfig) -> Adapter:
     )
 
 
-def _accelerator(
-    config: DistillConfig, device: str, folder: Path, log_with: str | None
-) -> tuple[Accelerator, torch.device]:
-    target = resolve_device(device)
+def _accelerator(config: DistillConfig, target: torch.device, folder: Path, log_with: str | None) -> Accelerator:
     # accelerate keeps one state per process; a second run in it may use another precision.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
@@ -253,5 +254,32 @@ def _accelerator(
     )
     if config.batch_size < accelerator.num_processes:
         raise InputError(f"--batch-size {config.batch_size} is too small for {accelerator.num_processes} processes")
-    # Under a launcher each process has an accelerator of its own.
-    return accelerator, accelerator.device if accelerator.num_processes > 1 else target
+    return accelerator
+
+
+def _affordable(
+    preview: Preview, result: dict[str, Any], device: torch.device, observers: Observers, output: Path
+) -> bool:
+    """Whether the picture of a large model on a CPU takes less than half of the training's time; others always may."""
+    # A training sample takes two passes of the teacher, and one forward and backward of the student.
+    passes = PREVIEW_STEPS * len(preview.prompts) * (1 + 3 * len(preview.scales))
+    seconds = passes / 5 / (result["images_per_second"] or math.inf)
+    small = preview.model.unet.num_parameters() < LARGE_PARAMETERS
+    if small or device.type != "cpu" or seconds < max(60, result["seconds"] / 2):
+        return True
+    observers.note(
+        f"no grid.png: drawing it would take {seconds / 60:.0f} minutes on this CPU; "
+        f"`boostdiff generate PROMPT --model {preview.model.files.name} --student {output}` draws an image"
+    )
+    return False
+
+
+def _from_main_process(accelerator: Accelerator, info: StudentInfo | None) -> StudentInfo:
+    """What the main process has made, in all of them; the end of what they do together."""
+    accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        (info,) = broadcast_object_list([info])
+    # Finishes the trackers and leaves the process group: a process that ends in one may abort at its exit.
+    accelerator.end_training()
+    assert info is not None
+    return info

@@ -1,7 +1,7 @@
-"""Captioned images as they are stored: folders, WebDataset shards, parquet, saved and hub datasets, one kind of row.
+"""Captioned images as they are stored: folders, WebDataset shards, Parquet, saved and hub datasets, as one sort of row.
 
-What is read comes from outside and is treated so: nothing is unpickled, no code of a dataset is run, and no path
-leaves its folder.
+What is read comes from outside and is treated so: nothing is unpickled, no code of a dataset is run, and no name in a
+file leads out of its folder.
 """
 
 from __future__ import annotations
@@ -9,69 +9,75 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 import datasets
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets.packaged_modules.arrow.arrow import Arrow
 from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from ..engine.errors import InputError, one_line
-from ..engine.files import json_lines
-from .images import Row, Rows
+from ..engine.files import csv_rows, decode_text, json_lines
+from ..engine.pictures import PICTURE_TYPES, files_in
+from ..engine.prompts import TEXT_FIELDS
+from .images import ImageData, Row, Rows
 from .order import epoch_order
 
-METADATA = "metadata.jsonl"
+METADATA = {"metadata.jsonl": json_lines, "metadata.csv": csv_rows}
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
 CAPTION_COLUMNS = ("text", "caption", "prompt", "TEXT", "txt")
-IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 SHUFFLE_BUFFER = 1000
-ROWS_A_READ = 32
 
 
-def open_images(spec: str) -> Rows:
+def open_images(spec: str) -> ImageData:
     """Find captioned images, reading no more than names and column names.
 
     Args:
-        spec: a folder of images with captions in `metadata.jsonl` (`{"file_name": …, "text": …}` a line, the
+        spec: a folder of images with captions in `metadata.jsonl` or `metadata.csv` (file_name and text, the
             imagefolder convention of `datasets`) or in a `.txt` beside each image; a WebDataset `.tar` or a folder
             of them, as img2dataset writes them; a `.parquet` or a folder of them; a folder of
             `datasets.Dataset.save_to_disk`; or the id `org/name` of a dataset on the hub (its train split).
 
     Returns:
-        A function from (seed, epoch, rows to skip) to an epoch's rows: a full permutation of folders; shuffled
-        shards and a shuffle buffer of `SHUFFLE_BUFFER` rows for the rest, as `datasets.IterableDataset.shuffle` does
-        it: that order holds for one version of `datasets`.
+        Their rows by epoch: a full permutation of folders and saved datasets; shuffled shards and a shuffle buffer of
+        `SHUFFLE_BUFFER` rows for the rest, as `datasets.IterableDataset.shuffle` does it: that order holds for one
+        version of `datasets`.
 
     Raises:
-        InputError: there is nothing there, or nothing of these kinds.
+        InputError: there is nothing there, or none of these formats.
     """
     path = Path(spec)
     if path.is_file():
-        kind = path.suffix.lower()
-        if kind not in {".tar", ".parquet"}:
+        if path.suffix.lower() not in SHARDS:
             raise InputError(f"{path} is no image data: pass a folder, a .tar, a .parquet or a hub dataset org/name")
-        return _tars([str(path)]) if kind == ".tar" else _parquets([str(path)])
+        return ImageData(rows=SHARDS[path.suffix.lower()]([str(path)]), root=path.parent, files=(path,))
     if path.is_dir():
+        files = files_in(path)
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return _saved_dataset(path)
+            return ImageData(rows=_saved_dataset(path), root=path, files=tuple(files))
         # An image folder may still hold the archive that it came from.
-        if (path / METADATA).is_file():
-            return _folder(path)
-        # img2dataset puts a parquet of metadata beside each tar: tars come first.
-        for kind, opened in (("tar", _tars), ("parquet", _parquets)):
-            if shards := sorted(str(shard) for shard in path.rglob(f"*.{kind}") if shard.is_file()):
-                return opened(shards)
-        return _folder(path)
+        if not any((path / name).is_file() for name in METADATA):
+            # img2dataset puts a parquet of metadata beside each tar: tars come first.
+            for suffix, opened in SHARDS.items():
+                if shards := [file for file in files if file.suffix.lower() == suffix]:
+                    rows = opened([str(shard) for shard in shards])
+                    return ImageData(rows=rows, root=path, files=tuple(shards), notes=_passed_over(files, shards, path))
+        return _folder(path, files)
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", spec):
-        return _hub(spec)
+        return ImageData(rows=_hub(spec))
     raise InputError(f"there is no image folder or file {spec}")
+
+
+def _passed_over(files: Sequence[Path], used: Sequence[Path], folder: Path) -> tuple[str, ...]:
+    others = Counter(path.suffix.lower() or path.name for path in set(files) - set(used))
+    counts = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+    return (f"{others.total()} files in {folder} are not used: {counts}",) if others else ()
 
 
 def _permuted(count: int, row: Callable[[int], Row]) -> Rows:
@@ -81,32 +87,34 @@ def _permuted(count: int, row: Callable[[int], Row]) -> Rows:
     return rows
 
 
-def _folder(folder: Path) -> Rows:
-    metadata = folder / METADATA
-    found: list[tuple[Path, str | Path | None]] = []
-    if metadata.is_file():
-        inside = folder.resolve()
-        for number, row in enumerate(json_lines(metadata), start=1):
-            name = row.get("file_name")
-            if not isinstance(name, str):
-                raise InputError(f"{metadata} line {number} lacks file_name")
-            try:
-                escapes = not (folder / name).resolve().is_relative_to(inside)
-            except (OSError, ValueError, RuntimeError) as error:
-                raise InputError(f"{metadata} line {number} has no usable file_name: {one_line(error)}") from None
-            if escapes:
-                raise InputError(f"{metadata} line {number} points outside the folder: {name}")
-            found.append((folder / name, row.get("text")))
+def _folder(folder: Path, files: list[Path]) -> ImageData:
+    table = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    found: list[tuple[Path, Any]]
+    if table:
+        found = list(_described(table))
     else:
-        files = {path for path in folder.rglob("*") if not path.name.startswith(".")}
-        for path in files:
-            if path.suffix[1:].lower() in IMAGE_TYPES:
-                caption = path.with_suffix(".txt")
-                found.append((path, caption if caption in files else None))
+        captions = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
+        images = [path for path in files if path.suffix[1:].lower() in PICTURE_TYPES]
+        found = [(image, captions.get(image.with_suffix(""))) for image in images]
+    used = [path for pair in found for path in pair if isinstance(path, Path)] + ([table] if table else [])
+    notes = _passed_over(files, used, folder)
     if all(caption is None for _, caption in found):
-        raise InputError(f"{folder} holds no captioned images: add metadata.jsonl, or a .txt beside each image")
+        reason = f" ({notes[0]})" if notes else ""
+        raise InputError(f"{folder} holds no captioned images: add metadata.jsonl, or a .txt beside each image{reason}")
     found.sort(key=lambda pair: pair[0])
-    return _permuted(len(found), lambda i: Row(name=f"{found[i][0]}", image=found[i][0], caption=found[i][1]))
+    rows = _permuted(len(found), lambda i: Row(name=f"{found[i][0]}", image=found[i][0], caption=found[i][1]))
+    return ImageData(rows=rows, root=folder, files=tuple(sorted(set(used) & set(files))), notes=notes)
+
+
+def _described(table: Path) -> Iterator[tuple[Path, Any]]:
+    for number, row in METADATA[table.name](table):
+        name = row.get("file_name")
+        if not isinstance(name, str):
+            raise InputError(f"{table} line {number} lacks file_name")
+        # Links that stand in the folder are followed: a hub cache is made of them.
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts or "\0" in name:
+            raise InputError(f"{table} line {number} has a file_name that is not inside the folder: {name!r}")
+        yield table.parent / name, next((row[field] for field in TEXT_FIELDS if field in row), None)
 
 
 def _columns_of(names: list[str], where: str) -> tuple[str, str]:
@@ -120,10 +128,17 @@ def _columns_of(names: list[str], where: str) -> tuple[str, str]:
     return image, caption
 
 
-def _stored(value: Any) -> bytes | None:
-    """The encoded bytes of a cell. Paths in it are not followed: they could name any file of this machine."""
-    value = value.get("bytes") if isinstance(value, dict) else value
-    return value if isinstance(value, bytes) else None
+def _selected(data: Any, where: str) -> tuple[Any, Callable[[dict[str, Any]], dict[str, Any]]]:
+    """The two columns of a dataset that are used, and what makes the fields of a `Row` of their cells."""
+    image, caption = _columns_of(list(data.column_names or next(iter(data))), where)
+
+    def fields(cells: dict[str, Any]) -> dict[str, Any]:
+        # A path in a cell is not followed: it could name any file of this machine.
+        stored = cells[image] or {}
+        name = stored.get("path") or repr(str(cells[caption])[:60])
+        return {"name": f"{where}: {name}", "image": stored.get("bytes"), "caption": cells[caption]}
+
+    return data.select_columns([image, caption]).cast_column(image, datasets.Image(decode=False)), fields
 
 
 def _saved_dataset(folder: Path) -> Rows:
@@ -135,25 +150,24 @@ def _saved_dataset(folder: Path) -> Rows:
         if "train" not in table:
             raise InputError(f"the dataset {folder} has no split train, only {', '.join(table)}")
         table = table["train"]
-    image, caption = _columns_of(table.column_names, f"the dataset {folder}")
-    table = table.select_columns([image, caption])
-    if isinstance(table.features[image], datasets.Image):
-        table = table.cast_column(image, datasets.Image(decode=False))
-
-    def row(index: int) -> Row:
-        cells = table[index]
-        return Row(name=f"{folder} row {index}", image=_stored(cells[image]), caption=cells[caption])
-
-    return _permuted(len(table), row)
+    selected, fields = _selected(table, f"the dataset {folder}")
+    return _permuted(len(selected), lambda index: Row(**fields(selected[index])))
 
 
-def _shuffled(stream: datasets.IterableDataset) -> Rows:
+def _shuffled(stream: datasets.IterableDataset, where: str) -> Rows:
     """Rows of a stream of dicts with the fields of `Row`."""
 
     def rows(seed: int, epoch: int, skip: int) -> Iterator[Row]:
         shuffled = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         shuffled.set_epoch(epoch)
-        return (Row(**row) for row in islice(shuffled, skip, None))
+        try:
+            for row in islice(shuffled, skip, None):
+                yield Row(**row)
+        except InputError:
+            raise
+        # What datasets, pyarrow and fsspec raise on damaged files and broken connections is nearly anything.
+        except Exception as error:
+            raise InputError(f"can't read {where}: {one_line(error)}") from None
 
     return rows
 
@@ -161,7 +175,7 @@ def _shuffled(stream: datasets.IterableDataset) -> Rows:
 def _hub(name: str) -> Rows:
     try:
         builder = datasets.load_dataset_builder(name)
-    # Beside these, `requests` and `aiohttp` have errors of their own for a missing network.
+    # The hub client's errors are many, and those of a missing network are of other libraries.
     except Exception as error:
         reason = one_line(error)
         raise InputError(f"there is no folder or file {name}, and no hub dataset could be read: {reason}") from None
@@ -172,58 +186,24 @@ def _hub(name: str) -> Rows:
         )
     if "train" not in splits:
         raise InputError(f"the hub dataset {name} has no split train, only {', '.join(map(str, splits))}")
-    if not isinstance(builder, Arrow):
-        return (_tars if isinstance(builder, WebDataset) else _parquets)([str(url) for url in splits["train"]])
-    stream = builder.as_streaming_dataset(split="train")
-    image, caption = _columns_of(list(stream.column_names or next(iter(stream))), f"the hub dataset {name}")
-    stream = stream.select_columns([image, caption]).cast_column(image, datasets.Image(decode=False))
-
-    def fields(cells: dict[str, Any], index: int) -> dict[str, Any]:
-        return {"name": f"{name} sample {index}", "image": _stored(cells[image]), "caption": cells[caption]}
-
-    return _shuffled(stream.map(fields, with_indices=True, remove_columns=[image, caption]))
+    if isinstance(builder, WebDataset):
+        return _tars([str(url) for url in splits["train"]])
+    return _table(lambda: builder.as_streaming_dataset(split="train"), f"the hub dataset {name}")
 
 
-def _open(shard: str) -> BinaryIO:
-    return fsspec.open(shard).open() if "://" in shard else Path(shard).open("rb")
+def _table(opened: Callable[[], datasets.IterableDataset], where: str) -> Rows:
+    try:
+        stream, fields = _selected(opened(), where)
+    except InputError:
+        raise
+    except Exception as error:  # as in `_shuffled`
+        raise InputError(f"can't read {where}: {one_line(error)}") from None
+    return _shuffled(stream.map(fields, remove_columns=stream.column_names), where)
 
 
 def _parquets(shards: list[str]) -> Rows:
-    try:
-        with _open(shards[0]) as handle:
-            _columns_of(pq.ParquetFile(handle).schema_arrow.names, shards[0])
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise InputError(f"can't read {shards[0]}: {one_line(error)}") from None
-    return _shuffled(datasets.IterableDataset.from_generator(_parquet_rows, gen_kwargs={"shards": shards}))
-
-
-def _parquet_rows(shards: list[str]) -> Iterator[dict[str, Any]]:
-    for shard in shards:
-        try:
-            with _open(shard) as handle:
-                table = pq.ParquetFile(handle)
-                image, caption = _columns_of(table.schema_arrow.names, shard)
-                number = 0
-                for batch in table.iter_batches(ROWS_A_READ, columns=[image, caption]):
-                    for image_cell, caption_cell in zip(batch[image], batch[caption], strict=True):
-                        yield _parquet_row(f"{shard} row {number}", image_cell, caption_cell)
-                        number += 1
-        # Left half-read at the interpreter's end, when the modules named below are gone.
-        except GeneratorExit:
-            raise
-        except (OSError, ValueError, pa.ArrowException) as error:
-            # pyarrow tells of damaged pages by an OSError too, without a number. A failing disk or network is no
-            # bad sample: skipping would part the processes.
-            if isinstance(error, OSError) and (error.errno is not None or "://" in shard):
-                raise InputError(f"can't read {shard}: {one_line(error)}") from None
-            yield {"name": shard, "error": f"the rest of the file can't be read: {error}"}
-
-
-def _parquet_row(name: str, image: pa.Scalar, caption: pa.Scalar) -> dict[str, Any]:
-    try:
-        return {"name": name, "image": _stored(image.as_py()), "caption": caption.as_py()}
-    except UnicodeDecodeError as error:
-        return {"name": name, "error": f"can't read the caption: {error}"}
+    where = shards[0] if len(shards) == 1 else f"{shards[0]} … {shards[-1]}"
+    return _table(lambda: datasets.IterableDataset.from_parquet(shards), where)
 
 
 class _StrictTarInfo(tarfile.TarInfo):
@@ -240,7 +220,8 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 
 def _tars(shards: list[str]) -> Rows:
-    return _shuffled(datasets.IterableDataset.from_generator(_tar_rows, gen_kwargs={"shards": shards}))
+    stream = datasets.IterableDataset.from_generator(_tar_rows, gen_kwargs={"shards": shards})
+    return _shuffled(stream, shards[0])
 
 
 def _tar_rows(shards: list[str]) -> Iterator[dict[str, Any]]:
@@ -248,26 +229,39 @@ def _tar_rows(shards: list[str]) -> Iterator[dict[str, Any]]:
 
     Read here, not by the `datasets` builder, which takes the types of all samples from the first five, decodes
     members that nobody asked for (among them `.pth`, by `torch.load`), and takes damage for the end of a shard.
+
+    Raises:
+        InputError: a file can't be read, or holds a name twice, or the parts of a sample apart.
     """
     for shard in shards:
         try:
             with _open(shard) as handle, tarfile.open(fileobj=handle, mode="r|", tarinfo=_StrictTarInfo) as archive:
-                key, found = "", dict[str, bytes]()
+                key, found, met = "", dict[str, bytes | None](), set[str]()
                 for member in archive:
-                    folder, _, file = member.name.rpartition("/")
-                    stem, _, extension = file.partition(".")
-                    extension = extension.lower()
-                    if not member.isreg() or not stem or extension not in (*IMAGE_TYPES, "txt", "json"):
+                    name = PurePath(member.name)
+                    stem, _, extension = name.name.partition(".")
+                    if member.isdir() or not stem:
                         continue
-                    if f"{folder}/{stem}" != key and found:
-                        yield _tar_row(shard, key, found)
-                        found = {}
-                    key = f"{folder}/{stem}"
-                    content = archive.extractfile(member)
-                    found[extension] = content.read() if content else b""
+                    extension = extension.lower()
+                    if (at := str(name.parent / stem)) != key:
+                        if found:
+                            yield _tar_row(shard, key, found)
+                        key, found = at, {}
+                        again = key in met
+                        met.add(key)
+                    if again or extension in found:
+                        raise InputError(
+                            f"{shard} holds {member.name} twice, or apart from the other parts of its sample: "
+                            "pack it anew, sorted by name (tar --sort=name)"
+                        )
+                    last = extension.rpartition(".")[2]
+                    wanted = member.isreg() and last in (*PICTURE_TYPES, "txt", "json")
+                    content = archive.extractfile(member) if wanted else None
+                    found[extension] = content.read() if content else None
                 if found:
                     yield _tar_row(shard, key, found)
-        except GeneratorExit:  # as above
+        # Left half-read at the interpreter's end, when the modules named below are gone.
+        except GeneratorExit:
             raise
         except tarfile.TarError as error:
             yield {"name": shard, "error": f"the rest of the archive can't be read: {error}"}
@@ -275,14 +269,37 @@ def _tar_rows(shards: list[str]) -> Iterator[dict[str, Any]]:
             raise InputError(f"can't read {shard}: {one_line(error)}") from None
 
 
-def _tar_row(shard: str, key: str, found: dict[str, bytes]) -> dict[str, Any]:
-    name = f"{shard}/{key.removeprefix('/')}"
+def _open(shard: str) -> BinaryIO:
+    return fsspec.open(shard).open() if "://" in shard else Path(shard).open("rb")
+
+
+def _tar_row(shard: str, key: str, found: dict[str, bytes | None]) -> dict[str, Any]:
+    """The fields of a sample's `Row`, of its members by what follows the first dot of their names.
+
+    A member whose name has more dots serves where no other is of its type.
+    """
+    row: dict[str, Any] = {"name": f"{shard}/{key}"}
+
+    def one_of(*types: str) -> str | None:
+        plain = [name for name in types if name in found]
+        members = plain[:1] or [name for name in found if name.rpartition(".")[2] in types]
+        if len(members) > 1:
+            row.setdefault("error", f"several members of one name up to the first dot: {', '.join(members)}")
+        return members[0] if members else None
+
+    picture, text, described = one_of(*PICTURE_TYPES), one_of("txt"), one_of("json")
+    used = {name for name in (picture, text, described) if name}
+    if "error" in row or any(found[name] is None for name in used):
+        return {"error": "a link in the archive, or no file: pack it with tar --dereference --hard-dereference"} | row
     try:
-        caption = found["txt"].decode() if "txt" in found else None
-        if not (caption and caption.strip()) and "json" in found:
-            described = json.loads(found["json"])
-            caption = described.get("caption", caption) if isinstance(described, dict) else caption
-    except ValueError as error:
-        return {"name": name, "error": f"can't read the caption: {error}"}
-    image = next((found[kind] for kind in IMAGE_TYPES if kind in found), None)
-    return {"name": name, "image": image, "caption": caption}
+        caption = decode_text(found[text] or b"") if text else None
+        if not (caption and caption.strip()) and described:
+            values = json.loads(decode_text(found[described] or b""))
+            caption = values.get("caption", caption) if isinstance(values, dict) else caption
+    except (ValueError, RecursionError) as error:
+        return row | {"error": f"can't read the caption: {error}"}
+    notes = [f"with members that are not used (.{name})" for name in sorted(set(found) - used)]
+    return row | {"image": found[picture] if picture else None, "caption": caption, "notes": tuple(notes)}
+
+
+SHARDS = {".tar": _tars, ".parquet": _parquets}

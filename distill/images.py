@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from ..engine.errors import InputError, one_line
+from ..engine.errors import InputError
+from ..engine.files import decode_text, lines_of, sha256_of
+from ..engine.pictures import PictureError, read_picture
 
-# Pillow's other decoders are rarely wanted and more easily attacked; EPS would even start Ghostscript.
-PIL_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
-# `formats` of `Image.open` takes only what is loaded.
-Image.init()
 DECODING_THREADS = min(8, os.cpu_count() or 1)
+LEFT_OUT = "left out: "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,63 +26,100 @@ class Row:
     """One sample as it is stored, not decoded.
 
     Attributes:
-        name: says where it stands, for messages.
+        name: where it stands, for messages.
         image: encoded bytes, or the file that holds them.
         caption: text, or the file whose first line that isn't blank is the caption.
         error: why there is no sample here (a shard cut short, say); image and caption are then None.
+        notes: what of it is not used, to follow "2 of 10 samples".
     """
 
     name: str
     image: bytes | Path | None = None
     caption: str | Path | None = None
     error: str | None = None
+    notes: tuple[str, ...] = ()
 
 
-# (seed, epoch, skip) -> the rows of that epoch from number `skip` on.
 Rows = Callable[[int, int, int], Iterator[Row]]
+"""(seed, epoch, skip) -> the rows of that epoch from number `skip` on."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class BadSample:
-    """A sample, or the rest of a shard, that was skipped, and why."""
+class ImageData:
+    """Captioned images that were found.
 
-    name: str
-    reason: str
+    Attributes:
+        rows: the samples, by epoch.
+        root: folder that the files' names begin from.
+        files: images, captions and shards behind the rows; none of a hub dataset.
+        notes: what was passed over when they were listed, in words.
+    """
+
+    rows: Rows
+    root: Path = Path()
+    files: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def content(self) -> list[tuple[str, int | str]]:
+        """Names and sizes of the images and shards, names and hashes of the texts."""
+        texts = {".txt", ".jsonl", ".csv"}
+        values = (sha256_of(path) if path.suffix.lower() in texts else path.stat().st_size for path in self.files)
+        return list(zip((path.relative_to(self.root).as_posix() for path in self.files), values, strict=True))
 
 
 class _BadSampleError(Exception):
-    """A sample can't be used; the text says why."""
+    """A sample can't be used."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sample:
+    caption: str
+    pixels: torch.Tensor
+    notes: Counter[str]
 
 
 class ImageStream:
     """Batches of captioned images, endless, in an order drawn from the seed and the epoch alone.
 
     Every process walks the same rows. An update takes a window of the next `batch_size` rows, which may reach into
-    the next epoch, and a process decodes only its own slots of it. Where a slot's row is bad, the slot takes the
-    next good row of the window, going round at its end, so that row is seen twice; a window without a good row is
-    passed over. So batches don't depend on the number of processes, and nothing is exchanged between them.
+    the next epoch, and a process decodes only its slots of it. Where a slot's row is bad, the slot takes the next good
+    row of the window, going round at its end, so that row is seen twice; a window without a good row is passed over.
+    So batches don't depend on the number of processes, and nothing is exchanged between them.
 
     Attributes:
-        bad: the bad samples that this process met, each once. It counts its own: the same shard can be on the lists
-            of several processes.
+        notes: how many of the samples that this process met were left out or are used in part, by reason; all of them
+            under "".
     """
 
     def __init__(
-        self, rows: Rows, *, height: int, width: int, batch_size: int, seed: int, max_bad_samples: int = 0
+        self,
+        data: ImageData,
+        *,
+        height: int,
+        width: int,
+        batch_size: int,
+        seed: int,
+        max_bad_samples: int = 0,
+        note_on: Callable[[str], str] = lambda caption: "",
     ) -> None:
         """Start before the first row.
 
         Args:
-            rows: from `open_images`.
+            data: from `open_images`.
             height: of the pixels.
             width: of the pixels.
             batch_size: rows per update, over all processes.
             seed: of the order.
-            max_bad_samples: how many bad samples are skipped before the run stops.
+            max_bad_samples: how many bad samples an epoch may have.
+            note_on: what of a caption is not used, in words; or "".
         """
-        self.rows, self.height, self.width, self.batch_size, self.seed = rows, height, width, batch_size, seed
-        self.max_bad_samples = max_bad_samples
-        self.bad: list[BadSample] = []
+        self.rows, self.height, self.width, self.batch_size, self.seed = data.rows, height, width, batch_size, seed
+        self.max_bad_samples, self.note_on = max_bad_samples, note_on
+        self.notes = Counter[str]()
         self._start(epoch=0, position=0)
 
     def _start(self, *, epoch: int, position: int) -> None:
@@ -109,12 +144,12 @@ class ImageStream:
         first_epoch = self.epoch
         while True:
             window = [self._next_row() for _ in range(self.batch_size)]
-            decoded = self._fill(window, members)
-            if decoded is not None:
-                return [caption for caption, _ in decoded], torch.stack([pixels for _, pixels in decoded])
+            samples = self._samples(window, members)
+            if samples is not None:
+                return [sample.caption for sample in samples], torch.stack([sample.pixels for sample in samples])
             # Two epochs further, one lies wholly between.
             if self.epoch - first_epoch >= 2:
-                raise InputError("a whole epoch of --images has no usable sample: the last was " + self._last_bad())
+                raise InputError(f"a whole epoch of --images has no usable sample: {'; '.join(in_words(self.notes))}")
 
     def captions(self, count: int) -> list[str]:
         """Up to `count` captions from the first epoch, without decoding images or moving the stream."""
@@ -129,17 +164,11 @@ class ImageStream:
         return found
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What `restore` needs: the epoch, the rows taken from it, and the bad samples as JSON in UTF-8."""
-        bad = json.dumps([asdict(sample) for sample in self.bad]).encode()
-        return {
-            "epoch": torch.tensor(self.epoch),
-            "position": torch.tensor(self.position),
-            "bad": torch.frombuffer(bytearray(bad), dtype=torch.uint8),
-        }
+        """What `restore` needs beside the notes: the epoch and the number of rows taken from it."""
+        return {"epoch": torch.tensor(self.epoch), "position": torch.tensor(self.position)}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from `state()`: rows already taken are read past, not decoded."""
-        self.bad = [BadSample(**sample) for sample in json.loads(bytes(state["bad"].tolist()))]
         self._start(epoch=int(state["epoch"]), position=int(state["position"]))
 
     def _next_row(self) -> Row:
@@ -154,64 +183,72 @@ class ImageStream:
         self.position += 1
         return row
 
-    def _fill(self, window: list[Row], members: range) -> list[tuple[str, torch.Tensor]] | None:
-        """Captions and pixels of the members; None if every row of the window is bad."""
-        outcome: dict[int, tuple[str, torch.Tensor] | None] = {}
+    def _samples(self, window: list[Row], members: range) -> list[_Sample] | None:
+        """What the members get; None if every row of the window is bad."""
+        tried: dict[int, _Sample | _BadSampleError] = {}
         with ThreadPoolExecutor(DECODING_THREADS) as pool:
-            # Outcomes are judged in order: which bad sample stops the run doesn't depend on the threads.
-            for slot, result in zip(members, pool.map(self._try, [window[slot] for slot in members]), strict=True):
-                outcome[slot] = self._judged(window[slot], result)
+            tried.update(zip(members, pool.map(self._try, [window[slot] for slot in members]), strict=True))
+        # In order: which bad sample stops the run doesn't depend on the threads.
+        for slot in members:
+            self._count(window[slot], tried[slot])
         chosen = []
         for slot in members:
             for other in ((slot + step) % len(window) for step in range(len(window))):
-                if other not in outcome:
-                    outcome[other] = self._judged(window[other], self._try(window[other]))
-                sample = outcome[other]
-                if sample is not None:
+                # Another process's row is counted there.
+                sample = tried[other] if other in tried else tried.setdefault(other, self._try(window[other]))
+                if isinstance(sample, _Sample):
                     chosen.append(sample)
                     break
             else:
                 return None
         return chosen
 
-    def _try(self, row: Row) -> tuple[str, torch.Tensor] | BadSample:
+    def _try(self, row: Row) -> _Sample | _BadSampleError:
         try:
-            return _caption(row), _pixels(row, self.height, self.width)
+            caption = _caption(row)
+            pixels, notes = _pixels(row, self.height, self.width)
         except _BadSampleError as error:
-            return BadSample(name=row.name, reason=one_line(error))
+            return error
+        return _Sample(caption=caption, pixels=pixels, notes=notes + Counter(row.notes))
 
-    def _judged(self, row: Row, result: tuple[str, torch.Tensor] | BadSample) -> tuple[str, torch.Tensor] | None:
-        if not isinstance(result, BadSample):
-            return result
-        self.know_as_bad([*self.bad, result])
-        return None
+    def _count(self, row: Row, sample: _Sample | _BadSampleError) -> None:
+        self.notes[""] += 1
+        if isinstance(sample, _Sample):
+            cut = self.note_on(sample.caption)
+            self.notes += sample.notes + Counter([cut] if cut else [])
+            return
+        self.notes[f"{LEFT_OUT}{sample.reason}"] += 1
+        self.check(self.notes, f"{row.name}: {sample}")
 
-    def know_as_bad(self, samples: Iterable[BadSample]) -> None:
-        """Take these as the bad samples, each once.
+    def check(self, notes: Counter[str], last: str = "in another process") -> None:
+        """Refuse more bad samples than allowed.
 
         Raises:
-            InputError: they are more than allowed.
+            InputError: there are more among `notes`.
         """
-        self.bad = list({sample.name: sample for sample in samples}.values())
-        if len(self.bad) > self.max_bad_samples:
+        bad = sum(count for reason, count in notes.items() if reason.startswith(LEFT_OUT))
+        if bad > self.max_bad_samples * (self.epoch + 1):
             raise InputError(
-                f"bad image sample {self._last_bad()}; repair or remove it, "
-                f"or skip some with --max-bad-samples (now {self.max_bad_samples})"
+                f"bad image sample {last}; repair or remove it, or skip some with --max-bad-samples "
+                f"(now {self.max_bad_samples})"
             )
 
-    def _last_bad(self) -> str:
-        return f"{self.bad[-1].name}: {self.bad[-1].reason}"
+
+def in_words(notes: Counter[str]) -> list[str]:
+    """The notes of an `ImageStream`, a sentence each."""
+    return [f"{count} of {notes['']} samples {reason}" for reason, count in sorted(notes.items()) if reason]
 
 
 def _caption(row: Row) -> str:
     if row.error:
-        raise _BadSampleError(row.error)
+        reason, _, detail = row.error.partition(": ")
+        raise _BadSampleError(reason, detail)
     text = row.caption
     if isinstance(text, Path):
         try:
-            lines = text.read_text(encoding="utf-8").splitlines()
+            lines = lines_of(decode_text(text.read_bytes()))
         except (OSError, UnicodeDecodeError) as error:
-            raise _BadSampleError(f"can't read the caption {text}: {error}") from None
+            raise _BadSampleError("can't read the caption", f"{text}: {error}") from None
         text = next((line for line in lines if line.strip()), "")
     if text is None:
         raise _BadSampleError("it has no caption")
@@ -220,37 +257,17 @@ def _caption(row: Row) -> str:
     return " ".join(text.split())
 
 
-def _pixels(row: Row, height: int, width: int) -> torch.Tensor:
+def _pixels(row: Row, height: int, width: int) -> tuple[torch.Tensor, Counter[str]]:
     if row.image is None:
         raise _BadSampleError("it has no image")
     try:
-        data = row.image.read_bytes() if isinstance(row.image, Path) else row.image
-        with Image.open(io.BytesIO(data), formats=PIL_FORMATS) as opened:
-            image = rgb_of(opened)
-    except UnidentifiedImageError:
-        raise _BadSampleError(f"can't decode the image: it is none of {', '.join(PIL_FORMATS)}") from None
-    # On damaged files Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error, …
-    except Exception as error:
-        raise _BadSampleError(f"can't decode the image: {one_line(error)}") from None
+        image, notes = read_picture(row.image)
+    except PictureError as error:
+        raise _BadSampleError("can't decode the image", str(error)) from None
     enlarged = image.width * image.height * max(height / image.height, width / image.width) ** 2
     if enlarged > 2 * (Image.MAX_IMAGE_PIXELS or enlarged):
-        raise _BadSampleError(f"the image is too narrow: {image.width} by {image.height} pixels")
-    return pixels_of(image, height, width)
-
-
-def rgb_of(image: Image.Image) -> Image.Image:
-    """An RGB picture as a viewer shows it on a white page.
-
-    The EXIF orientation is applied; transparency is composed over white, for what lies beneath it is arbitrary;
-    16-bit gray is scaled to 8 bits, which Pillow's own conversion clips.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        raise _BadSampleError("the image is too narrow", f"{image.width} by {image.height} pixels")
+    return pixels_of(image, height, width), notes
 
 
 def pixels_of(image: Image.Image, height: int, width: int) -> torch.Tensor:

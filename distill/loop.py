@@ -10,9 +10,10 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,11 +24,13 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from ..engine.adapters import Adapter
 from ..engine.compiled import TrainingRunner
 from ..engine.errors import BoostDiffError, InputError
+from ..engine.files import give_modes
 from ..engine.guidance import GuidedDenoiser, SinglePassDenoiser
 from ..engine.model import Model
 from ..engine.runners import TorchRunner
 from .checkpoint import TrainingState, save_training_state
 from .config import DistillConfig, RunConfig, learning_rate_at
+from .images import in_words
 from .monitoring import LossWatch, Pace, StopRequest, peak_memory, stop_request
 from .objective import NoiseSchedule, distillation_loss, guidance_weight, x_from_prediction
 from .source import Batch, Source
@@ -92,6 +95,7 @@ class Run:
         folder: folder of checkpoint and log.
         done: number of updates done.
         watch: all losses so far.
+        notes: what of the data is not used, in words.
         parts: passes per update; more than configured where memory does not suffice.
     """
 
@@ -105,6 +109,7 @@ class Run:
     folder: Path
     done: int = 0
     watch: LossWatch = field(default_factory=LossWatch)
+    notes: list[str] = field(default_factory=list)
     parts: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -121,7 +126,7 @@ class Run:
     def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The teacher's x̂_w `(B, C, H, W)`, and for each sample, `(B,)`, equation (4) and the unguided loss.
 
-        The latter is that of the teacher's own conditional pass, which x̂_w needs anyway.
+        The latter is that of the teacher's conditional pass, which x̂_w needs anyway.
         """
         dtype = self.model.unet.dtype
         alpha, sigma = self.schedule.at(batch.t)
@@ -239,7 +244,7 @@ class Run:
         except ValueError as error:
             raise InputError(f"can't resume: {error}; run without --resume") from None
         self.optimizer.load_state_dict(state.optimizer)
-        self.source.restore(state.data)
+        self.source.restore(state.data, Counter(state.header.get("notes", {})))
         self.done = state.step
         try:
             for line in _log_lines(self.folder / LOG_FILE, self.done):
@@ -253,7 +258,7 @@ class Run:
 
     def checkpoint(self) -> None:
         """Write all that a run needs to continue, from the main process; called in every one."""
-        data = self.source.state()
+        data, notes = self.source.state(), self.source.notes()
         if not self.accelerator.is_main_process:
             return
         scaler = self.accelerator.scaler
@@ -263,13 +268,17 @@ class Run:
             weights=dict(self.adapter.parameters()),
             optimizer=self.optimizer,
             data=data,
-            header={"scaler": None if scaler is None else scaler.state_dict()},
+            header={"scaler": None if scaler is None else scaler.state_dict(), "notes": notes},
         )
 
     def train(self, observers: Observers, draw: Callable[[Path], None]) -> dict[str, Any]:
         """Do the updates that are left; what `student.json` says of them."""
         start, began, pace = self.done, time.monotonic(), Pace(self.config.batch_size)
         main = self.accelerator.is_main_process
+        for note in self.notes if main else ():
+            observers.note(note)
+        if observers.on_start:
+            observers.on_start(start)
         with _open_log(self.folder / LOG_FILE, start, main) as log, stop_request() as request:
             for update in range(start, self.config.updates):
                 stop = self.update(update, request, observers.note)
@@ -303,6 +312,9 @@ class Run:
                         f"stopped by {request.name or 'another process'} after update {self.done}, saved: "
                         "the same command with --resume continues from there"
                     )
+        notes = in_words(self.source.notes())
+        for note in notes if main else ():
+            observers.note(note)
         return {
             "updates": self.config.updates,
             "resumed_at": start,
@@ -313,7 +325,7 @@ class Run:
             "gradient_accumulation_steps": self.parts,
             "processes": self.accelerator.num_processes,
             "peak_memory": peak_memory(self.model.device),
-            "bad_samples": [asdict(sample) for sample in self.source.skipped()],
+            "notes": self.notes + notes,
         }
 
     def refuse(self, reason: str) -> None:
@@ -327,6 +339,7 @@ class Run:
                 parameter.copy_(good)
         if self.accelerator.is_main_process:
             self.adapter.save(self.folder, self.model.pipeline)
+            give_modes(self.folder)
         raise BoostDiffError(
             f"{reason}: lower --learning-rate and run again; the last good adapter is kept in {self.folder}"
         )

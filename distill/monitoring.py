@@ -58,7 +58,7 @@ class LossWatch:
 
     Attributes:
         losses: equation (4), one per update.
-        unguided: the same for the teacher's own conditional pass, which is a student that has learned nothing.
+        unguided: the same for the teacher's conditional pass, which is a student that has learned nothing.
     """
 
     WINDOW = 10

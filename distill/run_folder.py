@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..engine.adapters import Adapter, Lora
+from ..engine.adapters import Lora
 from ..engine.errors import InputError
 from ..engine.files import locked, read_json, sha256_of, write_json
-from ..engine.model import Model, ModelFiles
+from ..engine.model import ModelFiles
 from ..engine.student import INFO_FILE, StudentInfo, read_student
 from ..engine.versions import versions
 from .checkpoint import CheckpointError, TrainingState, load_training_state
-from .config import DistillConfig, RunConfig
-from .loop import CHECKPOINT_FILE, Observers
+from .config import DistillConfig
+from .images import ImageData
+from .loop import CHECKPOINT_FILE, Observers, Run
 
 CONFIG_FILE = "config.json"
 
@@ -39,28 +42,47 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def identity(files: ModelFiles, config: DistillConfig) -> dict[str, Any]:
-    """What a resumed run must share with its beginning: the settings, and the content of the files behind them."""
-    values = config.as_json() | {"unet_sha256": files.unet_sha256()}
+@contextmanager
+def at_work_in(folder: Path) -> Iterator[None]:
+    """`exclusive_lock`; data that can't be used from the start leaves nothing to resume."""
+    with exclusive_lock(folder):
+        try:
+            yield
+        except InputError:
+            if not (folder / CHECKPOINT_FILE).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def identity(files: ModelFiles, config: DistillConfig, images: ImageData | None) -> dict[str, Any]:
+    """What a resumed run must share with its beginning: the settings, and the content of the files behind them.
+
+    Of images that is as far as they are listed: names and sizes, and the captions in files of text.
+    """
+    parts = {"unet": files.unet_sha256(), "model_index": sha256_of(files.folder / "model_index.json")}
+    parts |= files.other_sha256()
     if config.prompts:
-        values["prompts_sha256"] = sha256_of(config.prompts)
-    return values
+        parts["prompts"] = sha256_of(config.prompts)
+    if images is not None and images.files:
+        parts["images"] = hashlib.sha256(json.dumps(images.content()).encode()).hexdigest()
+    return config.as_json() | {f"{name}_sha256": value for name, value in parts.items()}
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What differs between two identities, in words; "" if nothing does."""
 
     def comparable(values: dict[str, Any]) -> dict[str, Any]:
-        # Of prompts the content counts, and a path from elsewhere is the same file.
-        return values | {"prompts": None, "images": _absolute(values.get("images"))}
+        # Of files the content counts; a dataset on the hub has its name alone.
+        return values | {"prompts": None} | ({"images": None} if values.get("images_sha256") else {})
 
     old, new = comparable(before), comparable(now)
     changed = sorted(key for key in new.keys() | old.keys() if old.get(key) != new.get(key))
-    return ", ".join(f"{key} was {old.get(key)}, is {new.get(key)}" for key in changed)
-
-
-def _absolute(images: str | None) -> str | None:
-    return str(Path(images).resolve()) if images and Path(images).exists() else images
+    return ", ".join(
+        f"the content of {key.removesuffix('_sha256')} is another"
+        if key.endswith("_sha256")
+        else f"{key} was {old.get(key)}, is {new.get(key)}"
+        for key in changed
+    )
 
 
 def begin(folder: Path, identity: dict[str, Any], observers: Observers) -> None:
@@ -75,7 +97,7 @@ def begin(folder: Path, identity: dict[str, Any], observers: Observers) -> None:
             else:
                 shutil.rmtree(folder)
     folder.mkdir()
-    write_json(folder / CONFIG_FILE, identity | {"images": _absolute(identity["images"])})
+    write_json(folder / CONFIG_FILE, identity)
 
 
 def resumable_state(folder: Path, identity: dict[str, Any]) -> TrainingState | None:
@@ -101,25 +123,17 @@ def finished_run(output: Path, identity: dict[str, Any]) -> StudentInfo | None:
     if (work_folder(output) / CONFIG_FILE).is_file() or not (output / INFO_FILE).is_file():
         return None
     info = read_student(output)
-    before = {key: info.settings.get(key) for key in identity} | {"unet_sha256": info.unet_sha256}
+    before = {key: info.settings.get(key) for key in identity}
     if changes := _changes(before, identity):
         raise InputError(f"the run in {output} has ended, under other settings ({changes}): run without --resume")
     return info
 
 
-def write_student(
-    folder: Path,
-    model: Model,
-    adapter: Adapter,
-    config: DistillConfig,
-    execution: RunConfig,
-    *,
-    identity: dict[str, Any],
-    result: dict[str, Any],
-) -> StudentInfo:
-    """The adapter's files, and `student.json` that names them."""
-    paths = adapter.save(folder, model.pipeline)
-    if execution.format == "kohya":
+def write_student(run: Run, *, identity: dict[str, Any], result: dict[str, Any]) -> StudentInfo:
+    """The adapter's files, and `student.json` that names them, in place of the checkpoint."""
+    config, adapter, folder = run.config, run.adapter, run.folder
+    paths = adapter.save(folder, run.model.pipeline)
+    if run.execution.format == "kohya":
         inner = getattr(adapter, "inner", adapter)
         assert isinstance(inner, Lora)
         inner.save_kohya(folder)
@@ -129,13 +143,14 @@ def write_student(
         guidance=(low + high) / 2,
         guidance_range=(low, high) if config.guidance_conditioned else None,
         negative_prompt=config.negative_prompt,
-        model=model.files.name,
+        model=run.model.files.name,
         unet_sha256=identity["unet_sha256"],
         adapter_files={path.name: sha256_of(path) for path in paths},
         trainable_parameters=adapter.count(),
-        settings=identity | execution.as_json(),
+        settings=identity | run.execution.as_json(),
         versions=versions(),
         result=result,
     )
     info.write(folder)
+    (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
     return info

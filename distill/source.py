@@ -5,17 +5,18 @@ Everything random is drawn from (seed, counter) pairs, so a resumed run sees wha
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 
 from ..engine.families import PromptEmbeds, TextEmbeddings
 from ..engine.model import Model
-from .images import BadSample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +39,12 @@ class Batch:
         return len(self.t)
 
     def split(self, parts: int) -> list[Batch]:
-        """In up to `parts` batches of about equal size."""
-        bounds = [piece for piece in np.array_split(np.arange(len(self)), parts) if len(piece)]
-        return [
-            Batch(
-                z_t=self.z_t[rows.start : rows.stop],
-                t=self.t[rows.start : rows.stop],
-                text=self.text[rows.start : rows.stop],
-                guidance=self.guidance[rows.start : rows.stop],
-            )
-            for rows in (slice(int(piece[0]), int(piece[-1]) + 1) for piece in bounds)
-        ]
+        """In up to `parts` batches, whose sizes differ by one at most."""
+        pieces = [piece for piece in np.array_split(np.arange(len(self)), parts) if len(piece)]
+        return [self[int(piece[0]) : int(piece[-1]) + 1] for piece in pieces]
+
+    def __getitem__(self, rows: slice) -> Batch:
+        return Batch(z_t=self.z_t[rows], t=self.t[rows], text=self.text[rows], guidance=self.guidance[rows])
 
 
 class Source(ABC):
@@ -65,36 +61,29 @@ class Source(ABC):
         """What a checkpoint must hold for this source to continue, the same in every process; called in every one."""
         return {}
 
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Continue from `state()`."""
+    def notes(self) -> Counter[str]:
+        """How many samples were left out or are used in part, by reason, in all processes; called in every one."""
+        return Counter()
 
-    def skipped(self) -> Sequence[BadSample]:
-        """Samples that were skipped, in all processes; called in every one."""
-        return ()
+    def restore(self, state: dict[str, torch.Tensor], notes: Counter[str]) -> None:
+        """Continue from `state()` and `notes()`."""
 
 
 class TextCache:
-    """Embeddings of prompts, each computed once, kept on the CPU; the oldest go when memory runs short."""
+    """Embeddings of prompts, each computed once, kept on the CPU in at most `limit` bytes."""
 
     def __init__(self, model: Model, limit: int = 2**30) -> None:
-        self.model, self.limit, self.bytes = model, limit, 0
-        self._kept: OrderedDict[str, PromptEmbeds] = OrderedDict()
+        self.model = model
+        numbers = sum(math.prod(shape) for shape in model.family.prompt_shapes(model.pipeline).values())
+        # One at a time goes through the text encoder: the batch around a prompt changes its last bits, and a resumed
+        # run must give the bytes of an uninterrupted one.
+        self._embedded = lru_cache(maxsize=max(1, limit // (4 * numbers)))(
+            lambda prompt: model.family.embed(model.pipeline, [prompt]).to("cpu")
+        )
 
     def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """Embeddings of B prompts, float32, on the model's device.
-
-        One at a time goes through the text encoder: the batch around a prompt changes its last bits, and a resumed run
-        must give the bytes of an uninterrupted one.
-        """
-        for prompt in prompts:
-            if prompt not in self._kept:
-                embeds = self.model.family.embed(self.model.pipeline, [prompt]).to("cpu")
-                self._kept[prompt] = embeds
-                self.bytes += sum(tensor.nbytes for tensor in embeds.tensors().values())
-        found = PromptEmbeds.cat([self._kept[prompt] for prompt in prompts])
-        while self.bytes > self.limit:
-            _, oldest = self._kept.popitem(last=False)
-            self.bytes -= sum(tensor.nbytes for tensor in oldest.tensors().values())
+        """Embeddings of B prompts, float32, on the model's device."""
+        found = PromptEmbeds.cat([self._embedded(prompt) for prompt in prompts])
         return found.to(self.model.device, torch.float32)
 
 

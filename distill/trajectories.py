@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -121,7 +122,7 @@ class Trajectories(Source):
             "started": torch.tensor(self.started),
         }
 
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
+    def restore(self, state: dict[str, torch.Tensor], notes: Counter[str]) -> None:
         """See `Source.restore`."""
         for member, number in enumerate(state["number"].tolist()):
             self._begin(member, number)

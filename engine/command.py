@@ -32,10 +32,13 @@ def generate(
     config = config_from(GenerateConfig, options, prompts=[prompt for prompt in prompts for _ in range(count)])
     files = None if config.on_engine else locate(config.model or embedded.MODEL_NAME)
     action = "compiling, then drawing" if config.runner == "compiled" else "drawing"
+    notes: list[str] = []
     with progress_bar(action, config.total_steps) as advance:
-        paths = draw(files, config, output=output, device=device, on_step=advance)
+        paths = draw(files, config, output=output, device=device, on_step=advance, on_note=notes.append)
+    for note in notes:
+        console.print(note, style="yellow", markup=False)
     if as_json:
-        print_json({"images": [str(path) for path in paths]})
+        print_json({"images": [str(path) for path in paths], "notes": notes})
         return
     console.print(f"{len(paths)} image{'s' * (len(paths) > 1)} in [bold]{output}[/]: {paths[0].name} …")
 

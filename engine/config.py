@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from .errors import InputError
-from .options import SamplerOption, SeedOption, StepsOption, check_options, refuse_unused
+from .options import SamplerOption, SeedOption, StepsOption, check_options, check_text, refuse_unused
 
 EXPORTED = ("onnx", "tensorrt")
 """Runners that execute an exported engine."""
@@ -96,8 +96,10 @@ class GenerateConfig:
             raise InputError(f"--guidance {self.guidance:g} can't be used: it must be at least 1")
         if self.lora_scale is not None and not 0 <= self.lora_scale <= 1:
             raise InputError("--lora-scale must lie between 0 and 1")
-        if not all(prompt.strip() for prompt in self.prompts):
-            raise InputError("a prompt is empty")
+        for prompt in self.prompts:
+            check_text(prompt)
+            if not prompt.strip():
+                raise InputError("a prompt is empty")
         if self.on_engine and self.teacher:
             raise InputError(f"--teacher runs in torch only: an engine holds the student, not --runner {self.runner}")
         if self.on_engine:
@@ -106,6 +108,8 @@ class GenerateConfig:
             refuse_unused(self, f"with --runner {self.runner}", "engine")
         if self.teacher:
             refuse_unused(self, "with --teacher", "student", "lora_scale")
+            if self.guidance == 1:
+                refuse_unused(self, "with --guidance 1, which is one pass", "negative_prompt")
         if self.runner != "torch":
             refuse_unused(self, f"with --runner {self.runner}, where the LoRA is merged", "lora_scale")
         if self.runner != "onnx":

@@ -15,5 +15,8 @@ class InputError(BoostDiffError):
 
 def one_line(error: BaseException) -> str:
     """The first line of what an error says that isn't blank, or the name of its type."""
-    lines = (line.strip() for line in str(error).splitlines())
+    try:
+        lines = [line.strip() for line in str(error).splitlines()]
+    except Exception:
+        lines = []
     return next(filter(None, lines), type(error).__name__)

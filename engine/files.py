@@ -1,9 +1,12 @@
-"""Files that are either whole or absent: hashes, staged folders, atomic JSON."""
+"""Text and JSON as they are read; files that are either whole or absent: hashes, staged folders, atomic JSON."""
 
 from __future__ import annotations
 
+import codecs
+import csv
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -14,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, one_line
 
 try:
     import fcntl
@@ -28,6 +31,38 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def decode_text(content: bytes) -> str:
+    """UTF-8 with or without a byte order mark, or UTF-16 with one.
+
+    Raises:
+        UnicodeDecodeError: it is neither.
+    """
+    utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if utf_16 else "utf-8-sig")
+
+
+def read_text(path: Path, what: str = "") -> str:
+    """See `decode_text`; `what` stands before the path in messages.
+
+    Raises:
+        InputError: the file is missing, unreadable or no text.
+    """
+    try:
+        text = decode_text(path.read_bytes())
+    except UnicodeDecodeError:
+        text = "\0"
+    except OSError as error:
+        raise InputError(f"can't read {what}{path}: {error.strerror or one_line(error)}") from None
+    if "\0" in text:
+        raise InputError(f"can't read {what}{path}: it is not UTF-8 text")
+    return text
+
+
+def lines_of(text: str) -> list[str]:
+    """Its lines, which end at \\n, \\r\\n or \\r alone: U+2028, form feeds and the like stay inside."""
+    return re.split(r"\r\n|\r|\n", text)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -35,32 +70,65 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: the file is missing, unreadable or no JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"can't read {path}: {error}") from None
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"can't read {path}: it is not JSON: {one_line(error)}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} is not a JSON object")
     return value
 
 
-def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file with one a line.
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects of a file with one a line, each with its line's number; empty lines are passed over.
 
     Raises:
         InputError: the file is unreadable, or a line is no JSON object.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"can't read {path}: {error}") from None
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines_of(read_text(path)), start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise InputError(f"{path} line {number} is not a JSON object")
-        yield row
+        yield number, row
+
+
+def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a CSV file with a heading, each with the number of its last line; commas, semicolons or tabs divide.
+
+    Raises:
+        InputError: the file is unreadable or no such table.
+    """
+    text = read_text(path)
+    heading = lines_of(text)[0]
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=heading.count))
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise InputError(f"can't read {path} line {reader.line_num}: {one_line(error)}") from None
+
+
+@contextmanager
+def without_marks(folder: Path) -> Iterator[Path]:
+    """The folder, or links to its files where JSON in it begins with a byte order mark, at which libraries fail."""
+    files = [path for path in (*folder.glob("*"), *folder.glob("*/*")) if path.is_file()]
+    marked = {path for path in files if path.suffix == ".json" and path.open("rb").read(3).startswith(codecs.BOM_UTF8)}
+    if not marked:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as made:
+        for path in files:
+            target = Path(made) / path.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            if path in marked:
+                target.write_text(read_text(path), encoding="utf-8")
+            else:
+                target.symlink_to(path.resolve())
+        yield Path(made)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -75,16 +143,25 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
+def give_modes(path: Path) -> None:
+    """Give a file, or a folder and all in it, the modes of the umask: some libraries write for one user alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for each in (path, *path.rglob("*")) if path.is_dir() else (path,):
+        if not each.is_symlink():
+            each.chmod((0o777 if each.is_dir() else 0o666) & ~mask)
+
+
 def is_full_disk(error: BaseException) -> bool:
     """Whether an error says that no more can be written.
 
     safetensors wraps the system's error in one of its own, numpy's `tofile` keeps no number of it.
     """
     number = getattr(error, "errno", None)
-    if number is None and (found := re.search(r"os error (\d+)", str(error))):
+    if number is None and (found := re.search(r"os error (\d+)", one_line(error))):
         number = int(found[1])
     if number is None and isinstance(error, OSError):
-        return bool(re.search(r"problem writing element|\d+ requested and \d+ written", str(error)))
+        return bool(re.search(r"problem writing element|\d+ requested and \d+ written", one_line(error)))
     return number in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -130,6 +207,7 @@ def _check_replaceable(path: Path, marker: str) -> None:
 
 def publish(staged: Path, final: Path) -> None:
     """Give a finished folder its final name; a folder that had the name goes away only then."""
+    give_modes(staged)
     final = final.resolve()
     parent = final.parent
     with locked(parent):
@@ -198,6 +276,5 @@ def staged_folder(final: Path, *, replaces: str) -> Iterator[Path]:
             staged = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=parent))
             held.callback(shutil.rmtree, staged, ignore_errors=True)
             held.enter_context(locked(staged))
-        staged.chmod(0o755)
         yield staged
         publish(staged, final)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from .guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser, teacher_deno
 from .manifest import read_manifest
 from .merge import fold_student
 from .model import Model, ModelFiles, load, resolve_device
+from .prompts import cut_note
 from .runners import Runner, TorchRunner
 from .sampling import batches, default_batch_size, to_pil
 from .schedulers import check_steps, make_scheduler
@@ -124,6 +126,7 @@ def draw(
     output: Path,
     device: str = "auto",
     on_step: Callable[[int], None] | None = None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> list[Path]:
     """Write one PNG per prompt, named after its prompt and seed; prompt and settings stand in its text chunks.
 
@@ -135,6 +138,7 @@ def draw(
         output: the folder; pictures of other prompts and seeds in it stay.
         device: "auto", "cpu", "cuda", …
         on_step: callback for the number of images that took a step.
+        on_note: callback for what of the texts is not used, in words.
 
     Raises:
         InputError: the student, the engine or the output can't be used.
@@ -154,6 +158,9 @@ def draw(
         raise InputError(f"the runner {config.runner} needs a model")
     paths: list[Path] = []
     with opened as sampling:
+        for what, texts in (("prompts", config.prompts), ("negative prompts", [config.negative_prompt or ""])):
+            if note := cut_note(sampling.model.pipeline, texts, what):
+                on_note(note)
         drawn = batches(
             sampling.model,
             sampling.denoiser,
@@ -174,6 +181,9 @@ def _write_png(image: Image.Image, config: GenerateConfig, index: int, *, model:
     """Write the image of one prompt, whole or not at all."""
     prompt, seed = config.prompts[index], str(config.seed + index)
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
+    if slug.replace("-", " ") != prompt:
+        # Other prompts have the same slug; this one's hash is its alone.
+        slug += f"_{hashlib.sha256(prompt.encode()).hexdigest()[:10]}"
     role = "teacher" if config.teacher else "student"
     notes = PngInfo()
     for key, value in (

@@ -17,7 +17,7 @@ from . import embedded
 from .contract import check_folder
 from .errors import InputError, one_line
 from .families import Family, family_of
-from .files import read_json, sha256_of
+from .files import read_json, sha256_of, without_marks
 
 HASHED = {".json", ".txt", ".safetensors"}
 """Suffixes of the files that make a model."""
@@ -209,15 +209,16 @@ def load(files: ModelFiles, *, device: torch.device, dtype: torch.dtype | None =
     dtype = dtype or default_dtype(device)
     variant, _ = files.unet_weights()
     try:
-        pipeline = files.family.pipeline_class.from_pretrained(
-            files.folder,
-            dtype=dtype,
-            variant=variant,
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=True,
-            **files.family.load_options,
-        )
+        with without_marks(files.folder) as folder:
+            pipeline = files.family.pipeline_class.from_pretrained(
+                folder,
+                dtype=dtype,
+                variant=variant,
+                use_safetensors=True,
+                local_files_only=True,
+                low_cpu_mem_usage=True,
+                **files.family.load_options,
+            )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise InputError(f"can't load the model in {files.folder}: {one_line(error)}") from None
     prepare_for_inference(pipeline, files.family)

@@ -93,6 +93,8 @@ def check_options(config: Any) -> None:
     """
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
+        if isinstance(value, str):
+            check_text(value)
         if value is None or (option := _option(hint)) is None:
             continue
         if (choices := _choices(hint)) and value not in choices:
@@ -101,6 +103,18 @@ def check_options(config: Any) -> None:
             raise InputError(f"{_flag(name, option)} must be at least {option.min}")
         if option.max is not None and not value <= option.max:
             raise InputError(f"{_flag(name, option)} must be at most {option.max}")
+
+
+def check_text(text: str) -> None:
+    """Refuse what the command line holds of another encoding.
+
+    Raises:
+        InputError: it is no UTF-8 text.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{text!r} is not UTF-8 text: pass it in the encoding of your locale") from None
 
 
 def refuse_unused(config: Any, why: str, *names: str) -> None:

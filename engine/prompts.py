@@ -1,45 +1,86 @@
-"""Prompt files."""
+"""Prompts: the files that hold them, and how many tokens of them a text encoder takes."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from .errors import InputError
+from .errors import InputError, one_line
+from .files import csv_rows, json_lines, lines_of, read_text
+
+TEXT_FIELDS = ("text", "prompt", "caption")
+_OTHER_SUFFIXES = {".yaml", ".yml", ".toml", ".xml", ".html", ".htm", ".rtf"}
+_OTHER_FORMATS = re.compile(r"\s*(<\?xml|<!doctype|<html|\{\\rtf|%yaml|%pdf)", re.IGNORECASE)
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read a UTF-8 file with one prompt a line, or the captions of a COCO captions file, which ends in `.json`.
+    """Read one prompt a line; JSON lines or CSV by the field text, prompt or caption; or COCO captions.
 
-    Blank lines and blank captions are skipped; a caption that spans lines becomes one line.
+    The format is known by the file's ending or its content. Blank lines and blank captions are skipped; a caption that
+    spans lines becomes one line.
 
-    Source of the format: https://cocodataset.org/#format-data (`{"annotations": [{"caption": …}, …]}`).
+    Source of COCO's format: https://cocodataset.org/#format-data (`{"annotations": [{"caption": …}, …]}`).
 
     Raises:
         InputError: the file is missing, not UTF-8, malformed, or has no prompt.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"the prompt file {path} is not UTF-8 text") from None
-    except OSError as error:
-        raise InputError(f"can't read the prompt file {path}: {error.strerror}") from None
-    if path.suffix.lower() == ".json":
-        prompts = [" ".join(caption.split()) for caption in _coco_captions(text, path) if caption.strip()]
-        if not prompts:
-            raise InputError(f"the prompt file {path} has no captions")
-        return prompts
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    text = read_text(path, "the prompt file ")
+    suffix = path.suffix.lower()
+    if suffix in _OTHER_SUFFIXES or _OTHER_FORMATS.match(text):
+        raise InputError(f"the prompt file {path} is of another format: pass one prompt a line, JSON lines or CSV")
+    lines = [line.strip() for line in lines_of(text) if line.strip()]
+    heading = re.split(r"[,;\t]", lines[0]) if lines else []
+    first = _parsed(lines[0]) if lines else None
+    if suffix in {".jsonl", ".ndjson"} or (
+        suffix != ".json" and isinstance(first, dict) and "annotations" not in first
+    ):
+        prompts = _texts(json_lines(path), path)
+    elif suffix in {".csv", ".tsv"} or (len(heading) > 1 and _field(name.strip(' "') for name in heading)):
+        prompts = _texts(csv_rows(path), path)
+    elif suffix == ".json" or isinstance(_parsed(text), dict | list):
+        prompts = _coco_captions(text, path)
+    else:
+        prompts = lines
+    prompts = [" ".join(prompt.split()) if prompts is not lines else prompt for prompt in prompts if prompt.strip()]
     if not prompts:
-        raise InputError(f"the prompt file {path} is empty: it needs one prompt a line")
+        raise InputError(f"the prompt file {path} is empty: it has no captions and no lines with a prompt")
     return prompts
+
+
+def _parsed(text: str) -> Any:
+    """The value of JSON; None of other text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _field(names: Iterable[str]) -> str | None:
+    """The one of `TEXT_FIELDS` that is among some names."""
+    found = set(names)
+    return next((field for field in TEXT_FIELDS if field in found), None)
+
+
+def _texts(rows: Iterable[tuple[int, dict[str, Any]]], path: Path) -> list[str]:
+    texts, field = [], None
+    for number, row in rows:
+        field = field or _field(row)
+        value = row.get(field) if field else None
+        if not isinstance(value, str):
+            fields = field or ", ".join(TEXT_FIELDS[:-1]) + f" or {TEXT_FIELDS[-1]}"
+            raise InputError(f"the prompt file {path} line {number} lacks the text {fields}")
+        texts.append(value)
+    return texts
 
 
 def _coco_captions(text: str, path: Path) -> list[str]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"the prompt file {path} is not JSON: {error}") from None
+        raise InputError(f"the prompt file {path} is not JSON: {one_line(error)}") from None
     annotations = value.get("annotations") if isinstance(value, dict) else None
     if not isinstance(annotations, list):
         raise InputError(f"the prompt file {path} is no COCO captions file: it lacks the list annotations")
@@ -50,3 +91,25 @@ def _coco_captions(text: str, path: Path) -> list[str]:
             raise InputError(f"the prompt file {path} lacks the text caption in annotation {number}")
         captions.append(caption)
     return captions
+
+
+def token_limit(pipeline: Any) -> int:
+    """Tokens that every text encoder of a pipeline takes, its start and end among them."""
+    return min(tokenizer.model_max_length for tokenizer in _tokenizers(pipeline))
+
+
+def is_cut(pipeline: Any, text: str) -> bool:
+    """Whether a text has more tokens than a text encoder takes."""
+    return any(len(tokenizer(text)["input_ids"]) > tokenizer.model_max_length for tokenizer in _tokenizers(pipeline))
+
+
+def cut_note(pipeline: Any, texts: Iterable[str], what: str = "prompts") -> str | None:
+    """One line that says how many of several texts are cut, and to how many tokens; None where all are used."""
+    distinct = list(dict.fromkeys(texts))
+    cut = sum(is_cut(pipeline, text) for text in distinct)
+    return f"{cut} of {len(distinct)} {what} are cut to {token_limit(pipeline)} tokens" if cut else None
+
+
+def _tokenizers(pipeline: Any) -> list[Any]:
+    found = [getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2")]
+    return [tokenizer for tokenizer in found if tokenizer is not None]

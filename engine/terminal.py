@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -26,7 +27,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from .errors import BoostDiffError
+from .errors import BoostDiffError, one_line
 from .files import is_full_disk
 
 console = Console(stderr=True)
@@ -94,12 +95,46 @@ def progress_bar(description: str, total: int) -> Iterator[Any]:
             progress.stop()
 
 
+class _Lenient(io.FileIO):
+    """A standard stream that takes all: what a full disk or a closed pipe can't take is lost without a word."""
+
+    def write(self, content: Any, /) -> int:
+        """See `io.FileIO.write`."""
+        try:
+            return super().write(content) or 0
+        except OSError:
+            return len(content)
+
+
+def _prepare_streams() -> None:
+    """Results don't depend on what standard output and standard error can take.
+
+    In a plain locale the process starts anew in Python's UTF-8 mode: words and paths beyond ASCII come through.
+    """
+    if sys.getfilesystemencoding() == "ascii":
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Else the next file to be opened takes the number, and gets what libraries print.
+            os.open(os.devnull, os.O_RDWR)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        raw = _Lenient(number, "w", closefd=False)
+        lenient = io.TextIOWrapper(io.BufferedWriter(raw), encoding=encoding, errors="replace", line_buffering=True)
+        if stream is getattr(sys, f"__{name}__"):
+            setattr(sys, name, lenient)
+
+
 def run(app: Callable[..., Any]) -> None:
     """Run a command and end the process: errors as one line on standard error and exit code 1 or 2.
 
     Args:
         app: a `typer.Typer`.
     """
+    _prepare_streams()
     debug = "--debug" in sys.argv[1:]
     if debug:
         sys.argv.remove("--debug")
@@ -125,7 +160,8 @@ def _report(error: Exception) -> int:
     elif isinstance(error, typer.Abort):
         message, code = "interrupted", 130
     else:
-        message, code = f"{type(error).__name__}: {error} (--debug shows where)", 1
+        name, text = type(error).__name__, one_line(error)
+        message, code = f"{name if text == name else f'{name}: {text}'} (--debug shows where)", 1
     if message:
         sys.stderr.write(f"boostdiff: error: {' '.join(message.split())}\n")
     return code

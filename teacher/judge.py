@@ -351,7 +351,7 @@ def curve(
         raise InputError(f"there is no training log in {work}: run the stages {stages} first")
     figure, axes = plt.subplots(1, len(logs), figsize=(5 * len(logs), 3.2), layout="constrained", squeeze=False)
     for axis, (name, path) in zip(axes[0], logs.items(), strict=True):
-        rows = list(json_lines(path))
+        rows = [row for _, row in json_lines(path)]
         window = max(1, len(rows) // 50)
         smooth = np.convolve([row["loss"] for row in rows], np.ones(window) / window, "valid")
         axis.plot([row["step"] for row in rows][window - 1 :], smooth, color="#2f6fed")

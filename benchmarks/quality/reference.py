@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +11,8 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ...distill.images import rgb_of
 from ...engine.errors import InputError
+from ...engine.pictures import PICTURE_TYPES, PictureError, files_in, read_picture
 from .features import FeatureNetwork, features_of
 
 BATCH = 50
@@ -86,7 +84,7 @@ def reference_from_folder(folder: Path, network: FeatureNetwork, *, size: int | 
     """Statistics of a folder of real images; every tenth is kept apart for KID, recall and the real-vs-real distance.
 
     Args:
-        folder: PNG, JPEG and WebP files, at any depth, taken in the order of their names.
+        folder: picture files, at any depth, taken in the order of their names; of animations the first frame.
         size: side in pixels of the centered square that every image is cut and resized to; None takes the images as
             they are, which must all have one size.
 
@@ -95,7 +93,7 @@ def reference_from_folder(folder: Path, network: FeatureNetwork, *, size: int | 
     """
     if not folder.is_dir():
         raise InputError(f"there is no reference folder {folder}")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"})
+    paths = [path for path in files_in(folder) if path.suffix[1:].lower() in PICTURE_TYPES]
     if len(paths) < 20:
         raise InputError(f"the reference folder {folder} holds {len(paths)} images: at least 20 are needed")
     features, first = [], _pixels(paths[0], size).shape
@@ -119,9 +117,7 @@ def reference_from_folder(folder: Path, network: FeatureNetwork, *, size: int | 
 def _pixels(path: Path, size: int | None) -> np.ndarray:
     """uint8 `(H, W, 3)`."""
     try:
-        # libpng and libjpeg complain on standard error by themselves.
-        with contextlib.redirect_stderr(io.StringIO()), Image.open(path) as image:
-            rgb = rgb_of(image)
-            return np.array(rgb if size is None else ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS))
-    except (OSError, ValueError) as error:
+        rgb, _ = read_picture(path)
+    except PictureError as error:
         raise InputError(f"can't decode the reference image {path}: {error}") from None
+    return np.array(rgb if size is None else ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS))

@@ -1,19 +1,21 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 from boostdiff.distill import loop
 from boostdiff.distill.config import METHOD_DEFAULTS, DistillConfig, RunConfig, learning_rate_at
-from boostdiff.distill.distill import distill
+from boostdiff.distill.distill import _affordable, distill, dry, resolve
 from boostdiff.distill.loop import CHECKPOINT_FILE, Observers
 from boostdiff.distill.monitoring import Pace
 from boostdiff.distill.objective import LOSS_WEIGHTS
@@ -22,7 +24,7 @@ from boostdiff.distill.source import Batch
 from boostdiff.engine.adapters import LORA_FILE, METHODS
 from boostdiff.engine.compiled import TrainingRunner
 from boostdiff.engine.errors import BoostDiffError, InputError
-from boostdiff.engine.model import ModelFiles
+from boostdiff.engine.model import ModelFiles, locate
 from boostdiff.engine.student import StudentInfo, read_student
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
@@ -202,7 +204,7 @@ def test_resuming_where_the_run_has_ended_or_its_prompts_have_changed(
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "prompts.txt", RunConfig(checkpoint_every=1), on_update=stop)
     (tmp_path / "prompts.txt").write_text("a red cat\na cow\n")
-    with pytest.raises(InputError, match="prompts_sha256 was "):
+    with pytest.raises(InputError, match="the content of prompts is another"):
         run(tmp_path / "prompts.txt", RunConfig(resume=True))
     (tmp_path / "prompts.txt").write_text("a red cat\na dog\n")
     monkeypatch.chdir(tmp_path)
@@ -433,3 +435,114 @@ def test_half_precision_where_it_overflows(tiny_files: ModelFiles, prompt_file: 
     config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2, precision="fp16")
     with pytest.raises(InputError, match="fp16 needs a GPU"):
         distill(tiny_files, config, output=tmp_path / "s", device="cpu")
+
+
+def interrupted(files: ModelFiles, config: DistillConfig, output: Path) -> None:
+    def stop(report: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(
+            files,
+            config,
+            RunConfig(checkpoint_every=1),
+            output=output,
+            device="cpu",
+            observers=Observers(on_update=stop),
+        )
+
+
+def test_resuming_with_other_captions_or_another_part_of_the_model(
+    tiny_files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images = tmp_path / "model", tmp_path / "images"
+    shutil.copytree(tiny_files.folder, model)
+    save_images(images, count=3)
+    files = locate(str(model))
+    config = DistillConfig(images=str(images), updates=2, batch_size=2)
+    interrupted(files, config, tmp_path / "s")
+    resume = RunConfig(resume=True, max_bad_samples=2)
+
+    def refused(match: str) -> None:
+        with pytest.raises(InputError, match=match):
+            distill(files, config, resume, output=tmp_path / "s", device="cpu", observers=SILENT)
+
+    (images / "1.txt").write_text("picture 7\n")
+    refused("the content of images is another")
+    (images / "1.txt").write_text("picture 1\n")
+    for part in ("scheduler/scheduler_config.json", "vae/config.json", "text_encoder/config.json"):
+        content = (model / part).read_text()
+        (model / part).write_text(content + "\n")
+        refused(f"the content of {part.split('/')[0]} is another")
+        (model / part).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    info = distill(
+        files, replace(config, images="images"), resume, output=tmp_path / "s", device="cpu", observers=SILENT
+    )
+    assert info.result["resumed_at"] == 1
+
+
+def test_what_of_the_data_is_not_used_is_said_once_and_recorded(tiny_files: ModelFiles, tmp_path: Path) -> None:
+    long = " ".join(["cat"] * 30)
+    (tmp_path / "prompts.txt").write_text(f"a red cat\n{long}\n{long} dog\n")
+    save_images(tmp_path / "images", count=2)
+    (tmp_path / "images" / "1.txt").write_text(long)
+    (tmp_path / "images" / "2.heic").write_bytes(b"")
+    expected = {
+        "prompts": ["1 of 1 negative prompts are cut to 16 tokens", "2 of 3 prompts are cut to 16 tokens"],
+        "images": [
+            f"1 files in {tmp_path / 'images'} are not used: 1 .heic",
+            "2 of 4 samples with a caption cut to 16 tokens",
+        ],
+    }
+    for source, notes in expected.items():
+        data: dict[str, Any] = (
+            {"prompts": tmp_path / "prompts.txt", "negative_prompt": long}
+            if source == "prompts"
+            else {"images": str(tmp_path / "images")}
+        )
+        told: list[str] = []
+        config = DistillConfig(updates=2, batch_size=2, **data)
+        observers = Observers(preview=False, on_note=told.append)
+        info = distill(tiny_files, config, output=tmp_path / f"of-{source}", device="cpu", observers=observers)
+        assert told == info.result["notes"] == notes
+
+
+def test_a_picture_that_would_take_longer_than_the_run_is_left_out(tmp_path: Path) -> None:
+    model = SimpleNamespace(files=SimpleNamespace(name="sd"), unet=SimpleNamespace(num_parameters=lambda: 860_000_000))
+    preview = SimpleNamespace(prompts=["a"] * 6, scales=[3.0], model=model)
+    notes: list[str] = []
+
+    def drawn(*, images_per_second: float, seconds: float, device: str = "cpu") -> bool:
+        result = {"images_per_second": images_per_second, "seconds": seconds}
+        observers = Observers(on_note=notes.append)
+        return _affordable(preview, result, torch.device(device), observers, tmp_path)  # type: ignore[arg-type]
+
+    # 480 passes at five a sample: 96 samples' time.
+    assert drawn(images_per_second=10, seconds=1)
+    assert drawn(images_per_second=0.1, seconds=2000)
+    assert drawn(images_per_second=0.1, seconds=1, device="cuda")
+    assert not notes
+    assert not drawn(images_per_second=0.1, seconds=60)
+    model.unet.num_parameters = lambda: 8_000_000
+    assert drawn(images_per_second=0.1, seconds=60)
+    assert len(notes) == 1
+    assert "would take 16 minutes" in notes[0]
+    assert "boostdiff generate" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "execution", "message"),
+    [
+        ({"prompts": Path("missing.txt")}, {}, "can't read the prompt file missing.txt"),
+        ({"images": "missing"}, {}, "there is no image folder"),
+        ({"prompts": Path("missing.txt"), "method": "bitfit"}, {"format": "kohya"}, "--format is not used with"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(
+    tiny_files: ModelFiles, options: dict[str, Any], execution: dict[str, Any], message: str
+) -> None:
+    device = torch.device("cpu")
+    config = resolve(DistillConfig(**options), tiny_files, device)
+    with pytest.raises(InputError, match=message):
+        dry(tiny_files, config, RunConfig(**execution), device)

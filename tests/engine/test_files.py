@@ -1,10 +1,27 @@
+import json
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from boostdiff.distill.checkpoint import save_training_state
 from boostdiff.engine.errors import InputError
-from boostdiff.engine.files import json_lines, prepare_output, read_json, sha256_of, staged_folder, write_json
+from boostdiff.engine.files import (
+    csv_rows,
+    json_lines,
+    lines_of,
+    prepare_output,
+    read_json,
+    read_text,
+    sha256_of,
+    staged_folder,
+    without_marks,
+    write_json,
+)
+from safetensors.torch import save_file
 
 
 def test_a_staged_folder_replaces_the_old_one_only_when_whole(tmp_path: Path) -> None:
@@ -128,3 +145,57 @@ def test_two_processes_that_write_one_folder(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (final / "a").read_text() == (final / "b").read_text()
     assert (final / "a").read_text().endswith(" 149")
+
+
+def test_one_rule_for_text(tmp_path: Path) -> None:
+    text = 'a\u2028b\x0c "é"\r\nc\rd\n'
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "t").write_bytes(text.encode(encoding))
+        assert lines_of(read_text(tmp_path / "t")) == ['a\u2028b\x0c "é"', "c", "d", ""]
+    for content in (b"\xff", b"a\0b", b"\xff\xfea"):
+        (tmp_path / "t").write_bytes(content)
+        with pytest.raises(InputError, match="not UTF-8 text"):
+            read_text(tmp_path / "t")
+
+
+def test_json_lines_and_tables(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_bytes(b'\xef\xbb\xbf{"a": "\xe2\x80\xa8"}\r\n\r\n{"a": 2}\n\n')
+    assert list(json_lines(tmp_path / "r.jsonl")) == [(1, {"a": "\u2028"}), (3, {"a": 2})]
+    (tmp_path / "r.jsonl").write_text('{"a": 1}\n[2]\n')
+    with pytest.raises(InputError, match="line 2 is not a JSON object"):
+        list(json_lines(tmp_path / "r.jsonl"))
+    for mark in ",;\t":
+        (tmp_path / "t.csv").write_text(f'\ufeffa{mark}b\n"1\n{mark}2"{mark}3\n\n')
+        assert [row for _, row in csv_rows(tmp_path / "t.csv")] == [{"a": f"1\n{mark}2", "b": "3"}]
+
+
+def test_a_model_folder_without_byte_order_marks(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet" / "weights").write_bytes(b"w")
+    (folder / "unet" / "config.json").write_text("{}")
+    with without_marks(folder) as same:
+        assert same == folder
+    (folder / "unet" / "config.json").write_text('\ufeff{"a": 1}', encoding="utf-8")
+    with without_marks(folder) as clean:
+        assert json.loads((clean / "unet" / "config.json").read_text(encoding="utf-8")) == {"a": 1}
+        assert (clean / "unet" / "weights").read_bytes() == b"w"
+
+
+@pytest.mark.parametrize(("mask", "file", "directory"), [(0o022, 0o644, 0o755), (0o002, 0o664, 0o775)])
+def test_modes_are_those_of_the_mask(tmp_path: Path, mask: int, file: int, directory: int) -> None:
+    """safetensors and temporary folders are for one user alone by themselves."""
+    before = os.umask(mask)
+    try:
+        with staged_folder(tmp_path / "result", replaces="a.safetensors") as staged:
+            save_file({"a": torch.zeros(1)}, staged / "a.safetensors")
+            (staged / "deep").mkdir(mode=0o700)
+            (staged / "deep" / "b.txt").touch(mode=0o600)
+        save_training_state(
+            tmp_path / "checkpoint", step=0, weights={}, optimizer=torch.optim.SGD([torch.zeros(1)]), header={}
+        )
+    finally:
+        os.umask(before)
+    paths = [*(tmp_path / "result").rglob("*"), tmp_path / "result", tmp_path / "checkpoint"]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in paths if path.is_file()} == {file}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in paths if path.is_dir()} == {directory}

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 from boostdiff.engine.errors import InputError
-from boostdiff.engine.prompts import read_prompts
+from boostdiff.engine.model import Model
+from boostdiff.engine.prompts import cut_note, is_cut, read_prompts
 
 
 def test_lines(tmp_path: Path) -> None:
@@ -43,3 +44,53 @@ def test_malformed_captions(tmp_path: Path, content: bytes, message: str) -> Non
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="can't read"):
         read_prompts(tmp_path / "captions.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.jsonl", '{"prompt": "a cat", "seed": 1}\n\n{"prompt": "two\\nbirds, grey"}\n'),
+        ("p.txt", '\ufeff{"text": "a cat"}\r\n{"text": "two birds, grey"}\r\n'),
+        ("p.csv", 'id,caption\n1,a cat\n2,"two birds, grey"\n'),
+        ("p.txt", "caption\tid\na cat\t1\ntwo birds, grey\t2\n"),
+        ("p.txt", 'seed;"prompt"\n1;a cat\n2;two birds, grey\n'),
+        ("p.txt", '{"annotations": [{"caption": "a cat"}, {"caption": "two birds, grey"}]}'),
+        ("p", "a cat\rtwo birds, grey\r"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_formats_are_known_by_name_or_content(tmp_path: Path, name: str, content: str, encoding: str) -> None:
+    (tmp_path / name).write_bytes((content if encoding == "utf-8" else content.lstrip("\ufeff")).encode(encoding))
+    assert read_prompts(tmp_path / name) == ["a cat", "two birds, grey"]
+
+
+def test_only_ends_of_lines_end_a_prompt(tmp_path: Path) -> None:
+    for mark in "\u2028\u2029\u0085\x0b\x0c\x1e":
+        (tmp_path / "p.txt").write_bytes(f"a{mark}cat\r\na {{b|c}} dog, prompt".encode())
+        assert read_prompts(tmp_path / "p.txt") == [f"a{mark}cat", "a {b|c} dog, prompt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.jsonl", "a cat\n", "line 1 is not a JSON object"),
+        ("p.jsonl", '{"text": "a"}\n{"prompt": "b"}\n', "line 2 lacks the text text"),
+        ("p.csv", "a cat\na dog\n", "lacks the text text, prompt or caption"),
+        ("p.yaml", "- a cat\n", "another format"),
+        ("p.txt", "<!DOCTYPE html><p>a cat", "another format"),
+        ("p.txt", '["a cat"]', "lacks the list annotations"),
+        ("p.parquet", "PAR1\0", "not UTF-8"),
+    ],
+)
+def test_other_formats_are_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        read_prompts(tmp_path / name)
+
+
+def test_texts_beyond_the_text_encoder_are_counted(tiny: Model) -> None:
+    limit = tiny.pipeline.tokenizer.model_max_length
+    fits, long = " ".join(["cat"] * (limit - 2)), " ".join(["cat"] * (limit - 1))
+    assert not is_cut(tiny.pipeline, fits)
+    assert cut_note(tiny.pipeline, [fits, ""]) is None
+    assert cut_note(tiny.pipeline, [fits, long, long, f"{long} dog"]) == f"2 of 3 prompts are cut to {limit} tokens"

@@ -1,0 +1,54 @@
+import stat
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from boostdiff.engine.config import GenerateConfig
+from boostdiff.engine.errors import InputError
+from boostdiff.engine.generate import _write_png, draw
+from boostdiff.engine.model import ModelFiles
+from PIL import Image
+
+LONG = "a very long prompt " * 20
+
+
+def written(prompt: str, folder: Path, seed: int = 0) -> str:
+    config = GenerateConfig(prompts=[prompt], seed=seed)
+    path = _write_png(Image.new("RGB", (8, 8)), config, 0, model="m", folder=folder)
+    assert Image.open(path).text["prompt"] == prompt
+    return path.name
+
+
+def test_other_prompts_have_other_names(tmp_path: Path) -> None:
+    prompts = ["a red cat", "a-red-cat", "A red cat!", "a red  cat", "猫", "犬", "кошка", "!!"]
+    prompts += [f"{LONG} one", f"{LONG} two"]
+    names = {prompt: written(prompt, tmp_path) for prompt in prompts}
+    assert all(names[one] != names[other] for one, other in combinations(prompts, 2))
+    assert names["a red cat"] == "a-red-cat-student-0.png"
+    assert all(name.isascii() and len(name) < 100 for name in names.values())
+    assert written("猫", tmp_path) == names["猫"]
+    assert written("猫", tmp_path, seed=1) != names["猫"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_is_cut_is_said(tiny_files: ModelFiles, tmp_path: Path) -> None:
+    long = " ".join(["cat"] * 40)
+    config = GenerateConfig(prompts=[long, "a cat"], teacher=True, negative_prompt=long, steps=1)
+    notes: list[str] = []
+    paths = draw(tiny_files, config, output=tmp_path / "o", device="cpu", on_note=notes.append)
+    assert notes == ["1 of 2 prompts are cut to 16 tokens", "1 of 1 negative prompts are cut to 16 tokens"]
+    assert len(paths) == 2
+    assert len({stat.S_IMODE(path.stat().st_mode) for path in paths}) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher": True, "guidance": 1.0, "negative_prompt": "x"}, "--negative-prompt is not used with --guidance 1"),
+        ({"prompts": ["caf\udce9"]}, "not UTF-8 text"),
+        ({"negative_prompt": "caf\udce9"}, "not UTF-8 text"),
+    ],
+)
+def test_what_would_not_be_used_is_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        GenerateConfig(**{"prompts": ["a cat"], **options})

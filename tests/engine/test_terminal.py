@@ -1,0 +1,83 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import sys
+import typer
+from boostdiff.engine.terminal import console, print_json, progress_bar, run
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+class Odd(Exception):
+    def __str__(self):
+        raise ValueError
+
+@app.command()
+def draw(words: str, path: str) -> None:
+    with progress_bar("drawing 猫", 2) as advance:
+        advance(2)
+    open(path, "w", encoding="utf-8").write(words)
+    table = Table("✓ 猫")
+    table.add_row(words)
+    Console().print(table)
+    console.print(words)
+    print_json({"words": words})
+
+@app.command()
+def fail(kind: str) -> None:
+    raise {"silent": AssertionError(), "odd": Odd(), "lines": RuntimeError("\\n\\n one\\n two")}[kind]
+
+run(app)
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("script") / "script.py"
+    path.write_text(SCRIPT, encoding="utf-8")
+    return path
+
+
+def call(script: Path, *words: str, outputs: str = "", **environment: str) -> subprocess.CompletedProcess[bytes]:
+    command = ["bash", "-c", f'"$@" {outputs}', "bash", sys.executable, str(script), *words]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_signs_that_can_not_be_shown_are_replaced(script: Path, tmp_path: Path, encoding: str) -> None:
+    done = call(script, "draw", "café 猫", str(tmp_path / "f"), PYTHONIOENCODING=encoding)
+    assert (done.returncode, (tmp_path / "f").read_text(encoding="utf-8")) == (0, "café 猫")
+    shown = done.stdout.decode(encoding)
+    assert ("café 猫" if encoding == "utf-8" else "caf? ?" if encoding == "ascii" else "café ?") in shown
+
+
+@pytest.mark.parametrize("outputs", [">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", "| true"])
+def test_outputs_that_take_nothing(script: Path, tmp_path: Path, outputs: str) -> None:
+    done = call(script, "draw", "words", str(tmp_path / "f"), outputs=f"{outputs}; exit ${{PIPESTATUS[0]}}")
+    assert done.returncode == 0
+    # What is printed never lands in a file that happens to get the closed stream's number.
+    assert (tmp_path / "f").read_text() == "words"
+    assert b"Error" not in done.stderr
+
+
+def test_words_and_paths_in_a_plain_locale(script: Path, tmp_path: Path) -> None:
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    path = tmp_path / "模型"
+    done = call(script, "draw", "café 猫", str(path), **plain)
+    assert done.returncode == 0, done.stderr
+    assert path.read_text(encoding="utf-8") == "café 猫"
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [("silent", b"AssertionError"), ("odd", b"Odd"), ("lines", b"RuntimeError: one")]
+)
+def test_exceptions_without_text(script: Path, kind: str, message: bytes) -> None:
+    done = call(script, "fail", kind)
+    assert done.returncode == 1
+    assert done.stderr == b"boostdiff: error: " + message + b" (--debug shows where)\n"
