@@ -192,8 +192,8 @@ def measure_grid(
         else:
             name, title = "sweep", f"Guidance sweep, {SAMPLER_NAMES[config.sampler]}, {config.steps} steps"
             places = sweep_places(session, config)
-        report("reading the real images")
         opened = session.sample_cache(metrics, folder=cache, on_images=on_images)
+        report(f"sampling {config.samples} images per cell")
         samples = session.shared_out(opened, [variant for _, variant in places])
         if samples is None:
             return None
