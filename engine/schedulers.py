@@ -53,12 +53,20 @@ FEWEST_STEPS = 20
 class DDIM(DDIMScheduler):
     """DDIM (η = 0) whose steps end at the next timestep: diffusers' own are T // steps long, whatever the spacing."""
 
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """As `DDIMScheduler.set_timesteps`."""
+        super().set_timesteps(num_inference_steps)
+        order = self.timesteps.tolist()
+        # Numbers: a stock pipeline's timesteps lie on a GPU, and reading one there is waited for.
+        self._next = dict(zip(order, [*order[1:], -1], strict=True))
+        self.timesteps = self.timesteps.to(device)
+
     def step(self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor, **options: Any) -> Any:
         """As `DDIMScheduler.step`, which takes no further options here but `return_dict`."""
         t = int(timestep)
-        later = self.timesteps[self.timesteps < t]
+        following = self._next[t]
         alpha_squared = self.alphas_cumprod[t]
-        next_squared = self.alphas_cumprod[later.max()] if len(later) else self.final_alpha_cumprod
+        next_squared = self.alphas_cumprod[following] if following >= 0 else self.final_alpha_cumprod
         alpha, sigma = alpha_squared**0.5, (1 - alpha_squared) ** 0.5
         match self.config.prediction_type:
             case "epsilon":
