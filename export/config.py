@@ -5,12 +5,14 @@ Nothing here imports torch: the help of a command must not wait for it.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 
+from ..engine.config import PIXEL_MULTIPLE
 from ..engine.errors import InputError
 from ..engine.options import check_options, refuse_unused
 
@@ -118,15 +120,13 @@ class ExportConfig:
             default: the model's latent height and width.
 
         Raises:
-            InputError: a size is no multiple of `factor * multiple` pixels.
+            InputError: a size is no multiple of as many pixels as UNet and stock pipelines need.
         """
         if self.size is None:
             return (default,) * 3
-        wrong = [size for size in self.size if size % (factor * multiple)]
-        if wrong:
-            raise InputError(
-                f"--size {wrong[0]} can't be used: this model needs multiples of {factor * multiple} pixels"
-            )
+        pixels = math.lcm(factor * multiple, PIXEL_MULTIPLE)
+        if wrong := [size for size in self.size if size % pixels]:
+            raise InputError(f"--size {wrong[0]} can't be used: this model needs multiples of {pixels} pixels")
         return tuple((size // factor, size // factor) for size in self.size)
 
     def as_json(self) -> dict[str, Any]:
