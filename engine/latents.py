@@ -14,7 +14,9 @@ def _statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor | float, tor
     mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
     if mean is None or std is None:
         return 0.0, 1.0
-    return like.new_tensor(mean)[None, :, None, None], like.new_tensor(std)[None, :, None, None]
+    return tuple(
+        torch.tensor(values, device=like.device, dtype=like.dtype)[None, :, None, None] for values in (mean, std)
+    )
 
 
 def denormalized(latents: torch.Tensor, vae: Any) -> torch.Tensor:
