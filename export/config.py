@@ -79,10 +79,6 @@ class ExportConfig:
         Range | None,
         typer.Option(show_default="the model's", help="Height and width in pixels; a range lets them vary.", **RANGE),
     ] = None
-    workspace_gb: Annotated[
-        float | None,
-        typer.Option("--workspace", show_default="no limit", help="Limit of TensorRT's scratch memory in GB."),
-    ] = None
     diffusers: Annotated[
         bool, typer.Option("--diffusers", help="Also write the merged UNet for UNet2DConditionModel.from_pretrained.")
     ] = False
@@ -97,9 +93,7 @@ class ExportConfig:
         if self.trt and self.precision == "fp32":
             raise InputError("--trt builds from FP16 graphs: leave --precision fp32 out, or pass both")
         if not self.trt:
-            refuse_unused(self, "without --trt", "trt_flavour", "batch", "workspace_gb")
-        if self.workspace_gb is not None and self.workspace_gb <= 0:
-            raise InputError("--workspace must be more than 0 GB")
+            refuse_unused(self, "without --trt", "trt_flavour", "batch")
 
     def precisions(self, parameters: int) -> tuple[str, ...]:
         """Precisions to write for a UNet of so many parameters, the main one first.

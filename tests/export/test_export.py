@@ -384,7 +384,6 @@ def test_attention_scores_stay_in_fp32_where_the_model_asks(
         ({"trt_flavour": "tensorrt_rtx"}, "--trt-flavour is not used without --trt"),
         ({"batch": (1, 1, 1)}, "--batch is not used without --trt"),
         ({"trt": True, "trt_flavour": "tensorflow"}, "unknown trt flavour"),
-        ({"trt": True, "workspace_gb": -1.0}, "more than 0"),
     ],
 )
 def test_options_that_can_not_be_used(options: dict[str, Any], message: str) -> None:
