@@ -69,6 +69,10 @@ def export(
     config, target = config or ExportConfig(), resolve_device(device)
     with torch.cuda.device(target) if target.type == "cuda" else nullcontext():
         info = read_student(student, files)
+        encoder, *others = files.family.text_encoders
+        # Pipelines of two text encoders pass none of them a mask.
+        if not others and read_json(files.folder / encoder / "config.json").get("use_attention_mask"):
+            raise InputError(f"{encoder}/config.json says use_attention_mask, which exported text encoders don't take")
         if config.diffusers and info.method == "soft-prompt":
             raise InputError("a soft prompt is no part of the weights: leave --diffusers out, graphs carry its tokens")
         flavour = choose_flavour(config.trt_flavour) if config.trt else None
