@@ -10,7 +10,7 @@ EXTRA := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 help:
 	@echo "make demo   install into $(VENV) and run distill, export and bench on the embedded model"
 	@echo "make test   install into $(VENV), lint, type-check and run the tests"
-	@echo "make test-slow  proofs that take minutes: kills at random moments, every runner against torch"
+	@echo "make test-slow  proofs that take minutes: kills and damages at random, every runner against torch"
 	@echo "make clean  remove $(VENV), outputs and caches"
 
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -17,6 +17,9 @@ from .options import SamplerOption, SeedOption, StepsOption, check_options, chec
 EXPORTED = ("onnx", "tensorrt")
 """Runners that execute an exported engine."""
 
+PIXEL_MULTIPLE = 8
+"""Stock pipelines draw heights and widths that are multiples of it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:

@@ -6,6 +6,7 @@ The whole pipeline runs from the engine folder: no torch module and no model fol
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 from transformers import CLIPTokenizer
 
+from .config import PIXEL_MULTIPLE
 from .errors import BoostDiffError, InputError
 from .exported_parts import ExportedTextEncoder, ExportedVaeDecoder
 from .families import TextEmbeddings, family_of
@@ -138,7 +140,7 @@ class Engine(AbstractContextManager["Engine"]):
         default = [factor * side for side in self.model.latent_shape[1:]]
         size = [asked or side for asked, side in zip((height, width), default, strict=True)]
         smallest, _, largest = self.manifest.options["size"] or (default[0],) * 3
-        multiple = factor * 2 ** (len(config["block_out_channels"]) - 1)
+        multiple = math.lcm(factor * 2 ** (len(config["block_out_channels"]) - 1), PIXEL_MULTIPLE)
         if size != default and not all(smallest <= side <= largest and side % multiple == 0 for side in size):
             raise InputError(
                 f"the engine in {self.model.files.folder} can't draw {size[0]}x{size[1]} pixels: it was exported for "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from .adapters import ADAPTER_NAME
 from .compiled import CompiledRunner, missing_compiler
-from .config import GenerateConfig
+from .config import PIXEL_MULTIPLE, GenerateConfig
 from .errors import BoostDiffError, InputError
 from .exported import Engine, scheduler_of
 from .families import TextEmbeddings
@@ -75,11 +76,12 @@ def load_sized(files: ModelFiles, config: GenerateConfig, device: torch.device) 
     """
     latent = files.family.latent_shape(files.unet_config)[1:]
     factor = 2 ** (len(read_json(files.folder / "vae" / "config.json").get("block_out_channels", [64])) - 1)
-    size = [asked or factor * side for asked, side in zip((config.height, config.width), latent, strict=True)]
-    if any(side % factor for side in size):
-        raise InputError(f"can't draw {size[0]}x{size[1]} pixels: --height and --width must be multiples of {factor}")
+    size = [pixels or factor * side for pixels, side in zip((config.height, config.width), latent, strict=True)]
+    asked, multiple = config.height or config.width, math.lcm(factor, PIXEL_MULTIPLE)
+    if asked and any(side % multiple for side in size):
+        raise InputError(f"can't draw {size[0]}x{size[1]} pixels: --height and --width must be multiples of {multiple}")
     model = load(files, device=device)
-    if config.height or config.width:
+    if asked:
         # Noise, and SDXL's conditions, are of the size in the UNet's configuration.
         model.unet.register_to_config(sample_size=[side // factor for side in size])
     return model

@@ -5,12 +5,14 @@ Nothing here imports torch: the help of a command must not wait for it.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 
+from ..engine.config import PIXEL_MULTIPLE
 from ..engine.errors import InputError
 from ..engine.options import check_options, refuse_unused
 
@@ -77,10 +79,6 @@ class ExportConfig:
         Range | None,
         typer.Option(show_default="the model's", help="Height and width in pixels; a range lets them vary.", **RANGE),
     ] = None
-    workspace_gb: Annotated[
-        float | None,
-        typer.Option("--workspace", show_default="no limit", help="Limit of TensorRT's scratch memory in GB."),
-    ] = None
     diffusers: Annotated[
         bool, typer.Option("--diffusers", help="Also write the merged UNet for UNet2DConditionModel.from_pretrained.")
     ] = False
@@ -95,9 +93,7 @@ class ExportConfig:
         if self.trt and self.precision == "fp32":
             raise InputError("--trt builds from FP16 graphs: leave --precision fp32 out, or pass both")
         if not self.trt:
-            refuse_unused(self, "without --trt", "trt_flavour", "batch", "workspace_gb")
-        if self.workspace_gb is not None and self.workspace_gb <= 0:
-            raise InputError("--workspace must be more than 0 GB")
+            refuse_unused(self, "without --trt", "trt_flavour", "batch")
 
     def precisions(self, parameters: int) -> tuple[str, ...]:
         """Precisions to write for a UNet of so many parameters, the main one first.
@@ -118,15 +114,13 @@ class ExportConfig:
             default: the model's latent height and width.
 
         Raises:
-            InputError: a size is no multiple of `factor * multiple` pixels.
+            InputError: a size is no multiple of as many pixels as UNet and stock pipelines need.
         """
         if self.size is None:
             return (default,) * 3
-        wrong = [size for size in self.size if size % (factor * multiple)]
-        if wrong:
-            raise InputError(
-                f"--size {wrong[0]} can't be used: this model needs multiples of {factor * multiple} pixels"
-            )
+        pixels = math.lcm(factor * multiple, PIXEL_MULTIPLE)
+        if wrong := [size for size in self.size if size % pixels]:
+            raise InputError(f"--size {wrong[0]} can't be used: this model needs multiples of {pixels} pixels")
         return tuple((size // factor, size // factor) for size in self.size)
 
     def as_json(self) -> dict[str, Any]:

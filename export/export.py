@@ -101,7 +101,7 @@ def export(
             for part in _parts(model, config, precisions):
                 _export_part(part, folder, manifest, precisions, report)
                 if flavour is not None:
-                    _export_plan(part, folder, manifest, config, flavour, report)
+                    _export_plan(part, folder, manifest, flavour, report)
             compare_engine(folder, manifest, reference, precisions=precisions, device=target, report=report)
         return manifest
 
@@ -209,7 +209,6 @@ def _export_plan(
     part: Part,
     folder: Path,
     manifest: Manifest,
-    config: ExportConfig,
     flavour: Flavour,
     report: Callable[[str], None],
 ) -> None:
@@ -219,7 +218,7 @@ def _export_plan(
     build = plan_in_a_process if part.large else plan_from_onnx
     entry = {
         "precision": manifest.artefacts[f"{part.name}/{graph.name}"]["precision"],
-        **build(graph, plan, flavour=flavour, profile=part.profile, workspace_gb=config.workspace_gb),
+        **build(graph, plan, flavour=flavour, profile=part.profile),
     }
     manifest.artefacts[f"{part.name}/{plan.name}"] = entry
     size = f"{part.name}: plan of {plan.stat().st_size / 1e6:.1f} MB"

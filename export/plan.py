@@ -64,7 +64,6 @@ def plan_from_onnx(
     *,
     flavour: Flavour,
     profile: dict[str, list[tuple[int, ...]]],
-    workspace_gb: float | None = None,
 ) -> dict[str, Any]:
     """Build a strongly typed plan: its precision is the graph's own.
 
@@ -73,7 +72,6 @@ def plan_from_onnx(
         plan: where to write.
         flavour: from `choose_flavour`.
         profile: smallest, best and largest shape of each input.
-        workspace_gb: limit of TensorRT's scratch memory.
 
     Returns:
         The plan's entry for the manifest.
@@ -93,17 +91,14 @@ def plan_from_onnx(
     shapes = Profile()
     for name, (smallest, best, largest) in profile.items():
         shapes.add(name, smallest, best, largest)
-    options: dict[str, Any] = {"profiles": [shapes]}
-    if workspace_gb is not None:
-        options["memory_pool_limits"] = {module.MemoryPoolType.WORKSPACE: int(workspace_gb * 1e9)}
     if flavour.name == "tensorrt_rtx":
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
         capabilities = [f"{major}.{minor}" for major, minor in RTX_COMPUTE_CAPABILITIES]
-        config = CreateConfigRTX(use_gpu=False, compute_capabilities=list(RTX_COMPUTE_CAPABILITIES), **options)
+        config = CreateConfigRTX(use_gpu=False, compute_capabilities=list(RTX_COMPUTE_CAPABILITIES), profiles=[shapes])
     else:
         capabilities = ["{}.{}".format(*torch.cuda.get_device_capability())]
-        config = CreateConfig(**options)
+        config = CreateConfig(profiles=[shapes])
     try:
         network = network_from_onnx_path(str(graph), strongly_typed=True)
         plan.write_bytes(engine_bytes_from_network(network, config=config))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..engine.config import PIXEL_MULTIPLE
 from ..engine.errors import BoostDiffError
 from ..engine.exported import Engine
 from ..engine.manifest import Manifest
@@ -50,8 +51,8 @@ class Reference:
 
 
 @torch.inference_mode()
-def draw_reference(model: Model, config: ExportConfig, *, guidance: float) -> Reference:
-    """Draw by the stock pipeline, in float32, at the smallest size of the engine's.
+def draw_reference(model: Model, config: ExportConfig, *, guidance: float) -> Reference | None:
+    """Draw by the stock pipeline, in float32, at the smallest size of the engine's; None where it draws no such size.
 
     Args:
         model: the student, merged, in float32.
@@ -59,6 +60,9 @@ def draw_reference(model: Model, config: ExportConfig, *, guidance: float) -> Re
         guidance: for a guidance-conditioned student.
     """
     pipeline, size = model.pipeline, latent_sizes(model, config)[0]
+    height, width = (side * pipeline.vae_scale_factor for side in size)
+    if height % PIXEL_MULTIPLE or width % PIXEL_MULTIPLE:
+        return None
     states: list[torch.Tensor] = []
 
     def keep(pipeline: Any, index: int, t: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -68,8 +72,8 @@ def draw_reference(model: Model, config: ExportConfig, *, guidance: float) -> Re
     scheduler, pipeline.scheduler = pipeline.scheduler, make_scheduler(SAMPLER, pipeline.scheduler.config)
     image = pipeline(
         PROMPT,
-        height=size[0] * pipeline.vae_scale_factor,
-        width=size[1] * pipeline.vae_scale_factor,
+        height=height,
+        width=width,
         num_inference_steps=STEPS,
         guidance_scale=1.0 if model.unet.config.time_cond_proj_dim is None else guidance,
         latents=initial_noise((model.latent_shape[0], *size), count=1, seed=SEED).to(model.device),
@@ -84,7 +88,7 @@ def draw_reference(model: Model, config: ExportConfig, *, guidance: float) -> Re
 def compare_engine(
     folder: Path,
     manifest: Manifest,
-    reference: Reference,
+    reference: Reference | None,
     *,
     precisions: tuple[str, ...],
     device: torch.device,
@@ -96,6 +100,9 @@ def compare_engine(
         BoostDiffError: latents or image are beyond the tolerance.
     """
     manifest.write(folder)
+    if reference is None:
+        report(f"pipeline: not compared, as stock diffusers draws multiples of {PIXEL_MULTIPLE} pixels alone")
+        return
     runs: list[tuple[str, str | None, str]] = [("onnx", precision, "cpu") for precision in precisions]
     if available_runners(manifest, device, ["tensorrt"])["tensorrt"] is None:
         runs.append(("tensorrt", None, str(device)))
