@@ -53,6 +53,8 @@ FEWEST_STEPS = 20
 class DDIM(DDIMScheduler):
     """DDIM (η = 0) whose steps end at the next timestep: diffusers' own are T // steps long, whatever the spacing."""
 
+    timesteps: torch.Tensor
+
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """As `DDIMScheduler.set_timesteps`."""
         super().set_timesteps(num_inference_steps)
