@@ -14,9 +14,8 @@ def _statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor | float, tor
     mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
     if mean is None or std is None:
         return 0.0, 1.0
-    return tuple(
-        torch.tensor(values, device=like.device, dtype=like.dtype)[None, :, None, None] for values in (mean, std)
-    )
+    of_channels = torch.tensor([mean, std], device=like.device, dtype=like.dtype)[:, None, :, None, None]
+    return of_channels[0], of_channels[1]
 
 
 def denormalized(latents: torch.Tensor, vae: Any) -> torch.Tensor:
