@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from diffusers.models.embeddings import get_timestep_embedding
 
 from .families import TextEmbeddings
 
@@ -48,13 +47,17 @@ def teacher_denoiser(runner: Callable[..., Any], guidance_scale: float) -> Denoi
     return GuidedDenoiser(runner, guidance_scale) if guidance_scale > 1 else SinglePassDenoiser(runner)
 
 
+def _embedding_rates(width: int) -> torch.Tensor:
+    half = width // 2
+    return torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1)))
+
+
 def smooth_columns(width: int) -> torch.Tensor:
     """Which of the guidance embedding's columns, `(width,)` bool, turn by at most one radian while w grows by 1.
 
     Most turn up to 1000 radians: nothing that is learned from few scales carries over to those between.
     """
-    half = width // 2
-    slow = 1000.0 * torch.exp(-math.log(10000.0) * torch.arange(half) / (half - 1)) <= 1
+    slow = 1000.0 * _embedding_rates(width) <= 1
     return torch.nn.functional.pad(torch.cat([slow, slow]), (0, width % 2))
 
 
@@ -62,9 +65,12 @@ def guidance_embedding(guidance_scale: torch.Tensor, width: int) -> torch.Tensor
     """The embedding `(B, width)` of guidance scales `(B,)` that a UNet with `time_cond_proj_dim` takes.
 
     Sines and cosines of w − 1, as stock pipelines feed them
-    (`StableDiffusionPipeline.get_guidance_scale_embedding`; Meng et al. 2023, §3).
+    (`StableDiffusionPipeline.get_guidance_scale_embedding`; Meng et al. 2023, §3). diffusers' `get_timestep_embedding`
+    rounds the rates differently, which at angles of thousands of radians is off by 4e-4.
     """
-    return get_timestep_embedding(1000 * (guidance_scale.float() - 1), width, downscale_freq_shift=1)
+    rates = _embedding_rates(width).to(guidance_scale.device)
+    angles = (guidance_scale.float() - 1)[:, None] * 1000.0 * rates
+    return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
 
 
 class GuidedDenoiser:

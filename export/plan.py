@@ -140,9 +140,9 @@ if __name__ == "__main__":
     request = json.loads(sys.stdin.read())
     if (gpu := request.pop("gpu")) is not None:
         torch.cuda.set_device(gpu)
-    paths = (Path(request.pop(name)) for name in ("graph", "plan"))
+    graph, plan = Path(request.pop("graph")), Path(request.pop("plan"))
     try:
-        answer = plan_from_onnx(*paths, flavour=Flavour(**request.pop("flavour")), **request)
+        answer = plan_from_onnx(graph, plan, flavour=Flavour(**request.pop("flavour")), **request)
     except BoostDiffError as error:
         answer = {"error": str(error)}
     print(json.dumps(answer))
