@@ -78,6 +78,12 @@ def _measure(
         )
 
 
+def _print_notes(provenance: dict[str, Any]) -> None:
+    """Say what of prompts and reference was not used."""
+    for note in provenance["notes"]:
+        console.print(note, style="yellow", markup=False)
+
+
 @app.callback()
 @options_of(BenchConfig, Metrics)
 def bench(
@@ -131,6 +137,7 @@ def bench(
         if as_json:
             print_json(result.as_json())
             return
+        _print_notes(result.provenance)
         console.print(terminal_report(result))
         console.print(f"Report: [bold]{output / 'report.html'}[/]")
 
@@ -161,6 +168,7 @@ def _grid_command(name: str, settings: type[Table1Config] | type[SweepConfig], s
             if as_json:
                 print_json(grid.as_json())
                 return
+            _print_notes(grid.provenance)
             console.print(terminal_grid(grid))
             console.print(f"Table: [bold]{output / f'{grid.name}.html'}[/]")
 

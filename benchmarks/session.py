@@ -18,6 +18,7 @@ from ..engine.files import sha256_of
 from ..engine.guidance import SinglePassDenoiser, teacher_denoiser
 from ..engine.merge import merge
 from ..engine.model import Model, ModelFiles, load, resolve_device
+from ..engine.prompts import cut_note
 from ..engine.runners import Runner, TorchRunner
 from ..engine.sampling import default_batch_size
 from ..engine.schedulers import make_scheduler
@@ -234,14 +235,17 @@ class Session:
         return cache if self.processes.is_main_process else None
 
     def provenance(self, cache: SampleCache | None, **hashes: str) -> dict[str, Any]:
-        """Model, settings, hardware, versions and commit, for a report."""
-        device, settings = self.model.device, asdict(self.config)
+        """Model, settings, hardware, versions, commit, and notes on what was not used, for a report."""
+        device, settings, notes = self.model.device, asdict(self.config), list[str]()
         if isinstance(self.config, BenchConfig):
             settings["batch_sizes"] = list(self.config.batch_sizes_on(device))
         if cache:
             hashes["features"] = cache.network.sha256
             if cache.clip:
                 hashes["clip"] = cache.clip.sha256
+            if cut := cut_note(self.model.pipeline, cache.prompts):
+                notes.append(cut)
+            notes += cache.reference.notes if cache.reference else ()
         return {
             "model": self.model.files.name,
             "guidance": self.guidance,
@@ -252,5 +256,6 @@ class Session:
             "students": {str(s.folder): {"method": s.info.method, "settings": s.info.settings} for s in self.students},
             "sampling_batch_size": self.batch_size,
             "hashes": hashes,
+            "notes": notes,
             "weights": "trained",
         }

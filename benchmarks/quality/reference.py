@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ...engine.errors import InputError
+from ...engine.files import give_modes
 from ...engine.pictures import PICTURE_TYPES, PictureError, files_in, read_picture
 from .features import FeatureNetwork, features_of
 
@@ -27,12 +29,14 @@ class Reference:
         covariance: `(D, D)` float64, unbiased.
         count: images behind both.
         features: `(M, D)` float32 of real images that are not among them: for KID and the real-vs-real distance.
+        notes: what of a folder was not used, in words; not saved.
     """
 
     mean: torch.Tensor
     covariance: torch.Tensor
     count: int
     features: torch.Tensor
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, features: torch.Tensor, held_out: torch.Tensor) -> Reference:
@@ -51,6 +55,7 @@ class Reference:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path)
+        give_modes(path)
 
     @classmethod
     def load(cls, path: Path) -> Reference:
@@ -93,14 +98,16 @@ def reference_from_folder(folder: Path, network: FeatureNetwork, *, size: int | 
     """
     if not folder.is_dir():
         raise InputError(f"there is no reference folder {folder}")
-    paths = [path for path in files_in(folder) if path.suffix[1:].lower() in PICTURE_TYPES]
+    files = files_in(folder)
+    paths = [path for path in files if path.suffix[1:].lower() in PICTURE_TYPES]
     if len(paths) < 20:
         raise InputError(f"the reference folder {folder} holds {len(paths)} images: at least 20 are needed")
-    features, first = [], _pixels(paths[0], size).shape
+    notes: Counter[str] = Counter()
+    features, first = [], _pixels(paths[0], size, Counter()).shape
     for start in range(0, len(paths), BATCH):
         batch = []
         for path in paths[start : start + BATCH]:
-            pixels = _pixels(path, size)
+            pixels = _pixels(path, size, notes)
             if pixels.shape != first:
                 raise InputError(
                     f"the reference folder {folder} mixes image sizes ({first[1]}x{first[0]}, and {path.name} has "
@@ -111,13 +118,17 @@ def reference_from_folder(folder: Path, network: FeatureNetwork, *, size: int | 
     rows = torch.cat(features)
     # Not the last tenth: a folder may be sorted by what is shown.
     apart = torch.arange(len(rows)) % 10 == 9
-    return Reference.of(rows[~apart], rows[apart])
+    said = [f"{count} reference images {note}" for note, count in notes.items()]
+    if others := len(files) - len(paths):
+        said.append(f"{others} files in {folder} are no pictures and are not used")
+    return replace(Reference.of(rows[~apart], rows[apart]), notes=tuple(said))
 
 
-def _pixels(path: Path, size: int | None) -> np.ndarray:
-    """uint8 `(H, W, 3)`."""
+def _pixels(path: Path, size: int | None, notes: Counter[str]) -> np.ndarray:
+    """uint8 `(H, W, 3)`; `notes` counts what of the file is not used."""
     try:
-        rgb, _ = read_picture(path)
+        rgb, unused = read_picture(path)
     except PictureError as error:
         raise InputError(f"can't decode the reference image {path}: {error}") from None
+    notes.update(unused)
     return np.array(rgb if size is None else ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS))

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ...engine.errors import BoostDiffError
+from ...engine.files import give_modes
 from ...engine.guidance import Denoiser
 from ...engine.model import Model
 from ...engine.sampling import generate, to_uint8
@@ -231,6 +232,7 @@ class SampleCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
             save_file(tensors, Path(folder) / path.name, metadata={"key": json.dumps(key, sort_keys=True)})
+            give_modes(Path(folder) / path.name)
             (Path(folder) / path.name).replace(path)
 
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from tiny import CPU, PROMPTS
 
 MANY = [f"{prompt} {i}" for i in range(2) for prompt in PROMPTS]
+MANY[3] += " apple" * 100
 SAMPLES = 8
 
 
@@ -138,6 +139,12 @@ def test_all_forms_show_the_same_figures(grids: list[Grid], tmp_path: Path) -> N
                 assert figure in terminal
         assert f"{grid.caption_label}: 100 times the cosine" in text
         assert page.count("<img") == (grid.name == "sweep")
+
+
+def test_prompts_that_are_cut_are_said(grids: list[Grid]) -> None:
+    for grid in grids:
+        (note,) = grid.provenance["notes"]
+        assert note.startswith(f"1 of {SAMPLES} prompts are cut to ")
 
 
 def test_the_papers_figures_stand_beside_its_own_model() -> None:

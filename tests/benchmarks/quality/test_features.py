@@ -90,6 +90,18 @@ def test_images_are_kept_apart_throughout_a_folder(tmp_path: Path) -> None:
     reference = reference_from_folder(tmp_path, Mean())
     assert reference.features.flatten().tolist() == [9, 19, 29, 39]
     assert reference.count == 41
+    assert not reference.notes
+
+
+def test_what_a_reference_folder_holds_besides_is_said(tmp_path: Path) -> None:
+    for i in range(20):
+        Image.new("RGB", (16, 16), (i * 12, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "list.txt").write_text("of images")
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "two.GIF", save_all=True, append_images=frames[1:])
+    animated, other = reference_from_folder(tmp_path, EfficientNetLite0Features()).notes
+    assert animated.startswith("1 reference images with several frames")
+    assert other.startswith("1 files in")
 
 
 def test_a_reference_from_a_folder(tmp_path: Path) -> None:
