@@ -136,8 +136,8 @@ def test_training_images_are_what_distill_reads(
 ) -> None:
     monkeypatch.setattr(measure, "load_artworks", lambda work: artworks)
     write_images(tmp_path, tmp_path / "images", count=7)
-    rows = list(open_images(str(tmp_path / "images"))(0, 0, 0))
+    rows = list(open_images(str(tmp_path / "images")).rows(0, 0, 0))
     captions = draw_captions(artworks, held_out=False, count=7, seed=0)
-    assert sorted(row.caption for row in rows) == sorted(each.text for each in captions)
+    assert sorted(str(row.caption) for row in rows) == sorted(each.text for each in captions)
     with pytest.raises(InputError, match="something at"):
         write_images(tmp_path, tmp_path / "images", count=7)
