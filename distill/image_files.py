@@ -29,6 +29,9 @@ from ..engine.prompts import TEXT_FIELDS
 from .images import ImageData, Row, Rows
 from .order import epoch_order
 
+# datasets waits 5 seconds for Arrow's threads wherever a Parquet stream ends: at each epoch, and at each test.
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1
+
 METADATA = {"metadata.jsonl": json_lines, "metadata.csv": csv_rows}
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img")
 CAPTION_COLUMNS = ("text", "caption", "prompt", "TEXT", "txt")

@@ -156,7 +156,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, students
     ("arguments", "says"),
     [
         ("distill --model missing", "there is no model 'missing'"),
-        ("distill --model no-unet", "has no UNet"),
+        ("distill --model no-unet", "has no unet: unet/config.json is missing"),
         ("distill --model truncated --prompts {prompts}", "can't load the model"),
         ("distill --prompts empty.txt", "is empty"),
         ("distill --guidance 0.5", "--guidance 0.5"),

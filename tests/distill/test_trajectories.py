@@ -1,3 +1,4 @@
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,7 @@ def test_a_restored_pool_goes_on_identically(tiny: Model, schedule: NoiseSchedul
     state = {name: tensor.clone() for name, tensor in source.state().items()}
     expected = run(source, schedule, range(15, 40))
     other = Trajectories(tiny, list(PROMPTS), schedule, share=Share(batch_size=3), seed=0, guidance=(3, 3))
-    other.restore(state)
+    other.restore(state, Counter())
     assert all(map(torch.equal, run(other, schedule, range(15, 40)), expected))
     assert torch.equal(other.z_t, source.z_t)
 
@@ -130,7 +131,7 @@ def test_captioned_images_are_encoded_and_diffused(tiny: Model, schedule: NoiseS
     assert torch.equal(batch.z_t, again.batch(0).z_t)
     assert not torch.equal(batch.t, first.batch(1).t)
     restored = source()
-    restored.restore(first.state())
+    restored.restore(first.state(), Counter())
     assert torch.equal(restored.batch(2).z_t, first.batch(2).z_t)
     assert len(batch.text) == 3
 
