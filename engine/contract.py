@@ -119,6 +119,9 @@ def _check_unet(parts: Parts, family: Family) -> None:
             f"the UNet takes {inputs} channels and gives {outputs}, the VAE has {latents}: only text-to-image models, "
             "where all three are the same, can be used"
         )
+    for part in (unet, vae):
+        if part.get("norm_num_groups") is not None:
+            _counts(part, "norm_num_groups")
     size = unet.get("sample_size")
     sizes = size if isinstance(size, (list, tuple)) else [size, size]
     if len(sizes) != 2:

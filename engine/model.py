@@ -11,7 +11,6 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 
 from . import embedded
 from .contract import check_folder
@@ -219,10 +218,25 @@ def load(files: ModelFiles, *, device: torch.device, dtype: torch.dtype | None =
                 low_cpu_mem_usage=True,
                 **files.family.load_options,
             )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    # On damaged settings diffusers, transformers and tokenizers raise nearly anything, the last bare exceptions.
+    except Exception as error:
         raise InputError(f"can't load the model in {files.folder}: {one_line(error)}") from None
+    _check_special_tokens(pipeline, files)
     prepare_for_inference(pipeline, files.family)
     return Model(files=files, pipeline=pipeline.to(device))
+
+
+def _check_special_tokens(pipeline: DiffusionPipeline, files: ModelFiles) -> None:
+    for name, encoder in zip(files.family.tokenizers, files.family.text_encoders, strict=True):
+        known = getattr(pipeline, encoder).config.vocab_size
+        tokenizer = getattr(pipeline, name)
+        unknown = [word for word in tokenizer.all_special_tokens if tokenizer.convert_tokens_to_ids(word) >= known]
+        if unknown:
+            raise InputError(
+                f"{files.folder / name} has special tokens that {encoder} does not know: {', '.join(unknown)}"
+            )
 
 
 def prepare_for_inference(pipeline: DiffusionPipeline, family: Family) -> None:

@@ -171,7 +171,7 @@ def check_schedule(class_name: str, config: Mapping[str, Any]) -> None:
         raise InputError(f"steps_offset {offset!r} can't be used: it must lie between 0 and {count - 1}")
     try:
         scheduler = make_scheduler("ddim", config)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError, IndexError) as error:
         raise InputError(f"its betas can't be used: {one_line(error)}") from None
     if not _fits(scheduler, FEWEST_STEPS):
         raise InputError(

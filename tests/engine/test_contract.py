@@ -11,8 +11,8 @@ from boostdiff.distill.config import DistillConfig, RunConfig
 from boostdiff.distill.distill import dry
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.files import read_json, write_json
-from boostdiff.engine.model import locate
-from tiny import make_xl_pipeline
+from boostdiff.engine.model import load, locate
+from tiny import CPU, make_xl_pipeline
 from typer.testing import CliRunner
 
 SCHEDULER, UNET, VAE = "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"
@@ -136,3 +136,28 @@ def test_every_command_says_the_same(
         said.add(str(result.exception))
     assert len(said) == 1
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        ("vae/config.json", {"norm_num_groups": -4}, "norm_num_groups is -4"),
+        ("unet/config.json", {"norm_num_groups": "4"}, "norm_num_groups is '4'"),
+        ("scheduler/scheduler_config.json", {"trained_betas": []}, "betas"),
+        ("tokenizer/tokenizer_config.json", {"unk_token": 7}, "can't load the model"),
+        (
+            "tokenizer/tokenizer_config.json",
+            {"pad_token": "<nothing>"},
+            "special tokens that text_encoder",
+        ),
+        ("unet/config.json", {"up_block_types": ["UpBlock2D", 7]}, "can't load the model"),
+    ],
+)
+def test_damaged_settings_are_no_fault_of_ours(
+    tiny_folder: Path, tmp_path: Path, name: str, values: dict[str, Any], said: str
+) -> None:
+    folder = changed(tiny_folder, tmp_path / "model", name, **values)
+    for weights in tiny_folder.rglob("*.safetensors"):
+        shutil.copy(weights, Path(folder) / weights.relative_to(tiny_folder))
+    with pytest.raises(InputError, match=said):
+        load(locate(folder), device=CPU)
