@@ -78,10 +78,15 @@ def _measure(
         )
 
 
-def _print_notes(provenance: dict[str, Any]) -> None:
-    """Say what of prompts and reference was not used."""
-    for note in provenance["notes"]:
+def _show(result: Any, rendered: Callable[[Any], Any], written: str, *, as_json: bool) -> None:
+    """Print a result: what of prompts and reference was not used, its tables, and where it was written; or its JSON."""
+    if as_json:
+        print_json(result.as_json())
+        return
+    for note in result.provenance["notes"]:
         console.print(note, style="yellow", markup=False)
+    console.print(rendered(result))
+    console.print(written)
 
 
 @app.callback()
@@ -134,12 +139,7 @@ def bench(
     if result:
         with replaced_files(output, REPORT_FILES) as folder:
             write_report(result, folder)
-        if as_json:
-            print_json(result.as_json())
-            return
-        _print_notes(result.provenance)
-        console.print(terminal_report(result))
-        console.print(f"Report: [bold]{output / 'report.html'}[/]")
+        _show(result, terminal_report, f"Report: [bold]{output / 'report.html'}[/]", as_json=as_json)
 
 
 def _grid_command(name: str, settings: type[Table1Config] | type[SweepConfig], summary: str) -> None:
@@ -165,12 +165,7 @@ def _grid_command(name: str, settings: type[Table1Config] | type[SweepConfig], s
         grid = _measure(measure_grid, config, model=model, students=student, prompts=prompts, output=output, **more)
         if grid:
             write_grid(grid, output)
-            if as_json:
-                print_json(grid.as_json())
-                return
-            _print_notes(grid.provenance)
-            console.print(terminal_grid(grid))
-            console.print(f"Table: [bold]{output / f'{grid.name}.html'}[/]")
+            _show(grid, terminal_grid, f"Table: [bold]{output / f'{grid.name}.html'}[/]", as_json=as_json)
 
 
 _grid_command(

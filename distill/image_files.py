@@ -29,7 +29,7 @@ from ..engine.prompts import TEXT_FIELDS
 from .images import ImageData, Row, Rows
 from .order import epoch_order
 
-# datasets waits 5 seconds for Arrow's threads wherever a Parquet stream ends: at each epoch, and at each test.
+# datasets waits 5 seconds for Arrow's threads wherever a Parquet stream ends, so after each epoch.
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1
 
 METADATA = {"metadata.jsonl": json_lines, "metadata.csv": csv_rows}

@@ -34,12 +34,7 @@ from .sampling import batches, default_batch_size, to_pil
 from .schedulers import check_steps, make_scheduler
 from .student import apply_student, read_student
 
-IN_TORCH: dict[str, Callable[[UNet2DConditionModel], Runner]] = {
-    "torch": TorchRunner,
-    "compiled": CompiledRunner,
-}
-LACKING: dict[str, Callable[[torch.device], str | None]] = {"compiled": missing_compiler}
-"""Why a runner is unavailable on a device, or None."""
+IN_TORCH: dict[str, Callable[[UNet2DConditionModel], Runner]] = {"torch": TorchRunner, "compiled": CompiledRunner}
 
 DEFAULT_GUIDANCE = 3.0
 
@@ -153,7 +148,7 @@ def draw(
         opened = open_engine(config, device)
     elif files is not None:
         target = resolve_device(device)
-        if config.runner in LACKING and (reason := LACKING[config.runner](target)):
+        if config.runner == "compiled" and (reason := missing_compiler(target)):
             raise BoostDiffError(reason)
         opened = nullcontext((open_teacher if config.teacher else open_student)(files, config, target))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,7 @@ from ..engine.runners import Runner
 from ..engine.sampling import generate, to_uint8
 from ..engine.schedulers import SAMPLERS, make_scheduler
 from .captions import FULL, Caption, Grammar, draw_captions
-from .dataset import Artworks, load_artworks
+from .dataset import STYLES, Artworks, load_artworks
 from .measure import (
     Seed,
     Work,
@@ -271,6 +272,11 @@ def judges(work: Work = Path("teacher-work"), model: ModelName = MODEL_NAME, see
             f"judges: of {len(images)} {name} held-out images, background {found['background']:.1%}, style "
             f"{found['style']:.1%}, thing {found['thing']:.1%}"
         )
+    seen = style_of(loaded.styles, real)
+    for style in STYLES:
+        taken = Counter(name for name, caption in zip(seen, captions, strict=True) if caption.style == style)
+        most = ", ".join(f"{count} as {name}" for name, count in taken.most_common(3))
+        print(f"judges: of {taken.total()} real images in the style {style}: {most}")
 
 
 def vae_quality(

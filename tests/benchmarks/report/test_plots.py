@@ -4,7 +4,7 @@ from boostdiff.benchmarks.speed.flops import Flops
 from boostdiff.benchmarks.speed.throughput import MODES, Speed, SpeedRow
 from boostdiff.benchmarks.stats import Estimate, Spread
 
-RUNNERS = ("torch", "stock diffusers", "compiled", "tensorrt", "onnx", "onnx-tensorrt")
+RUNNERS = ("torch", "stock diffusers", "compiled", "tensorrt", "onnx", "another")
 
 
 def row(runner: str, mode: str, batch_size: int) -> SpeedRow:
