@@ -10,6 +10,7 @@ from pathlib import Path
 from diffusers import UNet2DConditionModel
 
 from ..engine.compiled import CompiledRunner, has_bfloat16, missing_compiler
+from ..engine.families import is_live
 from ..engine.merge import TIMESTEPS
 from ..engine.model import LARGE_PARAMETERS, Model
 from ..engine.runners import GraphRunner, Runner, TorchRunner
@@ -69,6 +70,7 @@ class FastestRunners(ExitStack):
             return CompiledRunner(unet, batches=(self.batch_size, 2 * self.batch_size))
         folder = self.enter_context(tempfile.TemporaryDirectory())
         path = Path(folder) / "model.onnx"
-        text = self.model.family.encode(self.model.pipeline, [""], negative_prompt=None).conditional
+        encoded = self.model.family.encode(self.model.pipeline, [""])
+        text = encoded.joined() if is_live(unet.config) else encoded.conditional
         onnx_from_part(unet_part(self.model, unet, text, ExportConfig(), TIMESTEPS), path)
         return GraphRunner(OnnxSession(path, device=self.model.device), unet_config=dict(unet.config))

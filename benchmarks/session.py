@@ -15,7 +15,7 @@ from diffusers import SchedulerMixin, UNet2DConditionModel
 
 from ..engine.errors import InputError
 from ..engine.files import sha256_of
-from ..engine.guidance import SinglePassDenoiser, teacher_denoiser
+from ..engine.guidance import teacher_denoiser
 from ..engine.merge import merge
 from ..engine.model import Model, ModelFiles, load, resolve_device
 from ..engine.prompts import cut_note
@@ -184,7 +184,7 @@ class Session:
             role="student",
             guidance=guidance,
             cost=self.steps,
-            open=lambda: SinglePassDenoiser(self.runner(unet), scale),
+            open=lambda: student.info.denoiser(self.runner(unet), scale),
             identity={"mode": "student", "adapter": student.info.adapter_sha256, "guidance": scale},
         )
 

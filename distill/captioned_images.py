@@ -12,12 +12,16 @@ from ..engine.latents import encode
 from ..engine.model import Model
 from ..engine.prompts import is_cut, token_limit
 from .images import ImageData, ImageStream
+from .negatives import NegativePrompts
 from .objective import NoiseSchedule
 from .order import Share, noise_of
 from .source import Batch, Source, TextCache, draw_guidance
 
 ENCODED_PIXELS = 2**21
 """What the VAE encodes at once, eight images of 512x512: its activations are hundreds of times their size."""
+
+CAPTIONS = 256
+"""Captions that live negative prompts are drawn from."""
 
 
 class CaptionedImages(Source):
@@ -32,13 +36,13 @@ class CaptionedImages(Source):
         share: Share,
         seed: int,
         guidance: tuple[float, float],
-        negative_prompt: str = "",
+        negatives: NegativePrompts | None = None,
         max_bad_samples: int = 0,
     ) -> None:
         self.model, self.schedule, self.share, self.seed = model, schedule, share, seed
         self.guidance_bounds = guidance
         self.embed = TextCache(model)
-        self.unconditional = model.family.embed_negative(model.pipeline, negative_prompt).to(torch.float32)
+        self.negatives = negatives or NegativePrompts(model)
         height, width = image_size(model)
         cut = f"with a caption cut to {token_limit(model.pipeline)} tokens"
         self.stream = ImageStream(
@@ -50,6 +54,8 @@ class CaptionedImages(Source):
             max_bad_samples=max_bad_samples,
             note_on=lambda caption: cut if is_cut(model.pipeline, caption) else "",
         )
+        # The same in every process, whatever its share of the data.
+        self.other_captions = self.stream.captions(CAPTIONS) if self.negatives.live else []
 
     def batch(self, update: int) -> Batch:
         """See `Source.batch`.
@@ -62,18 +68,19 @@ class CaptionedImages(Source):
         with torch.no_grad():
             together = max(1, ENCODED_PIXELS // images[0, 0].numel())
             x = torch.cat([encode(part, vae) for part in images.split(together)])
-        timesteps, scales, noise = [], [], []
+        timesteps, scales, noise, negatives = [], [], [], []
         for member in self.share.members:
             number = update * self.share.batch_size + member
             random = np.random.default_rng([self.seed, number])
             timesteps.append(int(random.integers(len(self.schedule))))
             scales.append(draw_guidance(random, self.guidance_bounds))
+            negatives.append(self.negatives.draw(random, self.other_captions))
             noise.append(noise_of(x.shape[1:], self.seed, number))
         t = torch.tensor(timesteps, device=x.device)
         return Batch(
             z_t=self.schedule.add_noise(x, torch.stack(noise).to(x.device), t),
             t=t,
-            text=TextEmbeddings(conditional=self.embed(captions), unconditional=self.unconditional),
+            text=TextEmbeddings(conditional=self.embed(captions), unconditional=self.negatives.embeddings(negatives)),
             guidance=torch.tensor(scales, device=x.device),
         )
 

@@ -30,6 +30,9 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """Where neither the user nor the preset says: chosen on `emoji64`, where each takes under 4 minutes on two cores."""
 
+LIVE = "live"
+"""The `--negative-prompt` of a student that takes any."""
+
 RANGE_UPDATES = 4
 """Factor of the updates of a guidance-conditioned student: it learns many scales; figures in docs/distillation.md."""
 
@@ -53,12 +56,18 @@ class DistillConfig:
     ] = None
     targets: Annotated[
         str,
-        typer.Option(help="Layers of LoRA and DoRA: attention, transformer, or endings of module names: to_q,to_v."),
+        typer.Option(help="Layers of LoRA and DoRA: attention, transformer, all, or endings of names: to_q,to_v."),
     ] = "attention"
     tokens: Annotated[int, typer.Option(min=1, help="Learned tokens of a soft prompt.")] = 16
     guidance: float = 3.0
     guidance_max: float | None = None
-    negative_prompt: Annotated[str, typer.Option(show_default="none", help="Negative prompt to distill in, too.")] = ""
+    negative_prompt: Annotated[
+        str,
+        typer.Option(
+            show_default="none",
+            help="Negative prompt to distill in, too; [bold]live[/]: the student takes any, at each image.",
+        ),
+    ] = ""
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -122,6 +131,10 @@ class DistillConfig:
             raise InputError("pass --prompts FILE or --images DIR, not both")
         if self.method not in ("lora", "dora"):
             refuse_unused(self, f"with --method {self.method}", "rank", "alpha", "targets")
+        if self.live_negative_prompt and self.method == "soft-prompt":
+            raise InputError(
+                "--negative-prompt live does not go with --method soft-prompt, whose tokens join the prompt"
+            )
         if self.method != "soft-prompt":
             refuse_unused(self, f"with --method {self.method}", "tokens")
 
@@ -129,6 +142,16 @@ class DistillConfig:
     def guidance_bounds(self) -> tuple[float, float]:
         """Smallest and largest guidance that is trained."""
         return self.guidance, self.guidance if self.guidance_max is None else self.guidance_max
+
+    @property
+    def live_negative_prompt(self) -> bool:
+        """Whether the student takes any negative prompt."""
+        return self.negative_prompt == LIVE
+
+    @property
+    def fixed_negative_prompt(self) -> str:
+        """The negative prompt that is distilled in; of a live one its default."""
+        return "" if self.live_negative_prompt else self.negative_prompt
 
     @property
     def guidance_conditioned(self) -> bool:

@@ -28,6 +28,7 @@ from .captioned_images import CaptionedImages
 from .config import DistillConfig, RunConfig
 from .images import ImageData
 from .loop import Observers, Run
+from .negatives import NegativePrompts
 from .objective import NoiseSchedule
 from .order import Share
 from .preview import PREVIEW_STEPS, Preview
@@ -157,6 +158,8 @@ def plan(
         refuse_unused(execution, "without --images", "max_bad_samples")
     if config.method != "lora":
         refuse_unused(execution, f"with --method {config.method}", "format")
+    if config.live_negative_prompt:
+        refuse_unused(execution, "with --negative-prompt live, which other programs do not know", "format")
     if execution.log_with and not find_spec(execution.log_with):
         raise InputError(f"{execution.log_with} is not installed: pip install {execution.log_with}")
     if config.precision == "fp16":
@@ -195,16 +198,18 @@ def _run(
         "share": Share(batch_size=config.batch_size, index=accelerator.process_index, count=accelerator.num_processes),
         "seed": config.seed,
         "guidance": config.guidance_bounds,
-        "negative_prompt": config.negative_prompt,
     }
+    negatives = NegativePrompts(model, config.fixed_negative_prompt, live=config.live_negative_prompt)
     source: Source
-    notes = [cut_note(model.pipeline, [config.negative_prompt], "negative prompts")]
+    notes = [cut_note(model.pipeline, [config.fixed_negative_prompt], "negative prompts")]
     if images is not None:
-        source = CaptionedImages(model, images, schedule, max_bad_samples=execution.max_bad_samples, **common)
+        source = CaptionedImages(
+            model, images, schedule, negatives=negatives, max_bad_samples=execution.max_bad_samples, **common
+        )
         shown = source.stream.captions(PREVIEW_ROWS)
         notes += images.notes
     else:
-        source = Trajectories(model, prompts, schedule, **common)
+        source = Trajectories(model, prompts, schedule, negatives=negatives, **common)
         # Prompts that stand far apart show more than the first few of a sorted list.
         shown = prompts[:: max(1, len(prompts) // PREVIEW_ROWS)][:PREVIEW_ROWS]
         notes.append(cut_note(model.pipeline, prompts))
@@ -240,6 +245,7 @@ def _adapter(unet: Any, config: DistillConfig) -> Adapter:
         targets=config.targets,
         tokens=config.tokens,
         guidance_input=config.guidance_conditioned,
+        live_negative_prompt=config.live_negative_prompt,
     )
 
 

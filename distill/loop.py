@@ -133,7 +133,7 @@ class Run:
         z_t, text = batch.z_t.to(dtype), batch.text.to(dtype)
         guidance = batch.guidance if self.config.guidance_conditioned else None
         teacher = GuidedDenoiser(self.runner, self.config.guidance if guidance is None else guidance)
-        student = SinglePassDenoiser(self.runner, guidance)
+        student = SinglePassDenoiser(self.runner, guidance, live_negative_prompt=self.config.live_negative_prompt)
         autocast = self.accelerator.autocast if self.config.precision != "fp32" else nullcontext
 
         def x_of(prediction: torch.Tensor) -> torch.Tensor:
@@ -285,6 +285,7 @@ class Run:
                 loss, unguided = self.watch.losses[-1], self.watch.unguided[-1]
                 r2 = self.watch.guidance_r2()
                 values = {"loss": loss, "unguided_loss": unguided, "guidance_r2": r2}
+                values["teacher_evaluations"] = self.done * self.config.batch_size
                 values["lr"] = learning_rate_at(update, self.config)
                 log.write(json.dumps({"update": update, **values}) + "\n")
                 images_per_second = pace.after_update()
@@ -318,6 +319,7 @@ class Run:
         return {
             "updates": self.config.updates,
             "resumed_at": start,
+            **self.budget(),
             "seconds": round(time.monotonic() - began, 1),
             "images_per_second": pace.images_per_second,
             "final_loss": self.watch.mean_loss(),
@@ -327,6 +329,11 @@ class Run:
             "peak_memory": peak_memory(self.model.device),
             "notes": self.notes + notes,
         }
+
+    def budget(self) -> dict[str, int]:
+        """What the updates so far have cost, in samples: the teacher evaluates each once, in two passes."""
+        samples = self.done * self.config.batch_size
+        return {"teacher_evaluations": samples, "forward_passes": 3 * samples, "backward_passes": samples}
 
     def refuse(self, reason: str) -> None:
         """Stop, and leave the last good adapter in the unfinished run's folder.

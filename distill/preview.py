@@ -72,7 +72,9 @@ class Preview:
 
     @torch.no_grad()
     def _write(self, path: Path) -> None:
-        text = self.model.family.encode(self.model.pipeline, self.prompts, negative_prompt=self.config.negative_prompt)
+        text = self.model.family.encode(
+            self.model.pipeline, self.prompts, negative_prompt=self.config.fixed_negative_prompt
+        )
         draw = partial(
             generate,
             self.model,
@@ -89,6 +91,10 @@ class Preview:
             self.teacher = {"teacher w=1": unguided} | guided
         columns = dict(self.teacher)
         for scale in self.scales:
-            student: Denoiser = SinglePassDenoiser(self.runner, scale if self.config.guidance_conditioned else None)
+            student: Denoiser = SinglePassDenoiser(
+                self.runner,
+                scale if self.config.guidance_conditioned else None,
+                live_negative_prompt=self.config.live_negative_prompt,
+            )
             columns[f"{self.config.method} w={scale:g}"] = to_uint8(draw(student))
         labelled_grid(columns, self.prompts).save(path)

@@ -70,15 +70,18 @@ class Source(ABC):
 
 
 class TextCache:
-    """Embeddings of prompts, each computed once, kept on the CPU in at most `limit` bytes."""
+    """Embeddings of prompts (or negative prompts), each computed once, kept on the CPU in at most `limit` bytes."""
 
-    def __init__(self, model: Model, limit: int = 2**30) -> None:
+    def __init__(self, model: Model, *, negative: bool = False, limit: int = 2**30) -> None:
         self.model = model
-        numbers = sum(math.prod(shape) for shape in model.family.prompt_shapes(model.pipeline).values())
+        family, pipeline = model.family, model.pipeline
+        numbers = sum(math.prod(shape) for shape in family.prompt_shapes(pipeline).values())
         # One at a time goes through the text encoder: the batch around a prompt changes its last bits, and a resumed
         # run must give the bytes of an uninterrupted one.
         self._embedded = lru_cache(maxsize=max(1, limit // (4 * numbers)))(
-            lambda prompt: model.family.embed(model.pipeline, [prompt]).to("cpu")
+            lambda prompt: (
+                family.embed_negative(pipeline, prompt) if negative else family.embed(pipeline, [prompt])
+            ).to("cpu")
         )
 
     def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:

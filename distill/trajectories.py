@@ -10,6 +10,7 @@ import torch
 
 from ..engine.families import TextEmbeddings
 from ..engine.model import Model
+from .negatives import NegativePrompts
 from .objective import NoiseSchedule, ddim_step, dpm_solver_2m
 from .order import Share, epoch_order, noise_of
 from .source import Batch, Source, TextCache, draw_guidance
@@ -38,19 +39,19 @@ class Trajectories(Source):
         share: Share,
         seed: int,
         guidance: tuple[float, float],
-        negative_prompt: str = "",
+        negatives: NegativePrompts | None = None,
     ) -> None:
         self.model, self.prompts, self.schedule, self.seed = model, prompts, schedule, seed
         self.share, self.guidance_bounds = share, guidance
         self.embed = TextCache(model)
-        self.unconditional = model.family.embed_negative(model.pipeline, negative_prompt).to(torch.float32)
+        self.negatives = negatives or NegativePrompts(model)
         size = share.batch_size
         self.number = torch.zeros(size, dtype=torch.int64)
         self.stride, self.position = torch.zeros(size), torch.zeros(size)
         self.t, self.t_previous = torch.full((size,), -1), torch.full((size,), -1)
         self.multistep = torch.zeros(size, dtype=torch.bool)
         self.guidance = torch.zeros(size)
-        self.texts = [""] * size
+        self.texts, self.negative_texts = [""] * size, [""] * size
         self.z_t = torch.zeros(len(share.members), *model.latent_shape, device=model.device)
         self.x_previous = torch.zeros_like(self.z_t)
         self.started = 0
@@ -76,6 +77,7 @@ class Trajectories(Source):
         self.t_previous[member] = -1
         epoch, index = divmod(number, len(self.prompts))
         self.texts[member] = self.prompts[epoch_order(len(self.prompts), self.seed, epoch)[index]]
+        self.negative_texts[member] = self.negatives.draw(random, self.prompts)
 
     def batch(self, update: int) -> Batch:
         """See `Source.batch`: this process's part of the pool."""
@@ -85,7 +87,10 @@ class Trajectories(Source):
         return Batch(
             z_t=self.z_t,
             t=self.t[rows].to(where),
-            text=TextEmbeddings(conditional=self.embed(self.texts[rows]), unconditional=self.unconditional),
+            text=TextEmbeddings(
+                conditional=self.embed(self.texts[rows]),
+                unconditional=self.negatives.embeddings(self.negative_texts[rows]),
+            ),
             guidance=self.guidance[rows].to(where),
         )
 

@@ -16,6 +16,7 @@ import torch._dynamo
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
+from .live_negative import set_attention
 from .runners import TorchRunner
 
 RECOMPILATIONS = 64
@@ -43,7 +44,7 @@ def use_plain_attention(unet: UNet2DConditionModel) -> None:
     """
     sizes = unet.config.sample_size
     if max([sizes] if isinstance(sizes, int) else sizes) <= PLAIN_ATTENTION:
-        unet.set_attn_processor(AttnProcessor())
+        set_attention(unet, AttnProcessor())
 
 
 def missing_compiler(device: torch.device) -> str | None:

@@ -56,7 +56,11 @@ class GenerateConfig:
         ),
     ] = None
     negative_prompt: Annotated[
-        str | None, typer.Option(show_default="none; a student has its own", help="Negative prompt of the teacher.")
+        str | None,
+        typer.Option(
+            show_default="none; a student has its own",
+            help="Negative prompt of the teacher, or of a student of live negative prompts.",
+        ),
     ] = None
     lora_scale: Annotated[
         float | None,

@@ -26,7 +26,7 @@ from .errors import BoostDiffError, InputError
 from .exported_parts import ExportedTextEncoder, ExportedVaeDecoder
 from .families import TextEmbeddings, family_of
 from .files import read_json
-from .guidance import Denoiser, SinglePassDenoiser
+from .guidance import Denoiser
 from .manifest import Manifest, read_manifest, verified_file
 from .model import Model, ModelFiles, resolve_device
 from .runners import EXPORTED, GraphRunner, available_runners, open_session
@@ -128,7 +128,7 @@ class Engine(AbstractContextManager["Engine"]):
         Raises:
             InputError: the student was not distilled for this guidance.
         """
-        return SinglePassDenoiser(self.model.unet, self.manifest.distilled.choose_guidance(guidance))
+        return self.manifest.distilled.denoiser(self.model.unet, guidance)
 
     def sized(self, height: int | None = None, width: int | None = None) -> Model:
         """The model that draws images of a size in pixels; it shares everything with `model`.
@@ -152,27 +152,49 @@ class Engine(AbstractContextManager["Engine"]):
         pipeline.unet = unet
         return replace(self.model, pipeline=pipeline)
 
-    def encode(self, prompts: str | Sequence[str], *, model: Model | None = None) -> TextEmbeddings:
-        """Embeddings of the prompts; there is no unconditional one, since no pass needs it.
+    def encode(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        model: Model | None = None,
+    ) -> TextEmbeddings:
+        """Embeddings of the prompts, and of the negative prompts where the student takes any.
 
         Args:
             prompts: B of them.
+            negative_prompt: one for all, or B of them.
             model: from `sized`, for another size: SDXL is conditioned on it.
 
         Raises:
-            InputError: a prompt is empty.
+            InputError: a prompt is empty, there are not as many negative prompts, or the student does not take them.
         """
-        model = model or self.model
-        text = model.family.encode(model.pipeline, _listed(prompts), negative_prompt=None)
+        model, prompts = model or self.model, _listed(prompts)
+        negatives: str | list[str] | None
+        if not (negative_prompt is None or isinstance(negative_prompt, str)):
+            if len(negative_prompt) != len(prompts):
+                raise InputError(f"there are {len(negative_prompt)} negative prompts for {len(prompts)} prompts")
+            chosen = [self.manifest.distilled.choose_negative_prompt(each) for each in negative_prompt]
+            negatives = None if None in chosen else [each or "" for each in chosen]
+        else:
+            negatives = self.manifest.distilled.choose_negative_prompt(negative_prompt)
+        text = model.family.encode(model.pipeline, prompts, negative_prompt=negatives)
         return text.to(model.unet.dtype)
 
     def __call__(
-        self, prompts: str | Sequence[str], *, seed: int = 0, batch_size: int | None = None, **options: Any
+        self,
+        prompts: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        seed: int = 0,
+        batch_size: int | None = None,
+        **options: Any,
     ) -> list[Image.Image]:
         """Draw.
 
         Args:
             prompts: one image each; image i starts from the noise of `seed + i`.
+            negative_prompt: for a student of live negative prompts: one for all, or one per image.
             seed: see `prompts`.
             batch_size: images denoised together; None takes `sampling.default_batch_size`.
             options: as `stream` takes them: steps, sampler, guidance, height, width.
@@ -185,7 +207,9 @@ class Engine(AbstractContextManager["Engine"]):
         together = batch_size or default_batch_size(self.sized(**size))
         images = []
         for start in range(0, len(prompts), together):
-            *_, last = self.stream(prompts[start : start + together], seed=seed + start, **options)
+            rows = slice(start, start + together)
+            negatives = negative_prompt if isinstance(negative_prompt, str | None) else negative_prompt[rows]
+            *_, last = self.stream(prompts[rows], negative_prompt=negatives, seed=seed + start, **options)
             images += last.images()
         return images
 
@@ -193,6 +217,7 @@ class Engine(AbstractContextManager["Engine"]):
         self,
         prompts: str | Sequence[str],
         *,
+        negative_prompt: str | Sequence[str] | None = None,
         steps: int = 20,
         seed: int = 0,
         sampler: str = "ddim",
@@ -204,6 +229,7 @@ class Engine(AbstractContextManager["Engine"]):
 
         Args:
             prompts: one image each; image i starts from the noise of `seed + i`.
+            negative_prompt: for a student of live negative prompts: one for all, or one per image.
             steps: sampling steps.
             seed: see `prompts`.
             sampler: a name in `schedulers.SAMPLERS`.
@@ -215,7 +241,7 @@ class Engine(AbstractContextManager["Engine"]):
             InputError: a prompt is empty, the sampler is unknown, or the student or the engine is not made for this.
         """
         model = self.sized(height, width)
-        text = self.encode(prompts, model=model)
+        text = self.encode(prompts, negative_prompt=negative_prompt, model=model)
         noise = initial_noise(model.latent_shape, count=len(text), seed=seed)
         states = sampling(
             self.denoiser(guidance),

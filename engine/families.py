@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -82,7 +82,8 @@ class TextEmbeddings:
 
     Attributes:
         conditional: embeddings of the prompts (c), a batch of B.
-        unconditional: embeddings of the empty or a negative prompt (∅), a batch of 1; None without guidance.
+        unconditional: embeddings of the empty or a negative prompt (∅), a batch of 1, or of B negative prompts; None
+            without guidance.
     """
 
     conditional: PromptEmbeds
@@ -92,7 +93,21 @@ class TextEmbeddings:
         return len(self.conditional)
 
     def __getitem__(self, index: slice | torch.Tensor) -> TextEmbeddings:
-        return TextEmbeddings(conditional=self.conditional[index], unconditional=self.unconditional)
+        shared = self.unconditional is None or len(self.unconditional) == 1
+        return TextEmbeddings(
+            conditional=self.conditional[index],
+            unconditional=self.unconditional if shared else self.unconditional[index],  # type: ignore[index]
+        )
+
+    def joined(self) -> PromptEmbeds:
+        """Both along the tokens, `(B, 2L, D)`, the unconditional first: what a student of live negative prompts reads.
+
+        All else, such as SDXL's pooled embedding, is the prompts'.
+        """
+        assert self.unconditional is not None, "encoded without the unconditional prompt"
+        negative = self.unconditional.expand(len(self)).encoder_hidden_states
+        tokens = torch.cat([negative, self.conditional.encoder_hidden_states], dim=1)
+        return replace(self.conditional, encoder_hidden_states=tokens)
 
     def both(self) -> PromptEmbeds:
         """A batch of 2B: ∅ B times, then the prompts."""
@@ -105,6 +120,14 @@ class TextEmbeddings:
             conditional=self.conditional.to(*args, **kwargs),
             unconditional=None if self.unconditional is None else self.unconditional.to(*args, **kwargs),
         )
+
+
+BOTH_TEXTS = "a student of live negative prompts takes both texts as one: torch.cat([negative, prompt], dim=1)"
+
+
+def is_live(unet_config: Any) -> bool:
+    """Whether a UNet of this configuration takes `TextEmbeddings.joined`; see `live_negative`."""
+    return bool(unet_config.get("live_negative_prompt"))
 
 
 class Family(ABC):
@@ -152,23 +175,25 @@ class Family(ABC):
         """Embeddings of a few prompts, as the stock pipeline computes them."""
 
     def encode(
-        self, pipeline: DiffusionPipeline, prompts: Sequence[str], *, negative_prompt: str | None = ""
+        self, pipeline: DiffusionPipeline, prompts: Sequence[str], *, negative_prompt: str | Sequence[str] | None = ""
     ) -> TextEmbeddings:
         """Text embeddings of the prompts, on the pipeline's device and in its dtype.
 
         Args:
             pipeline: its tokenizers and text encoders are used.
             prompts: B of them.
-            negative_prompt: what guidance leads away from; None leaves the unconditional embedding out.
+            negative_prompt: what guidance leads away from, one for all or one each; None leaves the unconditional
+                embedding out.
         """
         chunks = [
             self.embed(pipeline, list(prompts[i : i + ENCODED_TOGETHER]))
             for i in range(0, len(prompts), ENCODED_TOGETHER)
         ]
-        return TextEmbeddings(
-            conditional=PromptEmbeds.cat(chunks),
-            unconditional=None if negative_prompt is None else self.embed_negative(pipeline, negative_prompt),
-        )
+        unconditional = None
+        if negative_prompt is not None:
+            negatives = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
+            unconditional = PromptEmbeds.cat([self.embed_negative(pipeline, each) for each in negatives])
+        return TextEmbeddings(conditional=PromptEmbeds.cat(chunks), unconditional=unconditional)
 
     def embed_negative(self, pipeline: DiffusionPipeline, prompt: str) -> PromptEmbeds:
         """The unconditional embedding, a batch of 1."""
@@ -207,6 +232,9 @@ class Family(ABC):
         unet = pipeline.unet
         generator = torch.Generator().manual_seed(0)
         shapes = {"sample": self.latent_shape(unet.config), **self.prompt_shapes(pipeline)}
+        if is_live(unet.config):
+            length, width = shapes["encoder_hidden_states"]
+            shapes["encoder_hidden_states"] = (2 * length, width)
         if unet.config.time_cond_proj_dim is not None:
             shapes["timestep_cond"] = (unet.config.time_cond_proj_dim,)
         inputs = {}

@@ -24,7 +24,7 @@ from .errors import BoostDiffError, InputError
 from .exported import Engine, scheduler_of
 from .families import TextEmbeddings
 from .files import prepare_output, read_json
-from .guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser, teacher_denoiser
+from .guidance import Denoiser, GuidedDenoiser, teacher_denoiser
 from .manifest import read_manifest
 from .merge import fold_student
 from .model import Model, ModelFiles, load, resolve_device
@@ -55,11 +55,11 @@ def open_engine(config: GenerateConfig, device: str) -> Iterator[Sampling]:
     manifest = read_manifest(folder)
     if config.student is not None:
         manifest.check_student(read_student(config.student), engine=folder)
-    manifest.distilled.check_negative_prompt(config.negative_prompt)
+    negative_prompt = manifest.distilled.choose_negative_prompt(config.negative_prompt)
     check_steps(scheduler_of(folder).config, [config.sampler], [config.steps])
     with Engine.load(folder, runner=config.runner, device=device, precision=config.precision) as engine:
         model = engine.sized(config.height, config.width)
-        text = engine.encode(config.prompts, model=model)
+        text = engine.encode(config.prompts, negative_prompt=negative_prompt, model=model)
         yield Sampling(model=model, denoiser=engine.denoiser(config.guidance), text=text)
 
 
@@ -97,12 +97,13 @@ def open_student(files: ModelFiles, config: GenerateConfig, device: torch.device
     folder = config.student or Path("outputs/student")
     # What the student can't do is said before the weights are read.
     info = read_student(folder, files)
-    guidance = info.choose_guidance(config.guidance)
-    info.check_negative_prompt(config.negative_prompt)
-    if config.lora_scale is not None and (info.method != "lora" or info.guidance_range is not None):
-        # At scale 0 a DoRA's magnitudes stay, and so does a guidance input: that is not the base.
-        kind = info.method if info.guidance_range is None else "guidance-conditioned"
-        raise InputError(f"--lora-scale is for students of method lora and one guidance scale, not {kind} ones")
+    info.choose_guidance(config.guidance)
+    negative_prompt = info.choose_negative_prompt(config.negative_prompt)
+    if config.lora_scale is not None and not info.scalable:
+        raise InputError(
+            "--lora-scale is for students of method lora, one guidance scale and no live negative prompt: "
+            f"the one in {folder} is another"
+        )
     model = load_sized(files, config, device)
     if config.runner == "torch":
         apply_student(model, folder, info)
@@ -111,8 +112,8 @@ def open_student(files: ModelFiles, config: GenerateConfig, device: torch.device
         fold_student(model.unet, folder, info)
     if config.lora_scale is not None:
         model.unet.set_adapters(ADAPTER_NAME, config.lora_scale)
-    denoiser = SinglePassDenoiser(IN_TORCH[config.runner](model.unet), guidance)
-    text = model.family.encode(model.pipeline, config.prompts, negative_prompt=None)
+    denoiser = info.denoiser(IN_TORCH[config.runner](model.unet), config.guidance)
+    text = model.family.encode(model.pipeline, config.prompts, negative_prompt=negative_prompt)
     return Sampling(model=model, denoiser=denoiser, text=text)
 
 

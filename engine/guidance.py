@@ -105,12 +105,16 @@ class GuidedDenoiser:
 class SinglePassDenoiser:
     """The student (and the teacher without guidance): one pass over a batch of B.
 
-    `guidance_scale`, a number or `(B,)`, is the input of a guidance-conditioned student; others have none.
+    `guidance_scale`, a number or `(B,)`, is the input of a guidance-conditioned student; others have none. A student
+    of live negative prompts reads both texts.
     """
 
-    def __init__(self, runner: Any, guidance_scale: float | torch.Tensor | None = None) -> None:
+    def __init__(
+        self, runner: Any, guidance_scale: float | torch.Tensor | None = None, *, live_negative_prompt: bool = False
+    ) -> None:
         self.runner = runner
         self.guidance_scale = guidance_scale
+        self.live_negative_prompt = live_negative_prompt
         self._embeddings: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def _embedding(self, z_t: torch.Tensor) -> torch.Tensor:
@@ -125,7 +129,7 @@ class SinglePassDenoiser:
         return embedding
 
     def __call__(self, z_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
-        arguments = text.conditional.unet_arguments()
+        arguments = (text.joined() if self.live_negative_prompt else text.conditional).unet_arguments()
         if self.guidance_scale is not None:
             arguments["timestep_cond"] = self._embedding(z_t)
         (prediction,) = self.runner(z_t, t, **arguments, return_dict=False)

@@ -9,8 +9,9 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from .adapters import TARGETS, Adapter, BitFit, Lora, SoftPrompt, adapter_class
+from .adapters import TARGETS, Adapter, BitFit, Lora, SoftPrompt
 from .guidance import smooth_columns
+from .live_negative import LiveNegative
 
 GUIDANCE_FILE = "guidance_embedding.safetensors"
 
@@ -81,20 +82,6 @@ def add_guidance_embedding(unet: UNet2DConditionModel, width: int = GUIDANCE_WID
     return projection
 
 
-def load_adapter(unet: UNet2DConditionModel, folder: Path, *, method: str, guidance_input: bool) -> None:
-    """Put a saved adapter onto a UNet, unmerged; see `Adapter.load`.
-
-    Args:
-        unet: of the model that it was trained on.
-        folder: the student's.
-        method: one of `METHODS`.
-        guidance_input: whether the student is guidance-conditioned.
-    """
-    adapter_class(method).load(unet, folder)
-    if guidance_input:
-        GuidanceConditioned.load(unet, folder)
-
-
 def make_adapter(
     method: str,
     unet: UNet2DConditionModel,
@@ -104,6 +91,7 @@ def make_adapter(
     targets: str = "attention",
     tokens: int = 16,
     guidance_input: bool = False,
+    live_negative_prompt: bool = False,
 ) -> Adapter:
     """Put a new adapter on a frozen UNet; its initial weights come from torch's default generator.
 
@@ -115,6 +103,7 @@ def make_adapter(
         targets: a key of `TARGETS`, or comma-separated endings of module names.
         tokens: number of a soft prompt's tokens.
         guidance_input: whether the student is guidance-conditioned.
+        live_negative_prompt: whether the student takes any negative prompt.
 
     Raises:
         InputError: no layer has such a name, or the tuner can't take one that has.
@@ -127,4 +116,6 @@ def make_adapter(
     else:
         modules = list(TARGETS.get(targets, tuple(part.strip() for part in targets.split(","))))
         adapter = Lora(unet, method, rank=rank, alpha=alpha or rank, targets=modules)
+    if live_negative_prompt:
+        adapter = LiveNegative(unet, adapter)
     return GuidanceConditioned(unet, adapter) if guidance_input else adapter

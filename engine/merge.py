@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 
 from .adapters import adapter_class
 from .errors import BoostDiffError
+from .families import is_live
 from .guidance import guidance_embedding
 from .model import LARGE_PARAMETERS, Model
 from .runners import unet_forward
@@ -75,6 +76,9 @@ def merge_in_place(model: Model, folder: Path, info: StudentInfo) -> MergeProof:
 
     def predictions() -> torch.Tensor:
         arguments = dict(inputs)
+        if is_live(unet.config):
+            tokens = inputs["encoder_hidden_states"]
+            arguments["encoder_hidden_states"] = torch.cat([tokens.flip(0), tokens], dim=1)
         if unet.config.time_cond_proj_dim is not None:
             scales = torch.tensor([2.0, 5.0], device=model.device)
             arguments["timestep_cond"] = guidance_embedding(scales, unet.config.time_cond_proj_dim)

@@ -20,6 +20,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from .config import EXPORTED
 from .errors import BoostDiffError, InputError
+from .families import BOTH_TEXTS, is_live
 from .manifest import Manifest, verified_file
 from .sessions import OnnxSession, Session, execution_provider
 from .trt import TensorRTSession, check_plan
@@ -145,6 +146,8 @@ class GraphRunner(Runner):
     def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """See `Runner.predict`; in the dtype of `sample`, whatever the graph's own is."""
         sample = inputs["sample"]
+        if is_live(self.config) and inputs["encoder_hidden_states"].shape[1] % 2:
+            raise InputError(BOTH_TEXTS)
         prediction = torch.empty(sample.shape, dtype=self.dtype, device=self.device)
         self.session.run(inputs, {UNET_OUTPUT: prediction})
         return prediction.to(sample.dtype)

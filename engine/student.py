@@ -9,10 +9,12 @@ from typing import Any
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 
-from .adapters import METHODS
+from .adapters import METHODS, adapter_class
 from .errors import InputError, one_line
 from .files import read_json, sha256_of, write_json
-from .guidance_input import load_adapter
+from .guidance import SinglePassDenoiser
+from .guidance_input import GuidanceConditioned
+from .live_negative import LiveNegative
 from .model import Model, ModelFiles
 
 INFO_FILE = "student.json"
@@ -27,12 +29,28 @@ class Distilled:
         guidance: guidance scale w that was distilled in; for a range its middle.
         guidance_range: smallest and largest w of a guidance-conditioned student, else None.
         negative_prompt: negative prompt that was distilled in, or "".
+        live_negative_prompt: whether the student takes any negative prompt, at each image.
     """
 
     method: str
     guidance: float
     guidance_range: tuple[float, float] | None = None
     negative_prompt: str = ""
+    live_negative_prompt: bool = False
+
+    @property
+    def scalable(self) -> bool:
+        """Whether the adapter at scale 0 is the base: a DoRA's magnitudes stay, and so does an added input."""
+        return self.method == "lora" and self.guidance_range is None and not self.live_negative_prompt
+
+    def denoiser(self, runner: Any, guidance: float | None = None) -> SinglePassDenoiser:
+        """The student's single pass on a runner.
+
+        Raises:
+            InputError: see `choose_guidance`.
+        """
+        scale = self.choose_guidance(guidance)
+        return SinglePassDenoiser(runner, scale, live_negative_prompt=self.live_negative_prompt)
 
     def choose_guidance(self, guidance: float | None) -> float | None:
         """The UNet's guidance input: a scale for a guidance-conditioned student, else None.
@@ -59,18 +77,24 @@ class Distilled:
             )
         return scale
 
-    def check_negative_prompt(self, negative_prompt: str | None) -> None:
-        """Refuse a negative prompt that the student was not distilled with; None is its default.
+    def choose_negative_prompt(self, negative_prompt: str | None) -> str | None:
+        """What is to be encoded beside the prompts: None where the student takes no negative prompt.
+
+        Args:
+            negative_prompt: the user's choice, or None for the student's default.
 
         Raises:
-            InputError: it is another.
+            InputError: the student was not distilled with it.
         """
+        if self.live_negative_prompt:
+            return negative_prompt or ""
         if negative_prompt not in (None, self.negative_prompt):
             trained = f"the negative prompt {self.negative_prompt!r}" if self.negative_prompt else "no negative prompt"
             raise InputError(
                 f"this student was distilled with {trained}, and one pass can't follow another: "
-                "leave --negative-prompt out, distill with it, or pass --teacher"
+                "leave --negative-prompt out, distill with it or with --negative-prompt live, or pass --teacher"
             )
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +138,7 @@ def _usable(values: dict[str, Any]) -> bool:
     scales, files = values["guidance_range"], values["adapter_files"]
     return (
         all(isinstance(values[name], str) for name in ("method", "negative_prompt", "model", "unet_sha256"))
+        and isinstance(values["live_negative_prompt"], bool)
         and number(values["guidance"])
         and (scales is None or (isinstance(scales, list) and len(scales) == 2 and all(map(number, scales))))
         and isinstance(files, dict)
@@ -135,6 +160,7 @@ def read_student(folder: Path, files: ModelFiles | None = None) -> StudentInfo:
     if not (folder / INFO_FILE).is_file():
         raise InputError(f"there is no student in {folder}: run `boostdiff distill` first, or pass --student DIR")
     values = read_json(folder / INFO_FILE)
+    values = {"live_negative_prompt": False} | values
     names = {item.name for item in fields(StudentInfo)}
     if not names <= set(values) or not _usable(values):
         raise InputError(f"{folder / INFO_FILE} is not a student's description; distill again")
@@ -180,6 +206,10 @@ def apply_adapter(unet: UNet2DConditionModel, folder: Path, info: StudentInfo) -
         InputError: its tensors don't fit.
     """
     try:
-        load_adapter(unet, folder, method=info.method, guidance_input=info.guidance_range is not None)
+        adapter_class(info.method).load(unet, folder)
+        if info.live_negative_prompt:
+            LiveNegative.load(unet, folder)
+        if info.guidance_range is not None:
+            GuidanceConditioned.load(unet, folder)
     except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise InputError(f"the adapter in {folder} does not fit {info.model}: {one_line(error)}") from None

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..engine.errors import BoostDiffError, InputError
+from ..engine.families import is_live
 from ..engine.files import prepare_output, read_json, staged_folder, write_json
 from ..engine.manifest import MANIFEST_FILE, Manifest, read_manifest, verified_file
 from ..engine.memory import give_back_memory
@@ -73,8 +74,9 @@ def export(
         # Pipelines of two text encoders pass none of them a mask.
         if not others and read_json(files.folder / encoder / "config.json").get("use_attention_mask"):
             raise InputError(f"{encoder}/config.json says use_attention_mask, which exported text encoders don't take")
-        if config.diffusers and info.method == "soft-prompt":
-            raise InputError("a soft prompt is no part of the weights: leave --diffusers out, graphs carry its tokens")
+        if config.diffusers and (info.method == "soft-prompt" or info.live_negative_prompt):
+            what = "a soft prompt" if info.method == "soft-prompt" else "attention to a live negative prompt"
+            raise InputError(f"{what} is no part of stock weights: leave --diffusers out, the graphs carry it")
         flavour = choose_flavour(config.trt_flavour) if config.trt else None
         prepare_output(output, replaces=MANIFEST_FILE)
         manifest = _intended(files, info, config, flavour)
@@ -118,6 +120,7 @@ def _intended(files: ModelFiles, info: StudentInfo, config: ExportConfig, flavou
             "guidance": info.guidance,
             "guidance_range": list(info.guidance_range) if info.guidance_range else None,
             "negative_prompt": info.negative_prompt,
+            "live_negative_prompt": info.live_negative_prompt,
         },
         unet_config={},
         versions=versions("tensorrt", "tensorrt_rtx") if flavour else versions(),
@@ -162,7 +165,8 @@ def write_configs_and_tokenizers(model: Model, manifest: Manifest, folder: Path,
 def _parts(model: Model, config: ExportConfig, precisions: tuple[str, ...]) -> list[Part]:
     """Every part with its cases' references. The model's references go: a part is freed once it is exported."""
     pipeline = model.pipeline
-    text = model.family.encode(pipeline, CHECK_PROMPTS, negative_prompt=None).conditional
+    encoded = model.family.encode(pipeline, CHECK_PROMPTS)
+    text = encoded.joined() if is_live(model.unet.config) else encoded.conditional
     parts = [text_encoder_part(model, name, CHECK_PROMPTS, config) for name in model.family.text_encoders]
     parts += [vae_decoder_part(model, config), unet_part(model, model.unet, text, config, TIMESTEPS)]
     for part in parts:

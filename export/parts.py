@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from ..engine.exported_parts import HIDDEN_STATES
 from ..engine.families import PromptEmbeds
 from ..engine.latents import denormalized
+from ..engine.live_negative import set_attention
 from ..engine.memory import give_back_memory, give_back_pages
 from ..engine.model import LARGE_PARAMETERS, Model
 from ..engine.runners import UNET_OUTPUT, unet_forward
@@ -352,6 +353,6 @@ def keep_attention_in_fp32(modules: Iterable[torch.nn.Module]) -> bool:
     wanted = False
     for module in modules:
         if isinstance(module, UNet2DConditionModel) and module.config.upcast_attention:
-            module.set_attn_processor(AttnProcessor())
+            set_attention(module, AttnProcessor())
             wanted = True
     return wanted

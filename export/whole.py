@@ -16,6 +16,7 @@ import torch
 from ..engine.config import PIXEL_MULTIPLE
 from ..engine.errors import BoostDiffError
 from ..engine.exported import Engine
+from ..engine.families import is_live
 from ..engine.manifest import Manifest
 from ..engine.memory import give_back_memory
 from ..engine.model import LARGE_PARAMETERS, Model
@@ -26,6 +27,7 @@ from .config import ExportConfig
 from .parts import latent_sizes
 
 PROMPT = "a photo of a red apple on a table"
+NEGATIVE_PROMPT = "blurry, a green apple"
 STEPS, SAMPLER, SEED = 2, "ddim", 0
 """Few, as a UNet of Stable Diffusion's size takes ten seconds a pass on a CPU; what is lost shows in the first."""
 
@@ -71,7 +73,7 @@ def draw_reference(model: Model, config: ExportConfig, *, guidance: float) -> Re
 
     scheduler, pipeline.scheduler = pipeline.scheduler, make_scheduler(SAMPLER, pipeline.scheduler.config)
     image = pipeline(
-        PROMPT,
+        **_text(model),
         height=height,
         width=width,
         num_inference_steps=STEPS,
@@ -83,6 +85,15 @@ def draw_reference(model: Model, config: ExportConfig, *, guidance: float) -> Re
     pipeline.scheduler = scheduler
     large = model.unet.num_parameters() >= LARGE_PARAMETERS
     return Reference(latents=states[-1], image=image.float().cpu(), lean=large)
+
+
+def _text(model: Model) -> dict[str, Any]:
+    """The prompt as arguments of the stock pipeline; with a negative prompt where the student takes any."""
+    if not is_live(model.unet.config):
+        return {"prompt": PROMPT}
+    text = model.family.encode(model.pipeline, [PROMPT], negative_prompt=NEGATIVE_PROMPT).joined()
+    pooled = {} if text.text_embeds is None else {"pooled_prompt_embeds": text.text_embeds}
+    return {"prompt_embeds": text.encoder_hidden_states, **pooled}
 
 
 def compare_engine(
@@ -111,7 +122,11 @@ def compare_engine(
         with Engine.load(folder, runner=runner, device=place, precision=precision, lean=reference.lean) as engine:
             factor = engine.model.pipeline.vae_scale_factor
             height, width = (factor * side for side in reference.latents.shape[2:])
-            *_, last = engine.stream(PROMPT, steps=STEPS, seed=SEED, sampler=SAMPLER, height=height, width=width)
+            negative_prompt = NEGATIVE_PROMPT if manifest.distilled.live_negative_prompt else None
+            size = {"height": height, "width": width}
+            *_, last = engine.stream(
+                PROMPT, negative_prompt=negative_prompt, steps=STEPS, seed=SEED, sampler=SAMPLER, **size
+            )
             image = decode(last.model, last.latents)
         give_back_memory()
         manifest.pipeline[name] = check = compare_images(

@@ -14,6 +14,7 @@ from accelerate.utils.memory import clear_device_cache
 from diffusers import SchedulerMixin
 
 from ...engine.errors import one_line
+from ...engine.families import is_live
 from ...engine.guidance import GuidedDenoiser, SinglePassDenoiser
 from ...engine.model import Model
 from ...engine.runners import Runner
@@ -98,13 +99,14 @@ class TimedVariant:
             with watch.part("unet"):
                 return runner(z_t, *args, **kwargs)
 
-        denoiser = GuidedDenoiser(timed_runner, work.guidance) if guided else SinglePassDenoiser(timed_runner)
+        live = is_live(runner.config)
+        single = SinglePassDenoiser(timed_runner, live_negative_prompt=live)
+        denoiser = GuidedDenoiser(timed_runner, work.guidance) if guided else single
         synchronize(device)
         began = time.perf_counter()
         with watch.part("text_encoder"):
-            text = model.family.encode(model.pipeline, work.prompts, negative_prompt="" if guided else None).to(
-                device, runner.dtype
-            )
+            text = model.family.encode(model.pipeline, work.prompts, negative_prompt="" if guided or live else None)
+            text = text.to(device, runner.dtype)
         noise = work.noise.to(device, runner.dtype)
         latents = sample(denoiser, text=text, noise=noise, scheduler=work.make_scheduler(), steps=work.steps)
         with watch.part("vae_decode"):

@@ -11,7 +11,7 @@ import torch
 import typer
 
 from ...engine.families import TextEmbeddings
-from ...engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
+from ...engine.guidance import Denoiser, GuidedDenoiser
 from ...engine.model import Model
 from ...engine.options import SamplerOption
 from ...engine.runners import TorchRunner
@@ -92,7 +92,7 @@ def guidance_r2(
             text = model.family.encode(model.pipeline, session.prompts[:prompts])
             for scale in scales_for(student, scales_of(scales)):
                 states = trajectory(model, text, scale)
-                denoiser = SinglePassDenoiser(TorchRunner(student.unet), student.info.choose_guidance(scale))
+                denoiser = student.info.denoiser(TorchRunner(student.unet), scale)
                 r2 = [r2_of(denoiser, part, text) for part in (states, *([state] for state in states))]
                 rows.append([f"{folder.name}, w = {scale:g}", *(f"{each:.3f}" for each in r2)])
                 headings = ["student", "all", *(f"t = {int(state.t)}" for state in states)]

@@ -8,6 +8,7 @@ import torch
 from boostdiff.distill.config import RANGE_UPDATES, DistillConfig, parse_guidance
 from boostdiff.distill.distill import count_parameters, distill
 from boostdiff.distill.loop import Observers
+from boostdiff.distill.negatives import NegativePrompts
 from boostdiff.distill.objective import NoiseSchedule, guidance_weight
 from boostdiff.distill.order import Share
 from boostdiff.distill.trajectories import Trajectories
@@ -99,15 +100,16 @@ def test_a_student_refuses_what_it_was_not_trained_for(
     with pytest.raises(InputError, match=r"for guidance 1\.5 to 7\.5 and can't give 8"):
         ranged.choose_guidance(8.0)
     with pytest.raises(InputError, match="distilled with no negative prompt"):
-        fixed.check_negative_prompt("blurry")
+        fixed.choose_negative_prompt("blurry")
 
 
 def test_a_negative_prompt_is_what_the_teacher_leads_away_from(
     tiny: Model, tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path
 ) -> None:
     schedule = NoiseSchedule.of(tiny.pipeline.scheduler, CPU)
+    negatives = NegativePrompts(tiny, "a red cat")
     source = Trajectories(
-        tiny, list(PROMPTS), schedule, share=Share(batch_size=2), seed=0, guidance=(3, 3), negative_prompt="a red cat"
+        tiny, list(PROMPTS), schedule, share=Share(batch_size=2), seed=0, guidance=(3, 3), negatives=negatives
     )
     negative = tiny.pipeline.encode_prompt("a red cat", CPU, 1, False)[0]
     unconditional = source.batch(0).text.unconditional
@@ -115,9 +117,9 @@ def test_a_negative_prompt_is_what_the_teacher_leads_away_from(
     torch.testing.assert_close(unconditional.encoder_hidden_states, negative)
     config = DistillConfig(prompts=prompt_file, negative_prompt="a red cat", updates=2, batch_size=2)
     info = distill(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
-    info.check_negative_prompt("a red cat")
+    info.choose_negative_prompt("a red cat")
     with pytest.raises(InputError, match="distilled with the negative prompt 'a red cat'"):
-        info.check_negative_prompt("")
+        info.choose_negative_prompt("")
 
 
 def test_the_lora_scale_scales_the_adapters_effect(students: dict[str, Path], tiny: Model) -> None:

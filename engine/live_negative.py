@@ -1,0 +1,196 @@
+"""Live negative prompts: a student that takes a prompt and a negative prompt in one pass.
+
+Its cross-attention reads both texts, apart: a = a_n + s (a_c − a_n), where a_c attends to the prompt and a_n to the
+negative prompt. The scale s is learned, one per head, and depends on the timestep (and, of a guidance-conditioned
+student, on w), since it is read off the UNet's time embedding.
+
+In a stock diffusers pipeline: `LiveNegative.load(pipe.unet, folder)`, and as `prompt_embeds` the negative prompt's
+embeddings and the prompt's, joined along the tokens in this order, with `guidance_scale=1`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from safetensors.torch import load_file, save_file
+
+from .adapters import Adapter
+from .errors import InputError
+from .families import BOTH_TEXTS
+
+LIVE_FILE = "negative_attention.safetensors"
+
+INITIAL_SCALE = 1.2
+"""s before training: 1 is attention to the prompt alone, more leads away from the negative prompt."""
+
+GAIN = 10.0
+"""Factor of what is trained in s: a few numbers that must move far at the learning rate of a whole LoRA."""
+
+
+class _Shared:
+    """What all processors of a UNet share.
+
+    Attributes:
+        enabled: whether the UNet is the student; else it attends as the base does.
+        time_embedding: the newest, `(B, E)`: attention processors are not given it.
+    """
+
+    def __init__(self) -> None:
+        self.enabled = True
+        self.time_embedding: torch.Tensor | None = None
+
+    def __call__(self, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        """As a forward hook of the UNet's `time_embedding`."""
+        self.time_embedding = output
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the UNet has no use for another's activations, which torch can't copy while they carry gradients.
+        return {"enabled": self.enabled, "time_embedding": None}
+
+
+class LiveNegativeAttention(torch.nn.Module):
+    """Attention processor: cross-attention to two texts.
+
+    Attributes:
+        stock: the processor that was there before; decides how attention is computed.
+        scale: `(heads,)`, what is added to `INITIAL_SCALE`, over `GAIN`.
+        slope: `(heads, E)`, the same per column of the time embedding.
+    """
+
+    def __init__(self, attention: Attention, shared: _Shared, width: int) -> None:
+        super().__init__()
+        self.stock: Any = attention.processor
+        self.shared = shared
+        device = attention.to_q.weight.device
+        self.scale = torch.nn.Parameter(torch.zeros(attention.heads, device=device))
+        self.slope = torch.nn.Parameter(torch.zeros(attention.heads, width, device=device))
+
+    def forward(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `AttnProcessor2_0`, with `encoder_hidden_states` `(B, 2L, D)`: the negative prompt's L tokens come first.
+
+        Raises:
+            ValueError: the number of tokens is odd.
+        """
+        if not self.shared.enabled:
+            output: torch.Tensor = self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+            return output
+        assert encoder_hidden_states is not None
+        assert self.shared.time_embedding is not None
+        if encoder_hidden_states.shape[1] % 2:
+            raise ValueError(BOTH_TEXTS)
+        text = attn.norm_encoder_hidden_states(encoder_hidden_states) if attn.norm_cross else encoder_hidden_states
+        query = _by_head(attn.to_q(hidden_states), attn.heads)
+        keys, values = (layer(text).unflatten(1, (2, -1)).unbind(dim=1) for layer in (attn.to_k, attn.to_v))
+        negative, prompt = (
+            self._attend(attn, query, _by_head(key, attn.heads), _by_head(value, attn.heads))
+            for key, value in zip(keys, values, strict=True)
+        )
+        embedding = torch.nn.functional.silu(self.shared.time_embedding)
+        scale = INITIAL_SCALE + GAIN * (self.scale + embedding @ self.slope.T)
+        attended = negative + scale[:, :, None, None].to(prompt.dtype) * (prompt - negative)
+        dropout = attn.to_out[1]
+        return dropout(attn.to_out[0](attended.transpose(1, 2).flatten(2))) / attn.rescale_output_factor
+
+    def _attend(self, attn: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Each `(B, heads, …, width of a head)`; by plain matrix products where the stock processor takes them."""
+        if isinstance(self.stock, AttnProcessor):
+            weights = attn.get_attention_scores(query.flatten(0, 1), key.flatten(0, 1))
+            return torch.bmm(weights, value.flatten(0, 1)).reshape(query.shape)
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+
+def _by_head(states: torch.Tensor, heads: int) -> torch.Tensor:
+    """`(B, N, heads · width)` as `(B, heads, N, width)`."""
+    return states.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def set_attention(module: torch.nn.Module, processor: Any) -> None:
+    """As diffusers' `set_attn_processor`; processors for live negative prompts stay, and compute as this one does."""
+    for each in module.modules():
+        if isinstance(each, Attention):
+            if isinstance(each.processor, LiveNegativeAttention):
+                each.processor.stock = processor
+            else:
+                each.set_processor(processor)
+
+
+def attach(unet: UNet2DConditionModel) -> dict[str, LiveNegativeAttention]:
+    """Put processors on every cross-attention; by the attention's name.
+
+    Raises:
+        InputError: the UNet has none, or attends in another mode.
+    """
+    shared = _Shared()
+    attentions = {n: m for n, m in unet.named_modules() if isinstance(m, Attention) and m.is_cross_attention}
+    if not attentions or not all(
+        isinstance(m.processor, AttnProcessor | AttnProcessor2_0) for m in attentions.values()
+    ):
+        raise InputError("--negative-prompt live can't be used: this UNet has no plain cross-attention to the text")
+    unet.time_embedding.register_forward_hook(shared)
+    width = unet.time_embedding.linear_2.out_features
+    processors = {name: LiveNegativeAttention(m, shared, width) for name, m in attentions.items()}
+    for name, processor in processors.items():
+        attentions[name].set_processor(processor)
+    unet.register_to_config(live_negative_prompt=True)
+    return processors
+
+
+class LiveNegative(Adapter):
+    """Another adapter, and with it cross-attention to two texts."""
+
+    def __init__(self, unet: UNet2DConditionModel, inner: Adapter) -> None:
+        super().__init__(unet)
+        self.inner = inner
+        self.processors = attach(unet)
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {**self.inner.parameters(), **_scales(self.processors)}
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        shared = next(iter(self.processors.values())).shared
+        shared.enabled = False
+        try:
+            with self.inner.disabled():
+                yield
+        finally:
+            shared.enabled = True
+
+    def save(self, folder: Path, pipeline: DiffusionPipeline) -> list[Path]:
+        """Write the other adapter, and the scales in a file beside it."""
+        tensors = {name: p.detach().cpu().contiguous() for name, p in _scales(self.processors).items()}
+        save_file(tensors, folder / LIVE_FILE)
+        return [*self.inner.save(folder, pipeline), folder / LIVE_FILE]
+
+    @staticmethod
+    @torch.no_grad()
+    def load(unet: UNet2DConditionModel, folder: str | Path) -> None:
+        """See `Adapter.load`, of the scales; the other adapter has a file of its own."""
+        tensors = load_file(Path(folder) / LIVE_FILE)
+        processors = attach(unet)
+        parameters = _scales(processors)
+        if tensors.keys() != parameters.keys():
+            raise KeyError(f"its {len(tensors)} attention scales are not the {len(parameters)} of the UNet")
+        for name, parameter in parameters.items():
+            if parameter.shape != tensors[name].shape:
+                raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}")
+            parameter.copy_(tensors[name])
+        for processor in processors.values():
+            processor.to(unet.dtype).requires_grad_(False)
+
+
+def _scales(processors: dict[str, LiveNegativeAttention]) -> dict[str, torch.nn.Parameter]:
+    return {f"{name}.{key}": p for name, each in processors.items() for key, p in each.named_parameters()}
