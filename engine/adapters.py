@@ -31,11 +31,16 @@ LORA_METHODS = ("lora", "dora")
 """Methods whose file diffusers' `load_lora_weights` reads."""
 
 
+ATTENTION = ("to_k", "to_out.0", "to_q", "to_v")
+FEED_FORWARD = ("proj_in", "proj_out", "net.0.proj", "net.2")
+RESIDUAL = ("conv", "conv1", "conv2", "conv_in", "conv_out", "conv_shortcut", "time_emb_proj", "linear_1", "linear_2")
+
 TARGETS: dict[str, tuple[str, ...]] = {
-    "attention": ("to_k", "to_out.0", "to_q", "to_v"),
-    "transformer": ("to_k", "to_out.0", "to_q", "to_v", "proj_in", "proj_out", "net.0.proj", "net.2"),
+    "attention": ATTENTION,
+    "transformer": (*ATTENTION, *FEED_FORWARD),
+    "all": (*ATTENTION, *FEED_FORWARD, *RESIDUAL),
 }
-"""Named sets of layers: the attention projections (the paper's), or all of the transformer blocks."""
+"""Named sets of layers: the attention projections (the paper's), all of the transformer blocks, or every layer."""
 
 METHODS = (*LORA_METHODS, "bitfit", "soft-prompt")
 

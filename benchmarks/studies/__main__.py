@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from ...engine.terminal import quiet_libraries, run
-from . import full_size, guidance_study, profile, seeds
+from . import full_size, guidance_study, profile, recipes, seeds
 from .held_out import TAKES_TRAINING_OPTIONS
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.command(context_settings=TAKES_TRAINING_OPTIONS)(seeds.seeds)
 for study in (
+    recipes.recipes,
     guidance_study.guidance_r2,
     guidance_study.effective_guidance,
     profile.profile,
