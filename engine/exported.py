@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -29,8 +30,9 @@ from .files import read_json
 from .guidance import Denoiser, SinglePassDenoiser
 from .manifest import Manifest, read_manifest, verified_file
 from .model import Model, ModelFiles, resolve_device
+from .prompts import cut_note
 from .runners import EXPORTED, GraphRunner, available_runners, open_session
-from .sampling import FiniteCheck, decode, default_batch_size, initial_noise, sampling, to_pil
+from .sampling import FiniteCheck, batches, decode, default_batch_size, initial_noise, sampling, to_pil
 from .schedulers import check_schedule, check_steps, completed, make_scheduler
 from .sessions import Session
 
@@ -155,6 +157,8 @@ class Engine(AbstractContextManager["Engine"]):
     def encode(self, prompts: str | Sequence[str], *, model: Model | None = None) -> TextEmbeddings:
         """Embeddings of the prompts; there is no unconditional one, since no pass needs it.
 
+        Warns, once a call, if prompts are cut to what the text encoder takes.
+
         Args:
             prompts: B of them.
             model: from `sized`, for another size: SDXL is conditioned on it.
@@ -162,32 +166,41 @@ class Engine(AbstractContextManager["Engine"]):
         Raises:
             InputError: a prompt is empty.
         """
-        model = model or self.model
-        text = model.family.encode(model.pipeline, _listed(prompts), negative_prompt=None)
+        model, prompts = model or self.model, _listed(prompts)
+        if note := cut_note(model.pipeline, prompts):
+            # Of who calls `__call__` or iterates over `stream`.
+            warnings.warn(note, stacklevel=3)
+        text = model.family.encode(model.pipeline, prompts, negative_prompt=None)
         return text.to(model.unet.dtype)
 
     def __call__(
-        self, prompts: str | Sequence[str], *, seed: int = 0, batch_size: int | None = None, **options: Any
+        self,
+        prompts: str | Sequence[str],
+        *,
+        steps: int = 20,
+        seed: int = 0,
+        sampler: str = "ddim",
+        guidance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int | None = None,
     ) -> list[Image.Image]:
-        """Draw.
-
-        Args:
-            prompts: one image each; image i starts from the noise of `seed + i`.
-            seed: see `prompts`.
-            batch_size: images denoised together; None takes `sampling.default_batch_size`.
-            options: as `stream` takes them: steps, sampler, guidance, height, width.
+        """Draw any number of images: the arguments of `stream`, and `batch_size`, the number denoised together.
 
         Raises:
             InputError: see `stream`.
         """
-        prompts = _listed(prompts)
-        size = {side: options.get(side) for side in ("height", "width")}
-        together = batch_size or default_batch_size(self.sized(**size))
-        images = []
-        for start in range(0, len(prompts), together):
-            *_, last = self.stream(prompts[start : start + together], seed=seed + start, **options)
-            images += last.images()
-        return images
+        model = self.sized(height, width)
+        drawn = batches(
+            model,
+            self.denoiser(guidance),
+            text=self.encode(prompts, model=model),
+            make_scheduler=lambda: self._scheduler(sampler, steps),
+            steps=steps,
+            seed=seed,
+            batch_size=batch_size or default_batch_size(model),
+        )
+        return [image for images in drawn for image in to_pil(images)]
 
     def stream(
         self,

@@ -59,7 +59,8 @@ def open_engine(config: GenerateConfig, device: str) -> Iterator[Sampling]:
     check_steps(scheduler_of(folder).config, [config.sampler], [config.steps])
     with Engine.load(folder, runner=config.runner, device=device, precision=config.precision) as engine:
         model = engine.sized(config.height, config.width)
-        text = engine.encode(config.prompts, model=model)
+        # `draw` says what is cut, where `Engine.encode` would warn.
+        text = model.family.encode(model.pipeline, config.prompts, negative_prompt=None).to(model.unet.dtype)
         yield Sampling(model=model, denoiser=engine.denoiser(config.guidance), text=text)
 
 

@@ -29,6 +29,7 @@ EngineOption = Annotated[Path, typer.Option("--engine", help="Folder that `boost
 OutputOption = Annotated[Path, typer.Option("--output", help="Folder to write.")]
 SamplerOption = Annotated[Literal["ddim", "dpm++", "unipc", "euler"], typer.Option("--sampler", help="Sampler.")]
 StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Sampling steps.")]
+# The number of an image, and bench's distance to other seeds, are added to it within 64 bits.
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of everything random.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
