@@ -18,7 +18,7 @@ EXPORTED = ("onnx", "tensorrt")
 """Runners that execute an exported engine."""
 
 LARGEST = 2**14
-"""Pixels of an image's side: beyond them memory ends, not always with a word."""
+"""Pixels of an image's side, or images of a plan: beyond it memory ends, not always with a word."""
 
 PIXEL_MULTIPLE = 8
 """Stock pipelines draw heights and widths that are multiples of it."""

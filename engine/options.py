@@ -87,7 +87,7 @@ def config_from(config: type[Config], options: dict[str, Any], **more: Any) -> C
 
 
 def check_options(config: Any) -> None:
-    """Check a config's fields against what they declare: choices, minimum and maximum.
+    """Check a config's fields against what they declare: choices, minimum and maximum; and the size of whole numbers.
 
     Raises:
         InputError: a value is none of its choices, or out of bounds.
@@ -104,6 +104,9 @@ def check_options(config: Any) -> None:
             raise InputError(f"{_flag(name, option)} must be at least {option.min}")
         if option.max is not None and not value <= option.max:
             raise InputError(f"{_flag(name, option)} must be at most {option.max}")
+        numbers = value if isinstance(value, (tuple, list)) else (value,)
+        if any(isinstance(number, int) and number >= 2**63 for number in numbers):
+            raise InputError(f"{_flag(name, option)} is too large: no number here has more than 63 bits")
 
 
 def check_text(text: str) -> None:

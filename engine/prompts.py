@@ -25,8 +25,11 @@ def read_prompts(path: Path) -> list[str]:
     Source of COCO's format: https://cocodataset.org/#format-data (`{"annotations": [{"caption": …}, …]}`).
 
     Raises:
-        InputError: the file is missing, not UTF-8, malformed, or has no prompt.
+        InputError: the file is missing, a pipe, not UTF-8, malformed, or has no prompt.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        # A pipe has nothing at a second reading: not for JSON lines, and not for a resumed run that compares contents.
+        raise InputError(f"the prompt file {path} is a pipe or a device, and it is read more than once: pass a file")
     text = read_text(path, "the prompt file ")
     suffix = path.suffix.lower()
     if suffix in _OTHER_SUFFIXES or _OTHER_FORMATS.match(text):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors import SafetensorError
 
 from .adapters import METHODS
 from .errors import InputError, one_line
-from .files import read_json, sha256_of, write_json
+from .files import hash_of, read_json, sha256_of, write_json
 from .guidance_input import load_adapter
 from .model import Model, ModelFiles
 
@@ -101,21 +102,25 @@ class StudentInfo(Distilled):
         return "-".join(self.adapter_files[name] for name in sorted(self.adapter_files))
 
     def write(self, folder: Path) -> None:
-        """Write `student.json`."""
-        write_json(folder / INFO_FILE, asdict(self))
+        """Write `student.json`, with a hash of its own content by which a changed one is known."""
+        values = asdict(self)
+        write_json(folder / INFO_FILE, values | {"sha256": hash_of(values)})
 
 
 def _usable(values: dict[str, Any]) -> bool:
     """Whether the values of a `student.json` that are relied upon are of their types."""
 
-    def number(value: Any) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    def scale(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value < math.inf
 
     scales, files = values["guidance_range"], values["adapter_files"]
     return (
         all(isinstance(values[name], str) for name in ("method", "negative_prompt", "model", "unet_sha256"))
-        and number(values["guidance"])
-        and (scales is None or (isinstance(scales, list) and len(scales) == 2 and all(map(number, scales))))
+        and scale(values["guidance"])
+        and (
+            scales is None
+            or (isinstance(scales, list) and len(scales) == 2 and all(map(scale, scales)) and scales[0] < scales[1])
+        )
         and isinstance(files, dict)
         and bool(files)
         and all(isinstance(digest, str) for digest in files.values())
@@ -138,6 +143,9 @@ def read_student(folder: Path, files: ModelFiles | None = None) -> StudentInfo:
     names = {item.name for item in fields(StudentInfo)}
     if not names <= set(values) or not _usable(values):
         raise InputError(f"{folder / INFO_FILE} is not a student's description; distill again")
+    # Students of earlier versions have no hash.
+    if (digest := values.pop("sha256", None)) and hash_of(values) != digest:
+        raise InputError(f"{folder / INFO_FILE} is damaged (its own SHA-256 differs): distill again")
     if values["guidance_range"] is not None:
         values["guidance_range"] = tuple(values["guidance_range"])
     info = StudentInfo(**{name: values[name] for name in names})
