@@ -190,6 +190,8 @@ class Engine(AbstractContextManager["Engine"]):
         Raises:
             InputError: see `stream`.
         """
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"the batch size {batch_size} can't be used: it must be at least 1")
         model = self.sized(height, width)
         drawn = batches(
             model,

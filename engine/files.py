@@ -180,7 +180,15 @@ def _as_input_error(path: Path) -> Iterator[None]:
 
 
 def check_output(path: Path, *, replaces: str | None = None) -> None:
-    """What `prepare_output` can refuse without writing anything."""
+    """Make sure that a folder can be written under this name, before any long work; nothing stays behind.
+
+    Args:
+        path: the folder.
+        replaces: a file that marks what the new folder may take the place of; None if it is to be written into.
+
+    Raises:
+        InputError: its parent can't be created or written, the name is taken by a file, or the folder there must stay.
+    """
     with _as_input_error(path):
         if path.exists() and not path.is_dir():
             raise InputError(f"the output {path} is a file: choose another --output")
@@ -193,27 +201,18 @@ def check_output(path: Path, *, replaces: str | None = None) -> None:
         for folder in (above, path) if path.is_dir() else (above,):
             if not os.access(folder, os.W_OK):
                 raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+            with tempfile.TemporaryFile(dir=folder):
+                pass
 
 
 def prepare_output(path: Path, *, replaces: str | None = None) -> None:
-    """Make sure that a folder can be written under this name, before any long work.
-
-    Args:
-        path: the folder.
-        replaces: a file that marks what the new folder may take the place of; None if it is to be written into.
-
-    Raises:
-        InputError: its parent can't be created or written, the name is taken by a file, or the folder there must stay.
-    """
+    """As `check_output`, and the folders above are made."""
     with _as_input_error(path):
         parent = path.resolve().parent
         parent.mkdir(parents=True, exist_ok=True)
         # Under the lock no other process is just replacing the folder.
         with locked(parent):
             check_output(path, replaces=replaces)
-            for folder in (parent, path) if path.is_dir() else (parent,):
-                with tempfile.TemporaryFile(dir=folder):
-                    pass
 
 
 def _check_replaceable(path: Path, marker: str) -> None:

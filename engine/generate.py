@@ -23,7 +23,7 @@ from .config import PIXEL_MULTIPLE, GenerateConfig
 from .errors import BoostDiffError, InputError
 from .exported import Engine, scheduler_of
 from .families import TextEmbeddings
-from .files import prepare_output, read_json
+from .files import check_output, prepare_output, read_json
 from .guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser, teacher_denoiser
 from .manifest import read_manifest
 from .merge import fold_student
@@ -143,7 +143,7 @@ def draw(
     """
     if files is not None:
         check_steps(files.scheduler_config, [config.sampler], [config.steps])
-    prepare_output(output)
+    check_output(output)
     opened: AbstractContextManager[Sampling]
     if config.on_engine:
         opened = open_engine(config, device)
@@ -156,6 +156,7 @@ def draw(
         raise InputError(f"the runner {config.runner} needs a model")
     paths: list[Path] = []
     with opened as sampling:
+        prepare_output(output)
         for what, texts in (("prompts", config.prompts), ("negative prompts", [config.negative_prompt or ""])):
             if note := cut_note(sampling.model.pipeline, texts, what):
                 on_note(note)

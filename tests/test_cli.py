@@ -207,6 +207,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, students
         ("distill --dry-run --method soft-prompt --tokens 9223372036854775808", "--tokens is too large"),
         ("distill --dry-run --rank 9223372036854775808", "--rank is too large"),
         ("distill --dry-run --output a-file", "is a file"),
+        ("distill --dry-run --output /proc/boostdiff/x", "can't write to"),
         ("distill --dry-run --output a-file/below", "is a file"),
         ("distill --dry-run --output no-captions", "holds something else"),
         ("export --trt --batch 1:2:16385", "at most 16384"),
@@ -221,6 +222,13 @@ def broken(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, students
         ("export --batch 1", "--batch is not used without --trt"),
         ("export --trt --batch 4:1", "Invalid value for '--batch'"),
         ("generate --model {tiny} --output /proc/boostdiff/x x", "can't write to"),
+        ("generate --model {tiny} --student nowhere --output new/below x", "run `boostdiff distill` first"),
+        ("generate --runner onnx --engine nowhere --output new/below x", "run `boostdiff export` first"),
+        (
+            "bench --model {tiny} --prompts {prompts} --engine nowhere --output new/below",
+            "run `boostdiff export` first",
+        ),
+        ("bench --model {tiny} --prompts {prompts} --output a-file/below", "is a file"),
         ("destil", "No such command 'destil'"),
     ],
 )

@@ -159,6 +159,9 @@ def test_what_the_engine_can_not_do(folder: Path, engines: dict[str, Path]) -> N
             engine(["a red cat", " "])
         with pytest.raises(InputError, match=r"--steps 0 can.t be used"):
             engine(PROMPTS[0], steps=0)
+        for number in (0, -1):
+            with pytest.raises(InputError, match=f"batch size {number} can't be used"):
+                engine(PROMPTS, batch_size=number)
         with pytest.raises(InputError, match="sampler"):
             engine(PROMPTS[0], sampler="magic")
         with pytest.raises(InputError, match=r"can't draw 32x16 pixels: it was exported for 16x16"):

@@ -85,6 +85,8 @@ def test_what_is_checked_beforehand_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("folder")
     check_output(tmp_path / "new/below", replaces="mark")
     check_output(tmp_path / "folder")
+    with pytest.raises(InputError, match="can't write to"):
+        check_output(Path("/proc/boostdiff/out"))
     for output, message in (
         ("file", "is a file"),
         ("file/below/it", "file is a file"),
