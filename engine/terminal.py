@@ -152,7 +152,7 @@ def run(app: Callable[..., Any]) -> None:
 def _is_out_of_memory(error: Exception) -> bool:
     """Torch has an exception of its own for GPUs alone, and here it may not even be imported."""
     kinds = ("MemoryError", "OutOfMemoryError")
-    return type(error).__name__ in kinds or bool(re.search(r"(can't|not enough).* memory", one_line(error)))
+    return type(error).__name__ in kinds or bool(re.search(r"can't allocate memory|not enough memory", one_line(error)))
 
 
 def _report(error: Exception) -> int:
