@@ -115,9 +115,7 @@ def _figures(report: dict[str, Any]) -> dict[str, Estimate]:
             if value is not None
         }
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"a report is damaged, a figure is missing or of the wrong type ({error}): measure again"
-        ) from None
+        raise InputError(f"a report is damaged, a figure is missing or no number ({error}): measure again") from None
 
 
 def _flat(value: Any, name: str = "") -> dict[str, str]:
