@@ -46,6 +46,15 @@ def decode_text(content: bytes) -> str:
     return content.decode("utf-16" if utf_16 else "utf-8-sig")
 
 
+def is_unicode(text: str) -> bool:
+    """Whether no tokenizer will stumble over it: JSON may hold half a character (`"\\ud800"`)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def read_text(path: Path, what: str = "") -> str:
     """See `decode_text`; `what` stands before the path in messages.
 

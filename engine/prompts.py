@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, one_line
-from .files import csv_rows, json_lines, lines_of, read_text
+from .files import csv_rows, is_unicode, json_lines, lines_of, read_text
 
 TEXT_FIELDS = ("text", "prompt", "caption")
 _OTHER_SUFFIXES = {".yaml", ".yml", ".toml", ".xml", ".html", ".htm", ".rtf"}
@@ -48,6 +48,8 @@ def read_prompts(path: Path) -> list[str]:
     else:
         prompts = lines
     prompts = [" ".join(prompt.split()) if prompts is not lines else prompt for prompt in prompts if prompt.strip()]
+    if broken := next((prompt for prompt in prompts if not is_unicode(prompt)), None):
+        raise InputError(f"the prompt file {path} holds half a character, which is no text: {broken!a}")
     if not prompts:
         raise InputError(f"the prompt file {path} is empty: it has no captions and no lines with a prompt")
     return prompts

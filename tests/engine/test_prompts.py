@@ -106,3 +106,16 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="is a pipe or a device"):
             read_prompts(path)
     os.close(reading)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.jsonl", '{"text": "a red cat"}\n{"text": "a \\ud800 cat"}\n'),
+        ("p.json", '{"annotations": [{"caption": "\\udfff"}]}'),
+    ],
+)
+def test_half_a_character_is_refused(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=r"half a character, which is no text: .*\\ud"):
+        read_prompts(tmp_path / name)
