@@ -11,7 +11,7 @@ import typer
 
 from ..engine import embedded
 from ..engine.errors import InputError
-from ..engine.files import prepare_output
+from ..engine.files import check_output
 from ..engine.options import DeviceOption, EngineOption, JsonOption, ModelOption, OutputOption, config_from, options_of
 from ..engine.terminal import console, print_json, progress_bar, quiet_libraries
 from .config import BenchConfig, Metrics, SamplingConfig, SweepConfig, Table1Config
@@ -65,7 +65,7 @@ def _measure(
         if prompts is None and model != embedded.MODEL_NAME:
             raise InputError("pass --prompts FILE: only the embedded model brings prompts of its own")
         lines = read_prompts(prompts or embedded.HELD_OUT_PROMPTS)
-        prepare_output(output)
+        check_output(output)
         return verb(
             files,
             config,
@@ -129,7 +129,7 @@ def bench(
 
         with progress_bar("measuring", 1) as advance:
             files = locate_configs(model)
-            prepare_output(output)
+            check_output(output)
             result = bench_random(files, config, device=device, report=lambda message: advance(0, note=message))
     else:
         metrics = config_from(Metrics, options).for_model(model) if config.samples else Metrics()

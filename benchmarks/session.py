@@ -243,8 +243,8 @@ class Session:
             hashes["features"] = cache.network.sha256
             if cache.clip:
                 hashes["clip"] = cache.clip.sha256
-            if cut := cut_note(self.model.pipeline, cache.prompts):
-                notes.append(cut)
+            texts = {"prompts": cache.prompts, "negative prompts": [cache.negative_prompt]}
+            notes += [note for what, cut in texts.items() if (note := cut_note(self.model.pipeline, cut, what))]
             notes += cache.reference.notes if cache.reference else ()
         return {
             "model": self.model.files.name,

@@ -34,7 +34,9 @@ def distill(
 ) -> None:
     """Train an adapter that makes one pass predict what guided sampling predicts."""
     quiet_libraries()
+    from ..engine.files import check_output
     from ..engine.model import locate, resolve_device
+    from ..engine.student import INFO_FILE
     from .distill import distill as train
     from .distill import dry, resolve
     from .loop import Observers, UpdateReport
@@ -46,6 +48,7 @@ def distill(
     target = resolve_device(device)
     config = resolve(config, files, target)
     if dry_run:
+        check_output(output, replaces=INFO_FILE)
         print_json({"model": model, "output": str(output), **dry(files, config, execution, target)})
         return
     with progress_bar(f"distilling {config.method}", config.updates) as advance:

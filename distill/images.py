@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ..engine.errors import InputError
-from ..engine.files import decode_text, lines_of, sha256_of
+from ..engine.files import decode_text, is_unicode, lines_of, sha256_of
 from ..engine.pictures import PictureError, read_picture
 
 DECODING_THREADS = min(8, os.cpu_count() or 1)
@@ -254,6 +254,8 @@ def _caption(row: Row) -> str:
         raise _BadSampleError("it has no caption")
     if not isinstance(text, str) or not text.strip():
         raise _BadSampleError("its caption is empty or no text")
+    if not is_unicode(text):
+        raise _BadSampleError("its caption holds half a character", ascii(text))
     return " ".join(text.split())
 
 

@@ -19,7 +19,7 @@ from .terminal import console, print_json, progress_bar, quiet_libraries
 def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw, one image per prompt.")],
     output: OutputOption = Path("outputs/images"),
-    count: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1,
+    count: Annotated[int, typer.Option(min=1, max=10**6, help="Images per prompt.")] = 1,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
     **options: Any,
@@ -30,7 +30,7 @@ def generate(
     from .model import locate
 
     config = config_from(GenerateConfig, options, prompts=[prompt for prompt in prompts for _ in range(count)])
-    files = None if config.on_engine else locate(config.model or embedded.MODEL_NAME)
+    files = None if config.on_engine else locate(embedded.MODEL_NAME if config.model is None else config.model)
     action = "compiling, then drawing" if config.runner == "compiled" else "drawing"
     notes: list[str] = []
     with progress_bar(action, config.total_steps) as advance:

@@ -17,6 +17,9 @@ from .options import SamplerOption, SeedOption, StepsOption, check_options, chec
 EXPORTED = ("onnx", "tensorrt")
 """Runners that execute an exported engine."""
 
+LARGEST = 2**14
+"""Pixels of an image's side, or images of a plan: beyond it memory ends, not always with a word."""
+
 PIXEL_MULTIPLE = 8
 """Stock pipelines draw heights and widths that are multiples of it."""
 
@@ -85,10 +88,10 @@ class GenerateConfig:
         typer.Option(min=1, show_default="8, fewer above 512 pixels", help="Images denoised together."),
     ] = None
     height: Annotated[
-        int | None, typer.Option(min=1, show_default="the model's", help="Height of the images in pixels.")
+        int | None, typer.Option(min=1, max=LARGEST, show_default="the model's", help="Height of the images in pixels.")
     ] = None
     width: Annotated[
-        int | None, typer.Option(min=1, show_default="the model's", help="Width of the images in pixels.")
+        int | None, typer.Option(min=1, max=LARGEST, show_default="the model's", help="Width of the images in pixels.")
     ] = None
     seed: SeedOption = 0
 

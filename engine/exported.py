@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -29,8 +30,9 @@ from .files import read_json
 from .guidance import Denoiser
 from .manifest import Manifest, read_manifest, verified_file
 from .model import Model, ModelFiles, resolve_device
+from .prompts import cut_note
 from .runners import EXPORTED, GraphRunner, available_runners, open_session
-from .sampling import FiniteCheck, decode, default_batch_size, initial_noise, sampling, to_pil
+from .sampling import FiniteCheck, batches, decode, default_batch_size, initial_noise, sampling, to_pil
 from .schedulers import check_schedule, check_steps, completed, make_scheduler
 from .sessions import Session
 
@@ -161,24 +163,27 @@ class Engine(AbstractContextManager["Engine"]):
     ) -> TextEmbeddings:
         """Embeddings of the prompts, and of the negative prompts where the student takes any.
 
+        Warns, once a call, if prompts are cut to what the text encoder takes.
+
         Args:
             prompts: B of them.
             negative_prompt: one for all, or B of them.
             model: from `sized`, for another size: SDXL is conditioned on it.
 
         Raises:
-            InputError: a prompt is empty, there are not as many negative prompts, or the student does not take them.
+            InputError: a prompt is empty, the number of negative prompts is another, or the student takes none.
         """
         model, prompts = model or self.model, _listed(prompts)
-        negatives: str | list[str] | None
-        if not (negative_prompt is None or isinstance(negative_prompt, str)):
-            if len(negative_prompt) != len(prompts):
-                raise InputError(f"there are {len(negative_prompt)} negative prompts for {len(prompts)} prompts")
-            chosen = [self.manifest.distilled.choose_negative_prompt(each) for each in negative_prompt]
-            negatives = None if None in chosen else [each or "" for each in chosen]
-        else:
-            negatives = self.manifest.distilled.choose_negative_prompt(negative_prompt)
-        text = model.family.encode(model.pipeline, prompts, negative_prompt=negatives)
+        given = [negative_prompt] if isinstance(negative_prompt, str | None) else list(negative_prompt)
+        if len(given) not in (1, len(prompts)):
+            raise InputError(f"there are {len(given)} negative prompts for {len(prompts)} prompts")
+        chosen = [self.manifest.distilled.choose_negative_prompt(each) for each in given]
+        negatives = [each for each in chosen if each is not None]
+        for texts, what in ((prompts, "prompts"), (negatives, "negative prompts")):
+            if note := cut_note(model.pipeline, texts, what):
+                # Of who calls `__call__` or iterates over `stream`.
+                warnings.warn(note, stacklevel=3)
+        text = model.family.encode(model.pipeline, prompts, negative_prompt=negatives or None)
         return text.to(model.unet.dtype)
 
     def __call__(
@@ -186,32 +191,32 @@ class Engine(AbstractContextManager["Engine"]):
         prompts: str | Sequence[str],
         *,
         negative_prompt: str | Sequence[str] | None = None,
+        steps: int = 20,
         seed: int = 0,
+        sampler: str = "ddim",
+        guidance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
         batch_size: int | None = None,
-        **options: Any,
     ) -> list[Image.Image]:
-        """Draw.
-
-        Args:
-            prompts: one image each; image i starts from the noise of `seed + i`.
-            negative_prompt: for a student of live negative prompts: one for all, or one per image.
-            seed: see `prompts`.
-            batch_size: images denoised together; None takes `sampling.default_batch_size`.
-            options: as `stream` takes them: steps, sampler, guidance, height, width.
+        """Draw any number of images: the arguments of `stream`, and `batch_size`, the number denoised together.
 
         Raises:
             InputError: see `stream`.
         """
-        prompts = _listed(prompts)
-        size = {side: options.get(side) for side in ("height", "width")}
-        together = batch_size or default_batch_size(self.sized(**size))
-        images = []
-        for start in range(0, len(prompts), together):
-            rows = slice(start, start + together)
-            negatives = negative_prompt if isinstance(negative_prompt, str | None) else negative_prompt[rows]
-            *_, last = self.stream(prompts[rows], negative_prompt=negatives, seed=seed + start, **options)
-            images += last.images()
-        return images
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"the batch size {batch_size} can't be used: it must be at least 1")
+        model = self.sized(height, width)
+        drawn = batches(
+            model,
+            self.denoiser(guidance),
+            text=self.encode(prompts, negative_prompt=negative_prompt, model=model),
+            make_scheduler=lambda: self._scheduler(sampler, steps),
+            steps=steps,
+            seed=seed,
+            batch_size=batch_size or default_batch_size(model),
+        )
+        return [image for images in drawn for image in to_pil(images)]
 
     def stream(
         self,

@@ -31,6 +31,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def hash_of(value: Any) -> str:
+    """SHA-256 of plain JSON values, hexadecimal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def decode_text(content: bytes) -> str:
     """UTF-8 with or without a byte order mark, or UTF-16 with one.
 
@@ -39,6 +44,15 @@ def decode_text(content: bytes) -> str:
     """
     utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return content.decode("utf-16" if utf_16 else "utf-8-sig")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether no tokenizer will stumble over it: JSON may hold half a character (`"\\ud800"`)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_text(path: Path, what: str = "") -> str:
@@ -165,8 +179,17 @@ def is_full_disk(error: BaseException) -> bool:
     return number in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def prepare_output(path: Path, *, replaces: str | None = None) -> None:
-    """Make sure that a folder can be written under this name, before any long work.
+@contextmanager
+def _as_input_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"can't write to {path}: {reason}; choose another --output") from None
+
+
+def check_output(path: Path, *, replaces: str | None = None) -> None:
+    """Make sure that a folder can be written under this name, before any long work; nothing stays behind.
 
     Args:
         path: the folder.
@@ -175,23 +198,30 @@ def prepare_output(path: Path, *, replaces: str | None = None) -> None:
     Raises:
         InputError: its parent can't be created or written, the name is taken by a file, or the folder there must stay.
     """
-    try:
+    with _as_input_error(path):
+        if path.exists() and not path.is_dir():
+            raise InputError(f"the output {path} is a file: choose another --output")
+        if replaces is not None and path.is_dir():
+            _check_replaceable(path, replaces)
+        # Of the folders above, those that are missing will be made.
+        above = next(folder for folder in path.resolve().parents if folder.exists())
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{above} is a file")
+        for folder in (above, path) if path.is_dir() else (above,):
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+
+
+def prepare_output(path: Path, *, replaces: str | None = None) -> None:
+    """As `check_output`, and the folders above are made."""
+    with _as_input_error(path):
         parent = path.resolve().parent
         parent.mkdir(parents=True, exist_ok=True)
         # Under the lock no other process is just replacing the folder.
         with locked(parent):
-            if path.exists() and not path.is_dir():
-                raise InputError(f"the output {path} is a file: choose another --output")
-            if replaces is not None and path.is_dir():
-                _check_replaceable(path, replaces)
-            for folder in (parent, path) if path.is_dir() else (parent,):
-                if not os.access(folder, os.W_OK):
-                    raise PermissionError(13, "Permission denied", str(folder))
-                with tempfile.TemporaryFile(dir=folder):
-                    pass
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"can't write to {path}: {reason}; choose another --output") from None
+            check_output(path, replaces=replaces)
 
 
 def _check_replaceable(path: Path, marker: str) -> None:

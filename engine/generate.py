@@ -23,7 +23,7 @@ from .config import PIXEL_MULTIPLE, GenerateConfig
 from .errors import BoostDiffError, InputError
 from .exported import Engine, scheduler_of
 from .families import TextEmbeddings
-from .files import prepare_output, read_json
+from .files import check_output, prepare_output, read_json
 from .guidance import Denoiser, GuidedDenoiser, teacher_denoiser
 from .manifest import read_manifest
 from .merge import fold_student
@@ -59,7 +59,8 @@ def open_engine(config: GenerateConfig, device: str) -> Iterator[Sampling]:
     check_steps(scheduler_of(folder).config, [config.sampler], [config.steps])
     with Engine.load(folder, runner=config.runner, device=device, precision=config.precision) as engine:
         model = engine.sized(config.height, config.width)
-        text = engine.encode(config.prompts, negative_prompt=negative_prompt, model=model)
+        # `draw` says what is cut, where `Engine.encode` would warn.
+        text = model.family.encode(model.pipeline, config.prompts, negative_prompt=negative_prompt).to(model.unet.dtype)
         yield Sampling(model=model, denoiser=engine.denoiser(config.guidance), text=text)
 
 
@@ -143,7 +144,7 @@ def draw(
     """
     if files is not None:
         check_steps(files.scheduler_config, [config.sampler], [config.steps])
-    prepare_output(output)
+    check_output(output)
     opened: AbstractContextManager[Sampling]
     if config.on_engine:
         opened = open_engine(config, device)
@@ -156,6 +157,7 @@ def draw(
         raise InputError(f"the runner {config.runner} needs a model")
     paths: list[Path] = []
     with opened as sampling:
+        prepare_output(output)
         for what, texts in (("prompts", config.prompts), ("negative prompts", [config.negative_prompt or ""])):
             if note := cut_note(sampling.model.pipeline, texts, what):
                 on_note(note)

@@ -5,14 +5,12 @@ A TensorRT plan is executable code: nothing in an engine folder is opened unless
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .files import read_json, sha256_of, write_json
+from .files import hash_of, read_json, sha256_of, write_json
 from .student import Distilled, StudentInfo
 
 MANIFEST_FILE = "manifest.json"
@@ -89,12 +87,7 @@ class Manifest:
             if path.is_file() and path.name != MANIFEST_FILE
         }
         values = asdict(self)
-        write_json(folder / MANIFEST_FILE, values | {"sha256": _digest(values)})
-
-
-def _digest(values: dict[str, Any]) -> str:
-    """Of the manifest's own content, so that a damaged one is seen."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        write_json(folder / MANIFEST_FILE, values | {"sha256": hash_of(values)})
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -110,7 +103,7 @@ def read_manifest(folder: Path) -> Manifest:
     names = {item.name for item in fields(Manifest)}
     if values.get("version") != MANIFEST_VERSION or not names <= set(values):
         raise InputError(f"{path} is not a manifest of this version of boostdiff: export again")
-    if _digest({name: value for name, value in values.items() if name != "sha256"}) != values.get("sha256"):
+    if hash_of({name: value for name, value in values.items() if name != "sha256"}) != values.get("sha256"):
         raise InputError(f"{path} is damaged (its own SHA-256 differs): export again")
     return Manifest(**{name: values[name] for name in names})
 

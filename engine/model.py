@@ -128,9 +128,10 @@ def resolve_device(name: str) -> torch.device:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        # There and back: the device meta keeps no numbers.
+        torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"can't use the device {name!r}: {one_line(error)}") from None
+        raise InputError(f"can't use the device {name!r}: {one_line(error).partition('. ')[0]}") from None
     return device
 
 

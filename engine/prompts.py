@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, one_line
-from .files import csv_rows, json_lines, lines_of, read_text
+from .files import csv_rows, is_unicode, json_lines, lines_of, read_text
 
 TEXT_FIELDS = ("text", "prompt", "caption")
 _OTHER_SUFFIXES = {".yaml", ".yml", ".toml", ".xml", ".html", ".htm", ".rtf"}
@@ -25,8 +25,11 @@ def read_prompts(path: Path) -> list[str]:
     Source of COCO's format: https://cocodataset.org/#format-data (`{"annotations": [{"caption": …}, …]}`).
 
     Raises:
-        InputError: the file is missing, not UTF-8, malformed, or has no prompt.
+        InputError: the file is missing, a pipe, not UTF-8, malformed, or has no prompt.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        # A pipe has nothing at a second reading: not for JSON lines, and not for a resumed run that compares contents.
+        raise InputError(f"the prompt file {path} is a pipe or a device, and it is read more than once: pass a file")
     text = read_text(path, "the prompt file ")
     suffix = path.suffix.lower()
     if suffix in _OTHER_SUFFIXES or _OTHER_FORMATS.match(text):
@@ -45,6 +48,8 @@ def read_prompts(path: Path) -> list[str]:
     else:
         prompts = lines
     prompts = [" ".join(prompt.split()) if prompts is not lines else prompt for prompt in prompts if prompt.strip()]
+    if broken := next((prompt for prompt in prompts if not is_unicode(prompt)), None):
+        raise InputError(f"the prompt file {path} holds half a character, which is no text: {broken!a}")
     if not prompts:
         raise InputError(f"the prompt file {path} is empty: it has no captions and no lines with a prompt")
     return prompts

@@ -17,9 +17,6 @@ from .model import Model
 MIDDLING = 64**2
 """Latents of an image, one channel, at 512 pixels."""
 
-LARGEST_SEED = 2**63 - 1
-"""Above it a seed and the number of an image don't fit torch's 64 bits."""
-
 
 class FiniteCheck:
     """Whether latents are numbers, noted at each step and read once: a GPU is not waited for."""
@@ -61,9 +58,9 @@ def initial_noise(shape: tuple[int, int, int], *, count: int, seed: int) -> torc
     batch that it was made in.
 
     Raises:
-        InputError: the seed has more than 63 bits, or is negative.
+        InputError: an image's seed is negative, or doesn't fit torch's 64 bits.
     """
-    if not 0 <= seed <= LARGEST_SEED:
+    if not 0 <= seed <= 2**64 - count:
         raise InputError(f"the seed {seed} can't be used: it must lie between 0 and 2^63 - 1")
     return torch.stack(
         [torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed + i))[0] for i in range(count)]

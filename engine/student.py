@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors import SafetensorError
 
 from .adapters import METHODS, adapter_class
 from .errors import InputError, one_line
-from .files import read_json, sha256_of, write_json
+from .files import hash_of, read_json, sha256_of, write_json
 from .guidance import SinglePassDenoiser
 from .guidance_input import GuidanceConditioned
 from .live_negative import LiveNegative
@@ -125,22 +126,26 @@ class StudentInfo(Distilled):
         return "-".join(self.adapter_files[name] for name in sorted(self.adapter_files))
 
     def write(self, folder: Path) -> None:
-        """Write `student.json`."""
-        write_json(folder / INFO_FILE, asdict(self))
+        """Write `student.json`, with a hash of its own content by which a changed one is known."""
+        values = asdict(self)
+        write_json(folder / INFO_FILE, values | {"sha256": hash_of(values)})
 
 
 def _usable(values: dict[str, Any]) -> bool:
     """Whether the values of a `student.json` that are relied upon are of their types."""
 
-    def number(value: Any) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    def scale(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value < math.inf
 
     scales, files = values["guidance_range"], values["adapter_files"]
     return (
         all(isinstance(values[name], str) for name in ("method", "negative_prompt", "model", "unet_sha256"))
         and isinstance(values["live_negative_prompt"], bool)
-        and number(values["guidance"])
-        and (scales is None or (isinstance(scales, list) and len(scales) == 2 and all(map(number, scales))))
+        and scale(values["guidance"])
+        and (
+            scales is None
+            or (isinstance(scales, list) and len(scales) == 2 and all(map(scale, scales)) and scales[0] < scales[1])
+        )
         and isinstance(files, dict)
         and bool(files)
         and all(isinstance(digest, str) for digest in files.values())
@@ -160,6 +165,9 @@ def read_student(folder: Path, files: ModelFiles | None = None) -> StudentInfo:
     if not (folder / INFO_FILE).is_file():
         raise InputError(f"there is no student in {folder}: run `boostdiff distill` first, or pass --student DIR")
     values = read_json(folder / INFO_FILE)
+    # Students of earlier versions have no hash.
+    if (digest := values.pop("sha256", None)) and hash_of(values) != digest:
+        raise InputError(f"{folder / INFO_FILE} is damaged (its own SHA-256 differs): distill again")
     values = {"live_negative_prompt": False} | values
     names = {item.name for item in fields(StudentInfo)}
     if not names <= set(values) or not _usable(values):

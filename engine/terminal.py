@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -148,6 +149,12 @@ def run(app: Callable[..., Any]) -> None:
         sys.exit(_report(typer.Abort()))
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Torch has an exception of its own for GPUs alone, and here it may not even be imported."""
+    kinds = ("MemoryError", "OutOfMemoryError")
+    return type(error).__name__ in kinds or bool(re.search(r"can't allocate memory|not enough memory", one_line(error)))
+
+
 def _report(error: Exception) -> int:
     """Print one line, and give the exit code."""
     if isinstance(error, BoostDiffError):
@@ -157,6 +164,8 @@ def _report(error: Exception) -> int:
         message, code = error.format_message(), 2
     elif is_full_disk(error):
         message, code = f"the disk is full: free some space, or choose another --output ({error})", 2
+    elif _is_out_of_memory(error):
+        message, code = "out of memory: pass smaller sizes or batches, stop what else runs, or pass another --device", 1
     elif isinstance(error, typer.Abort):
         message, code = "interrupted", 130
     else:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from ..engine.config import PIXEL_MULTIPLE
+from ..engine.config import LARGEST, PIXEL_MULTIPLE
 from ..engine.errors import InputError
 from ..engine.options import check_options, refuse_unused
 
@@ -43,6 +43,8 @@ def parse_range(text: str | Range) -> Range:
     parsed = Range(*(int(match[i] or match[1]) for i in (1, 2, 3)))
     if not 1 <= parsed.min <= parsed.opt <= parsed.max:
         raise typer.BadParameter(f"{text} must be at least 1 and ascend: MIN:OPT:MAX")
+    if parsed.max > LARGEST:
+        raise typer.BadParameter(f"{text} must be at most {LARGEST}")
     return parsed
 
 

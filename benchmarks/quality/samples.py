@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ...engine.errors import BoostDiffError
-from ...engine.files import give_modes
+from ...engine.files import give_modes, hash_of
 from ...engine.guidance import Denoiser
 from ...engine.model import Model
 from ...engine.sampling import generate, to_uint8
@@ -87,11 +86,6 @@ def color_statistics(images: torch.Tensor) -> torch.Tensor:
     highest = rgb.amax(dim=1)
     saturation = ((highest - rgb.amin(dim=1)) / highest.clamp_min(1e-6)).flatten(1)
     return 100 * torch.stack([luma.mean(dim=1), saturation.mean(dim=1), luma.std(dim=1, unbiased=False)], dim=1)
-
-
-def hash_of(value: Any) -> str:
-    """SHA-256 of plain JSON values, hexadecimal."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

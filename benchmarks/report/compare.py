@@ -86,6 +86,8 @@ def _read(path: Path) -> dict[str, Any]:
     if version != SCHEMA_VERSION:
         found = f"a report of version {version}" if version else "no report of `boostdiff bench`"
         raise InputError(f"{path} is {found}: this program compares reports of version {SCHEMA_VERSION}; measure again")
+    if not isinstance(report.get("provenance"), dict):
+        raise InputError(f"{path} is damaged: it has no provenance; measure again")
     return report
 
 
@@ -106,14 +108,14 @@ def _figures(report: dict[str, Any]) -> dict[str, Estimate]:
                 value = (row["distance_interval"] if key == "distance" else None) or row[key]
                 figures[f"{row['name']}, {key.replace('_', ' ')}"] = value
         return {
-            name: Estimate(**value)
+            name: Estimate(**{key: float(number) for key, number in value.items()})
             if isinstance(value, dict)
-            else Estimate(value=value, low=value, high=value, coverage=0)
+            else Estimate(value=float(value), low=float(value), high=float(value), coverage=0)
             for name, value in figures.items()
             if value is not None
         }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"a report is damaged: {error} is missing or of the wrong type; measure again") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"a report is damaged, a figure is missing or no number ({error}): measure again") from None
 
 
 def _flat(value: Any, name: str = "") -> dict[str, str]:

@@ -2,6 +2,7 @@ import html
 import io
 import json
 import re
+import shutil
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -25,10 +26,11 @@ from boostdiff.distill.loop import Observers
 from boostdiff.engine.compiled import has_bfloat16
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.exported import Engine
-from boostdiff.engine.model import Model, ModelFiles
-from boostdiff.engine.runners import TorchRunner
+from boostdiff.engine.files import read_json, write_json
+from boostdiff.engine.model import Model, ModelFiles, locate
+from diffusers import UNet2DConditionModel
 from rich.console import Console
-from tiny import CPU, PROMPTS
+from tiny import CPU, PROMPTS, make_xl_pipeline
 
 MANY = [f"{prompt} on a red background" for prompt in PROMPTS] * 6
 
@@ -216,24 +218,55 @@ def test_memory_that_does_not_suffice_ends_in_advice() -> None:
         raise torch.OutOfMemoryError
 
 
-@pytest.mark.parametrize(("asked", "together"), [(None, 8), (3, 3)])
+@pytest.fixture(scope="module")
+def xl(prompt_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny Stable Diffusion XL of 16 pixels and a student, which may be used at any size."""
+    root = tmp_path_factory.mktemp("xl")
+    make_xl_pipeline().save_pretrained(root / "model")
+    config = DistillConfig(prompts=prompt_file, updates=1, batch_size=1)
+    observers = Observers(preview=False)
+    distill(locate(str(root / "model")), config, output=root / "student", device="cpu", observers=observers)
+    return root / "model", root / "student"
+
+
+@pytest.mark.parametrize(
+    ("kind", "side", "asked", "together"),
+    [("sd", 8, None, 8), ("sd", 8, 3, 3), ("xl", 8, None, 8), ("xl", 8, 3, 3), ("xl", 128, None, 2), ("xl", 128, 1, 1)],
+)
 def test_as_many_images_are_denoised_together_as_the_report_says(
-    tiny_files: ModelFiles, students: dict[str, Path], asked: int | None, together: int
+    tiny_folder: Path,
+    students: dict[str, Path],
+    xl: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    side: int,
+    asked: int | None,
+    together: int,
 ) -> None:
+    """Of latents of `side` by `side`; the UNets themselves are asked."""
+    source, student = (tiny_folder, students["lora"]) if kind == "sd" else xl
+    folder = shutil.copytree(source, tmp_path / "model")
+    write_json(folder / "unet/config.json", read_json(folder / "unet/config.json") | {"sample_size": side})
     batches: list[int] = []
+    forward = UNet2DConditionModel.forward
 
-    class Recording(TorchRunner):
-        def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-            batches.append(len(inputs["sample"]))
-            return super().predict(inputs)
+    def recorded(self: UNet2DConditionModel, sample: torch.Tensor, *inputs: object, **more: object) -> object:
+        assert sample.shape[2:] == (side, side)
+        batches.append(len(sample))
+        return forward(self, sample, *inputs, **more)
 
-    config = BenchConfig(samples=10, steps=1, sampling_batch_size=asked)
-    with Session.open(
-        tiny_files, config, students=[students["lora"]], guidance=None, prompts=MANY, device="cpu"
-    ) as opened:
-        session = replace(opened.at("ddim", 1), runner=Recording)
-        session.sample_cache(Metrics(), folder=None).sampled(session.student(session.students[0], 3.0))
-    assert (max(batches), sum(batches)) == (together, 10)
+    monkeypatch.setattr(UNet2DConditionModel, "forward", recorded)
+    samples = together + 1
+    config = BenchConfig(samples=samples, steps=1, sampling_batch_size=asked, compile=False)
+    options = {"guidance": None, "prompts": MANY, "device": "cpu"}
+    with Session.open(locate(str(folder)), config, students=[student], **options) as opened:
+        session = opened.at("ddim", 1)
+        cache = session.sample_cache(Metrics(), folder=None)
+        for variant, passes in ((session.student(session.students[0], 3.0), 1), (session.teacher(3.0), 2)):
+            batches.clear()
+            cache.sampled(variant)
+            assert batches == [passes * together, passes]
     assert session.provenance(None)["sampling_batch_size"] == together
 
 

@@ -7,12 +7,14 @@ from boostdiff.benchmarks.config import Metrics, SweepConfig, Table1Config
 from boostdiff.benchmarks.quality.distances import frechet_distance
 from boostdiff.benchmarks.quality.features import EfficientNetLite0Features, features_of
 from boostdiff.benchmarks.quality.reference import Reference
+from boostdiff.benchmarks.quality.samples import SampleCache
 from boostdiff.benchmarks.report.grids import further_tables, grid_table, markdown, terminal_grid, write_grid
+from boostdiff.benchmarks.session import Session
 from boostdiff.benchmarks.speed.random_weights import locate_configs
 from boostdiff.benchmarks.table1 import PAPER, Cell, Grid, measure_grid, papers_rows
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.guidance import GuidedDenoiser
-from boostdiff.engine.model import load, locate
+from boostdiff.engine.model import Model, load, locate
 from boostdiff.engine.runners import TorchRunner
 from boostdiff.engine.sampling import generate, to_uint8
 from boostdiff.engine.schedulers import make_scheduler
@@ -145,6 +147,28 @@ def test_prompts_that_are_cut_are_said(grids: list[Grid]) -> None:
     for grid in grids:
         (note,) = grid.provenance["notes"]
         assert note.startswith(f"1 of {SAMPLES} prompts are cut to ")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "negative_prompt", "notes"),
+    [
+        (["a red cat"], MANY[3], ["1 of 1 negative prompts are cut to 16 tokens"]),
+        (
+            ["a red cat", MANY[3], f"{MANY[3]} dog"],
+            f"{MANY[3]} fish",
+            ["2 of 3 prompts are cut to 16 tokens", "1 of 1 negative prompts are cut to 16 tokens"],
+        ),
+        (["a red cat"], "a white fish", []),
+    ],
+)
+def test_the_students_negative_prompt_counts(
+    tiny: Model, prompts: list[str], negative_prompt: str, notes: list[str]
+) -> None:
+    network = EfficientNetLite0Features()
+    cache = SampleCache(
+        model=tiny, network=network, prompts=prompts, negative_prompt=negative_prompt, seed=0, batch_size=1
+    )
+    assert Session(model=tiny).provenance(cache)["notes"] == notes
 
 
 def test_the_papers_figures_stand_beside_its_own_model() -> None:

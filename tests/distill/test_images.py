@@ -374,6 +374,15 @@ def test_damaged_parquet(tmp_path: Path) -> None:
         take(stream_of(str(spec)), 1)
 
 
+def test_half_a_character_is_no_caption(tmp_path: Path) -> None:
+    save_images(tmp_path, count=2)
+    rows = [{"file_name": f"{i}.png", "text": text} for i, text in enumerate(("a \ud800 cat", "a dog"))]
+    (tmp_path / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(InputError, match="its caption holds half a character"):
+        take(stream_of(str(tmp_path), batch_size=2), 1)
+    assert stream_of(str(tmp_path)).captions(2) == ["a dog"]
+
+
 def test_a_caption_in_parquet_that_is_not_utf8(tmp_path: Path) -> None:
     texts = pa.array([b"one", b"\xff\xfe", b"three"]).view(pa.string())
     pq.write_table(pa.table({"image": [encoded(i) for i in range(3)], "text": texts}), tmp_path / "a.parquet")

@@ -16,6 +16,8 @@ from boostdiff.engine.model import ModelFiles
 from PIL import Image
 from tiny import PROMPTS
 
+LONG = " ".join(["cat"] * 40)
+
 
 @pytest.fixture
 def folder(engines: dict[str, Path]) -> Path:
@@ -51,6 +53,33 @@ def test_one_prompt_is_the_first_of_many(folder: Path) -> None:
         (alone,) = engine(PROMPTS[0], steps=3)
         first, *_ = engine(PROMPTS, steps=3)
     assert np.abs(pixels(alone) - pixels(first)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("prompts", "says"),
+    [
+        ([f"{LONG} one", f"{LONG} two", "a red cat"], "2 of 3 prompts are cut to 16 tokens"),
+        (LONG, "1 of 1 prompts are cut to 16 tokens"),
+    ],
+)
+def test_a_call_says_once_what_is_cut(folder: Path, prompts: list[str] | str, says: str) -> None:
+    with Engine.load(folder) as engine:
+        calls = (
+            lambda: engine(prompts, steps=1, batch_size=1),
+            lambda: list(engine.stream(prompts, steps=1)),
+            lambda: engine.encode(prompts),
+        )
+        for call in calls:
+            with pytest.warns(UserWarning, match="are cut") as warned:
+                call()
+            assert [str(each.message) for each in warned] == [says]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("prompts", ["a red cat", PROMPTS])
+def test_a_call_that_cuts_nothing_says_nothing(folder: Path, prompts: list[str] | str) -> None:
+    with Engine.load(folder) as engine:
+        engine(prompts, steps=1)
 
 
 def test_a_stream_ends_with_the_image(folder: Path) -> None:
@@ -115,6 +144,7 @@ def test_the_lora_scale_is_for_lora_of_one_scale(
     """A DoRA's magnitudes and a guidance input stay at weight 0."""
     student = shutil.copytree(students["lora"], tmp_path / "student")
     info = json.loads((student / "student.json").read_text())
+    del info["sha256"]
     (student / "student.json").write_text(json.dumps(info | changes))
     config = GenerateConfig(prompts=["x"], student=student, lora_scale=0.5)
     with pytest.raises(InputError, match=message):
@@ -129,6 +159,9 @@ def test_what_the_engine_can_not_do(folder: Path, engines: dict[str, Path]) -> N
             engine(["a red cat", " "])
         with pytest.raises(InputError, match=r"--steps 0 can.t be used"):
             engine(PROMPTS[0], steps=0)
+        for number in (0, -1):
+            with pytest.raises(InputError, match=f"batch size {number} can't be used"):
+                engine(PROMPTS, batch_size=number)
         with pytest.raises(InputError, match="sampler"):
             engine(PROMPTS[0], sampler="magic")
         with pytest.raises(InputError, match=r"can't draw 32x16 pixels: it was exported for 16x16"):

@@ -10,6 +10,7 @@ import torch
 from boostdiff.distill.checkpoint import save_training_state
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.files import (
+    check_output,
     csv_rows,
     json_lines,
     lines_of,
@@ -75,6 +76,27 @@ def test_a_link_to_a_folder_stays_one(tmp_path: Path) -> None:
 def test_an_output_that_can_not_be_written() -> None:
     with pytest.raises(InputError, match="can't write to"):
         prepare_output(Path("/proc/boostdiff/out"))
+
+
+def test_what_is_checked_beforehand_writes_nothing(tmp_path: Path) -> None:
+    """As `distill --dry-run` does."""
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder/inside").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("folder")
+    check_output(tmp_path / "new/below", replaces="mark")
+    check_output(tmp_path / "folder")
+    with pytest.raises(InputError, match="can't write to"):
+        check_output(Path("/proc/boostdiff/out"))
+    for output, message in (
+        ("file", "is a file"),
+        ("file/below/it", "file is a file"),
+        ("folder", "holds something else"),
+        ("link", "holds something else"),
+    ):
+        for check in (check_output, prepare_output):
+            with pytest.raises(InputError, match=message if check is check_output else None):
+                check(tmp_path / output, replaces="mark")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder", "inside", "link"]
 
 
 def test_json_round_trip_and_damage(tmp_path: Path) -> None:

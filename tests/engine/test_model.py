@@ -117,6 +117,8 @@ def test_a_hub_repository_of_the_fp16_variant_alone(
     assert locate("organisation/name").folder == copied
 
 
-def test_an_unknown_device() -> None:
-    with pytest.raises(InputError, match="can't use the device 'teapot'"):
-        resolve_device("teapot")
+@pytest.mark.parametrize("name", ["teapot", "meta", "mps", "cuda:99", ""])
+def test_a_device_that_is_not_here(name: str) -> None:
+    with pytest.raises(InputError, match=f"can't use the device '{name}'") as refused:
+        resolve_device(name)
+    assert len(str(refused.value)) < 300

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,27 @@ def test_texts_beyond_the_text_encoder_are_counted(tiny: Model) -> None:
     assert not is_cut(tiny.pipeline, fits)
     assert cut_note(tiny.pipeline, [fits, ""]) is None
     assert cut_note(tiny.pipeline, [fits, long, long, f"{long} dog"]) == f"2 of 3 prompts are cut to {limit} tokens"
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "named")
+    reading, writing = os.pipe()
+    os.write(writing, b"a red cat\n")
+    os.close(writing)
+    for path in (tmp_path / "named", Path(f"/dev/fd/{reading}"), Path(os.devnull)):
+        with pytest.raises(InputError, match="is a pipe or a device"):
+            read_prompts(path)
+    os.close(reading)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.jsonl", '{"text": "a red cat"}\n{"text": "a \\ud800 cat"}\n'),
+        ("p.json", '{"annotations": [{"caption": "\\udfff"}]}'),
+    ],
+)
+def test_half_a_character_is_refused(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=r"half a character, which is no text: .*\\ud"):
+        read_prompts(tmp_path / name)

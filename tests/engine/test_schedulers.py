@@ -85,6 +85,20 @@ def test_a_silent_folder_leaves_the_spacing_to_the_sampler(name: str) -> None:
     assert spacing == ("leading" if name == "ddim" else "linspace")
 
 
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_folders_spacing_is_taken_but_for_ddims_linspace(name: str, spacing: str) -> None:
+    """On purpose: it says where sampling begins, which zero terminal SNR decides, and stock diffusers does so."""
+    for offset in (0, 3):
+        config = {**FOLDER, "timestep_spacing": spacing, "steps_offset": offset}
+        ours, (kind, own) = make_scheduler(name, config), SAMPLERS[name]
+        expected = {**config, "timestep_spacing": "leading"} if (name, spacing) == ("ddim", "linspace") else config
+        stock = kind.from_config(expected, **own)
+        for scheduler in (ours, stock):
+            scheduler.set_timesteps(7)
+        assert torch.equal(ours.timesteps, stock.timesteps)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_parameter_of_a_sampler_is_decided(name: str) -> None:
     """A diffusers with a new one fails here: is it the folder's or the sampler's own?"""

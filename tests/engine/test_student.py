@@ -1,3 +1,4 @@
+import math
 import shutil
 from pathlib import Path
 
@@ -5,8 +6,9 @@ import pytest
 import torch
 from boostdiff.engine.adapters import BITFIT_FILE, LORA_FILE, BitFit
 from boostdiff.engine.errors import InputError
+from boostdiff.engine.files import read_json, write_json
 from boostdiff.engine.model import Model, ModelFiles, load, locate
-from boostdiff.engine.student import apply_student, read_student
+from boostdiff.engine.student import INFO_FILE, apply_student, read_student
 from safetensors.torch import load_file, save_file
 from tiny import CPU, make_pipeline
 
@@ -41,6 +43,33 @@ def test_a_damaged_or_missing_adapter_is_refused(
         read_student(folder)
     (folder / name).unlink()
     with pytest.raises(InputError, match="incomplete"):
+        read_student(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "hashed", "message"),
+    [
+        ({"guidance": 7.5}, True, "is damaged"),
+        ({"negative_prompt": "blurry"}, True, "is damaged"),
+        ({"guidance_range": [2.0, 5.0]}, True, "is damaged"),
+        ({"guidance": math.nan}, False, "not a student's description"),
+        ({"guidance": 0.5}, False, "not a student's description"),
+        ({"guidance_range": [5.0, 2.0]}, False, "not a student's description"),
+        ({"guidance_range": [2.0, math.inf]}, False, "not a student's description"),
+    ],
+)
+def test_a_description_that_was_edited_is_refused(
+    students: dict[str, Path], tmp_path: Path, changes: dict[str, object], hashed: bool, message: str
+) -> None:
+    """Without a hash, as earlier versions wrote them, what can't be meant is."""
+    folder = shutil.copytree(students["lora"], tmp_path / "student")
+    values = read_json(folder / INFO_FILE)
+    if not hashed:
+        del values["sha256"]
+        write_json(folder / INFO_FILE, values)
+        assert read_student(folder) == read_student(students["lora"])
+    write_json(folder / INFO_FILE, values | changes)
+    with pytest.raises(InputError, match=message):
         read_student(folder)
 
 

@@ -31,7 +31,14 @@ def draw(words: str, path: str) -> None:
 
 @app.command()
 def fail(kind: str) -> None:
-    raise {"silent": AssertionError(), "odd": Odd(), "lines": RuntimeError("\\n\\n one\\n two")}[kind]
+    raise {
+        "silent": AssertionError(),
+        "odd": Odd(),
+        "lines": RuntimeError("\\n\\n one\\n two"),
+        "python": MemoryError(),
+        "torch": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."),
+        "gpu": type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory."),
+    }[kind]
 
 run(app)
 """
@@ -81,3 +88,11 @@ def test_exceptions_without_text(script: Path, kind: str, message: bytes) -> Non
     done = call(script, "fail", kind)
     assert done.returncode == 1
     assert done.stderr == b"boostdiff: error: " + message + b" (--debug shows where)\n"
+
+
+@pytest.mark.parametrize("kind", ["python", "torch", "gpu"])
+def test_memory_that_ends_is_said_in_our_words(script: Path, kind: str) -> None:
+    done = call(script, "fail", kind)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"boostdiff: error: out of memory: pass smaller sizes or batches")
+    assert done.stderr.count(b"\n") == 1

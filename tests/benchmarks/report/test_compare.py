@@ -82,11 +82,19 @@ def test_a_report_equals_itself(report: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_what_is_no_report_is_refused(report: dict[str, Any], tmp_path: Path) -> None:
+    (ratio, *_), estimated = report["speed"]["ratios"], estimate(1.0, 0.1)
     elsewhere = report | {"speed": {"ratios": [], "rows": []}, "quality": None}
     for other, message in (
         ({}, "no report of `boostdiff bench`"),
         (report | {"schema_version": 1}, "of version 1"),
         (report | {"speed": {}}, "damaged"),
+        (report | {"provenance": None}, "damaged"),
+        (report | {"provenance": ["x"]}, "damaged"),
+        (report | {"speed": report["speed"] | {"ratios": [ratio | {"estimate": "fast"}]}}, "damaged"),
+        (
+            report | {"speed": report["speed"] | {"ratios": [ratio | {"estimate": estimated | {"value": "fast"}}]}},
+            "damaged",
+        ),
         (elsewhere, "no figure in common"),
     ):
         with pytest.raises(InputError, match=message):
