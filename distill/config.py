@@ -16,19 +16,17 @@ from ..engine.embedded import TRAIN_PROMPTS
 from ..engine.errors import InputError
 from ..engine.options import UNRESOLVED, SeedOption, check_options, refuse_unused
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {"batch_size": 32, "loss_weight": "snr"},
-    "paper": {"updates": 1600, "batch_size": 512, "learning_rate": 5e-5, "loss_weight": "constant"},
-}
-"""`paper`: BoostDiff's run on Stable Diffusion 2.1 base (474,741 LAION pairs)."""
+PAPER = {"updates": 1600, "batch_size": 512, "learning_rate": 5e-5, "loss_weight": "constant"}
+"""`--preset paper`: BoostDiff's run on Stable Diffusion 2.1 base (474,741 LAION pairs)."""
 
-METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "lora": {"updates": 260, "learning_rate": 1e-3},
-    "dora": {"updates": 260, "learning_rate": 1e-3},
-    "bitfit": {"updates": 300, "learning_rate": 1e-2},
-    "soft-prompt": {"updates": 300, "learning_rate": 1e-2},
-}
-"""Where neither the user nor the preset says: chosen on `emoji64`, where each takes under 4 minutes on two cores."""
+UPDATES, BATCH_SIZE, LOSS_WEIGHT = 520, 16, "snr"
+"""Where neither the user nor the preset says: 8,320 states, under 4 minutes of two CPU cores on `emoji64`."""
+
+LEARNING_RATES = {"lora": 4e-3, "dora": 4e-3, "bitfit": 1e-2, "soft-prompt": 1e-2}
+"""Chosen on `emoji64` at this budget; see docs/distillation.md, "Recipes"."""
+
+OTHER_MODELS = 1 / 40
+"""Factor of the learning rate for other models than `emoji64`, 1e-4 for LoRA, as is usual at Stable Diffusion's width."""
 
 LIVE = "live"
 """The `--negative-prompt` of a student that takes any."""
@@ -90,15 +88,19 @@ class DistillConfig:
         int,
         typer.Option(
             min=1,
-            show_default="260; bitfit, soft-prompt 300; guidance-conditioned 4 times as many",
+            show_default="520; guidance-conditioned 4 times as many",
             help="Optimizer updates.",
         ),
     ] = UNRESOLVED
     batch_size: Annotated[
-        int, typer.Option(min=1, show_default="32", help="Samples per update, over all processes.")
+        int, typer.Option(min=1, show_default="16", help="Samples per update, over all processes.")
     ] = UNRESOLVED
     learning_rate: Annotated[
-        float, typer.Option(show_default="1e-3; bitfit, soft-prompt 1e-2", help="Peak learning rate.")
+        float,
+        typer.Option(
+            show_default="4e-3; bitfit, soft-prompt 1e-2; a fortieth for other models than emoji64",
+            help="Peak learning rate.",
+        ),
     ] = UNRESOLVED
     loss_weight: Annotated[
         Literal["constant", "snr", "truncated-snr", "snr+1", "min-snr"],
@@ -165,10 +167,17 @@ class DistillConfig:
             in_bfloat16: whether the device has bfloat16 instructions.
             embedded: whether the model is the one that ships with prompts.
         """
-        preset = PRESETS[self.preset or "default"]
-        defaults = {"precision": "bf16" if in_bfloat16 else "fp32", **METHOD_DEFAULTS[self.method], **preset}
-        if self.guidance_conditioned and "updates" not in preset:
-            defaults["updates"] *= RANGE_UPDATES
+        defaults: dict[str, Any] = (
+            PAPER | {}
+            if self.preset
+            else {
+                "updates": UPDATES * (RANGE_UPDATES if self.guidance_conditioned else 1),
+                "batch_size": BATCH_SIZE,
+                "learning_rate": LEARNING_RATES[self.method] * (1 if embedded else OTHER_MODELS),
+                "loss_weight": LOSS_WEIGHT,
+            }
+        )
+        defaults["precision"] = "bf16" if in_bfloat16 else "fp32"
         if embedded and self.images is None:
             defaults["prompts"] = TRAIN_PROMPTS
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ...distill.config import PRESETS
+from ...distill.config import PAPER
 from ...engine import embedded
 from ...engine.errors import InputError
 from ...engine.files import read_json, sha256_of, staged_folder
@@ -129,7 +129,7 @@ def stages(
 
 def training_row(name: str, info: dict[str, Any], speed: dict[str, Any]) -> list[str]:
     """The paper's run by the pace of a few updates in `student.json`, and a report's speed, for FLOPs and the peak."""
-    result, paper = info["result"], PRESETS["paper"]
+    result, paper = info["result"], PAPER
     seconds = paper["batch_size"] / result["images_per_second"]
     rate = paper["batch_size"] * TRAINED_PASSES * speed["flops"]["unet"] / seconds / 1e12
     shares = [f"{seconds * paper['updates'] / 3600:.1f}", f"{rate / max(speed['peaks'].values()):.0%}"]
@@ -144,7 +144,7 @@ def summary(planned: dict[str, Stage], failed: dict[str, str], *, model: str, de
     lines += [f"- {name}: {path}" for name, path in done.items()]
     lines += [f"- {name} failed: {reason}" for name, reason in failed.items()]
     if "speed" in done:
-        speed, paper = read_json(done["speed"])["speed"], PRESETS["paper"]
+        speed, paper = read_json(done["speed"])["speed"], PAPER
         trainings = [name for name in ("training", "compiled-training") if name in done]
         rows = [training_row(name, read_json(done[name]), speed) for name in trainings]
         headings = [f"{paper['updates']} updates of {paper['batch_size']} samples", "seconds per update"]

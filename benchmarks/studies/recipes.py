@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ...distill.config import METHOD_DEFAULTS, PRESETS
+from ...distill.config import BATCH_SIZE, UPDATES
 from ...engine.errors import InputError
 from ...engine.options import SamplerOption
 from ...engine.runners import TorchRunner
@@ -22,7 +22,7 @@ from .held_out import Steps, Work, held_out, trained
 from .seeds import over_seeds
 
 GUIDANCE = 3.0
-STATES = METHOD_DEFAULTS["lora"]["updates"] * PRESETS["default"]["batch_size"]
+STATES = UPDATES * BATCH_SIZE
 """Training states of budget 1, the demo's: each is one teacher evaluation, and a pass and a backward pass."""
 
 
@@ -36,7 +36,7 @@ class Recipe:
     """
 
     options: tuple[str, ...] = ()
-    batch_size: int = PRESETS["default"]["batch_size"]
+    batch_size: int = BATCH_SIZE
 
     def command(self, budget: float, seed: int) -> list[str]:
         """All options at a multiple of the demo's budget."""
@@ -47,7 +47,9 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "default": Recipe(),
-    "lr-1e-3": Recipe(options=("--learning-rate", "1e-3")),
+    "first": Recipe(options=("--learning-rate", "1e-3"), batch_size=32),
+    "lr-2e-3": Recipe(options=("--learning-rate", "2e-3")),
+    "lr-8e-3": Recipe(options=("--learning-rate", "8e-3")),
     "batch-32": Recipe(batch_size=32),
     "batch-8": Recipe(batch_size=8),
     "transformer": Recipe(options=("--targets", "transformer")),

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 from boostdiff.distill import loop
-from boostdiff.distill.config import METHOD_DEFAULTS, DistillConfig, RunConfig, learning_rate_at
+from boostdiff.distill.config import LEARNING_RATES, DistillConfig, RunConfig, learning_rate_at
 from boostdiff.distill.distill import _affordable, distill, dry, resolve
 from boostdiff.distill.loop import CHECKPOINT_FILE, Observers
 from boostdiff.distill.monitoring import Pace
@@ -269,11 +269,13 @@ def test_the_papers_preset_and_what_overrides_it() -> None:
     paper = DistillConfig(preset="paper").resolved(in_bfloat16=False, embedded=True)
     assert (paper.updates, paper.batch_size, paper.learning_rate, paper.loss_weight) == (1600, 512, 5e-5, "constant")
     assert paper.prompts is not None
+    other = DistillConfig(method="bitfit").resolved(in_bfloat16=False, embedded=False)
+    assert (other.updates, other.batch_size, other.learning_rate) == (520, 16, pytest.approx(1e-2 / 40))
     assert DistillConfig(preset="paper", updates=7).resolved(in_bfloat16=False, embedded=True).updates == 7
 
 
 def test_no_bfloat16_is_chosen_where_it_would_be_emulated() -> None:
-    for method in METHOD_DEFAULTS:
+    for method in LEARNING_RATES:
         config = DistillConfig(method=method)
         assert config.resolved(in_bfloat16=False, embedded=True).precision == "fp32"
         assert config.resolved(in_bfloat16=True, embedded=True).precision == "bf16"
@@ -283,7 +285,7 @@ def test_no_bfloat16_is_chosen_where_it_would_be_emulated() -> None:
 
 def test_the_config_names_what_there_is() -> None:
     hints = get_type_hints(DistillConfig)
-    assert set(get_args(hints["method"])) == set(METHODS) == set(METHOD_DEFAULTS)
+    assert set(get_args(hints["method"])) == set(METHODS) == set(LEARNING_RATES)
     assert set(get_args(hints["loss_weight"])) == set(LOSS_WEIGHTS)
 
 
