@@ -129,16 +129,15 @@ class Score(Statistic):
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Repeated measurements of a time, in seconds; `p99` is near the largest value below 100 runs."""
+    """Repeated measurements of a time, in seconds."""
 
     median: float
     p10: float
     p90: float
-    p99: float
     runs: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         """From the measurements themselves."""
-        p10, median, p90, p99 = np.percentile(values, [10, 50, 90, 99]).tolist()
-        return cls(median=median, p10=p10, p90=p90, p99=p99, runs=len(values))
+        p10, median, p90 = np.percentile(values, [10, 50, 90]).tolist()
+        return cls(median=median, p10=p10, p90=p90, runs=len(values))

@@ -22,7 +22,7 @@ from .dataset import SIZE, Artworks, load_artworks
 from .measure import Seed, Work, device, real_images
 from .optimise import optimise
 from .palette import BACKGROUNDS
-from .placement import draw_pictures, to_model_range
+from .placement import draw_training_pictures, to_model_range
 
 FULL_SHARE = 0.5
 """Share of full captions in training; the others are of the grammar."""
@@ -57,10 +57,8 @@ def make_caption_model(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 def training_batch(artworks: Artworks, random: np.random.Generator, count: int) -> tuple[torch.Tensor, list[str]]:
     """Pictures `(count, 3, 64, 64)` in [-1, 1] and their captions; a little noisy, as what is judged was decoded."""
-    chosen, names = artworks.draw(random, count), list(BACKGROUNDS)
-    backgrounds = random.integers(len(names), size=count)
-    colours = np.array(list(BACKGROUNDS.values()))[backgrounds]
-    pictures = to_model_range(draw_pictures(artworks, chosen, colours, random))
+    drawn, chosen, backgrounds = draw_training_pictures(artworks, random, count)
+    pictures, names = to_model_range(drawn), list(BACKGROUNDS)
     noise = torch.from_numpy(random.standard_normal(pictures.shape, dtype=np.float32))
     texts = [
         caption(artworks, int(a), names[b], random, FULL if random.random() < FULL_SHARE else Grammar()).text

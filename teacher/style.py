@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .dataset import STYLES, Artworks
-from .palette import BACKGROUNDS
-from .placement import draw_pictures, to_model_range
+from .placement import draw_training_pictures, to_model_range
 
 STYLE_FILE = "style.safetensors"
 STEPS = 1200
@@ -56,9 +55,8 @@ def _training_images(artworks: Artworks, random: np.random.Generator, count: int
 
     An autoencoder blurs, and what is judged went through one.
     """
-    chosen = artworks.draw(random, count)
-    colours = np.array(list(BACKGROUNDS.values()))[random.integers(len(BACKGROUNDS), size=count)]
-    images = to_model_range(draw_pictures(artworks, chosen, colours, random))
+    pictures, chosen, _ = draw_training_pictures(artworks, random, count)
+    images = to_model_range(pictures)
     if random.random() < 0.5:
         images = torch.lerp(images, _blurred(images), random.random())
         noise = torch.from_numpy(random.standard_normal(images.shape, dtype=np.float32))

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from ..benchmarks.quality.features import features_of
 from .dataset import Artworks
-from .palette import BACKGROUNDS
-from .placement import draw_pictures
+from .measure import reconstructed
+from .placement import draw_training_pictures
 
 THINGS_FILE = "things.safetensors"
 IMAGES = 6000
@@ -70,14 +70,9 @@ def things_judge(
         seed: of what is drawn.
         images: pictures to learn from.
     """
-    from .measure import reconstructed
-
     path = work / THINGS_FILE
     if not path.exists():
-        random = np.random.default_rng([seed, 8])
-        chosen = artworks.draw(random, images)
-        colours = np.array(list(BACKGROUNDS.values()))[random.integers(len(BACKGROUNDS), size=images)]
-        pictures = draw_pictures(artworks, chosen, colours, random)
+        pictures, chosen, _ = draw_training_pictures(artworks, np.random.default_rng([seed, 8]), images)
         if vae is not None:
             pictures[::2] = reconstructed(vae, pictures[::2])
         fitted = fit_groups(

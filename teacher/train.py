@@ -1,7 +1,7 @@
 """Make `emoji64` again: `python -m boostdiff.teacher.train all --work DIR`.
 
 Stages, in order: `vae`, `latents`, `diffusion`, `save`, `caption-model`, `reference`, and to judge what came out
-`judges`, `vae-quality`, `evaluate`, `grids`, `curve`; `all` runs them one after the other. Those that train go on from
+`judges`, `evaluate`, `grids`; `all` runs them one after the other. Those that train go on from
 their checkpoint when they are run again, `evaluate` from its last scale. All randomness of a step is drawn from (seed,
 step), so a resumed run takes the same steps as an uninterrupted one. `images` writes training images that `boostdiff
 distill` can read.
@@ -31,10 +31,10 @@ from .architecture import BETAS, make_text_encoder, make_tokenizer, make_unet, m
 from .caption_model import caption_model
 from .captions import Grammar, caption, draw_captions
 from .dataset import Artworks, load_artworks
-from .judge import curve, evaluate, grids, judges, vae_quality
+from .judge import evaluate, grids, judges
 from .measure import Seed, Work, device, held_out_psnr, load_vae, reference, write_images
 from .optimise import optimise, step_generator
-from .palette import BACKGROUNDS
+from .palette import BACKGROUNDS, PALETTE
 from .placement import draw_pictures, to_model_range
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
@@ -53,10 +53,9 @@ TOKENIZER_CAPTIONS = 100_000
 
 def draw_images(artworks: Artworks, random: np.random.Generator, count: int) -> torch.Tensor:
     """`(count, 3, 64, 64)` training images in [-1, 1], half over palette colours, half over any colour."""
-    palette = np.array(list(BACKGROUNDS.values()))
     colours = np.where(
         random.random((count, 1)) < 0.5,
-        palette[random.integers(len(palette), size=count)],
+        PALETTE[random.integers(len(PALETTE), size=count)],
         random.integers(256, size=(count, 3)),
     )
     return to_model_range(draw_pictures(artworks, artworks.draw(random, count), colours, random))
@@ -115,13 +114,12 @@ def latents(work: Work = Path("teacher-work"), seed: Seed = 0) -> None:
     model = load_vae(work).to(where, memory_format=torch.channels_last)
     random = np.random.default_rng([seed, 1])
     training = np.flatnonzero(~artworks.held_out & (artworks.weights > 0))
-    palette = np.array(list(BACKGROUNDS.values()))
-    chosen = random.permuted(np.tile(np.arange(len(palette)), (len(training), 1)), axis=1)[:, :LATENT_BACKGROUNDS]
+    chosen = random.permuted(np.tile(np.arange(len(PALETTE)), (len(training), 1)), axis=1)[:, :LATENT_BACKGROUNDS]
     pairs = np.stack([np.repeat(training, LATENT_BACKGROUNDS), chosen.ravel()], axis=1)
     encoded = []
     with torch.inference_mode():
         for chunk in np.array_split(pairs, math.ceil(len(pairs) / 200)):
-            images = to_model_range(draw_pictures(artworks, chunk[:, 0], palette[chunk[:, 1]], random))
+            images = to_model_range(draw_pictures(artworks, chunk[:, 0], PALETTE[chunk[:, 1]], random))
             moments = model.encode(images.to(where, memory_format=torch.channels_last))
             encoded.append(moments.latent_dist.mean.half().cpu())
     everything = torch.cat(encoded)
@@ -256,7 +254,7 @@ def save(
 
 
 app.command("images")(write_images)
-for stage in (caption_model, reference, judges, vae_quality, evaluate, grids, curve):
+for stage in (caption_model, reference, judges, evaluate, grids):
     app.command()(stage)
 
 
@@ -270,10 +268,8 @@ def everything(work: Work = Path("teacher-work"), seed: Seed = 0) -> None:
     caption_model(work, seed=seed)
     reference(work, seed=seed)
     judges(work, seed=seed)
-    vae_quality(work)
     evaluate(work)
     grids(work)
-    curve(work)
 
 
 if __name__ == "__main__":

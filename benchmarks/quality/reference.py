@@ -86,7 +86,7 @@ def reference_of(path: Path, network: FeatureNetwork, *, size: int | None = None
 
 
 def reference_from_folder(folder: Path, network: FeatureNetwork, *, size: int | None = None) -> Reference:
-    """Statistics of a folder of real images; every tenth is kept apart for KID, recall and the real-vs-real distance.
+    """Statistics of a folder of real images; every tenth is kept apart for KID and the real-vs-real distance.
 
     Args:
         folder: picture files, at any depth, taken in the order of their names; of animations the first frame.

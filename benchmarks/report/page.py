@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..bench import BenchResult
 from ..quality.quality import Quality
-from .plots import quality_plot, rendered, speed_plot
+from .plots import quality_plot, speed_plot, svg_of
 from .tables import (
     ALTERNATIVES_NOTE,
     Table,
@@ -77,7 +77,7 @@ def _cell(text: str, style: str) -> str:
 
 def html_plot(figure: plt.Figure, alt: str) -> str:
     """A figure as an SVG image; it is closed."""
-    return _image(rendered(figure, "svg"), "svg+xml", alt, "plot")
+    return _image(svg_of(figure), "svg+xml", alt, "plot")
 
 
 def _image(data: bytes, subtype: str, alt: str, style: str) -> str:

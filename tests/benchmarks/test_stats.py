@@ -6,7 +6,6 @@ from boostdiff.benchmarks.stats import Score, Spread, Statistic, jackknifed, med
 def test_spread() -> None:
     spread = Spread.of([float(x) for x in range(11)])
     assert (spread.median, spread.p10, spread.p90, spread.runs) == (5, 1, 9, 11)
-    assert 9 < spread.p99 < 10
 
 
 def test_the_medians_interval_is_the_sign_tests() -> None:

@@ -4,22 +4,22 @@ import numpy as np
 import pytest
 import torch
 from artworks import GROUPS, make_artworks
+from boostdiff.benchmarks.fastest import FastestRunners
+from boostdiff.benchmarks.quality.clip_score import ClipScorer
 from boostdiff.benchmarks.quality.features import EfficientNetLite0Features, features_of
 from boostdiff.benchmarks.quality.reference import Reference
 from boostdiff.distill.image_files import open_images
 from boostdiff.engine import embedded
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.model import load, locate
-from boostdiff.engine.runners import TorchRunner
 from boostdiff.teacher import measure
 from boostdiff.teacher.architecture import make_vae
 from boostdiff.teacher.captions import FULL, draw_captions
 from boostdiff.teacher.dataset import Artworks
-from boostdiff.teacher.judge import Judges, curve, draw, evaluate, markdown_table
+from boostdiff.teacher.judge import Drawing, Judges, evaluate, results_table
 from boostdiff.teacher.measure import held_out_captions, held_out_psnr, real_images, reconstructed, write_images
 from boostdiff.teacher.style import style_network, style_of, train_style
 from boostdiff.teacher.things import fit_groups, group_labels, groups_of, things_judge
-from PIL import Image
 from tiny import CPU
 
 
@@ -78,57 +78,45 @@ def judges_of(artworks: Artworks) -> Judges:
         reference=Reference.load(embedded.REFERENCE),
         styles=train_style(artworks, steps=2),
         things=fit_groups(features, labels, len(artworks.groups)),
-        captions=None,
-        identity="made up",
+        captions=ClipScorer(str(embedded.CAPTION_MODEL), device=CPU),
     )
 
 
-def test_the_shipped_models_images_are_judged_better_than_noise(artworks: Artworks) -> None:
+def test_the_shipped_models_images_are_judged_better_than_noise(artworks: Artworks, tmp_path: Path) -> None:
     judges = judges_of(artworks)
     captions = draw_captions(artworks, held_out=True, count=12, seed=0, grammar=FULL)
     noise = torch.randint(256, (12, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     noise_row = judges.figures(noise, captions)
     model = load(locate(embedded.MODEL_NAME), device=CPU)
     prompts = [each.text for each in captions]
-    images = draw(model, TorchRunner(model.unet), prompts, scale=3.0, steps=8, seed=0, batch_size=12)
+    with FastestRunners(model, passes=1) as runners:
+        drawing = Drawing(model=model, network=judges.features, runners=runners, folder=tmp_path, steps=8)
+        images = drawing.images(prompts, 3.0)
+        assert images.shape == noise.shape
+        assert torch.equal(drawing.images(prompts, 3.0), images)
+    assert len(list(tmp_path.iterdir())) == 1
     drawn = judges.figures(images, captions)
-    assert drawn["kid"] < noise_row["kid"]
+    assert drawn["distance"].value < noise_row["distance"].value
     assert noise_row["background"] < drawn["background"]
-    assert drawn["distance_low"] < drawn["distance"] < drawn["distance_high"]
-    table = markdown_table({"real images": noise_row, "w=1": drawn}).splitlines()
-    assert [line.split("|")[1].strip() for line in table[2:]] == ["real images", "w=1"]
-    assert [line.split("|")[3].strip() for line in table[2:]] == ["0%", "100%"]
-    assert "±" not in table[2] + table[3]
-    scored = drawn | {"kid": 0.1, "kid_spread": 0.02, "caption_score": 31.25, "caption_score_error": 0.5}
-    row = markdown_table({"real images": noise_row, "w=1": scored}).splitlines()[3]
-    assert "| 100.0 ± 20.0 |" in row
-    assert "| 31.25 ± 0.50 |" in row
+    table = results_table({"real images": noise_row, "w=1": drawn})
+    assert [row[0] for row in table.cells] == ["real images", "w=1"]
+    assert [row[2] for row in table.cells] == ["0%", "100%"]
+    scored = drawn | {"caption_scores": torch.tensor([31.0, 33.0]), "style": None}
+    assert results_table({"real images": noise_row, "w=1": scored}).cells[1][3:6:2] == ["32.0 ± 1.0", "–"]
 
 
 def test_only_what_a_caption_names_is_asked_for(artworks: Artworks) -> None:
     judges = judges_of(artworks)
     captions = draw_captions(artworks, held_out=True, count=30, seed=5)
-    real = judges.figures(real_images(artworks, captions), captions, drawn=False)
+    real = judges.figures(real_images(artworks, captions), captions)
     assert real["background"] > 0.9
-    assert real["kid"] is None
     nameless = [each for each in captions if each.background is None]
-    assert judges.figures(real_images(artworks, nameless), nameless, drawn=False)["background"] is None
+    assert judges.figures(real_images(artworks, nameless), nameless)["background"] is None
 
 
 def test_evaluate_needs_the_unguided_teacher(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="1 must be among them"):
         evaluate(tmp_path, scales="2,3")
-
-
-def test_the_loss_curve_is_drawn_from_the_logs(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no training log"):
-        curve(tmp_path)
-    lines = [f'{{"step": {step}, "loss": {1 / step}, "lr": 0.1}}\n' for step in range(1, 101)]
-    (tmp_path / "vae.log.jsonl").write_text("".join(lines))
-    curve(tmp_path)
-    with Image.open(tmp_path / "loss.png") as image:
-        assert image.width > 300
-        assert len(image.convert("L").getcolors()) > 2
 
 
 def test_training_images_are_what_distill_reads(

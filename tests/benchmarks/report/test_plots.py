@@ -24,7 +24,6 @@ def row(runner: str, mode: str, batch_size: int) -> SpeedRow:
         host_gap=None,
         tflops=1.0,
         peak_share=None,
-        joules_per_image=None,
         memory_in_use=None,
     )
 
