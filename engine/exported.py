@@ -30,7 +30,7 @@ from .guidance import Denoiser, SinglePassDenoiser
 from .manifest import Manifest, read_manifest, verified_file
 from .model import Model, ModelFiles, resolve_device
 from .runners import EXPORTED, GraphRunner, available_runners, open_session
-from .sampling import FiniteCheck, decode, default_batch_size, initial_noise, sampling, to_pil
+from .sampling import decode, default_batch_size, initial_noise, sampling, to_pil, verify_finite
 from .schedulers import check_schedule, check_steps, completed, make_scheduler
 from .sessions import Session
 
@@ -214,6 +214,8 @@ class Engine(AbstractContextManager["Engine"]):
         Raises:
             InputError: a prompt is empty, the sampler is unknown, or the student or the engine is not made for this.
         """
+        schedule = self.model.pipeline.scheduler.config
+        check_steps(schedule, [sampler], [steps])
         model = self.sized(height, width)
         text = self.encode(prompts, model=model)
         noise = initial_noise(model.latent_shape, count=len(text), seed=seed)
@@ -221,20 +223,15 @@ class Engine(AbstractContextManager["Engine"]):
             self.denoiser(guidance),
             text=text,
             noise=noise.to(model.device, text.conditional.dtype),
-            scheduler=self._scheduler(sampler, steps),
+            scheduler=make_scheduler(sampler, schedule),
             steps=steps,
         )
-        finite = FiniteCheck()
+        finite = []
         for index, latents in enumerate(states):
-            finite.note(latents)
+            finite.append(latents.isfinite().all())
             if index + 1 == steps:
-                finite.verify(latents.dtype)
+                verify_finite(finite, latents.dtype)
             yield Step(index=index, total=steps, latents=latents, model=model)
-
-    def _scheduler(self, sampler: str, steps: int) -> SchedulerMixin:
-        config = self.model.pipeline.scheduler.config
-        check_steps(config, [sampler], [steps])
-        return make_scheduler(sampler, config)
 
 
 def _listed(prompts: str | Sequence[str]) -> list[str]:
@@ -263,11 +260,7 @@ def _assemble(folder: Path, manifest: Manifest, opened: Callable[[str], Session]
 
 
 def scheduler_of(folder: Path) -> SchedulerMixin:
-    """The scheduler of the model that an engine was made from.
-
-    Raises:
-        InputError: see `check_schedule`.
-    """
+    """The scheduler of the model that an engine was made from."""
     class_name = read_json(folder / "model_index.json")["scheduler"][1]
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     check_schedule(class_name, completed(class_name, config))

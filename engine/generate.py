@@ -101,11 +101,11 @@ def open_student(files: ModelFiles, config: GenerateConfig, device: torch.device
     info.check_negative_prompt(config.negative_prompt)
     if config.lora_scale is not None and (info.method != "lora" or info.guidance_range is not None):
         # At scale 0 a DoRA's magnitudes stay, and so does a guidance input: that is not the base.
-        kind = info.method if info.guidance_range is None else "guidance-conditioned"
-        raise InputError(f"--lora-scale is for students of method lora and one guidance scale, not {kind} ones")
+        found = info.method if info.guidance_range is None else "guidance-conditioned"
+        raise InputError(f"--lora-scale is for students of method lora and one guidance scale, not {found} ones")
     model = load_sized(files, config, device)
     if config.runner == "torch":
-        apply_student(model, folder, info)
+        apply_student(model.unet, folder, info)
     else:
         # Adapters would cost time in every layer.
         fold_student(model.unet, folder, info)

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from .adapters import TARGETS, Adapter, BitFit, Lora, SoftPrompt, adapter_class
+from .adapters import TARGETS, Adapter, BitFit, Lora, SoftPrompt
 from .guidance import smooth_columns
 
 GUIDANCE_FILE = "guidance_embedding.safetensors"
@@ -47,7 +47,7 @@ class GuidanceConditioned(Adapter):
         return self.inner.disabled()
 
     def save(self, folder: Path, pipeline: DiffusionPipeline) -> list[Path]:
-        """Write the other adapter, and the projection in a file of its own."""
+        """Write the other adapter, and the projection in another file."""
         weights = {"time_embedding.cond_proj.weight": self.projection.weight.detach().cpu().contiguous()}
         save_file(weights, folder / GUIDANCE_FILE)
         return [*self.inner.save(folder, pipeline), folder / GUIDANCE_FILE]
@@ -55,7 +55,7 @@ class GuidanceConditioned(Adapter):
     @staticmethod
     @torch.no_grad()
     def load(unet: UNet2DConditionModel, folder: str | Path) -> None:
-        """See `Adapter.load`, of the projection; the other adapter has its own."""
+        """See `Adapter.load`, of the projection alone."""
         weight = load_file(Path(folder) / GUIDANCE_FILE)["time_embedding.cond_proj.weight"]
         projection = add_guidance_embedding(unet, weight.shape[1]).to(unet.dtype).requires_grad_(False)
         if weight.shape != projection.weight.shape:
@@ -66,7 +66,7 @@ class GuidanceConditioned(Adapter):
 def add_guidance_embedding(unet: UNet2DConditionModel, width: int = GUIDANCE_WIDTH) -> torch.nn.Linear:
     """Give a UNet the input `timestep_cond`, through which a stock pipeline hands it any `guidance_scale`.
 
-    The projection is float32 and starts at zero, so that nothing changes before it is trained: diffusers' own
+    The projection is float32 and starts at zero, so that nothing changes before it is trained: diffusers'
     (`TimestepEmbedding.cond_proj`) starts at random.
 
     Raises:
@@ -79,20 +79,6 @@ def add_guidance_embedding(unet: UNet2DConditionModel, width: int = GUIDANCE_WID
     unet.time_embedding.cond_proj = projection
     unet.register_to_config(time_cond_proj_dim=width)
     return projection
-
-
-def load_adapter(unet: UNet2DConditionModel, folder: Path, *, method: str, guidance_input: bool) -> None:
-    """Put a saved adapter onto a UNet, unmerged; see `Adapter.load`.
-
-    Args:
-        unet: of the model that it was trained on.
-        folder: the student's.
-        method: one of `METHODS`.
-        guidance_input: whether the student is guidance-conditioned.
-    """
-    adapter_class(method).load(unet, folder)
-    if guidance_input:
-        GuidanceConditioned.load(unet, folder)
 
 
 def make_adapter(

@@ -72,14 +72,8 @@ class Manifest:
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides about an export's result: if it is the same, so is the result."""
-        return {
-            "version": self.version,
-            "inputs": self.inputs,
-            "options": self.options,
-            "student": self.student,
-            "versions": self.versions,
-            "hardware": self.hardware,
-        }
+        names = ("version", "inputs", "options", "student", "versions", "hardware")
+        return {name: getattr(self, name) for name in names}
 
     def write(self, folder: Path) -> None:
         """Hash every file in the folder and write `manifest.json` last."""
@@ -93,7 +87,7 @@ class Manifest:
 
 
 def _digest(values: dict[str, Any]) -> str:
-    """Of the manifest's own content, so that a damaged one is seen."""
+    """Of the manifest's content, so that a damaged one is seen."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -111,20 +105,15 @@ def read_manifest(folder: Path) -> Manifest:
     if values.get("version") != MANIFEST_VERSION or not names <= set(values):
         raise InputError(f"{path} is not a manifest of this version of boostdiff: export again")
     if _digest({name: value for name, value in values.items() if name != "sha256"}) != values.get("sha256"):
-        raise InputError(f"{path} is damaged (its own SHA-256 differs): export again")
+        raise InputError(f"{path} is damaged (its SHA-256 differs): export again")
     return Manifest(**{name: values[name] for name in names})
 
 
 def verified_file(folder: Path, manifest: Manifest, name: str) -> Path:
-    """The path of an exported file, once it and the files beside it match their manifest.
-
-    Args:
-        folder: the engine folder.
-        manifest: what `read_manifest` gave.
-        name: relative path, such as "unet/model.onnx".
+    """The path of an exported file, such as "unet/model.onnx", once it and its external data match their manifest.
 
     Raises:
-        InputError: the file is not listed, is missing, or was changed; likewise its external data.
+        InputError: a file is not listed, is missing, or was changed.
     """
     if name not in manifest.files:
         raise InputError(f"the engine in {folder} has no {name}: export it first")

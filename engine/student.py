@@ -9,11 +9,11 @@ from typing import Any
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 
-from .adapters import METHODS
+from .adapters import METHODS, adapter_class
 from .errors import InputError, one_line
 from .files import read_json, sha256_of, write_json
-from .guidance_input import load_adapter
-from .model import Model, ModelFiles
+from .guidance_input import GuidanceConditioned
+from .model import ModelFiles
 
 INFO_FILE = "student.json"
 
@@ -35,10 +35,7 @@ class Distilled:
     negative_prompt: str = ""
 
     def choose_guidance(self, guidance: float | None) -> float | None:
-        """The UNet's guidance input: a scale for a guidance-conditioned student, else None.
-
-        Args:
-            guidance: the user's choice, or None for the student's default.
+        """The UNet's guidance input: the scale asked for or the default of a guidance-conditioned student, else None.
 
         Raises:
             InputError: the student was not distilled for it.
@@ -123,11 +120,7 @@ def _usable(values: dict[str, Any]) -> bool:
 
 
 def read_student(folder: Path, files: ModelFiles | None = None) -> StudentInfo:
-    """Read and check a student's description.
-
-    Args:
-        folder: what `distill` wrote.
-        files: the model it is to be used with.
+    """Read and check a student's description; `files` is the model that it is to be used with, if any.
 
     Raises:
         InputError: there is no student, its adapter was changed or belongs to another model.
@@ -157,29 +150,15 @@ def read_student(folder: Path, files: ModelFiles | None = None) -> StudentInfo:
     return info
 
 
-def apply_student(model: Model, folder: Path, info: StudentInfo | None = None) -> StudentInfo:
-    """Put the student's adapter onto the model's UNet, unmerged, as stock diffusers would.
-
-    Args:
-        model: the one it was trained for.
-        folder: what `distill` wrote.
-        info: its description where `read_student` has checked it already: hashing a large UNet takes seconds.
+def apply_student(unet: UNet2DConditionModel, folder: Path, info: StudentInfo) -> None:
+    """Put a student that was checked by `read_student` onto its model's UNet, unmerged, as stock diffusers would.
 
     Raises:
-        InputError: see `read_student`; or the adapter's tensors don't fit the UNet.
-    """
-    info = info or read_student(folder, model.files)
-    apply_adapter(model.unet, folder, info)
-    return info
-
-
-def apply_adapter(unet: UNet2DConditionModel, folder: Path, info: StudentInfo) -> None:
-    """Put an adapter that was checked by `read_student` onto a UNet, unmerged.
-
-    Raises:
-        InputError: its tensors don't fit.
+        InputError: the adapter's tensors don't fit.
     """
     try:
-        load_adapter(unet, folder, method=info.method, guidance_input=info.guidance_range is not None)
+        adapter_class(info.method).load(unet, folder)
+        if info.guidance_range is not None:
+            GuidanceConditioned.load(unet, folder)
     except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise InputError(f"the adapter in {folder} does not fit {info.model}: {one_line(error)}") from None

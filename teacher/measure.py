@@ -25,6 +25,9 @@ from .palette import BACKGROUNDS
 from .placement import draw_pictures, draw_training_pictures
 
 Work = Annotated[Path, typer.Option(help="Folder for downloads, checkpoints and intermediate files.")]
+Steps = Annotated[int, typer.Option(min=1, help="Optimizer updates.")]
+Batch = Annotated[int, typer.Option(min=1, help="Images per update.")]
+Rate = Annotated[float, typer.Option(help="Peak learning rate of AdamW.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 PROMPTS = 4000

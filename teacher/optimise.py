@@ -32,19 +32,15 @@ def optimise(
     checkpoint: Path,
     steps: int,
     learning_rate: float,
-    checkpoint_minutes: float,
+    checkpoint_minutes: float = 3,
     ema_horizon: float = 0.05,
 ) -> None:
     """AdamW with warm-up, decay and an EMA; resumes from `checkpoint`, and leaves the EMA in the modules.
 
     Args:
-        name: what the log lines are headed with.
-        modules: the trained modules by name.
+        name: what the printed lines are headed with.
         loss_of: draws the batch of a step, from its seeds alone, and gives the scalar loss.
-        checkpoint: where the state is kept.
-        steps: updates in all.
         learning_rate: its peak.
-        checkpoint_minutes: time between checkpoints.
         ema_horizon: the EMA's time constant as a share of the steps done (Karras et al. 2024, eq. 121-127,
             keep it relative to training time for the same reason: early weights must fade).
     """
@@ -62,7 +58,7 @@ def optimise(
                 parameter.copy_(state.weights[path])
                 ema[path].copy_(state.weights[f"ema.{path}"])
         optimizer.load_state_dict(state.optimizer)
-        print(f"{name}: goes on from step {start}", flush=True)
+        print(f"{name}: continues from step {start}", flush=True)
 
     saved_at = began = time.monotonic()
     recent: list[float] = []

@@ -1,10 +1,9 @@
 """Make `emoji64` again: `python -m boostdiff.teacher.train all --work DIR`.
 
-Stages, in order: `vae`, `latents`, `diffusion`, `save`, `caption-model`, `reference`, and to judge what came out
-`judges`, `evaluate`, `grids`; `all` runs them one after the other. Those that train go on from
-their checkpoint when they are run again, `evaluate` from its last scale. All randomness of a step is drawn from (seed,
-step), so a resumed run takes the same steps as an uninterrupted one. `images` writes training images that `boostdiff
-distill` can read.
+Stages, in order: `vae`, `latents`, `diffusion`, `save`, `caption-model`, `reference`, and to evaluate the result
+`classifiers`, `evaluate`, `grids`; `all` runs them one after the other. Those that train resume from their checkpoint,
+`evaluate` from its last scale. All randomness of a step is drawn from (seed, step), so a resumed run takes the same
+steps as an uninterrupted one. `images` writes training images that `boostdiff distill` can read.
 """
 
 from __future__ import annotations
@@ -31,18 +30,13 @@ from .architecture import BETAS, make_text_encoder, make_tokenizer, make_unet, m
 from .caption_model import caption_model
 from .captions import Grammar, caption, draw_captions
 from .dataset import Artworks, load_artworks
-from .judge import evaluate, grids, judges
-from .measure import Seed, Work, device, held_out_psnr, load_vae, reference, write_images
+from .evaluate import classifiers, evaluate, grids
+from .measure import Batch, Rate, Seed, Steps, Work, device, held_out_psnr, load_vae, reference, write_images
 from .optimise import optimise, step_generator
 from .palette import BACKGROUNDS, PALETTE
 from .placement import draw_pictures, to_model_range
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
-
-Steps = Annotated[int, typer.Option(min=1, help="Optimizer updates.")]
-Batch = Annotated[int, typer.Option(min=1, help="Images per update.")]
-Rate = Annotated[float, typer.Option(help="Peak learning rate of AdamW.")]
-Minutes = Annotated[float, typer.Option(help="Minutes between checkpoints.")]
 
 LATENT_BACKGROUNDS = 6
 """Background colours and placements drawn for each artwork when latents are precomputed."""
@@ -76,7 +70,6 @@ def vae(
     batch: Batch = 32,
     learning_rate: Rate = 2e-3,
     seed: Seed = 0,
-    checkpoint_minutes: Minutes = 3,
 ) -> None:
     """Train the autoencoder and report its PSNR on held-out artworks."""
     artworks = load_artworks(work)
@@ -97,7 +90,6 @@ def vae(
         checkpoint=work / "vae.checkpoint.safetensors",
         steps=steps,
         learning_rate=learning_rate,
-        checkpoint_minutes=checkpoint_minutes,
     )
     model.eval()
     psnr = held_out_psnr(model, artworks)
@@ -152,7 +144,6 @@ def diffusion(
     batch: Batch = 64,
     learning_rate: Rate = 8e-4,
     seed: Seed = 0,
-    checkpoint_minutes: Minutes = 3,
     empty_captions: Annotated[float, typer.Option(help="Share of captions replaced by the empty one.")] = 0.1,
     wrong_captions: Annotated[float, typer.Option(help="Share of captions that are another picture's.")] = 0.05,
     min_snr: Annotated[float, typer.Option(help="Gamma of the loss weights; inf for none.")] = 5.0,
@@ -228,7 +219,6 @@ def diffusion(
         checkpoint=work / "diffusion.checkpoint.safetensors",
         steps=steps,
         learning_rate=learning_rate,
-        checkpoint_minutes=checkpoint_minutes,
     )
 
 
@@ -254,7 +244,7 @@ def save(
 
 
 app.command("images")(write_images)
-for stage in (caption_model, reference, judges, evaluate, grids):
+for stage in (caption_model, reference, classifiers, evaluate, grids):
     app.command()(stage)
 
 
@@ -267,7 +257,7 @@ def everything(work: Work = Path("teacher-work"), seed: Seed = 0) -> None:
     save(work)
     caption_model(work, seed=seed)
     reference(work, seed=seed)
-    judges(work, seed=seed)
+    classifiers(work, seed=seed)
     evaluate(work)
     grids(work)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from ..stats import GROUPS, Statistic
+from ..stats import Statistic, leave_one_group_out
 from .reference import Reference
 
 KID_SUBSETS, KID_SUBSET = 50, 200
@@ -21,8 +22,9 @@ class Distance(Statistic):
     @classmethod
     def of(cls, reference: Reference, features: torch.Tensor) -> Distance:
         """Of the features `(N, D)` of the images, N ≥ 2; from N = 4 on with an interval."""
-        left_out = tuple(left_out_distances(reference, features))
-        return cls(value=frechet_distance(reference, features), left_out=left_out)
+        masks = [np.ones(len(features), dtype=bool), *leave_one_group_out(len(features))]
+        value, *left_out = frechet_distances(reference, features, [torch.from_numpy(mask) for mask in masks])
+        return cls(value=value, left_out=tuple(left_out))
 
 
 def matrix_root(covariance: torch.Tensor) -> torch.Tensor:
@@ -34,17 +36,6 @@ def matrix_root(covariance: torch.Tensor) -> torch.Tensor:
 def frechet_distance(reference: Reference, features: torch.Tensor) -> float:
     """The Fréchet distance to a reference of the images with features `(N, D)`, N ≥ 2."""
     return frechet_distances(reference, features, [torch.ones(len(features), dtype=torch.bool)])[0]
-
-
-def left_out_distances(reference: Reference, features: torch.Tensor, *, groups: int = GROUPS) -> list[float]:
-    """Fréchet distances of the images `(N, D)` without each group in turn; image i is in group i mod `groups`.
-
-    No more than N / 2 groups are made; none of fewer than four images.
-    """
-    groups = min(groups, len(features) // 2)
-    member = torch.arange(len(features)) % max(groups, 1)
-    kept = [member != group for group in range(groups)] if groups > 1 else []
-    return frechet_distances(reference, features, kept)
 
 
 def frechet_distances(reference: Reference, features: torch.Tensor, kept: Sequence[torch.Tensor]) -> list[float]:
@@ -72,17 +63,6 @@ def frechet_distances(reference: Reference, features: torch.Tensor, kept: Sequen
     return distances
 
 
-class _Precomputed(torch.nn.Module):
-    """Lets torchmetrics take features in place of images."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return features
-
-
 def kernel_distance(reference: Reference, features: torch.Tensor) -> tuple[float, float | None]:
     """KID (Bińkowski et al. 2018) by torchmetrics: the mean over random subsets, and their standard deviation.
 
@@ -96,7 +76,7 @@ def kernel_distance(reference: Reference, features: torch.Tensor) -> tuple[float
         warnings.simplefilter("ignore", UserWarning)
         # One process has all features: the metric must not wait for others that were launched.
         metric = KernelInceptionDistance(
-            feature=_Precomputed(features.shape[1]), subsets=KID_SUBSETS, subset_size=size, sync_on_compute=False
+            feature=torch.nn.Identity(), subsets=KID_SUBSETS, subset_size=size, sync_on_compute=False
         )
     metric.update(reference.features, real=True)
     metric.update(features, real=False)

@@ -156,6 +156,6 @@ def html_report(result: BenchResult) -> str:
         parts.append(html_plot(speed_plot(result.speed), alt))
     parts.append(_note(speed_note(result)))
     if result.provenance["weights"] == "random":
-        parts.append(_note("Weights are random, and student and teacher share them: this is about speed alone."))
+        parts.append(_note("Weights are random, and student and teacher share them: only speed is measured."))
     parts += [_note(f"{name} was left out: {reason}") for name, reason in result.skipped.items()]
     return page(f"BoostDiff benchmark of {result.provenance['model']}", parts, result.provenance)

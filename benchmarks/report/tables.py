@@ -194,7 +194,7 @@ def speed_note(result: BenchResult) -> str:
         'Ratios: of times in the same round. "Teacher, no CFG" is the no-CFG speed bound. Ceiling: counted operations, '
         f"{flops.unet / 1e9:.3g} GFLOP per UNet pass, {flops.vae_decode / 1e9:.3g} per VAE decode, "
         f"{flops.text_encoder / 1e9:.2g} per prompt. Peak of matrix multiplication in the same run: {peaks}. Stock "
-        "diffusers: its own pipeline call, eager, with guidance."
+        "diffusers: its pipeline call, eager, with guidance."
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 
 from ...engine.compiled import has_bfloat16
 
@@ -59,16 +60,11 @@ def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:
 
     Measured in the same run as what it is compared with: a data sheet's peak says nothing about clocks and neighbors.
     """
-    size, best = GEMM_SIZES.get(device.type, 4096), float("inf")
+    size = GEMM_SIZES.get(device.type, 4096)
     a, b = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
-    product = a @ b
-    for _ in range(PEAK_RUNS):
-        synchronize(device)
-        began = time.perf_counter()
-        torch.mm(a, b, out=product)
-        synchronize(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best / 1e12
+    tensors = {"a": a, "b": b, "product": a @ b}
+    timer = Timer("torch.mm(a, b, out=product)", globals=tensors, num_threads=torch.get_num_threads())
+    return 2 * size**3 / min(timer.timeit(1).mean for _ in range(PEAK_RUNS)) / 1e12
 
 
 def gemm_peaks(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[str, float]:

@@ -133,10 +133,8 @@ class SpeedRow:
 
     mode: str
     runner: str
-    device: str
     precision: str
     batch_size: int
-    steps: int
     latency: Spread
     images_per_second: Estimate
     unet_step: Spread
@@ -273,8 +271,7 @@ def measure(
 
 
 def _row(variant: TimedVariant, times: list[dict[str, float]], work: Workload, flops: Flops) -> SpeedRow:
-    device, batch_size = variant.runner.device, len(work.prompts)
-
+    batch_size = len(work.prompts)
     values = {key: [run[key] for run in times] for key in times[0] if all(key in run for run in times)}
     parts: dict[str, Any] = {part: Spread.of(values[part]) for part in (*PARTS[1:], "host_gap") if part in values}
     total, step = median_of(values["total"]), Spread.of([seconds / work.steps for seconds in values["unet"]])
@@ -282,10 +279,8 @@ def _row(variant: TimedVariant, times: list[dict[str, float]], work: Workload, f
     return SpeedRow(
         mode=variant.mode,
         runner=variant.key.runner,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         precision=str(variant.runner.precision).removeprefix("torch."),
         batch_size=batch_size,
-        steps=work.steps,
         latency=Spread.of(values["total"]),
         images_per_second=Estimate(
             value=batch_size / total.value,

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from boostdiff.benchmarks.quality.distances import left_out_distances
+from boostdiff.benchmarks.quality.distances import Distance
 from boostdiff.benchmarks.quality.reference import Reference
 from boostdiff.benchmarks.stats import jackknifed
 from scipy.linalg import sqrtm
@@ -20,13 +20,14 @@ def test_distances_without_a_group_equal_scipys(count: int) -> None:
     real = torch.randn(600, 50, generator=generator, dtype=torch.float64) @ mix
     fake = torch.randn(count, 50, generator=generator, dtype=torch.float64) @ mix * 1.2 + 0.3
     reference = Reference.of(real, real[:10])
-    found = left_out_distances(reference, fake, groups=5)
-    kept = [fake[torch.arange(count) % 5 != group].numpy() for group in range(5)]
+    found = Distance.of(reference, fake)
+    groups = min(20, count // 2)
+    kept = [fake[torch.arange(count) % groups != group].numpy() for group in range(groups)]
     # scipy's root of a singular product is itself good to some 1e-6 only.
-    assert found == pytest.approx(
+    assert found.left_out == pytest.approx(
         [scipys_distance(real.numpy(), part) for part in kept], rel=1e-6 if count > 50 else 1e-4
     )
-    assert left_out_distances(reference, fake[:3]) == []
+    assert Distance.of(reference, fake[:3]).interval is None
 
 
 def test_the_interval_of_a_distance_is_as_wide_as_its_scatter() -> None:
@@ -35,7 +36,7 @@ def test_the_interval_of_a_distance_is_as_wide_as_its_scatter() -> None:
     errors, values = [], []
     for _ in range(60):
         fake = torch.randn(200, 8, generator=generator) * 1.1 + 0.2
-        left_out = left_out_distances(reference, fake)
+        left_out = Distance.of(reference, fake).left_out
         values.append(np.mean(left_out))
         interval = jackknifed(values[-1], left_out)
         errors.append((interval.high - interval.low) / 2 / 2.093)

@@ -1,4 +1,4 @@
-"""Stages that judge the model: tables over guidance scales, and pictures for its card."""
+"""Stages that evaluate the model: tables over guidance scales, and pictures for its card."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .dataset import STYLES, Artworks, load_artworks
 from .measure import Seed, Work, device, held_out_captions, real_images, reconstructed
 from .palette import background_of
 from .style import StyleNetwork, style_network, style_of
-from .things import group_labels, groups_of, things_judge
+from .things import group_labels, groups_of, things_classifier
 
 Output = Annotated[Path | None, typer.Option(help="Folder for what is written.  [default: the work folder]")]
 ModelName = Annotated[str, typer.Option(help="The shipped model, or a pipeline folder as `save` writes it.")]
@@ -39,13 +39,13 @@ Scales = Annotated[str, typer.Option(help="Guidance scales, comma-separated.")]
 Sampling = Annotated[int, typer.Option(min=1, help="DDIM steps.")]
 Together = Annotated[int, typer.Option(min=1, help="Images denoised together.")]
 
-TABLE_FILE = "judged.md"
+TABLE_FILE = "evaluation.md"
 SHOWN_SCALE = 3.0
 """Guidance of the sheet of held-out combinations."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judges:
+class Evaluator:
     """All that images of captions are measured by.
 
     Attributes:
@@ -65,15 +65,15 @@ class Judges:
     captions: ClipScorer
 
     @classmethod
-    def load(cls, work: Path, artworks: Artworks, *, vae: AutoencoderKL, seed: int = 0) -> Judges:
-        """The shipped networks, and the judges of style and of things that `work` holds, trained if it has none."""
+    def load(cls, work: Path, artworks: Artworks, *, vae: AutoencoderKL, seed: int = 0) -> Evaluator:
+        """The shipped networks, and the classifiers of styles and things that `work` holds, trained if it has none."""
         network = EfficientNetLite0Features().to(vae.device)
         return cls(
             artworks=artworks,
             features=network,
             reference=Reference.load(REFERENCE),
             styles=style_network(work, artworks, seed=seed),
-            things=things_judge(work, artworks, network, vae, seed=seed),
+            things=things_classifier(work, artworks, network, vae, seed=seed),
             captions=ClipScorer(str(CAPTION_MODEL), device=vae.device),
         )
 
@@ -132,7 +132,7 @@ class Drawing:
 
 
 def results_table(rows: dict[str, dict[str, Any]]) -> Table:
-    """A table of `Judges.figures` by the rows' names, among them "real images" and "w=1"."""
+    """A table of `Evaluator.figures` by the rows' names, among them "real images" and "w=1"."""
     real, unguided = (rows[name]["distance"].value for name in ("real images", "w=1"))
 
     def cells(name: str, row: dict[str, Any]) -> dict[str, str]:
@@ -178,17 +178,17 @@ def evaluate(
     captions = draw_captions(artworks, held_out=True, count=images, seed=seed, grammar=FULL if full else Grammar())
     prompts = [caption.text for caption in captions]
     loaded = load(locate(model), device=device())
-    judges = Judges.load(work, artworks, vae=loaded.pipeline.vae, seed=seed)
+    evaluator = Evaluator.load(work, artworks, vae=loaded.pipeline.vae, seed=seed)
     real = real_images(artworks, captions)
     rows = {
-        "real images": judges.figures(real, captions),
-        "reconstructions": judges.figures(reconstructed(loaded.pipeline.vae, real), captions),
+        "real images": evaluator.figures(real, captions),
+        "reconstructions": evaluator.figures(reconstructed(loaded.pipeline.vae, real), captions),
     }
     passes = sum((1 + (scale > 1)) * steps * images for scale in wanted)
     with FastestRunners(loaded, passes=passes, batch_size=batch_size) as runners:
         drawing = Drawing(
             model=loaded,
-            network=judges.features,
+            network=evaluator.features,
             runners=runners,
             folder=output / "cache",
             steps=steps,
@@ -196,31 +196,31 @@ def evaluate(
             seed=seed,
         )
         for scale in wanted:
-            rows[f"w={scale:g}"] = judges.figures(drawing.images(prompts, scale), captions)
+            rows[f"w={scale:g}"] = evaluator.figures(drawing.images(prompts, scale), captions)
             print(f"w={scale:g}: {DISTANCE_NAME} {rows[f'w={scale:g}']['distance'].value:.1f}", flush=True)
     table = results_table(rows).markdown()
     (output / TABLE_FILE).write_text(f"{table}\n", encoding="utf-8")
     print(f"\nN = {images}, {'full' if full else 'mixed'} captions, {sampler} {steps} steps\n\n{table}")
 
 
-def judges(work: Work = Path("teacher-work"), model: ModelName = MODEL_NAME, seed: Seed = 0) -> None:
-    """Train the judges of style and of things unless `work` has them; their accuracy on held-out artworks."""
+def classifiers(work: Work = Path("teacher-work"), model: ModelName = MODEL_NAME, seed: Seed = 0) -> None:
+    """Train the classifiers of styles and things unless `work` has them; their accuracy on held-out artworks."""
     artworks = load_artworks(work)
     vae = load(locate(model), device=device()).pipeline.vae
-    loaded = Judges.load(work, artworks, vae=vae, seed=seed)
+    loaded = Evaluator.load(work, artworks, vae=vae, seed=seed)
     captions = held_out_captions(artworks)
     real = real_images(artworks, captions)
     for name, images in (("real", real), ("reconstructed", reconstructed(vae, real))):
         found = loaded.figures(images, captions)
         print(
-            f"judges: of {len(images)} {name} held-out images, background {found['background']:.1%}, style "
+            f"classifiers: of {len(images)} {name} held-out images, background {found['background']:.1%}, style "
             f"{found['style']:.1%}, thing {found['thing']:.1%}"
         )
     seen = style_of(loaded.styles, real)
     for style in STYLES:
         taken = Counter(name for name, caption in zip(seen, captions, strict=True) if caption.style == style)
         most = ", ".join(f"{count} as {name}" for name, count in taken.most_common(3))
-        print(f"judges: of {taken.total()} real images in the style {style}: {most}")
+        print(f"classifiers: of {taken.total()} real images in the style {style}: {most}")
 
 
 def grids(
