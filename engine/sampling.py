@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -85,8 +86,7 @@ def sampling(
 
 def sample(denoiser: Denoiser, **options: Any) -> torch.Tensor:
     """The last latents of `sampling`, which see, `(B, C, H, W)`."""
-    *_, z_0 = sampling(denoiser, **options)
-    return z_0
+    return deque(sampling(denoiser, **options), maxlen=1).pop()
 
 
 @torch.inference_mode()
