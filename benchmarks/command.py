@@ -63,7 +63,7 @@ def _measure(
     with progress_bar("measuring", config.image_steps(len(students)) or 1) as advance:
         files = locate(model)
         if prompts is None and model != embedded.MODEL_NAME:
-            raise InputError("pass --prompts FILE: only the embedded model brings prompts of its own")
+            raise InputError("pass --prompts FILE: only the embedded model comes with prompts")
         lines = read_prompts(prompts or embedded.HELD_OUT_PROMPTS)
         check_output(output)
         return verb(

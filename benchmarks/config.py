@@ -63,7 +63,6 @@ class SamplingConfig(ABC):
     ] = None
 
     def __post_init__(self) -> None:
-        """Validate."""
         if self.samples < 0 or self.samples == 1:
             raise InputError(f"--samples {self.samples} has no distribution: pass at least 2, or --speed-only")
         check_options(self)
@@ -108,7 +107,7 @@ class BenchConfig(SamplingConfig):
         if self.batch_sizes is not None and min(self.batch_sizes, default=0) < 1:
             raise InputError("--batch-sizes must be at least 1, as in --batch-sizes 1,2,4")
         if self.alternatives and not self.samples:
-            raise InputError("--alternatives is about quality: leave --speed-only out")
+            raise InputError("--alternatives evaluates quality: leave --speed-only out")
         if self.alternatives and self.steps < 2:
             raise InputError("--alternatives needs --steps of at least 2: with one, no pass can be saved")
 
@@ -187,7 +186,7 @@ class Metrics:
 
     reference: Annotated[
         Path | None,
-        typer.Option(help="Folder of real images: adds distances to them.", show_default="emoji64's own features"),
+        typer.Option(help="Folder of real images: adds distances to them.", show_default="emoji64's real images"),
     ] = None
     reference_size: Annotated[
         int | None,
@@ -200,12 +199,11 @@ class Metrics:
     clip: Annotated[
         str | None,
         typer.Option(
-            help="CLIP model, a folder or a hub id: adds the CLIP score.", show_default="emoji64's own caption model"
+            help="CLIP model, a folder or a hub id: adds the CLIP score.", show_default="emoji64's caption model"
         ),
     ] = None
 
     def __post_init__(self) -> None:
-        """Validate."""
         if self.reference is not None and not self.reference.exists():
             raise InputError(f"there is no reference folder {self.reference}")
         if self.reference_size is not None and self.reference_size < 8:
@@ -221,6 +219,5 @@ class Metrics:
         """With what the embedded model brings, where nothing else is named."""
         if model != embedded.MODEL_NAME:
             return self
-        # The caption model is a folder of its own; without it there is no score.
-        caption_model = str(embedded.CAPTION_MODEL) if embedded.CAPTION_MODEL.is_dir() else None
-        return replace(self, reference=self.reference or embedded.REFERENCE, clip=self.clip or caption_model)
+        clip = self.clip or str(embedded.CAPTION_MODEL)
+        return replace(self, reference=self.reference or embedded.REFERENCE, clip=clip)

@@ -65,11 +65,15 @@ def jackknifed(value: float, left_out: Sequence[float]) -> Estimate:
     to the bootstrap for Fréchet distances, which repeated samples push up.
     """
     groups = len(left_out)
-    if groups < 2:
-        raise ValueError("a jackknife needs at least two groups")
     error = float(np.sqrt((groups - 1) * np.var(left_out)))
     half = float(t.ppf((1 + CONFIDENCE) / 2, groups - 1)) * error
     return Estimate(value=value, low=value - half, high=value + half, coverage=CONFIDENCE)
+
+
+def leave_one_group_out(count: int) -> list[np.ndarray]:
+    """Masks `(count,)` without each group in turn, item i being in group i mod `GROUPS`; none of fewer than 4 items."""
+    groups = min(GROUPS, count // 2)
+    return [np.arange(count) % groups != group for group in range(groups)] if groups > 1 else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +105,7 @@ class Statistic:
     def gain_recovered(self, *, guided: Statistic, unguided: Statistic) -> Estimate | None:
         """The share of the guidance gain recovered: (this − unguided) / (guided − unguided).
 
-        None where guidance's own gain is not beyond noise: a ratio to it means nothing then.
+        None where the gain of guidance is not beyond noise: a ratio to it means nothing then.
         """
         gains = [self.better * (g - u) for g, u in zip(guided.left_out, unguided.left_out, strict=True)]
         if not gains or min(gains) <= 0 or jackknifed(sum(gains) / len(gains), gains).low <= 0:
@@ -119,26 +123,22 @@ class Score(Statistic):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Score:
-        """Of one value per image; image i is in group i mod `GROUPS`, as everywhere."""
+        """Of one value per image."""
         x = np.asarray(values, dtype=np.float64)
-        groups = min(GROUPS, len(x) // 2)
-        member = np.arange(len(x)) % max(groups, 1)
-        left_out = [float(x[member != group].mean()) for group in range(groups)] if groups > 1 else []
-        return cls(value=float(x.mean()), left_out=tuple(left_out))
+        return cls(value=float(x.mean()), left_out=tuple(float(x[mask].mean()) for mask in leave_one_group_out(len(x))))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Repeated measurements of a time, in seconds; `p99` is near the largest value below 100 runs."""
+    """Repeated measurements of a time, in seconds."""
 
     median: float
     p10: float
     p90: float
-    p99: float
     runs: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         """From the measurements themselves."""
-        p10, median, p90, p99 = np.percentile(values, [10, 50, 90, 99]).tolist()
-        return cls(median=median, p10=p10, p90=p90, p99=p99, runs=len(values))
+        p10, median, p90 = np.percentile(values, [10, 50, 90]).tolist()
+        return cls(median=median, p10=p10, p90=p90, runs=len(values))

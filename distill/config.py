@@ -16,7 +16,7 @@ from ..engine.embedded import TRAIN_PROMPTS
 from ..engine.errors import InputError
 from ..engine.options import UNRESOLVED, SeedOption, check_options, refuse_unused
 
-PAPER = {"updates": 1600, "batch_size": 512, "learning_rate": 5e-5, "loss_weight": "constant"}
+PAPER: dict[str, Any] = {"updates": 1600, "batch_size": 512, "learning_rate": 5e-5, "loss_weight": "constant"}
 """`--preset paper`: BoostDiff's run on Stable Diffusion 2.1 base (474,741 LAION pairs)."""
 
 UPDATES, BATCH_SIZE, LOSS_WEIGHT = 520, 16, "snr"
@@ -26,7 +26,7 @@ LEARNING_RATES = {"lora": 4e-3, "dora": 4e-3, "bitfit": 1e-2, "soft-prompt": 1e-
 """Chosen on `emoji64` at this budget; see docs/distillation.md, "Recipes"."""
 
 OTHER_MODELS = 1 / 40
-"""Factor of the learning rate for other models than `emoji64`, 1e-4 for LoRA, as is usual at Stable Diffusion's width."""
+"""Factor of the learning rate for other models than `emoji64`: 1e-4 for LoRA, as is usual for Stable Diffusion."""
 
 LIVE = "live"
 """The `--negative-prompt` of a student that takes any."""

@@ -88,20 +88,23 @@ class Adapter(ABC):
             BoostDiffError: it can't be merged.
         """
 
-    @torch.no_grad()
     def restore(self, weights: dict[str, torch.Tensor]) -> None:
-        """Take over trained parameters by name.
+        """Take over trained parameters by name; a ValueError where names or shapes are not this adapter's."""
+        _copy_by_name(self.parameters(), weights)
 
-        Raises:
-            ValueError: names or shapes are not this adapter's.
-        """
-        parameters = self.parameters()
-        if weights.keys() != parameters.keys():
-            raise ValueError("the checkpoint is of another adapter")
-        for name, parameter in parameters.items():
-            if weights[name].shape != parameter.shape:
-                raise ValueError(f"{name} has shape {tuple(weights[name].shape)}, not {tuple(parameter.shape)}")
-            parameter.copy_(weights[name])
+
+@torch.no_grad()
+def _copy_by_name(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor]) -> None:
+    if weights.keys() != parameters.keys():
+        raise ValueError(f"its {len(weights)} tensors are of another adapter, not the {len(parameters)} of this one")
+    for name, parameter in parameters.items():
+        if weights[name].shape != parameter.shape:
+            raise ValueError(f"{name} has shape {tuple(weights[name].shape)}, not {tuple(parameter.shape)}")
+        parameter.copy_(weights[name])
+
+
+def _biases(unet: UNet2DConditionModel) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in unet.named_parameters() if name.endswith(".bias")}
 
 
 class Lora(Adapter):
@@ -167,7 +170,7 @@ class Lora(Adapter):
     @staticmethod
     @torch.no_grad()
     def merge(unet: UNet2DConditionModel) -> None:
-        """See `Adapter.merge`; layer by layer, in float32, by peft's own merge. The bare layers are put back."""
+        """See `Adapter.merge`; layer by layer, in float32, by peft's merge. The bare layers are put back."""
         for name, layer in [item for item in unet.named_modules() if isinstance(item[1], BaseTunerLayer)]:
             dtype = layer.get_base_layer().weight.dtype
             try:
@@ -181,7 +184,7 @@ class Lora(Adapter):
     def save_kohya(self, folder: Path) -> Path:
         """Write a LoRA once more by the names that ComfyUI, A1111 and kohya's scripts read.
 
-        The conversion is diffusers' own (`convert_state_dict_to_kohya`); each alpha is the rank.
+        The conversion is diffusers' (`convert_state_dict_to_kohya`); each alpha is the rank.
 
         Raises:
             InputError: the adapter is no plain LoRA.
@@ -210,7 +213,7 @@ class BitFit(Adapter):
             parameter.requires_grad_(True)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        return {name: p for name, p in self.unet.named_parameters() if name.endswith(".bias")}
+        return _biases(self.unet)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -226,24 +229,13 @@ class BitFit(Adapter):
 
     def save(self, folder: Path, pipeline: DiffusionPipeline) -> list[Path]:
         """Write every bias by its name."""
-        save_file(
-            {name: p.detach().cpu().contiguous() for name, p in self.parameters().items()},
-            folder / BITFIT_FILE,
-        )
+        save_file({name: p.detach().cpu().contiguous() for name, p in self.parameters().items()}, folder / BITFIT_FILE)
         return [folder / BITFIT_FILE]
 
     @staticmethod
-    @torch.no_grad()
     def load(unet: UNet2DConditionModel, folder: str | Path) -> None:
         """See `Adapter.load`: every bias of the UNet is replaced."""
-        biases = load_file(Path(folder) / BITFIT_FILE)
-        parameters = {name: p for name, p in unet.named_parameters() if name.endswith(".bias")}
-        if biases.keys() != parameters.keys():
-            raise KeyError(f"its {len(biases)} biases are not the {len(parameters)} of the UNet")
-        for name, parameter in parameters.items():
-            if parameter.shape != biases[name].shape:
-                raise ValueError(f"{name} has shape {tuple(biases[name].shape)}, not {tuple(parameter.shape)}")
-            parameter.copy_(biases[name])
+        _copy_by_name(_biases(unet), load_file(Path(folder) / BITFIT_FILE))
 
 
 class SoftPromptHook(torch.nn.Module):

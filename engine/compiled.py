@@ -16,11 +16,11 @@ import torch._dynamo
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
-from .live_negative import set_attention
+from .model import set_attention
 from .runners import TorchRunner
 
 RECOMPILATIONS = 64
-"""Graphs that dynamo keeps of one function: one for each UNet and batch size; its own limit of 8 is too small."""
+"""Graphs that dynamo keeps of one function: one for each UNet and batch size; its default of 8 is too small."""
 
 PLAIN_ATTENTION = 32
 """Side of the largest latents whose attention runs as plain matrix products; beyond, scores take too much memory."""
@@ -70,7 +70,7 @@ def _without_remarks() -> Iterator[None]:
 
 
 class CompiledRunner(TorchRunner):
-    """The UNet through `torch.compile`, with code of its own for each batch size; weights are not part of the code.
+    """The UNet through `torch.compile`, compiled for each batch size; weights are not part of the code.
 
     On CUDA in mode max-autotune, with CUDA graphs, channels last. On a CPU that has bfloat16 instructions, a copy of
     the UNet in bfloat16, channels last; inputs and predictions keep their dtype.
@@ -93,7 +93,7 @@ class CompiledRunner(TorchRunner):
         if self.device.type == "cpu" and self.dtype == torch.float32 and has_bfloat16(self.device):
             self.precision = torch.bfloat16
             unet = copy.deepcopy(unet)
-            # Of torch, not diffusers, whose own warns of layers to be kept in float32 that this UNet hasn't.
+            # Of torch, not diffusers, whose `to` warns of layers to be kept in float32 that this UNet hasn't.
             torch.nn.Module.to(unet, torch.bfloat16)
             unet.to(memory_format=torch.channels_last)
             use_plain_attention(unet)
@@ -133,12 +133,7 @@ class TrainingRunner(TorchRunner):
     name = "compiled"
 
     def __init__(self, unet: UNet2DConditionModel, *, backend: str = "inductor") -> None:
-        """Wrap; the first call compiles, and so does the first backward pass, minutes each.
-
-        Args:
-            unet: frozen but for its adapter.
-            backend: of `torch.compile`.
-        """
+        """Wrap; the first call compiles, and so does the first backward pass, minutes each."""
         super().__init__(unet)
         unet.to(memory_format=torch.channels_last)
         self.unet = _compile(unet, backend=backend)

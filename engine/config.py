@@ -26,7 +26,7 @@ PIXEL_MULTIPLE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """What to draw, and with what.
+    """What to draw, and with what; an InputError where a value can't be used, or would not be used.
 
     Attributes:
         prompts: one per image; image i starts from the noise of `seed + i`.
@@ -37,13 +37,13 @@ class GenerateConfig:
         str | None,
         typer.Option(
             show_default="emoji64",
-            help="The embedded model [bold]emoji64[/], a diffusers folder or a hub id; an engine has its own.",
+            help="The embedded model [bold]emoji64[/], a diffusers folder or a hub id; an engine includes it.",
         ),
     ] = None
     student: Annotated[
         Path | None,
         typer.Option(
-            show_default="outputs/student", help="Folder that `boostdiff distill` wrote; an engine has its own."
+            show_default="outputs/student", help="Folder that `boostdiff distill` wrote; an engine includes it."
         ),
     ] = None
     engine: Annotated[
@@ -54,14 +54,14 @@ class GenerateConfig:
     guidance: Annotated[
         float | None,
         typer.Option(
-            show_default="3; a student has its own",
+            show_default="3; the student's",
             help="Guidance scale w of the teacher or a guidance-conditioned student.",
         ),
     ] = None
     negative_prompt: Annotated[
         str | None,
         typer.Option(
-            show_default="none; a student has its own",
+            show_default="none; the student's",
             help="Negative prompt of the teacher, or of a student of live negative prompts.",
         ),
     ] = None
@@ -96,11 +96,6 @@ class GenerateConfig:
     seed: SeedOption = 0
 
     def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            InputError: a value can't be used, or would not be used.
-        """
         check_options(self)
         if self.guidance is not None and not 1 <= self.guidance < float("inf"):
             raise InputError(f"--guidance {self.guidance:g} can't be used: it must be at least 1")

@@ -29,18 +29,11 @@ PLAIN_UNET: dict[str, tuple[Any, ...]] = {
 
 
 def check_folder(folder: Path, family: Family, index: dict[str, Any]) -> Parts:
-    """Refuse a folder that the family can't use as stock diffusers would.
-
-    Args:
-        folder: pipeline folder.
-        family: its family.
-        index: its `model_index.json`.
-
-    Returns:
-        The configuration of every part.
+    """The configuration of every part of a pipeline folder with this `model_index.json`.
 
     Raises:
-        InputError: a part is missing, of another class, or does not fit the others.
+        InputError: the family can't use it as stock diffusers would: a part is missing, of another class, or does not
+            fit the others.
     """
     parts = {name: _settings(folder, name, index, classes) for name, classes in family.parts.items()}
     for part, check in (
@@ -57,16 +50,12 @@ def check_folder(folder: Path, family: Family, index: dict[str, Any]) -> Parts:
 
 
 def _file(part: str) -> str:
-    kind = part.split("_")[0]
-    return f"{part}/{ {'scheduler': 'scheduler_config', 'tokenizer': 'tokenizer_config'}.get(kind, 'config') }.json"
+    stem = part.split("_")[0]
+    return f"{part}/{f'{stem}_config' if stem in ('scheduler', 'tokenizer') else 'config'}.json"
 
 
 def _settings(folder: Path, part: str, index: dict[str, Any], classes: tuple[str, ...]) -> dict[str, Any]:
-    """A part's configuration, after its class has been checked.
-
-    Raises:
-        InputError: the part is missing, or of another class.
-    """
+    """A part's configuration, after its class has been checked."""
     entry = index.get(part)
     library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
     if not isinstance(name, str):
@@ -86,17 +75,13 @@ def _settings(folder: Path, part: str, index: dict[str, Any], classes: tuple[str
         try:
             return CLIPTextConfig(**config).to_dict()
         except Exception as error:
-            # transformers validates with exceptions of its own.
+            # transformers validates with exceptions that share no base class.
             raise InputError(f"{path} can't be used: {one_line(error)}") from None
     return completed(name, config)
 
 
 def _counts(config: dict[str, Any], *names: str) -> list[int]:
-    """Whole numbers above 0.
-
-    Raises:
-        InputError: one is none.
-    """
+    """Settings that must be whole numbers above 0."""
     for name in names:
         value = config.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from rich.table import Table
 
 from .compiled import has_bfloat16, missing_compiler
-from .trt import RTX_COMPUTE_CAPABILITIES
+from .trt import RTX_COMPUTE_CAPABILITIES, TENSORRT_FLAVOURS
+from .versions import versions
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,6 @@ class Finding:
     ready: bool
     use: str
     install: str = ""
-
-
-def _installed(*distributions: str) -> str | None:
-    for name in distributions:
-        with suppress(PackageNotFoundError):
-            return f"{name} {version(name)}"
-    return None
 
 
 def _gpu() -> Finding:
@@ -66,22 +58,16 @@ def _onnx_runtime(gpu: bool) -> Finding:
 
 
 def _tensorrt(gpu: bool) -> list[Finding]:
-    full = _installed("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
-    rtx = _installed("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")
+    full, rtx = (versions(flavour).get(flavour) for flavour in TENSORRT_FLAVOURS)
     served = ", ".join(f"{major}.{minor}" for major, minor in RTX_COMPUTE_CAPABILITIES)
     rtx_runs = gpu and torch.cuda.get_device_capability() in RTX_COMPUTE_CAPABILITIES
     full_use = "export --trt on the GPU that will run it" if gpu else "needs a GPU to build and to run"
     rtx_use = "export --trt; " + ("runs here too" if rtx_runs else f"builds here for GPUs of {served}")
-    install = "pip install tensorrt" if gpu and not full else ""
+    get_full = "pip install tensorrt" if gpu and not full else ""
+    get_rtx = "" if rtx else "pip install tensorrt-rtx-cu13"
     return [
-        Finding("TensorRT", full or "not installed", bool(full) and gpu, full_use, install),
-        Finding(
-            "TensorRT for RTX",
-            rtx or "not installed",
-            bool(rtx),
-            rtx_use,
-            "" if rtx else "pip install tensorrt-rtx-cu13",
-        ),
+        Finding("TensorRT", full or "not installed", bool(full) and gpu, full_use, get_full),
+        Finding("TensorRT for RTX", rtx or "not installed", bool(rtx), rtx_use, get_rtx),
     ]
 
 

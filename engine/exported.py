@@ -32,7 +32,7 @@ from .manifest import Manifest, read_manifest, verified_file
 from .model import Model, ModelFiles, resolve_device
 from .prompts import cut_note
 from .runners import EXPORTED, GraphRunner, available_runners, open_session
-from .sampling import FiniteCheck, batches, decode, default_batch_size, initial_noise, sampling, to_pil
+from .sampling import batches, decode, default_batch_size, initial_noise, sampling, to_pil, verify_finite
 from .schedulers import check_schedule, check_steps, completed, make_scheduler
 from .sessions import Session
 
@@ -206,12 +206,14 @@ class Engine(AbstractContextManager["Engine"]):
         """
         if batch_size is not None and batch_size < 1:
             raise InputError(f"the batch size {batch_size} can't be used: it must be at least 1")
+        schedule = self.model.pipeline.scheduler.config
+        check_steps(schedule, [sampler], [steps])
         model = self.sized(height, width)
         drawn = batches(
             model,
             self.denoiser(guidance),
             text=self.encode(prompts, negative_prompt=negative_prompt, model=model),
-            make_scheduler=lambda: self._scheduler(sampler, steps),
+            make_scheduler=lambda: make_scheduler(sampler, schedule),
             steps=steps,
             seed=seed,
             batch_size=batch_size or default_batch_size(model),
@@ -245,6 +247,8 @@ class Engine(AbstractContextManager["Engine"]):
         Raises:
             InputError: a prompt is empty, the sampler is unknown, or the student or the engine is not made for this.
         """
+        schedule = self.model.pipeline.scheduler.config
+        check_steps(schedule, [sampler], [steps])
         model = self.sized(height, width)
         text = self.encode(prompts, negative_prompt=negative_prompt, model=model)
         noise = initial_noise(model.latent_shape, count=len(text), seed=seed)
@@ -252,20 +256,15 @@ class Engine(AbstractContextManager["Engine"]):
             self.denoiser(guidance),
             text=text,
             noise=noise.to(model.device, text.conditional.dtype),
-            scheduler=self._scheduler(sampler, steps),
+            scheduler=make_scheduler(sampler, schedule),
             steps=steps,
         )
-        finite = FiniteCheck()
+        finite = []
         for index, latents in enumerate(states):
-            finite.note(latents)
+            finite.append(latents.isfinite().all())
             if index + 1 == steps:
-                finite.verify(latents.dtype)
+                verify_finite(finite, latents.dtype)
             yield Step(index=index, total=steps, latents=latents, model=model)
-
-    def _scheduler(self, sampler: str, steps: int) -> SchedulerMixin:
-        config = self.model.pipeline.scheduler.config
-        check_steps(config, [sampler], [steps])
-        return make_scheduler(sampler, config)
 
 
 def _listed(prompts: str | Sequence[str]) -> list[str]:
@@ -294,11 +293,7 @@ def _assemble(folder: Path, manifest: Manifest, opened: Callable[[str], Session]
 
 
 def scheduler_of(folder: Path) -> SchedulerMixin:
-    """The scheduler of the model that an engine was made from.
-
-    Raises:
-        InputError: see `check_schedule`.
-    """
+    """The scheduler of the model that an engine was made from."""
     class_name = read_json(folder / "model_index.json")["scheduler"][1]
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     check_schedule(class_name, completed(class_name, config))

@@ -16,19 +16,17 @@ HIDDEN_STATES = "hidden_states."
 """Prefix of a text encoder's outputs after each layer, numbered from 0, the embedding, as Optimum names them."""
 
 
-class ExportedTextEncoder(torch.nn.Module):
-    """A CLIP text encoder as a session. A module only so that pipelines see where they run."""
+class _ExportedPart(torch.nn.Module):
+    """A session and the part's `config.json`. A module only so that pipelines see where it runs."""
 
     def __init__(self, session: Session, *, config: dict[str, Any]) -> None:
-        """Take over a session.
-
-        Args:
-            session: of a text encoder's graph.
-            config: the text encoder's `config.json`.
-        """
         super().__init__()
         self.session, self.config, self.device = session, FrozenDict(config), session.device
-        self.dtype = session.output_types["last_hidden_state"]
+        self.dtype = next(iter(session.output_types.values()))
+
+
+class ExportedTextEncoder(_ExportedPart):
+    """A CLIP text encoder."""
 
     def forward(self, input_ids: torch.Tensor, attention_mask: None = None, **options: Any) -> Any:
         """As `CLIPTextModel.forward`, or `CLIPTextModelWithProjection.forward` where the graph has `text_embeds`.
@@ -55,19 +53,8 @@ class ExportedTextEncoder(torch.nn.Module):
         return BaseModelOutputWithPooling(**results, hidden_states=hidden_states)
 
 
-class ExportedVaeDecoder(torch.nn.Module):
-    """The decoding half of an `AutoencoderKL` as a session. A module only so that pipelines see where it runs."""
-
-    def __init__(self, session: Session, *, config: dict[str, Any]) -> None:
-        """Take over a session.
-
-        Args:
-            session: of a VAE decoder's graph.
-            config: the whole VAE's `config.json`.
-        """
-        super().__init__()
-        self.session, self.config = session, FrozenDict(config)
-        self.device, self.dtype = session.device, session.input_types["latent_sample"]
+class ExportedVaeDecoder(_ExportedPart):
+    """The decoding half of an `AutoencoderKL`; the configuration is the whole VAE's."""
 
     def decode(
         self, latents: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None
@@ -76,6 +63,6 @@ class ExportedVaeDecoder(torch.nn.Module):
         factor = 2 ** (len(self.config["block_out_channels"]) - 1)
         batch, _, height, width = latents.shape
         shape = (batch, self.config["out_channels"], factor * height, factor * width)
-        image = torch.empty(shape, dtype=self.session.output_types["sample"], device=self.device)
+        image = torch.empty(shape, dtype=self.dtype, device=self.device)
         self.session.run({"latent_sample": latents}, {"sample": image})
         return DecoderOutput(sample=image) if return_dict else (image,)

@@ -177,13 +177,10 @@ class Family(ABC):
     def encode(
         self, pipeline: DiffusionPipeline, prompts: Sequence[str], *, negative_prompt: str | Sequence[str] | None = ""
     ) -> TextEmbeddings:
-        """Text embeddings of the prompts, on the pipeline's device and in its dtype.
+        """Text embeddings of B prompts, on the pipeline's device and in its dtype.
 
-        Args:
-            pipeline: its tokenizers and text encoders are used.
-            prompts: B of them.
-            negative_prompt: what guidance leads away from, one for all or one each; None leaves the unconditional
-                embedding out.
+        `negative_prompt` is what guidance leads away from, one for all or one each; None leaves the unconditional
+        embedding out.
         """
         chunks = [
             self.embed(pipeline, list(prompts[i : i + ENCODED_TOGETHER]))
@@ -201,13 +198,9 @@ class Family(ABC):
 
     @abstractmethod
     def check_added_conditions(self, parts: dict[str, dict[str, Any]]) -> None:
-        """Refuse a UNet that takes other conditions beside the text embedding than `embed` gives.
+        """Refuse, by an InputError, a UNet that takes other conditions beside the text embedding than `embed` gives.
 
-        Args:
-            parts: the configuration of each part.
-
-        Raises:
-            InputError: see above.
+        `parts` are the configurations of all parts.
         """
 
     def scheduler_config(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -246,7 +239,7 @@ class Family(ABC):
         return inputs
 
     def latent_shape(self, unet_config: dict[str, Any]) -> tuple[int, int, int]:
-        """(channels, height, width) of one image's latents at the model's own size."""
+        """(channels, height, width) of one image's latents at the model's size."""
         size = unet_config["sample_size"]
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         return unet_config["in_channels"], height, width
@@ -261,21 +254,19 @@ class StableDiffusion(Family):
     load_options: ClassVar = {"safety_checker": None, "requires_safety_checker": False}
 
     def embed(self, pipeline: DiffusionPipeline, prompts: list[str]) -> PromptEmbeds:
-        """See `Family.embed`."""
         embeddings, _ = pipeline.encode_prompt(prompts, pipeline.device, 1, False)
         return PromptEmbeds(encoder_hidden_states=embeddings)
 
     def check_added_conditions(self, parts: dict[str, dict[str, Any]]) -> None:
         """See `Family.check_added_conditions`; "text" is an embedding of the text that is there anyway."""
-        if (kind := parts["unet"].get("addition_embed_type")) not in (None, "text"):
-            raise InputError(f"addition_embed_type is {kind!r}, a condition that {self.name} does not have")
+        if (added := parts["unet"].get("addition_embed_type")) not in (None, "text"):
+            raise InputError(f"addition_embed_type is {added!r}, a condition that {self.name} does not have")
 
     def scheduler_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """See `Family.scheduler_config`; the stock pipeline sets `steps_offset` to 1."""
         return config | ({"steps_offset": 1} if "steps_offset" in config else {})
 
     def prompt_shapes(self, pipeline: DiffusionPipeline) -> dict[str, tuple[int, ...]]:
-        """See `Family.prompt_shapes`."""
         return {"encoder_hidden_states": self.text_shape(pipeline)}
 
 
@@ -290,7 +281,6 @@ class StableDiffusionXL(Family):
     load_options: ClassVar = {"add_watermarker": False}
 
     def embed(self, pipeline: DiffusionPipeline, prompts: list[str]) -> PromptEmbeds:
-        """See `Family.embed`."""
         hidden, _, pooled, _ = pipeline.encode_prompt(
             prompts, device=pipeline.device, do_classifier_free_guidance=False
         )
@@ -306,15 +296,14 @@ class StableDiffusionXL(Family):
     def _with_sizes(self, pipeline: DiffusionPipeline, hidden: torch.Tensor, pooled: torch.Tensor) -> PromptEmbeds:
         _, height, width = self.latent_shape(pipeline.unet.config)
         size = (height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor)
-        # As the stock pipeline: the original and the target size are the image's own, without a crop.
+        # As the stock pipeline: the original and the target size are the image's, without a crop.
         time_ids = torch.tensor([[*size, 0, 0, *size]], device=hidden.device, dtype=hidden.dtype)
         return PromptEmbeds(encoder_hidden_states=hidden, text_embeds=pooled, time_ids=time_ids.repeat(len(hidden), 1))
 
     def check_added_conditions(self, parts: dict[str, dict[str, Any]]) -> None:
-        """See `Family.check_added_conditions`."""
         unet, pooled = parts["unet"], parts["text_encoder_2"]["projection_dim"]
-        if (kind := unet.get("addition_embed_type")) != "text_time":
-            raise InputError(f"addition_embed_type is {kind!r}, where {self.name} has 'text_time'")
+        if (added := unet.get("addition_embed_type")) != "text_time":
+            raise InputError(f"addition_embed_type is {added!r}, where {self.name} has 'text_time'")
         width, each = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
         if not isinstance(each, int) or width != pooled + SIZES * each:
             raise InputError(
@@ -323,7 +312,6 @@ class StableDiffusionXL(Family):
             )
 
     def prompt_shapes(self, pipeline: DiffusionPipeline) -> dict[str, tuple[int, ...]]:
-        """See `Family.prompt_shapes`."""
         return {
             "encoder_hidden_states": self.text_shape(pipeline),
             "text_embeds": (pipeline.text_encoder_2.config.projection_dim,),

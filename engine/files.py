@@ -169,7 +169,7 @@ def give_modes(path: Path) -> None:
 def is_full_disk(error: BaseException) -> bool:
     """Whether an error says that no more can be written.
 
-    safetensors wraps the system's error in one of its own, numpy's `tofile` keeps no number of it.
+    safetensors wraps the system's error, numpy's `tofile` keeps no number of it.
     """
     number = getattr(error, "errno", None)
     if number is None and (found := re.search(r"os error (\d+)", one_line(error))):
@@ -191,9 +191,7 @@ def _as_input_error(path: Path) -> Iterator[None]:
 def check_output(path: Path, *, replaces: str | None = None) -> None:
     """Make sure that a folder can be written under this name, before any long work; nothing stays behind.
 
-    Args:
-        path: the folder.
-        replaces: a file that marks what the new folder may take the place of; None if it is to be written into.
+    `replaces` is a file that marks what the new folder may take the place of; without it, the folder is written into.
 
     Raises:
         InputError: its parent can't be created or written, the name is taken by a file, or the folder there must stay.
@@ -290,9 +288,7 @@ def _clear_abandoned(final: Path) -> None:
 def staged_folder(final: Path, *, replaces: str) -> Iterator[Path]:
     """A new folder beside `final` that takes its name if the block ends well, and goes away if not.
 
-    Args:
-        final: the folder's name; one that has it already goes away if the block ends well.
-        replaces: a file that such a folder must hold.
+    A folder that has the name already must hold the file `replaces`, and is removed if the block ends well.
 
     Raises:
         InputError: nothing can be written there, or another folder would have to go.

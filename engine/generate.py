@@ -107,7 +107,7 @@ def open_student(files: ModelFiles, config: GenerateConfig, device: torch.device
         )
     model = load_sized(files, config, device)
     if config.runner == "torch":
-        apply_student(model, folder, info)
+        apply_student(model.unet, folder, info)
     else:
         # Adapters would cost time in every layer.
         fold_student(model.unet, folder, info)

@@ -48,7 +48,7 @@ class GuidanceConditioned(Adapter):
         return self.inner.disabled()
 
     def save(self, folder: Path, pipeline: DiffusionPipeline) -> list[Path]:
-        """Write the other adapter, and the projection in a file of its own."""
+        """Write the other adapter, and the projection in another file."""
         weights = {"time_embedding.cond_proj.weight": self.projection.weight.detach().cpu().contiguous()}
         save_file(weights, folder / GUIDANCE_FILE)
         return [*self.inner.save(folder, pipeline), folder / GUIDANCE_FILE]
@@ -56,7 +56,7 @@ class GuidanceConditioned(Adapter):
     @staticmethod
     @torch.no_grad()
     def load(unet: UNet2DConditionModel, folder: str | Path) -> None:
-        """See `Adapter.load`, of the projection; the other adapter has its own."""
+        """See `Adapter.load`, of the projection alone."""
         weight = load_file(Path(folder) / GUIDANCE_FILE)["time_embedding.cond_proj.weight"]
         projection = add_guidance_embedding(unet, weight.shape[1]).to(unet.dtype).requires_grad_(False)
         if weight.shape != projection.weight.shape:
@@ -67,7 +67,7 @@ class GuidanceConditioned(Adapter):
 def add_guidance_embedding(unet: UNet2DConditionModel, width: int = GUIDANCE_WIDTH) -> torch.nn.Linear:
     """Give a UNet the input `timestep_cond`, through which a stock pipeline hands it any `guidance_scale`.
 
-    The projection is float32 and starts at zero, so that nothing changes before it is trained: diffusers' own
+    The projection is float32 and starts at zero, so that nothing changes before it is trained: diffusers'
     (`TimestepEmbedding.cond_proj`) starts at random.
 
     Raises:

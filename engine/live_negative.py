@@ -117,16 +117,6 @@ def _by_head(states: torch.Tensor, heads: int) -> torch.Tensor:
     return states.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def set_attention(module: torch.nn.Module, processor: Any) -> None:
-    """As diffusers' `set_attn_processor`; processors for live negative prompts stay, and compute as this one does."""
-    for each in module.modules():
-        if isinstance(each, Attention):
-            if isinstance(each.processor, LiveNegativeAttention):
-                each.processor.stock = processor
-            else:
-                each.set_processor(processor)
-
-
 def attach(unet: UNet2DConditionModel) -> dict[str, LiveNegativeAttention]:
     """Put processors on every cross-attention; by the attention's name.
 

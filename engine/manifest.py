@@ -70,14 +70,8 @@ class Manifest:
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides about an export's result: if it is the same, so is the result."""
-        return {
-            "version": self.version,
-            "inputs": self.inputs,
-            "options": self.options,
-            "student": self.student,
-            "versions": self.versions,
-            "hardware": self.hardware,
-        }
+        names = ("version", "inputs", "options", "student", "versions", "hardware")
+        return {name: getattr(self, name) for name in names}
 
     def write(self, folder: Path) -> None:
         """Hash every file in the folder and write `manifest.json` last."""
@@ -109,15 +103,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verified_file(folder: Path, manifest: Manifest, name: str) -> Path:
-    """The path of an exported file, once it and the files beside it match their manifest.
-
-    Args:
-        folder: the engine folder.
-        manifest: what `read_manifest` gave.
-        name: relative path, such as "unet/model.onnx".
+    """The path of an exported file, such as "unet/model.onnx", once it and its external data match their manifest.
 
     Raises:
-        InputError: the file is not listed, is missing, or was changed; likewise its external data.
+        InputError: a file is not listed, is missing, or was changed.
     """
     if name not in manifest.files:
         raise InputError(f"the engine in {folder} has no {name}: export it first")

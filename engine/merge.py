@@ -15,7 +15,7 @@ from .families import is_live
 from .guidance import guidance_embedding
 from .model import LARGE_PARAMETERS, Model
 from .runners import unet_forward
-from .student import StudentInfo, apply_adapter, apply_student
+from .student import StudentInfo, apply_student
 
 TIMESTEPS = (1, 250, 500, 750, 981)
 TOLERANCE = 1e-4
@@ -53,16 +53,15 @@ def fold_student(unet: UNet2DConditionModel, folder: Path, info: StudentInfo) ->
         InputError: the adapter does not fit.
         BoostDiffError: it can't be merged.
     """
-    apply_adapter(unet, folder, info)
+    apply_student(unet, folder, info)
     adapter_class(info.method).merge(unet)
 
 
 @torch.no_grad()
 def merge_in_place(model: Model, folder: Path, info: StudentInfo) -> MergeProof:
-    """Turn the UNet of a base model in float32 into the student, and prove it; one UNet is in memory at any time.
+    """Turn the UNet of a base model in float32 into the student, with one UNet in memory at any time.
 
-    Returns:
-        Comparison of the merged UNet with base + adapter as stock libraries apply it.
+    It is compared with base + adapter as stock libraries apply it.
 
     Raises:
         InputError: the adapter does not fit.
@@ -88,7 +87,7 @@ def merge_in_place(model: Model, folder: Path, info: StudentInfo) -> MergeProof:
         return torch.stack(outputs).double()
 
     base = predictions()
-    apply_student(model, folder, info)
+    apply_student(unet, folder, info)
     adapted = predictions()
     adapter_class(info.method).merge(unet)
     return proof_of(base=base, adapted=adapted, merged=predictions())

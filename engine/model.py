@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from huggingface_hub import snapshot_download
 
 from . import embedded
@@ -52,10 +52,7 @@ class ModelFiles:
         for variant, infix in ((None, ""), ("fp16", ".fp16")):
             stem = f"diffusion_pytorch_model{infix}"
             folder = self.folder / "unet"
-            files = [
-                *folder.glob(f"{stem}.safetensors"),
-                *sorted(folder.glob(f"{stem}-?????-of-?????.safetensors")),
-            ]
+            files = [*folder.glob(f"{stem}.safetensors"), *sorted(folder.glob(f"{stem}-?????-of-?????.safetensors"))]
             if files:
                 return variant, files
         raise InputError(
@@ -87,12 +84,7 @@ class ModelFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A loaded model.
-
-    Attributes:
-        files: its files.
-        pipeline: the stock diffusers pipeline, on its device.
-    """
+    """A loaded model: its files, and the stock diffusers pipeline on its device."""
 
     files: ModelFiles
     pipeline: DiffusionPipeline
@@ -185,7 +177,7 @@ def _download(model: str, *, weights: bool) -> Path:
                 return Path(snapshot_download(model, allow_patterns=["model_index.json", "*/*.json"]))
             folder = Path(DiffusionPipeline.download(model, use_safetensors=True, variant=variant))
         except Exception as error:
-            # The hub client raises dozens of types, from "repository not found" to the socket's own.
+            # The hub client raises dozens of types, from "repository not found" to the socket's.
             reason = reason or one_line(error)
             continue
         if any((folder / "unet").glob("*.safetensors")):
@@ -196,12 +188,7 @@ def _download(model: str, *, weights: bool) -> Path:
 
 
 def load(files: ModelFiles, *, device: torch.device, dtype: torch.dtype | None = None) -> Model:
-    """Load the whole pipeline from safetensors.
-
-    Args:
-        files: what `locate` found.
-        device: where to put it.
-        dtype: dtype of all weights; by default `default_dtype(device)`.
+    """Load the whole pipeline from safetensors, in `dtype` or by default `default_dtype(device)`.
 
     Raises:
         InputError: a file is missing, damaged or not safetensors.
@@ -241,11 +228,9 @@ def _check_special_tokens(pipeline: DiffusionPipeline, files: ModelFiles) -> Non
 
 
 def prepare_for_inference(pipeline: DiffusionPipeline, family: Family) -> None:
-    """Make a pipeline ready to draw, in place: frozen, laid out for speed, in FP32 where FP16 overflows.
+    """Make a pipeline, its weights in their final dtype, ready to draw, in place.
 
-    Args:
-        pipeline: the pipeline, its weights in their final dtype.
-        family: model family.
+    That is frozen, laid out for speed, and in FP32 where FP16 overflows.
     """
     pipeline.set_progress_bar_config(disable=True)
     # The VAE is all convolutions, which run faster on this layout (by a third on a CPU).
@@ -256,6 +241,24 @@ def prepare_for_inference(pipeline: DiffusionPipeline, family: Family) -> None:
         return
     if family.upcasts(pipeline.vae.config):
         pipeline.vae.float()
-    if pipeline.unet.config.upcast_attention:
-        # diffusers' default processor ignores upcast_attention; SD 2.1-v overflows in FP16 without it.
-        pipeline.unet.set_attn_processor(AttnProcessor())
+    keep_attention_in_fp32(pipeline.unet)
+
+
+def set_attention(unet: UNet2DConditionModel, processor: Any) -> None:
+    """As diffusers' `set_attn_processor`; processors for live negative prompts stay, and compute as this one does."""
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            if hasattr(module.processor, "stock"):
+                module.processor.stock = processor
+            else:
+                module.set_processor(processor)
+
+
+def keep_attention_in_fp32(unet: UNet2DConditionModel) -> bool:
+    """Let a UNet's attention scores be computed in FP32 where its `upcast_attention` asks for it, and say so.
+
+    diffusers' default processor ignores it; Stable Diffusion 2.1 at 768 pixels overflows in FP16 without.
+    """
+    if unet.config.upcast_attention:
+        set_attention(unet, AttnProcessor())
+    return bool(unet.config.upcast_attention)

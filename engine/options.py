@@ -41,7 +41,7 @@ Config = TypeVar("Config")
 def options_of(*configs: type) -> Callable[[Command], Command]:
     """Give a command the declared fields of configs as options, in place of its `**options`.
 
-    The command's own parameters keep their place and win over fields of the same name. What is passed in `options` has
+    The command's parameters keep their place and win over fields of the same name. What is passed in `options` has
     the fields' names, so `Config(**options)` takes it.
 
     Args:
@@ -56,12 +56,12 @@ def options_of(*configs: type) -> Callable[[Command], Command]:
         parameters = list(signature.parameters.values())
         if not parameters or parameters[-1].kind is not inspect.Parameter.VAR_KEYWORD:
             raise TypeError(f"{command.__name__} takes no **options")
-        own = {parameter.name: parameter for parameter in parameters[:-1]}
+        taken = {parameter.name: parameter for parameter in parameters[:-1]}
         declared: dict[str, inspect.Parameter] = {}
         for config in configs:
             hints = get_type_hints(config, include_extras=True)
             for field in dataclasses.fields(config):
-                if field.name in own or _option(hints[field.name]) is None:
+                if field.name in taken or _option(hints[field.name]) is None:
                     continue
                 if field.name in declared:
                     raise TypeError(f"{field.name} is declared twice")
@@ -72,7 +72,7 @@ def options_of(*configs: type) -> Callable[[Command], Command]:
                     annotation=hints[field.name],
                 )
         command.__signature__ = signature.replace(  # type: ignore[attr-defined]
-            parameters=[each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own.values()]
+            parameters=[each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in taken.values()]
             + list(declared.values())
         )
         return command

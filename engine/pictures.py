@@ -28,6 +28,7 @@ FIRST_FRAME = "with several frames or pages, of which the first is used"
 
 _MARGIN = 8
 _TEXT = 13
+_CELL = 128
 _INK, _PAPER = (30, 30, 36), (255, 255, 255)
 
 
@@ -61,7 +62,7 @@ def rgb_of(image: Image.Image) -> Image.Image:
     """An RGB picture as a viewer shows it on a white page.
 
     The EXIF orientation is applied; colours are taken from the embedded profile to sRGB; transparency is composed over
-    white, for what lies beneath it is arbitrary; 16-bit gray is scaled to 8 bits, which Pillow's own conversion clips.
+    white, for what lies beneath it is arbitrary; 16-bit gray is scaled to 8 bits, which Pillow's conversion clips.
 
     Raises:
         ValueError: its values are floats, whose black and white are unknown.
@@ -105,41 +106,35 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(path for path in found if path.is_file())
 
 
-def labelled_grid(columns: dict[str, torch.Tensor], captions: list[str], *, cell: int = 128) -> Image.Image:
-    """Draw a comparison grid.
-
-    Args:
-        columns: by their heading, uint8 images `(N, 3, H, W)`, the same N in each.
-        captions: one per row.
-        cell: side of a drawn image in pixels; small images are enlarged without smoothing.
-    """
+def labelled_grid(columns: dict[str, torch.Tensor], captions: list[str]) -> Image.Image:
+    """A row per caption; `columns` are uint8 images `(N, 3, H, W)` by their heading, the same N in each."""
     font = ImageFont.load_default(_TEXT)
     caption_width = 190
     rows = len(captions)
-    width = caption_width + len(columns) * (cell + _MARGIN) + _MARGIN
-    height = 2 * _MARGIN + _TEXT + rows * (cell + _MARGIN)
+    width = caption_width + len(columns) * (_CELL + _MARGIN) + _MARGIN
+    height = 2 * _MARGIN + _TEXT + rows * (_CELL + _MARGIN)
     canvas = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(canvas)
     for row, caption in enumerate(captions):
-        y = 2 * _MARGIN + _TEXT + row * (cell + _MARGIN)
+        y = 2 * _MARGIN + _TEXT + row * (_CELL + _MARGIN)
         draw.multiline_text((_MARGIN, y), "\n".join(textwrap.wrap(caption, 26)[:7]), _INK, font=font)
     for column, (heading, images) in enumerate(columns.items()):
-        x = caption_width + _MARGIN + column * (cell + _MARGIN)
+        x = caption_width + _MARGIN + column * (_CELL + _MARGIN)
         draw.text((x, _MARGIN // 2), heading, _INK, font=font)
         for row in range(rows):
-            y = 2 * _MARGIN + _TEXT + row * (cell + _MARGIN)
-            canvas.paste(_enlarged(images[row], cell), (x, y))
+            y = 2 * _MARGIN + _TEXT + row * (_CELL + _MARGIN)
+            canvas.paste(_enlarged(images[row]), (x, y))
     return canvas
 
 
-def contact_sheet(images: torch.Tensor, *, columns: int, cell: int = 128) -> Image.Image:
+def contact_sheet(images: torch.Tensor, *, columns: int) -> Image.Image:
     """Tile uint8 images `(N, 3, H, W)` without captions; the last row is filled up with paper."""
-    tiles = [_enlarged(pixels, cell) for pixels in images]
-    tiles += [Image.new("RGB", (cell, cell), _PAPER)] * (-len(tiles) % columns)
+    tiles = [_enlarged(pixels) for pixels in images]
+    tiles += [Image.new("RGB", (_CELL, _CELL), _PAPER)] * (-len(tiles) % columns)
     return make_image_grid(tiles, rows=len(tiles) // columns, cols=columns)
 
 
-def _enlarged(pixels: torch.Tensor, cell: int) -> Image.Image:
-    """A uint8 image `(3, H, W)` as a square of `cell` pixels; small ones without smoothing."""
+def _enlarged(pixels: torch.Tensor) -> Image.Image:
+    """A uint8 image `(3, H, W)` as a square of `_CELL` pixels; small ones without smoothing."""
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    return image.resize((cell, cell), Image.Resampling.NEAREST if image.width <= cell else Image.Resampling.LANCZOS)
+    return image.resize((_CELL, _CELL), Image.Resampling.NEAREST if image.width <= _CELL else Image.Resampling.LANCZOS)

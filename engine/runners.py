@@ -126,12 +126,7 @@ class GraphRunner(Runner):
     """An exported graph, executed by a session."""
 
     def __init__(self, session: Session, *, unet_config: dict[str, Any]) -> None:
-        """Take over a session.
-
-        Args:
-            session: of a UNet's graph; closed with the runner.
-            unet_config: the UNet's configuration.
-        """
+        """Take over the session of a UNet's graph; it is closed with the runner."""
         self.session = session
         self.name, self.device = session.name, session.device
         if width := unet_config.get("projection_class_embeddings_input_dim"):
@@ -144,7 +139,7 @@ class GraphRunner(Runner):
         self.session.close()
 
     def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """See `Runner.predict`; in the dtype of `sample`, whatever the graph's own is."""
+        """See `Runner.predict`; in the dtype of `sample`, whatever the graph's is."""
         sample = inputs["sample"]
         if is_live(self.config) and inputs["encoder_hidden_states"].shape[1] % 2:
             raise InputError(BOTH_TEXTS)
@@ -166,11 +161,8 @@ def open_session(
     """Open one part of an exported engine, after checking it against its manifest.
 
     Args:
-        name: a name in `EXPORTED`.
+        name: a name in `EXPORTED`; TensorRT needs a GPU.
         part: "unet", "text_encoder", "text_encoder_2" or "vae_decoder".
-        folder: the engine folder.
-        manifest: its manifest.
-        device: device to run on; TensorRT needs a GPU.
         precision: "fp32" or "fp16", of an ONNX graph; None takes what the device is faster at, if it is there. A part
             other than the UNet that has no such graph runs in what it has.
         lean: see `OnnxSession`.
@@ -205,12 +197,6 @@ def open_session(
             f"`boostdiff export --precision both` makes {precision}, too"
         )
     return OnnxSession(verified_file(folder, manifest, graph), device=device, lean=lean)
-
-
-def open_exported(name: str, *, folder: Path, manifest: Manifest, device: torch.device, **options: Any) -> Runner:
-    """Open a runner on an exported engine's UNet, see `open_session`."""
-    session = open_session(name, "unet", folder=folder, manifest=manifest, device=device, **options)
-    return GraphRunner(session, unet_config=manifest.unet_config)
 
 
 def available_runners(

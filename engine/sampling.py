@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
@@ -18,29 +20,16 @@ MIDDLING = 64**2
 """Latents of an image, one channel, at 512 pixels."""
 
 
-class FiniteCheck:
-    """Whether latents are numbers, noted at each step and read once: a GPU is not waited for."""
+def verify_finite(finite: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
+    """Read what `isfinite().all()` gave for the latents after each step: all at once, as a GPU is waited for.
 
-    def __init__(self) -> None:
-        self.finite: list[torch.Tensor] = []
-
-    def note(self, latents: torch.Tensor) -> None:
-        """Look at the latents after another step."""
-        self.finite.append(latents.isfinite().all())
-
-    def verify(self, dtype: torch.dtype) -> None:
-        """Look back.
-
-        Args:
-            dtype: dtype of the UNet.
-
-        Raises:
-            BoostDiffError: there were NaN or Inf.
-        """
-        steps = torch.stack(self.finite).tolist()
-        if not all(steps):
-            where = f"after step {steps.index(False) + 1} of {len(steps)}"
-            raise BoostDiffError(f"the latents are not finite (NaN or Inf) {where}{_hint(dtype)}")
+    Raises:
+        BoostDiffError: there were NaN or Inf.
+    """
+    steps = torch.stack(list(finite)).tolist()
+    if not all(steps):
+        where = f"after step {steps.index(False) + 1} of {len(steps)}"
+        raise BoostDiffError(f"the latents are not finite (NaN or Inf) {where}{_hint(dtype)}")
 
 
 def _hint(dtype: torch.dtype) -> str:
@@ -92,60 +81,33 @@ def sampling(
         yield z_t
 
 
-def sample(
-    denoiser: Denoiser,
-    *,
-    text: TextEmbeddings,
-    noise: torch.Tensor,
-    scheduler: SchedulerMixin,
-    steps: int,
-    on_step: Callable[[int], None] | None = None,
-    finite: FiniteCheck | None = None,
-) -> torch.Tensor:
-    """The last latents of `sampling`, `(B, C, H, W)`.
-
-    After each step `on_step` is called with its index, and `finite` takes note of the latents.
-    """
-    z_t = noise
-    for index, z_t in enumerate(sampling(denoiser, text=text, noise=noise, scheduler=scheduler, steps=steps)):
-        if finite:
-            finite.note(z_t)
-        if on_step:
-            on_step(index)
-    return z_t
-
-
-def _counting(on_step: Callable[[int], None] | None, size: int) -> Callable[[int], None] | None:
-    return None if on_step is None else lambda _: on_step(size)
+def sample(denoiser: Denoiser, **options: Any) -> torch.Tensor:
+    """The last latents of `sampling`, which see, `(B, C, H, W)`."""
+    return deque(sampling(denoiser, **options), maxlen=1).pop()
 
 
 @torch.inference_mode()
-def decode(model: Model, latents: torch.Tensor, finite: FiniteCheck | None = None) -> torch.Tensor:
+def decode(model: Model, latents: torch.Tensor, finite: Sequence[torch.Tensor] = ()) -> torch.Tensor:
     """Latents `(B, C, H, W)` to images `(B, 3, 8H or so, …)`, float32 in [0, 1], on the CPU.
 
     From 512 pixels on a few at a time: a decoder's activations are the largest of all.
 
-    Args:
-        model: for its VAE.
-        latents: the last of `sampling`.
-        finite: what was noted of them.
-
     Raises:
-        BoostDiffError: latents or images hold NaN or Inf.
+        BoostDiffError: images hold NaN or Inf, or `finite` says so of the latents, see `verify_finite`.
     """
     vae = model.pipeline.vae
     area = latents.shape[2] * latents.shape[3]
     together = len(latents) if area < MIDDLING else max(1, 4 * MIDDLING // area)
-    images, in_range = [], FiniteCheck()
+    images, in_range = [], []
     for part in latents.split(together):
         decoded = vae.decode(denormalized(part.to(vae.dtype), vae), return_dict=False)[0].float()
-        in_range.note(decoded)
+        in_range.append(decoded.isfinite().all())
         images.append((decoded / 2 + 0.5).clamp(0, 1))
     # Copied at once: each copy is waited for.
     copied = torch.cat(images).cpu()
-    if finite is not None:
-        finite.verify(latents.dtype)
-    if not torch.stack(in_range.finite).all():
+    if finite:
+        verify_finite(finite, latents.dtype)
+    if not torch.stack(in_range).all():
         raise BoostDiffError(f"the VAE's images are not finite (NaN or Inf){_hint(vae.dtype)}")
     return copied
 
@@ -180,11 +142,8 @@ def batches(
     """Sample and decode any number of prompts, one batch an item.
 
     Args:
-        model: for its latents' shape and VAE.
-        denoiser: teacher or student.
         text: embeddings of N prompts.
         make_scheduler: gives a fresh scheduler for each batch.
-        steps: sampling steps.
         seed: image i starts from the noise of `seed + i`.
         batch_size: images denoised together.
         on_step: called after each step of each batch with the number of images in it.
@@ -197,41 +156,16 @@ def batches(
     """
     for start in range(0, len(text), batch_size):
         chunk = text[start : start + batch_size]
-        size = len(chunk)
-        noise = initial_noise(model.latent_shape, count=size, seed=seed + start)
-        finite = FiniteCheck()
-        latents = sample(
-            denoiser,
-            text=chunk,
-            noise=noise.to(model.device, chunk.conditional.dtype),
-            scheduler=make_scheduler(),
-            steps=steps,
-            on_step=_counting(on_step, size),
-            finite=finite,
-        )
-        yield decode(model, latents, finite)
+        noise = initial_noise(model.latent_shape, count=len(chunk), seed=seed + start)
+        noise = noise.to(model.device, chunk.conditional.dtype)
+        finite = []
+        for z_t in sampling(denoiser, text=chunk, noise=noise, scheduler=make_scheduler(), steps=steps):
+            finite.append(z_t.isfinite().all())
+            if on_step:
+                on_step(len(chunk))
+        yield decode(model, z_t, finite)
 
 
-def generate(
-    model: Model,
-    denoiser: Denoiser,
-    *,
-    text: TextEmbeddings,
-    make_scheduler: Callable[[], SchedulerMixin],
-    steps: int,
-    seed: int,
-    batch_size: int = 50,
-    on_step: Callable[[int], None] | None = None,
-) -> torch.Tensor:
+def generate(model: Model, denoiser: Denoiser, *, batch_size: int = 50, **options: Any) -> torch.Tensor:
     """All images of `batches`, which see: `(N, 3, H, W)` float32 in [0, 1], on the CPU."""
-    drawn = batches(
-        model,
-        denoiser,
-        text=text,
-        make_scheduler=make_scheduler,
-        steps=steps,
-        seed=seed,
-        batch_size=batch_size,
-        on_step=on_step,
-    )
-    return torch.cat(list(drawn))
+    return torch.cat(list(batches(model, denoiser, batch_size=batch_size, **options)))

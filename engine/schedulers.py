@@ -32,7 +32,7 @@ NOISE_SCHEDULE = (
 """What the network was trained with: taken from the model's folder, the defaults of its scheduler's class included."""
 
 TIMESTEPS = ("timestep_spacing", "steps_offset", "set_alpha_to_one")
-"""Where sampling starts and ends: taken from the model's folder where it says so, else the sampler's own default."""
+"""Where sampling starts and ends: taken from the model's folder where it says so, else the sampler's default."""
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -51,7 +51,7 @@ FEWEST_STEPS = 20
 
 
 class DDIM(DDIMScheduler):
-    """DDIM (η = 0) whose steps end at the next timestep: diffusers' own are T // steps long, whatever the spacing."""
+    """DDIM (η = 0) whose steps end at the next timestep: diffusers' are T // steps long, whatever the spacing."""
 
     timesteps: torch.Tensor
 
@@ -81,7 +81,7 @@ class DDIM(DDIMScheduler):
         return DDIMSchedulerOutput(after, x) if options.get("return_dict", True) else (after, x)
 
 
-# Of its own a sampler has order, solver, spread of the sigmas and the last sigma, whatever a folder's scheduler has.
+# A sampler fixes order, solver, spread of the sigmas and the last sigma, whatever a folder's scheduler has.
 # Clipping and thresholding are for pixels: latents lie beyond [-1, 1], and DDIM clips if its configuration is silent.
 SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
     "ddim": (DDIM, {"clip_sample": False, "thresholding": False}),
@@ -109,22 +109,18 @@ SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
     ),
     "euler": (EulerDiscreteScheduler, {"interpolation_type": "linear", "final_sigmas_type": "zero"}),
 }
-"""Class and own settings; the class's defaults stand for all that is neither here nor in the two lists above."""
+"""Class and settings; the class's defaults stand for all that is neither here nor in the two lists above."""
 
 
 def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
-    """A scheduler with a model's noise schedule and timesteps, and all else the sampler's own.
-
-    Args:
-        name: a key of `SAMPLERS`.
-        config: the configuration of the model's own scheduler.
+    """A scheduler of `SAMPLERS` with the noise schedule and timesteps of the model's scheduler configuration.
 
     Raises:
         InputError: the name is unknown.
     """
     if name not in SAMPLERS:
         raise InputError(f"unknown sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
-    scheduler_class, own = SAMPLERS[name]
+    scheduler_class, settings = SAMPLERS[name]
     # What the folder did not say, diffusers filled in with the defaults of another class.
     silent = config.get("_use_default_values", ())
     taken = {key: config[key] for key in NOISE_SCHEDULE if key in config}
@@ -133,25 +129,20 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
         # Its last timestep is 0, from where DDIM has nowhere to go.
         del taken["timestep_spacing"]
     parameters = inspect.signature(scheduler_class).parameters
-    return scheduler_class(**{key: value for key, value in taken.items() if key in parameters}, **own)
+    return scheduler_class(**{key: value for key, value in taken.items() if key in parameters}, **settings)
 
 
 def completed(class_name: str, config: dict[str, Any]) -> dict[str, Any]:
     """A configuration with the defaults of its class, if diffusers has it."""
-    kind = getattr(diffusers, class_name, None)
-    parameters = inspect.signature(kind.__init__).parameters.values() if inspect.isclass(kind) else ()
+    known = getattr(diffusers, class_name, None)
+    parameters = inspect.signature(known.__init__).parameters.values() if inspect.isclass(known) else ()
     return {one.name: one.default for one in parameters if one.default is not one.empty} | config
 
 
 def check_schedule(class_name: str, config: Mapping[str, Any]) -> None:
-    """Refuse a model's scheduler whose noise schedule or prediction type the samplers don't share.
+    """Refuse a model's scheduler whose noise schedule or prediction type the samplers don't share, by an InputError.
 
-    Args:
-        class_name: its class.
-        config: its configuration, the defaults of its class included.
-
-    Raises:
-        InputError: see above.
+    The configuration includes the defaults of its class, see `completed`.
     """
     if class_name not in KarrasDiffusionSchedulers.__members__ or "beta_start" not in config:
         raise InputError(f"{class_name} has another noise schedule than {', '.join(SAMPLERS)}: it is not supported")
@@ -188,15 +179,9 @@ def check_schedule(class_name: str, config: Mapping[str, Any]) -> None:
 
 
 def check_steps(config: Mapping[str, Any], samplers: Iterable[str], steps: Iterable[int]) -> None:
-    """Refuse numbers of steps for which a sampler has no timesteps in a model's schedule.
+    """Refuse, by an InputError, numbers of steps for which one of the samplers has no timesteps in a model's schedule.
 
-    Args:
-        config: the configuration of the model's own scheduler.
-        samplers: keys of `SAMPLERS`.
-        steps: numbers of steps, each taken with each sampler.
-
-    Raises:
-        InputError: see above.
+    `config` is the configuration of the model's scheduler.
     """
     for name in samplers:
         scheduler = make_scheduler(name, config)
@@ -211,7 +196,7 @@ def check_steps(config: Mapping[str, Any], samplers: Iterable[str], steps: Itera
 
 
 def _fits(scheduler: SchedulerMixin, steps: int) -> bool:
-    """Whether each step has a timestep of its own within the schedule."""
+    """Whether each step has another timestep within the schedule."""
     count = scheduler.config.num_train_timesteps
     if not 1 <= steps <= count:
         return False

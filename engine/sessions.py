@@ -110,12 +110,9 @@ class OnnxSession(Session):
     name = "onnx"
 
     def __init__(self, path: Path, *, device: torch.device, lean: bool = False) -> None:
-        """Open a graph.
+        """Open a graph that was verified, on a CPU or through CUDA.
 
-        Args:
-            path: an ONNX file, already verified.
-            device: "cpu" or "cuda".
-            lean: keep no second copy of the weights, neither packed for speed nor, of an FP16 graph on a CPU, in FP32.
+        `lean` keeps no second copy of the weights, neither packed for speed nor, of an FP16 graph on a CPU, in FP32.
 
         Raises:
             BoostDiffError: ONNX Runtime is missing, can't use the device, or can't load the graph.
@@ -132,7 +129,7 @@ class OnnxSession(Session):
         if lean:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
-            # The one would cast weights, the other write those of convolutions in an order of its own.
+            # The one would cast weights, the other write those of convolutions in another order.
             left_out = ["ConstantFolding", "NchwcTransformer"]
         on_gpu = {"device_id": device.index or 0} if device.type == "cuda" else {}
         try:
@@ -140,7 +137,7 @@ class OnnxSession(Session):
                 path, options, providers=[(provider, on_gpu)], disabled_optimizers=left_out
             )
         except Exception as error:
-            # The C++ side raises its own types, none of them exported under a common base.
+            # The C++ side raises types that share no exported base class.
             raise BoostDiffError(f"ONNX Runtime can't load {path}: {one_line(error)}") from None
         if provider not in self._session.get_providers():
             # It continues by itself, slower, where a library of CUDA is missing.

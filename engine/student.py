@@ -16,7 +16,7 @@ from .files import hash_of, read_json, sha256_of, write_json
 from .guidance import SinglePassDenoiser
 from .guidance_input import GuidanceConditioned
 from .live_negative import LiveNegative
-from .model import Model, ModelFiles
+from .model import ModelFiles
 
 INFO_FILE = "student.json"
 
@@ -54,10 +54,7 @@ class Distilled:
         return SinglePassDenoiser(runner, scale, live_negative_prompt=self.live_negative_prompt)
 
     def choose_guidance(self, guidance: float | None) -> float | None:
-        """The UNet's guidance input: a scale for a guidance-conditioned student, else None.
-
-        Args:
-            guidance: the user's choice, or None for the student's default.
+        """The UNet's guidance input: the scale asked for or the default of a guidance-conditioned student, else None.
 
         Raises:
             InputError: the student was not distilled for it.
@@ -153,11 +150,7 @@ def _usable(values: dict[str, Any]) -> bool:
 
 
 def read_student(folder: Path, files: ModelFiles | None = None) -> StudentInfo:
-    """Read and check a student's description.
-
-    Args:
-        folder: what `distill` wrote.
-        files: the model it is to be used with.
+    """Read and check a student's description; `files` is the model that it is to be used with, if any.
 
     Raises:
         InputError: there is no student, its adapter was changed or belongs to another model.
@@ -191,27 +184,11 @@ def read_student(folder: Path, files: ModelFiles | None = None) -> StudentInfo:
     return info
 
 
-def apply_student(model: Model, folder: Path, info: StudentInfo | None = None) -> StudentInfo:
-    """Put the student's adapter onto the model's UNet, unmerged, as stock diffusers would.
-
-    Args:
-        model: the one it was trained for.
-        folder: what `distill` wrote.
-        info: its description where `read_student` has checked it already: hashing a large UNet takes seconds.
+def apply_student(unet: UNet2DConditionModel, folder: Path, info: StudentInfo) -> None:
+    """Put a student that was checked by `read_student` onto its model's UNet, unmerged, as stock diffusers would.
 
     Raises:
-        InputError: see `read_student`; or the adapter's tensors don't fit the UNet.
-    """
-    info = info or read_student(folder, model.files)
-    apply_adapter(model.unet, folder, info)
-    return info
-
-
-def apply_adapter(unet: UNet2DConditionModel, folder: Path, info: StudentInfo) -> None:
-    """Put an adapter that was checked by `read_student` onto a UNet, unmerged.
-
-    Raises:
-        InputError: its tensors don't fit.
+        InputError: the adapter's tensors don't fit.
     """
     try:
         adapter_class(info.method).load(unet, folder)

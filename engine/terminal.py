@@ -18,14 +18,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from .errors import BoostDiffError, one_line
@@ -33,7 +26,7 @@ from .files import is_full_disk
 
 console = Console(stderr=True)
 
-# From 0.26 on typer carries its own copy of click: reach the exceptions through typer, whichever it is.
+# From 0.26 on typer carries a copy of click: reach the exceptions through typer, whichever it is.
 _UsageError: Any = typer.BadParameter.__base__
 
 

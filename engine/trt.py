@@ -31,12 +31,7 @@ class TensorRTSession(Session):
     name = "tensorrt"
 
     def __init__(self, path: Path, *, artefact: dict[str, Any], device: torch.device | None = None) -> None:
-        """Deserialise a plan.
-
-        Args:
-            path: a plan, already verified against its manifest.
-            artefact: its entry in the manifest.
-            device: a GPU; None takes the current one.
+        """Deserialise a plan that was verified against its manifest, for a GPU or the current one.
 
         Raises:
             BoostDiffError: no GPU, another device, the flavour is not installed, or the plan is for other hardware.
@@ -78,7 +73,7 @@ class TensorRTSession(Session):
             raise BoostDiffError(
                 f"TensorRT failed, perhaps beyond the profile of its plan: {one_line(error)}"
             ) from None
-        # polygraphy hands out its own buffers, which the next call overwrites.
+        # polygraphy hands out buffers that the next call overwrites.
         for name, tensor in outputs.items():
             tensor.copy_(results[name])
 
@@ -91,7 +86,7 @@ def load_tensorrt(flavour: str) -> Any:
     """
     (other,) = set(TENSORRT_FLAVOURS) - {flavour}
     if other in sys.modules:
-        raise BoostDiffError(f"{other} is loaded already: {flavour} needs a process of its own")
+        raise BoostDiffError(f"{other} is loaded already: run {flavour} in another process")
     if importlib.util.find_spec(flavour) is None:
         package = "tensorrt-rtx-cu13" if flavour == "tensorrt_rtx" else "tensorrt"
         raise BoostDiffError(f"{flavour} is not installed: pip install {package}")
@@ -104,11 +99,9 @@ def load_tensorrt(flavour: str) -> Any:
 
 
 def check_plan(artefact: dict[str, Any], device: torch.device | None = None) -> None:
-    """Refuse a plan that this machine can't run, before TensorRT is loaded or the plan deserialised.
+    """Refuse a plan that a device can't run, before TensorRT is loaded or the plan deserialised.
 
-    Args:
-        artefact: the plan's entry in the manifest.
-        device: where it is to run; None takes the current GPU.
+    `artefact` is the plan's entry in the manifest; without a device the current GPU is meant.
 
     Raises:
         BoostDiffError: no NVIDIA GPU, another TensorRT flavour or version, or another compute capability.

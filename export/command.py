@@ -9,15 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..engine import embedded
-from ..engine.options import (
-    DeviceOption,
-    JsonOption,
-    ModelOption,
-    OutputOption,
-    StudentOption,
-    config_from,
-    options_of,
-)
+from ..engine.options import DeviceOption, JsonOption, ModelOption, OutputOption, StudentOption, config_from, options_of
 from ..engine.terminal import console, print_json, quiet_libraries
 from .config import ExportConfig
 
@@ -40,15 +32,7 @@ def export(
     config = config_from(ExportConfig, options)
     files = locate(model)
     with console.status("exporting"):
-        manifest = run(
-            files,
-            config,
-            student=student,
-            output=output,
-            device=device,
-            force=force,
-            report=console.print,
-        )
+        manifest = run(files, config, student=student, output=output, device=device, force=force, report=console.print)
     if as_json:
         print_json(asdict(manifest))
         return

@@ -54,7 +54,7 @@ BATCH = Range(1, 4, 16)
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """How to export.
+    """How to export; an InputError where a value can't be used, would not be used, or contradicts another.
 
     Attributes:
         precision: see `precisions`.
@@ -86,11 +86,6 @@ class ExportConfig:
     ] = False
 
     def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            InputError: a value can't be used, would not be used, or contradicts another.
-        """
         check_options(self)
         if self.trt and self.precision == "fp32":
             raise InputError("--trt builds from FP16 graphs: leave --precision fp32 out, or pass both")

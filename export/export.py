@@ -15,21 +15,14 @@ from ..engine.files import prepare_output, read_json, staged_folder, write_json
 from ..engine.manifest import MANIFEST_FILE, Manifest, read_manifest, verified_file
 from ..engine.memory import give_back_memory
 from ..engine.merge import TIMESTEPS, merge_in_place
-from ..engine.model import Model, ModelFiles, load, resolve_device
+from ..engine.model import Model, ModelFiles, keep_attention_in_fp32, load, resolve_device
 from ..engine.sessions import OnnxSession
 from ..engine.student import StudentInfo, read_student
 from ..engine.trt import TensorRTSession, check_plan
 from ..engine.versions import versions
 from .config import ExportConfig
 from .graph import FP16_TOLERANCE, FP32_TOLERANCE, compare, exact_float32, graph_signature, onnx_from_part
-from .parts import (
-    Part,
-    keep_attention_in_fp32,
-    latent_sizes,
-    text_encoder_part,
-    unet_part,
-    vae_decoder_part,
-)
+from .parts import Part, latent_sizes, text_encoder_part, unet_part, vae_decoder_part
 from .plan import Flavour, choose_flavour, plan_from_onnx, plan_in_a_process
 from .whole import PROMPT, compare_engine, draw_reference
 
@@ -188,7 +181,7 @@ def _export_part(
         islands = False
         if precision == "fp16":
             part.to_half()
-            islands = keep_attention_in_fp32(part.module.children())
+            islands = part.name == "unet" and keep_attention_in_fp32(part.module.unet)
         graphs[precision] = folder / part.name / ("model.fp16.onnx" if graphs else "model.onnx")
         onnx_from_part(part, graphs[precision])
         manifest.artefacts[f"{part.name}/{graphs[precision].name}"] = {
@@ -209,13 +202,7 @@ def _export_part(
         )
 
 
-def _export_plan(
-    part: Part,
-    folder: Path,
-    manifest: Manifest,
-    flavour: Flavour,
-    report: Callable[[str], None],
-) -> None:
+def _export_plan(part: Part, folder: Path, manifest: Manifest, flavour: Flavour, report: Callable[[str], None]) -> None:
     # The FP16 graph, where there are two.
     graph = [folder / name for name in manifest.artefacts if name.startswith(f"{part.name}/model.")][-1]
     plan = graph.with_name("model.plan")

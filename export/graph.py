@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -39,9 +38,9 @@ def exact_float32() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Silence the exporter's progress lines and its warnings about decompositions; errors still raise."""
+    """Silence the exporter's warnings of decompositions; errors still raise."""
     disabled = logging.root.manager.disable
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         try:
@@ -63,10 +62,6 @@ def _strip_traces(model: onnx_ir.Model) -> None:
 def onnx_from_part(part: Part, path: Path) -> None:
     """Write `path` (and `path.data` beside it) with dynamic shapes, FP32 or FP16 as the part's module is.
 
-    Args:
-        part: what to export, in eval mode, on any device.
-        path: "…/model.onnx".
-
     Raises:
         BoostDiffError: the graph can't be exported, or the ONNX checker refuses it.
     """
@@ -81,6 +76,7 @@ def onnx_from_part(part: Part, path: Path) -> None:
                 dynamo=True,
                 external_data=True,
                 optimize=True,
+                verbose=False,
             )
             assert program is not None
             _strip_traces(program.model)
@@ -114,19 +110,14 @@ def graph_signature(path: Path) -> dict[str, dict[str, Any]]:
 
 @torch.inference_mode()
 def compare(session: Session, cases: Sequence[Case], *, what: str, tolerance: float) -> dict[str, Any]:
-    """Compare an exported graph with the module that it came from.
-
-    Args:
-        session: executes the graph.
-        cases: with what torch gives in float32.
-        what: the part's name.
-        tolerance: on the largest difference relative to the output's largest value.
+    """Compare the graph of the part `what` with what torch gives in float32.
 
     Returns:
         max_abs, mean_abs, relative and cosine, the worst over all cases, and the cases.
 
     Raises:
-        BoostDiffError: a value is not finite or beyond the tolerance; says where. Or there is no case.
+        BoostDiffError: a value is not finite, or the largest difference over the output's largest value is beyond the
+            tolerance; says where. Or there is no case.
     """
     if not cases:
         raise BoostDiffError(f"the {what}'s {session.name} graph can't be compared with torch: no case suits it")

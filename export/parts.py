@@ -1,28 +1,26 @@
-"""The parts of a pipeline as graphs: what goes in and out, what varies, and what they are compared on."""
+"""The parts of a pipeline as graphs: their inputs and outputs, what varies, and what they are compared on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
 
 from ..engine.exported_parts import HIDDEN_STATES
 from ..engine.families import PromptEmbeds
 from ..engine.latents import denormalized
-from ..engine.live_negative import set_attention
 from ..engine.memory import give_back_memory, give_back_pages
 from ..engine.model import LARGE_PARAMETERS, Model
-from ..engine.runners import UNET_OUTPUT, unet_forward
+from ..engine.runners import UNET_OUTPUT
 from .config import ExportConfig
 
 TRACE_BATCH = 2
 """A batch of one would be frozen into the graph."""
 TEXT_CHUNKS = 3
-"""The longest text that a plan takes, in multiples of the text encoder's own length."""
+"""The longest text that a plan takes, in multiples of the text encoder's length."""
 VAE_BATCH = 4
 """The largest batch of a VAE decoder's plan: its activations are the largest of all."""
 
@@ -143,16 +141,10 @@ class _Unet(torch.nn.Module):
         time_ids: torch.Tensor | None = None,
         timestep_cond: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor]:
-        inputs = {
-            "sample": sample,
-            "timestep": timestep,
-            "encoder_hidden_states": encoder_hidden_states,
-            # diffusers concatenates it with sines in FP32: torch promotes, the exported graph would not.
-            "text_embeds": text_embeds if text_embeds is None else text_embeds.float(),
-            "time_ids": time_ids,
-            "timestep_cond": timestep_cond,
-        }
-        return (unet_forward(self.unet, {name: tensor for name, tensor in inputs.items() if tensor is not None}),)
+        # diffusers concatenates text_embeds with sines in FP32: torch promotes, the exported graph would not.
+        added = None if text_embeds is None else {"text_embeds": text_embeds.float(), "time_ids": time_ids}
+        arguments = {"timestep_cond": timestep_cond, "added_cond_kwargs": added, "return_dict": False}
+        return self.unet(sample, timestep, encoder_hidden_states, **arguments)
 
 
 class _TextEncoder(torch.nn.Module):
@@ -198,11 +190,7 @@ def _size_axes(sizes: Sequence[tuple[int, int]], dim: Callable[[str], Any]) -> d
 
 
 def latent_sizes(model: Model, config: ExportConfig) -> tuple[tuple[int, int], ...]:
-    """Smallest, best and largest (height, width) of the latents to export for.
-
-    Raises:
-        InputError: the model can't make a size that was asked for.
-    """
+    """See `ExportConfig.latent_size`."""
     _, height, width = model.latent_shape
     multiple = 2 ** (len(model.unet.config.block_out_channels) - 1)
     return config.latent_size(factor=model.pipeline.vae_scale_factor, multiple=multiple, default=(height, width))
@@ -211,13 +199,10 @@ def latent_sizes(model: Model, config: ExportConfig) -> tuple[tuple[int, int], .
 def unet_part(
     model: Model, merged: UNet2DConditionModel, text: PromptEmbeds, config: ExportConfig, timesteps: Sequence[int]
 ) -> Part:
-    """The merged UNet.
+    """The merged UNet, in float32.
 
     Args:
-        model: for its family and text lengths.
-        merged: the student, in float32.
         text: real embeddings of a few prompts, which the cases cycle through.
-        config: batches and sizes.
         timesteps: timesteps that a small UNet is compared at; a large one at the middle one.
     """
     sizes = latent_sizes(model, config)
@@ -341,18 +326,3 @@ def vae_decoder_part(model: Model, config: ExportConfig) -> Part:
         large=large,
         half=not model.family.upcasts(vae.config),
     )
-
-
-def keep_attention_in_fp32(modules: Iterable[torch.nn.Module]) -> bool:
-    """Where a configuration asks for it (`upcast_attention`, as Stable Diffusion 2.1 at 768 pixels does), let the
-    attention scores be computed in FP32: they overflow in FP16, and diffusers' default processor does not mind.
-
-    Returns:
-        Whether any does.
-    """
-    wanted = False
-    for module in modules:
-        if isinstance(module, UNet2DConditionModel) and module.config.upcast_attention:
-            set_attention(module, AttnProcessor())
-            wanted = True
-    return wanted

@@ -7,10 +7,10 @@ without a GPU, for given compute capabilities.
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
-import sys
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,7 @@ class Flavour:
 
 
 def choose_flavour(forced: str | None = None) -> Flavour:
-    """TensorRT where there is a GPU and it is installed, else TensorRT for RTX.
-
-    Args:
-        forced: a name in `TENSORRT_FLAVOURS` that the user wants.
+    """The one that the user wants; else TensorRT where there is a GPU and it is installed, or TensorRT for RTX.
 
     Raises:
         BoostDiffError: neither is installed, or the wanted one can't build here.
@@ -59,33 +56,17 @@ def choose_flavour(forced: str | None = None) -> Flavour:
 
 
 def plan_from_onnx(
-    graph: Path,
-    plan: Path,
-    *,
-    flavour: Flavour,
-    profile: dict[str, list[tuple[int, ...]]],
+    graph: Path, plan: Path, *, flavour: Flavour, profile: dict[str, list[tuple[int, ...]]]
 ) -> dict[str, Any]:
-    """Build a strongly typed plan: its precision is the graph's own.
+    """Build a strongly typed plan, whose precision is the graph's; gives its entry for the manifest.
 
-    Args:
-        graph: an ONNX file.
-        plan: where to write.
-        flavour: from `choose_flavour`.
-        profile: smallest, best and largest shape of each input.
-
-    Returns:
-        The plan's entry for the manifest.
+    `profile` is the smallest, best and largest shape of each input.
 
     Raises:
         BoostDiffError: the graph can't be parsed, or the build fails.
     """
     module = load_tensorrt(flavour.name)
-    from polygraphy.backend.trt import (
-        CreateConfig,
-        Profile,
-        engine_bytes_from_network,
-        network_from_onnx_path,
-    )
+    from polygraphy.backend.trt import CreateConfig, Profile, engine_bytes_from_network, network_from_onnx_path
     from polygraphy.exception import PolygraphyException
 
     shapes = Profile()
@@ -115,34 +96,15 @@ def plan_from_onnx(
 
 
 def plan_in_a_process(graph: Path, plan: Path, *, flavour: Flavour, **options: Any) -> dict[str, Any]:
-    """As `plan_from_onnx`, in a process of its own: what a large build took goes back to the system with it.
+    """As `plan_from_onnx`, in a separate process: what a large build took returns to the system with it.
 
     Raises:
         BoostDiffError: see `plan_from_onnx`; or the process died, as one that is out of memory does.
     """
     # TensorRT builds for the current GPU, TensorRT for RTX needs none.
-    gpu = torch.cuda.current_device() if flavour.name == "tensorrt" else None
-    request = {"graph": str(graph), "plan": str(plan), "flavour": asdict(flavour), "gpu": gpu, **options}
-    done = subprocess.run(
-        [sys.executable, "-m", "boostdiff.export.plan"], input=json.dumps(request), capture_output=True, text=True
-    )
-    try:
-        answer = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        last = (done.stderr.strip().splitlines() or ["without output"])[-1]
-        raise BoostDiffError(f"{flavour.name} died while it built the {plan.parent.name}'s plan: {last}") from None
-    if "error" in answer:
-        raise BoostDiffError(answer["error"])
-    return answer
-
-
-if __name__ == "__main__":
-    request = json.loads(sys.stdin.read())
-    if (gpu := request.pop("gpu")) is not None:
-        torch.cuda.set_device(gpu)
-    graph, plan = Path(request.pop("graph")), Path(request.pop("plan"))
-    try:
-        answer = plan_from_onnx(graph, plan, flavour=Flavour(**request.pop("flavour")), **request)
-    except BoostDiffError as error:
-        answer = {"error": str(error)}
-    print(json.dumps(answer))
+    on_gpu = (torch.cuda.set_device, (torch.cuda.current_device(),)) if flavour.name == "tensorrt" else (None, ())
+    with ProcessPoolExecutor(1, get_context("spawn"), *on_gpu) as processes:
+        try:
+            return processes.submit(plan_from_onnx, graph, plan, flavour=flavour, **options).result()
+        except BrokenProcessPool:
+            raise BoostDiffError(f"{flavour.name} died while it built the {plan.parent.name}'s plan") from None

@@ -55,12 +55,9 @@ class Reference:
 
 @torch.inference_mode()
 def draw_reference(model: Model, config: ExportConfig, *, guidance: float) -> Reference | None:
-    """Draw by the stock pipeline, in float32, at the smallest size of the engine's; None where it draws no such size.
+    """Draw by the stock pipeline of the merged student, in float32; None where it draws no image of the smallest size.
 
-    Args:
-        model: the student, merged, in float32.
-        config: sizes.
-        guidance: for a guidance-conditioned student.
+    `guidance` is for a guidance-conditioned student.
     """
     pipeline, size = model.pipeline, latent_sizes(model, config)[0]
     height, width = (side * pipeline.vae_scale_factor for side in size)

@@ -17,15 +17,10 @@ from ..engine.files import read_json, write_json
 MAX_TOKENS = 24
 VOCABULARY = 2560
 TEXT_WIDTH = 128
-BETAS = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-}
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
-def make_vae(scaling_factor: float = 1.0) -> AutoencoderKL:
+def make_vae() -> AutoencoderKL:
     """A 0.65M-parameter autoencoder, no attention: (3, 64, 64) to (4, 16, 16)."""
     return AutoencoderKL(
         in_channels=3,
@@ -38,7 +33,7 @@ def make_vae(scaling_factor: float = 1.0) -> AutoencoderKL:
         layers_per_block=1,
         norm_num_groups=8,
         mid_block_add_attention=False,
-        scaling_factor=scaling_factor,
+        scaling_factor=1.0,
     )
 
 
@@ -60,7 +55,7 @@ def make_unet() -> UNet2DConditionModel:
 
 
 def make_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
-    """CLIP's own tokenizer pipeline with a byte-pair vocabulary trained on the captions."""
+    """CLIP's tokenizer with a byte-pair vocabulary trained on the captions."""
     blank = CLIPTokenizer(model_max_length=MAX_TOKENS)
     return blank.train_new_from_iterator(captions, vocab_size=VOCABULARY, show_progress=False)
 
@@ -82,11 +77,6 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def make_scheduler() -> DDIMScheduler:
-    """DDIM with Stable Diffusion's settings."""
-    return DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-
-
 def save_pipeline(
     folder: Path,
     *,
@@ -101,7 +91,7 @@ def save_pipeline(
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=make_scheduler(),
+        scheduler=DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

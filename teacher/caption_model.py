@@ -19,10 +19,10 @@ from ..engine.files import staged_folder
 from .architecture import MAX_TOKENS, TEXT_WIDTH
 from .captions import FULL, Grammar, caption, draw_captions
 from .dataset import SIZE, Artworks, load_artworks
-from .measure import Seed, Work, device, real_images
+from .measure import Batch, Rate, Seed, Steps, Work, device, real_images
 from .optimise import optimise
 from .palette import BACKGROUNDS
-from .placement import draw_pictures, to_model_range
+from .placement import draw_training_pictures, to_model_range
 
 FULL_SHARE = 0.5
 """Share of full captions in training; the others are of the grammar."""
@@ -56,11 +56,9 @@ def make_caption_model(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def training_batch(artworks: Artworks, random: np.random.Generator, count: int) -> tuple[torch.Tensor, list[str]]:
-    """Pictures `(count, 3, 64, 64)` in [-1, 1] and their captions; a little noisy, as what is judged was decoded."""
-    chosen, names = artworks.draw(random, count), list(BACKGROUNDS)
-    backgrounds = random.integers(len(names), size=count)
-    colours = np.array(list(BACKGROUNDS.values()))[backgrounds]
-    pictures = to_model_range(draw_pictures(artworks, chosen, colours, random))
+    """Pictures `(count, 3, 64, 64)` in [-1, 1] and their captions; a little noisy, as what is scored was decoded."""
+    drawn, chosen, backgrounds = draw_training_pictures(artworks, random, count)
+    pictures, names = to_model_range(drawn), list(BACKGROUNDS)
     noise = torch.from_numpy(random.standard_normal(pictures.shape, dtype=np.float32))
     texts = [
         caption(artworks, int(a), names[b], random, FULL if random.random() < FULL_SHARE else Grammar()).text
@@ -70,13 +68,13 @@ def training_batch(artworks: Artworks, random: np.random.Generator, count: int) 
 
 
 def retrieval(scorer: ClipScorer, artworks: Artworks, *, count: int = RETRIEVAL, seed: int = 0) -> tuple[float, float]:
-    """Shares of held-out pictures whose own full caption scores highest, and among the five highest, of `count`."""
+    """Shares of held-out pictures whose full caption scores highest, and among the five highest, of `count`."""
     captions = draw_captions(artworks, held_out=True, count=count, seed=seed + 7, grammar=FULL)
     pictures = real_images(artworks, captions, seed=seed)
     prompts = [each.text for each in captions]
     of_pictures, of_prompts = scorer.embeddings(pictures, prompts)
     scores = of_pictures @ of_prompts.T
-    # A caption that was drawn twice does not stand in its own way.
+    # A caption that was drawn twice counts once.
     better = (scores > scores.diagonal()[:, None] + 1e-6).sum(dim=1)
     return (better < 1).float().mean().item(), (better < 5).float().mean().item()
 
@@ -84,10 +82,9 @@ def retrieval(scorer: ClipScorer, artworks: Artworks, *, count: int = RETRIEVAL,
 def caption_model(
     work: Work = Path("teacher-work"),
     output: Annotated[Path, typer.Option(help="Folder to write.")] = CAPTION_MODEL,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer updates.")] = 1500,
-    batch: Annotated[int, typer.Option(min=2, help="Pictures per update.")] = 192,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
-    checkpoint_minutes: Annotated[float, typer.Option(help="Minutes between checkpoints.")] = 3,
+    steps: Steps = 1500,
+    batch: Batch = 192,
+    learning_rate: Rate = 1e-3,
     seed: Seed = 0,
 ) -> None:
     """Train the caption model (Radford et al. 2021, the symmetric contrastive loss) and report held-out retrieval."""
@@ -110,7 +107,6 @@ def caption_model(
         checkpoint=work / "caption-model.checkpoint.safetensors",
         steps=steps,
         learning_rate=learning_rate,
-        checkpoint_minutes=checkpoint_minutes,
     )
     half = [0.5, 0.5, 0.5]
     square = {"height": SIZE, "width": SIZE}

@@ -2,7 +2,7 @@
 
 A full caption names style, thing and background: "noto emoji of octopus on a light blue background". Others leave parts
 out, put a tag or the group of the thing in place of its name, or order the words in another way; a few are of another
-picture altogether. What a caption names is kept beside it, so that pictures can be judged by it.
+picture altogether. What a caption names is kept beside it, so that pictures can be compared with it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Grammar:
     Attributes:
         style: the style is named.
         background: the background is named.
-        name: the thing has its own name; else one of its tags or other names, its subgroup or its group.
+        name: the thing is called by its name; else by one of its tags or other names, its subgroup or its group.
         plain_order: style, thing and background stand in the order of a full caption.
         wrong: the caption is another picture's.
     """
@@ -47,7 +47,6 @@ class Caption:
         pictured: name of the background that the picture has.
         style: the style, if it is named.
         background: the background, if it is named.
-        named: the thing has its own name.
     """
 
     text: str
@@ -55,15 +54,14 @@ class Caption:
     pictured: str
     style: str | None
     background: str | None
-    named: bool
 
 
 def _thing_words(thing: Thing, random: np.random.Generator) -> str:
     """A tag or another name (six in ten), the subgroup or the group in place of a thing's name."""
-    kind = random.random()
-    if kind < 0.6 and thing.words:
+    drawn = random.random()
+    if drawn < 0.6 and thing.words:
         return thing.words[random.integers(len(thing.words))]
-    return thing.subgroup if kind < 0.85 else thing.group
+    return thing.subgroup if drawn < 0.85 else thing.group
 
 
 def caption(
@@ -90,7 +88,6 @@ def caption(
         pictured=background,
         style=style if says_style else None,
         background=background if says_background else None,
-        named=says_name,
     )
 
 

@@ -163,7 +163,7 @@ def _things(tarball: Path) -> dict[str, Thing]:
             _json(archive, f"en/shortcodes/{vendor}.json") for vendor in ("cldr", "github", "iamcal", "joypixels")
         ]
     groups, subgroups = (
-        {entry["order"]: clean_name(entry["message"]) for entry in messages[kind]} for kind in ("groups", "subgroups")
+        {entry["order"]: clean_name(entry["message"]) for entry in messages[level]} for level in ("groups", "subgroups")
     )
     short: dict[str, set[str]] = {}
     for vendor in vendors:

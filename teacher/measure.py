@@ -22,15 +22,18 @@ from .architecture import make_vae
 from .captions import FULL, Caption, caption, draw_captions
 from .dataset import Artworks, load_artworks
 from .palette import BACKGROUNDS
-from .placement import draw_pictures
+from .placement import draw_pictures, draw_training_pictures
 
 Work = Annotated[Path, typer.Option(help="Folder for downloads, checkpoints and intermediate files.")]
+Steps = Annotated[int, typer.Option(min=1, help="Optimizer updates.")]
+Batch = Annotated[int, typer.Option(min=1, help="Images per update.")]
+Rate = Annotated[float, typer.Option(help="Peak learning rate of AdamW.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 PROMPTS = 4000
 """Prompts in each of the shipped lists."""
 
-FLOOR_IMAGES = 1000
+IMAGES_APART = 1000
 """Real images kept apart from the reference."""
 
 REFERENCE_IMAGES = 12_000
@@ -40,11 +43,6 @@ REFERENCE_IMAGES = 12_000
 def device() -> torch.device:
     """The accelerator where there is one, else the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def training_log(work: Path, name: str) -> Path:
-    """Where a training stage logs each step's loss."""
-    return work / f"{name}.log.jsonl"
 
 
 def load_vae(work: Path) -> AutoencoderKL:
@@ -104,13 +102,10 @@ def reference(work: Work = Path("teacher-work"), seed: Seed = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(each.text for each in captions) + "\n", encoding="utf-8")
     network = EfficientNetLite0Features().to(device())
-    random = np.random.default_rng([seed, 3])
-    chosen = artworks.draw(random, REFERENCE_IMAGES)
-    colours = np.array(list(BACKGROUNDS.values()))[random.integers(len(BACKGROUNDS), size=REFERENCE_IMAGES)]
-    drawn = draw_pictures(artworks, chosen, colours, random)
-    apart = real_images(artworks, held_out[:FLOOR_IMAGES])
+    drawn, *_ = draw_training_pictures(artworks, np.random.default_rng([seed, 3]), REFERENCE_IMAGES)
+    apart = real_images(artworks, held_out[:IMAGES_APART])
     Reference.of(features_of(network, drawn), features_of(network, apart)).save(REFERENCE)
-    print(f"reference: {len(drawn)} images, {FLOOR_IMAGES} apart, {REFERENCE.stat().st_size / 1e6:.1f} MB")
+    print(f"reference: {len(drawn)} images, {IMAGES_APART} apart, {REFERENCE.stat().st_size / 1e6:.1f} MB")
 
 
 def write_images(

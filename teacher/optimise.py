@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -13,7 +12,6 @@ import numpy as np
 import torch
 
 from ..distill.checkpoint import load_training_state, save_training_state
-from .measure import training_log
 
 
 def learning_rate_factor(step: int, *, steps: int, warmup: int = 100) -> float:
@@ -34,21 +32,15 @@ def optimise(
     checkpoint: Path,
     steps: int,
     learning_rate: float,
-    checkpoint_minutes: float,
+    checkpoint_minutes: float = 3,
     ema_horizon: float = 0.05,
 ) -> None:
     """AdamW with warm-up, decay and an EMA; resumes from `checkpoint`, and leaves the EMA in the modules.
 
-    Each step's loss goes to `NAME.log.jsonl` beside the checkpoint; a resumed run cuts off what the checkpoint lacks.
-
     Args:
-        name: what the log lines are headed with.
-        modules: the trained modules by name.
+        name: what the printed lines are headed with.
         loss_of: draws the batch of a step, from its seeds alone, and gives the scalar loss.
-        checkpoint: where the state is kept.
-        steps: updates in all.
         learning_rate: its peak.
-        checkpoint_minutes: time between checkpoints.
         ema_horizon: the EMA's time constant as a share of the steps done (Karras et al. 2024, eq. 121-127,
             keep it relative to training time for the same reason: early weights must fade).
     """
@@ -66,22 +58,10 @@ def optimise(
                 parameter.copy_(state.weights[path])
                 ema[path].copy_(state.weights[f"ema.{path}"])
         optimizer.load_state_dict(state.optimizer)
-        print(f"{name}: goes on from step {start}", flush=True)
-
-    log_path = training_log(checkpoint.parent, name)
-    log_path.write_text("".join(_logged(log_path, start)), encoding="utf-8")
-
-    def save(step: int) -> None:
-        # Lines first: a log may run ahead of its checkpoint, never behind.
-        with log_path.open("a", encoding="utf-8") as log:
-            log.writelines(lines)
-        lines.clear()
-        weights = named | {f"ema.{path}": tensor for path, tensor in ema.items()}
-        save_training_state(checkpoint, step=step, weights=weights, optimizer=optimizer)
+        print(f"{name}: continues from step {start}", flush=True)
 
     saved_at = began = time.monotonic()
     recent: list[float] = []
-    lines: list[str] = []
     for step in range(start, steps):
         loss = loss_of(step)
         loss.backward()
@@ -94,7 +74,6 @@ def optimise(
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.values()), list(named.values()), 1 - decay)
         recent.append(loss.item())
-        lines.append(json.dumps({"step": step + 1, "loss": recent[-1], "lr": optimizer.param_groups[0]["lr"]}) + "\n")
         if (step + 1) % 50 == 0:
             pace = (time.monotonic() - began) / (step + 1 - start)
             left = pace * (steps - step - 1) / 60
@@ -105,24 +84,12 @@ def optimise(
             )
             recent.clear()
         if time.monotonic() - saved_at > 60 * checkpoint_minutes or step + 1 == steps:
-            save(step + 1)
+            weights = named | {f"ema.{path}": tensor for path, tensor in ema.items()}
+            save_training_state(checkpoint, step=step + 1, weights=weights, optimizer=optimizer)
             saved_at = time.monotonic()
     with torch.no_grad():
         for path, parameter in named.items():
             parameter.copy_(ema[path])
-
-
-def _logged(path: Path, steps: int) -> list[str]:
-    """The log's lines up to a step; a last line that was cut short is left out."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
-        try:
-            step = json.loads(line)["step"]
-        except ValueError:
-            break
-        if step <= steps:
-            kept.append(line)
-    return kept
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

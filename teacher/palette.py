@@ -20,6 +20,9 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "brown": (125, 82, 55),
 }
 
+PALETTE = np.array(list(BACKGROUNDS.values()))
+"""`(n, 3)` RGB."""
+
 CORNER = 4
 """Side of the squares in an image's corners that show its background, in pixels; few artworks reach most of them."""
 
@@ -34,6 +37,4 @@ def background_of(images: np.ndarray) -> list[str]:
     corners = [images[:, y, x].reshape(len(images), -1, 3) for y in (near, far) for x in (near, far)]
     colour = np.median(np.concatenate(corners, axis=1), axis=1)
     names = list(BACKGROUNDS)
-    palette = np.array([BACKGROUNDS[name] for name in names], dtype=np.float32)
-    nearest = np.linalg.norm(colour[:, None] - palette[None], axis=-1).argmin(axis=1)
-    return [names[i] for i in nearest]
+    return [names[i] for i in np.linalg.norm(colour[:, None] - PALETTE, axis=-1).argmin(axis=1)]

@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from .dataset import SIZE, Artworks, Thing
+from .palette import PALETTE
 
 _HANDED = re.compile(r"\b(left|right|leftwards|rightwards|arrow|clock|oclock|keycap|button|input|letter|sign)\b")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Ranges that a picture's placement is drawn from, evenly.
-
-    Attributes:
-        scale: smallest side of the artwork, as a share of the picture's; the largest is 1.
-        degrees: largest turn, either way.
-        mirror: probability of a mirrored picture, for things that have no handedness.
-    """
-
-    scale: float = 0.7
-    degrees: float = 10.0
-    mirror: float = 0.5
-
-
-CENTRED = Placement(scale=1, degrees=0, mirror=0)
 
 
 def mirrors(thing: Thing) -> bool:
@@ -42,22 +24,28 @@ def draw_pictures(
     indices: np.ndarray,
     colours: np.ndarray,
     random: np.random.Generator,
-    placement: Placement = Placement(),
+    *,
+    smallest: float = 0.7,
+    degrees: float = 10.0,
+    mirror: float = 0.5,
 ) -> torch.Tensor:
-    """Pictures of artworks, each placed at random within its frame.
+    """Pictures of artworks, each scaled, turned and placed at random within its frame.
 
     Args:
         indices: `(n,)` artworks.
         colours: `(n, 3)` RGB of the backgrounds, 0 to 255.
+        smallest: smallest side of the artwork, as a share of the picture's; the largest is 1.
+        degrees: largest turn, either way.
+        mirror: probability of a mirrored picture, for things that have no handedness.
 
     Returns:
         uint8 `(n, 3, 64, 64)`.
     """
     count = len(indices)
-    scale = random.uniform(placement.scale, 1, count)
-    angle = np.radians(random.uniform(-placement.degrees, placement.degrees, count))
+    scale = random.uniform(smallest, 1, count)
+    angle = np.radians(random.uniform(-degrees, degrees, count))
     shift = random.uniform(-1, 1, (count, 2)) * (1 - scale)[:, None]
-    mirrored = np.array([mirrors(artworks.things[i]) for i in indices]) & (random.random(count) < placement.mirror)
+    mirrored = np.array([mirrors(artworks.things[i]) for i in indices]) & (random.random(count) < mirror)
     # affine_grid maps places of the picture, from -1 to 1, to places of the artwork: the inverse of the placement.
     cosine, sine = np.cos(angle) / scale, np.sin(angle) / scale
     flip = np.where(mirrored, -1.0, 1.0)
@@ -71,6 +59,15 @@ def draw_pictures(
     flat = F.grid_sample(flat, grid, mode="bicubic", align_corners=False).clamp(0, 1)
     colour = torch.from_numpy(np.asarray(colours, dtype=np.float32))[:, :, None, None]
     return (flat[:, :3] * 255 + colour * (1 - flat[:, 3:])).add(0.5).clamp(0, 255).to(torch.uint8)
+
+
+def draw_training_pictures(
+    artworks: Artworks, random: np.random.Generator, count: int
+) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+    """Pictures as training sees them, uint8 `(count, 3, 64, 64)`; their artworks and backgrounds, each `(count,)`."""
+    chosen = artworks.draw(random, count)
+    backgrounds = random.integers(len(PALETTE), size=count)
+    return draw_pictures(artworks, chosen, PALETTE[backgrounds], random), chosen, backgrounds
 
 
 def to_model_range(pictures: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""A judge of style: which emoji set does an image come from? Trained on real images alone, never shipped.
+"""A classifier of styles: which emoji set does an image come from? Trained on real images alone, never shipped.
 
 Pooled EfficientNet-Lite0 features know objects better than drawing styles (a logistic regression on them names 85% of
-held-out images), so this is a small network of its own, on pixels.
+held-out images), so this is a small network on pixels.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .dataset import STYLES, Artworks
-from .palette import BACKGROUNDS
-from .placement import draw_pictures, to_model_range
+from .placement import draw_training_pictures, to_model_range
 
 STYLE_FILE = "style.safetensors"
 STEPS = 1200
@@ -54,11 +53,10 @@ def _blurred(images: torch.Tensor) -> torch.Tensor:
 def _training_images(artworks: Artworks, random: np.random.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Images `(count, 3, 64, 64)` and the indices of their styles; half the batches a little blurred and noisy.
 
-    An autoencoder blurs, and what is judged went through one.
+    An autoencoder blurs, and what is classified went through one.
     """
-    chosen = artworks.draw(random, count)
-    colours = np.array(list(BACKGROUNDS.values()))[random.integers(len(BACKGROUNDS), size=count)]
-    images = to_model_range(draw_pictures(artworks, chosen, colours, random))
+    pictures, chosen, _ = draw_training_pictures(artworks, random, count)
+    images = to_model_range(pictures)
     if random.random() < 0.5:
         images = torch.lerp(images, _blurred(images), random.random())
         noise = torch.from_numpy(random.standard_normal(images.shape, dtype=np.float32))
@@ -67,7 +65,7 @@ def _training_images(artworks: Artworks, random: np.random.Generator, count: int
 
 
 def train_style(artworks: Artworks, *, seed: int = 0, steps: int = STEPS, batch: int = BATCH) -> StyleNetwork:
-    """Train the judge on the artworks that are not held out, on the CPU: AdamW under a one-cycle schedule."""
+    """Train the classifier on the artworks that are not held out, on the CPU: AdamW under a one-cycle schedule."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = StyleNetwork()
@@ -85,7 +83,7 @@ def train_style(artworks: Artworks, *, seed: int = 0, steps: int = STEPS, batch:
 
 
 def style_network(work: Path, artworks: Artworks, *, seed: int = 0, steps: int = STEPS) -> StyleNetwork:
-    """The judge that `work` holds; trained and put there if it holds none."""
+    """The classifier that `work` holds; trained and put there if it holds none."""
     path = work / STYLE_FILE
     if not path.exists():
         weights = train_style(artworks, seed=seed, steps=steps).state_dict()

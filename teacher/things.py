@@ -1,4 +1,4 @@
-"""A judge of things: to which group of emoji ("food drink", "animals nature") does what an image shows belong?
+"""A classifier of things: to which group of emoji ("food drink", "animals nature") does what an image shows belong?
 
 A linear layer on the features of EfficientNet-Lite0 that the distances are made of, fitted to real images and to what
 the autoencoder makes of them. It isn't shipped.
@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from ..benchmarks.quality.features import features_of
 from .dataset import Artworks
-from .palette import BACKGROUNDS
-from .placement import draw_pictures
+from .measure import reconstructed
+from .placement import draw_training_pictures
 
 THINGS_FILE = "things.safetensors"
 IMAGES = 6000
@@ -51,35 +51,23 @@ def fit_groups(features: torch.Tensor, labels: torch.Tensor, groups: int, *, see
     return {"weight": weight.contiguous(), "bias": (layer.bias.detach() - weight @ mean).contiguous()}
 
 
-def things_judge(
+def things_classifier(
     work: Path,
     artworks: Artworks,
     network: torch.nn.Module,
-    vae: AutoencoderKL | None,
+    vae: AutoencoderKL,
     *,
     seed: int = 0,
     images: int = IMAGES,
 ) -> dict[str, torch.Tensor]:
-    """The judge that `work` holds; fitted and put there if it holds none.
+    """The classifier that `work` holds; fitted to training pictures and put there if it holds none.
 
-    Args:
-        work: the recipe's work folder.
-        artworks: those that are not held out are learned from.
-        network: `(N, 3, 64, 64)` uint8 to features.
-        vae: every second image is learned from as it comes out of this autoencoder; None learns from real ones alone.
-        seed: of what is drawn.
-        images: pictures to learn from.
+    `network` gives features of `(N, 3, 64, 64)` uint8. Every second picture has gone through the autoencoder.
     """
-    from .measure import reconstructed
-
     path = work / THINGS_FILE
     if not path.exists():
-        random = np.random.default_rng([seed, 8])
-        chosen = artworks.draw(random, images)
-        colours = np.array(list(BACKGROUNDS.values()))[random.integers(len(BACKGROUNDS), size=images)]
-        pictures = draw_pictures(artworks, chosen, colours, random)
-        if vae is not None:
-            pictures[::2] = reconstructed(vae, pictures[::2])
+        pictures, chosen, _ = draw_training_pictures(artworks, np.random.default_rng([seed, 8]), images)
+        pictures[::2] = reconstructed(vae, pictures[::2])
         fitted = fit_groups(
             features_of(network, pictures), group_labels(artworks, chosen), len(artworks.groups), seed=seed
         )
@@ -87,6 +75,6 @@ def things_judge(
     return load_file(path)
 
 
-def groups_of(judge: dict[str, torch.Tensor], features: torch.Tensor) -> torch.Tensor:
+def groups_of(classifier: dict[str, torch.Tensor], features: torch.Tensor) -> torch.Tensor:
     """`(N,)` int64: the group that each image's features `(N, D)` speak for."""
-    return F.linear(features, judge["weight"], judge["bias"]).argmax(dim=1)
+    return F.linear(features, classifier["weight"], classifier["bias"]).argmax(dim=1)

@@ -1,10 +1,9 @@
 """Make `emoji64` again: `python -m boostdiff.teacher.train all --work DIR`.
 
-Stages, in order: `vae`, `latents`, `diffusion`, `save`, `caption-model`, `reference`, and to judge what came out
-`judges`, `vae-quality`, `evaluate`, `grids`, `curve`; `all` runs them one after the other. Those that train go on from
-their checkpoint when they are run again, `evaluate` from its last scale. All randomness of a step is drawn from (seed,
-step), so a resumed run takes the same steps as an uninterrupted one. `images` writes training images that `boostdiff
-distill` can read.
+Stages, in order: `vae`, `latents`, `diffusion`, `save`, `caption-model`, `reference`, and to evaluate the result
+`classifiers`, `evaluate`, `grids`; `all` runs them one after the other. Those that train resume from their checkpoint,
+`evaluate` from its last scale. All randomness of a step is drawn from (seed, step), so a resumed run takes the same
+steps as an uninterrupted one. `images` writes training images that `boostdiff distill` can read.
 """
 
 from __future__ import annotations
@@ -31,18 +30,13 @@ from .architecture import BETAS, make_text_encoder, make_tokenizer, make_unet, m
 from .caption_model import caption_model
 from .captions import Grammar, caption, draw_captions
 from .dataset import Artworks, load_artworks
-from .judge import curve, evaluate, grids, judges, vae_quality
-from .measure import Seed, Work, device, held_out_psnr, load_vae, reference, write_images
+from .evaluate import classifiers, evaluate, grids
+from .measure import Batch, Rate, Seed, Steps, Work, device, held_out_psnr, load_vae, reference, write_images
 from .optimise import optimise, step_generator
-from .palette import BACKGROUNDS
+from .palette import BACKGROUNDS, PALETTE
 from .placement import draw_pictures, to_model_range
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
-
-Steps = Annotated[int, typer.Option(min=1, help="Optimizer updates.")]
-Batch = Annotated[int, typer.Option(min=1, help="Images per update.")]
-Rate = Annotated[float, typer.Option(help="Peak learning rate of AdamW.")]
-Minutes = Annotated[float, typer.Option(help="Minutes between checkpoints.")]
 
 LATENT_BACKGROUNDS = 6
 """Background colours and placements drawn for each artwork when latents are precomputed."""
@@ -53,10 +47,9 @@ TOKENIZER_CAPTIONS = 100_000
 
 def draw_images(artworks: Artworks, random: np.random.Generator, count: int) -> torch.Tensor:
     """`(count, 3, 64, 64)` training images in [-1, 1], half over palette colours, half over any colour."""
-    palette = np.array(list(BACKGROUNDS.values()))
     colours = np.where(
         random.random((count, 1)) < 0.5,
-        palette[random.integers(len(palette), size=count)],
+        PALETTE[random.integers(len(PALETTE), size=count)],
         random.integers(256, size=(count, 3)),
     )
     return to_model_range(draw_pictures(artworks, artworks.draw(random, count), colours, random))
@@ -77,7 +70,6 @@ def vae(
     batch: Batch = 32,
     learning_rate: Rate = 2e-3,
     seed: Seed = 0,
-    checkpoint_minutes: Minutes = 3,
 ) -> None:
     """Train the autoencoder and report its PSNR on held-out artworks."""
     artworks = load_artworks(work)
@@ -98,7 +90,6 @@ def vae(
         checkpoint=work / "vae.checkpoint.safetensors",
         steps=steps,
         learning_rate=learning_rate,
-        checkpoint_minutes=checkpoint_minutes,
     )
     model.eval()
     psnr = held_out_psnr(model, artworks)
@@ -115,13 +106,12 @@ def latents(work: Work = Path("teacher-work"), seed: Seed = 0) -> None:
     model = load_vae(work).to(where, memory_format=torch.channels_last)
     random = np.random.default_rng([seed, 1])
     training = np.flatnonzero(~artworks.held_out & (artworks.weights > 0))
-    palette = np.array(list(BACKGROUNDS.values()))
-    chosen = random.permuted(np.tile(np.arange(len(palette)), (len(training), 1)), axis=1)[:, :LATENT_BACKGROUNDS]
+    chosen = random.permuted(np.tile(np.arange(len(PALETTE)), (len(training), 1)), axis=1)[:, :LATENT_BACKGROUNDS]
     pairs = np.stack([np.repeat(training, LATENT_BACKGROUNDS), chosen.ravel()], axis=1)
     encoded = []
     with torch.inference_mode():
         for chunk in np.array_split(pairs, math.ceil(len(pairs) / 200)):
-            images = to_model_range(draw_pictures(artworks, chunk[:, 0], palette[chunk[:, 1]], random))
+            images = to_model_range(draw_pictures(artworks, chunk[:, 0], PALETTE[chunk[:, 1]], random))
             moments = model.encode(images.to(where, memory_format=torch.channels_last))
             encoded.append(moments.latent_dist.mean.half().cpu())
     everything = torch.cat(encoded)
@@ -154,7 +144,6 @@ def diffusion(
     batch: Batch = 64,
     learning_rate: Rate = 8e-4,
     seed: Seed = 0,
-    checkpoint_minutes: Minutes = 3,
     empty_captions: Annotated[float, typer.Option(help="Share of captions replaced by the empty one.")] = 0.1,
     wrong_captions: Annotated[float, typer.Option(help="Share of captions that are another picture's.")] = 0.05,
     min_snr: Annotated[float, typer.Option(help="Gamma of the loss weights; inf for none.")] = 5.0,
@@ -230,7 +219,6 @@ def diffusion(
         checkpoint=work / "diffusion.checkpoint.safetensors",
         steps=steps,
         learning_rate=learning_rate,
-        checkpoint_minutes=checkpoint_minutes,
     )
 
 
@@ -256,7 +244,7 @@ def save(
 
 
 app.command("images")(write_images)
-for stage in (caption_model, reference, judges, vae_quality, evaluate, grids, curve):
+for stage in (caption_model, reference, classifiers, evaluate, grids):
     app.command()(stage)
 
 
@@ -269,11 +257,9 @@ def everything(work: Work = Path("teacher-work"), seed: Seed = 0) -> None:
     save(work)
     caption_model(work, seed=seed)
     reference(work, seed=seed)
-    judges(work, seed=seed)
-    vae_quality(work)
+    classifiers(work, seed=seed)
     evaluate(work)
     grids(work)
-    curve(work)
 
 
 if __name__ == "__main__":

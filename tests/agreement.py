@@ -9,13 +9,11 @@ import numpy as np
 import torch
 from boostdiff.engine.config import EXPORTED, GenerateConfig
 from boostdiff.engine.errors import BoostDiffError
+from boostdiff.engine.exported import Engine
 from boostdiff.engine.generate import draw
-from boostdiff.engine.manifest import read_manifest
 from boostdiff.engine.model import ModelFiles
-from boostdiff.engine.runners import open_exported
 from diffusers import DiffusionPipeline
 from PIL import Image
-from tiny import CPU
 
 STOCK = "stock diffusers, onnx fp32 as `pipe.unet`"
 
@@ -35,9 +33,8 @@ def drawn_by_stock_diffusers(files: ModelFiles, config: GenerateConfig, engine: 
     """What a stock pipeline draws without guidance, the exported student in the place of its UNet; see `pixels`."""
     pipeline = DiffusionPipeline.from_pretrained(files.folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    manifest = read_manifest(engine)
-    with open_exported("onnx", folder=engine, manifest=manifest, device=CPU, precision="fp32") as runner:
-        pipeline.unet = runner
+    with Engine.load(engine, runner="onnx", device="cpu", precision="fp32") as exported:
+        pipeline.unet = exported.model.unet
         return pixels(
             pipeline(
                 config.prompts,

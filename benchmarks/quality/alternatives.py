@@ -1,4 +1,4 @@
-"""What saves UNet passes without training: guidance at some of the steps, or fewer steps.
+"""What saves UNet passes without training: guidance at a part of the steps, or fewer steps.
 
 Swept over a few settings at equal cost, so that a student is compared with the best of each: at the student's cost and
 at one and a half times as much.

@@ -35,7 +35,7 @@ class ClipScorer:
             ) from None
         self._model.to(device).eval().requires_grad_(False)
         path = Path(name).resolve()
-        # A small model of our own scores lower than CLIP does: its figures must not be taken for CLIP's.
+        # The embedded caption model scores lower than CLIP does: its figures must not be taken for CLIP's.
         score = "caption score" if path == embedded.CAPTION_MODEL else "CLIP score"
         self.label = f"{score} ({path.name})"
         files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []

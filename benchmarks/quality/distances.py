@@ -1,18 +1,16 @@
-"""Distances between sets of features: Fréchet with its interval, KID, precision and recall, same-seed distance."""
+"""Distances between sets of features: Fréchet with its interval, KID, same-seed distance."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from ..stats import GROUPS, Statistic
+from ..stats import Statistic, leave_one_group_out
 from .reference import Reference
-
-NEIGHBORS = 3
-"""k of precision and recall, as in their paper."""
 
 KID_SUBSETS, KID_SUBSET = 50, 200
 """Number of random subsets of KID, and images of each set per subset."""
@@ -24,8 +22,9 @@ class Distance(Statistic):
     @classmethod
     def of(cls, reference: Reference, features: torch.Tensor) -> Distance:
         """Of the features `(N, D)` of the images, N ≥ 2; from N = 4 on with an interval."""
-        left_out = left_out_distances(reference, features) if len(features) >= 4 else ()
-        return cls(value=frechet_distance(reference, features), left_out=tuple(left_out))
+        masks = [np.ones(len(features), dtype=bool), *leave_one_group_out(len(features))]
+        value, *left_out = frechet_distances(reference, features, [torch.from_numpy(mask) for mask in masks])
+        return cls(value=value, left_out=tuple(left_out))
 
 
 def matrix_root(covariance: torch.Tensor) -> torch.Tensor:
@@ -37,18 +36,6 @@ def matrix_root(covariance: torch.Tensor) -> torch.Tensor:
 def frechet_distance(reference: Reference, features: torch.Tensor) -> float:
     """The Fréchet distance to a reference of the images with features `(N, D)`, N ≥ 2."""
     return frechet_distances(reference, features, [torch.ones(len(features), dtype=torch.bool)])[0]
-
-
-def left_out_distances(reference: Reference, features: torch.Tensor, *, groups: int = GROUPS) -> list[float]:
-    """Fréchet distances of the images `(N, D)` without each group in turn; image i is in group i mod `groups`.
-
-    No more than N / 2 groups are made; a ValueError with fewer than four images, as none can be left out.
-    """
-    groups = min(groups, len(features) // 2)
-    if groups < 2:
-        raise ValueError("an interval needs at least four images")
-    member = torch.arange(len(features)) % groups
-    return frechet_distances(reference, features, [member != group for group in range(groups)])
 
 
 def frechet_distances(reference: Reference, features: torch.Tensor, kept: Sequence[torch.Tensor]) -> list[float]:
@@ -76,17 +63,6 @@ def frechet_distances(reference: Reference, features: torch.Tensor, kept: Sequen
     return distances
 
 
-class _Precomputed(torch.nn.Module):
-    """Lets torchmetrics take features in place of images."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return features
-
-
 def kernel_distance(reference: Reference, features: torch.Tensor) -> tuple[float, float | None]:
     """KID (Bińkowski et al. 2018) by torchmetrics: the mean over random subsets, and their standard deviation.
 
@@ -100,7 +76,7 @@ def kernel_distance(reference: Reference, features: torch.Tensor) -> tuple[float
         warnings.simplefilter("ignore", UserWarning)
         # One process has all features: the metric must not wait for others that were launched.
         metric = KernelInceptionDistance(
-            feature=_Precomputed(features.shape[1]), subsets=KID_SUBSETS, subset_size=size, sync_on_compute=False
+            feature=torch.nn.Identity(), subsets=KID_SUBSETS, subset_size=size, sync_on_compute=False
         )
     metric.update(reference.features, real=True)
     metric.update(features, real=False)
@@ -113,27 +89,3 @@ def kernel_distance(reference: Reference, features: torch.Tensor) -> tuple[float
 def same_seed_distance(features: torch.Tensor, to: torch.Tensor) -> float:
     """Mean cosine distance between features of the same seed: 0 where the images are equal."""
     return (1 - torch.cosine_similarity(features.double(), to.double())).mean().abs().item()
-
-
-def _covered(points: torch.Tensor, by: torch.Tensor) -> float:
-    """Share of points that lie in the manifold of another set."""
-    # The nearest of all is the point itself.
-    nearest = [torch.cdist(chunk, by).kthvalue(NEIGHBORS + 1, dim=1).values for chunk in by.split(1000)]
-    radii = torch.cat(nearest)
-    inside = [(torch.cdist(chunk, by) <= radii).any(dim=1) for chunk in points.split(1000)]
-    return torch.cat(inside).double().mean().item()
-
-
-def precision_recall(real: torch.Tensor, generated: torch.Tensor) -> tuple[float, float] | None:
-    """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1-3): fidelity, and diversity.
-
-    Precision is the share of generated images inside the real ones' manifold, recall the share of real images inside
-    the generated ones'. A manifold is the union of balls around its points, each up to the k-th nearest neighbor.
-    Both sets of features, `(M, D)` and `(N, D)`, are cut to the smaller one's size, as the paper has them equal; None
-    where there are not more than k images of each.
-    """
-    size = min(len(real), len(generated))
-    if size <= NEIGHBORS:
-        return None
-    real, generated = real[:size].double(), generated[:size].double()
-    return _covered(generated, real), _covered(real, generated)

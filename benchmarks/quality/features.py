@@ -58,7 +58,6 @@ class EfficientNetLite0Features(FeatureNetwork):
 
     @torch.inference_mode()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """See `FeatureNetwork`."""
         resized = F.interpolate(
             images.float(), (INPUT_SIZE, INPUT_SIZE), mode="bicubic", align_corners=False, antialias=True
         )
@@ -119,5 +118,4 @@ class InceptionFeatures(FeatureNetwork):
 
     @torch.inference_mode()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """See `FeatureNetwork`."""
         return self.network(images).float()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..stats import Estimate, Score
-from .distances import Distance, frechet_distance, kernel_distance, precision_recall, same_seed_distance
+from .distances import Distance, frechet_distance, kernel_distance, same_seed_distance
 from .reference import Reference
 from .samples import COLORS, SampleCache, Sampled, SamplingVariant
 
@@ -38,8 +38,6 @@ class QualityRow:
             gain is not beyond noise.
         kid: kernel distance to real images, the mean over random subsets.
         kid_spread: standard deviation over the subsets, see `distances.kernel_distance`.
-        precision: share of images that look real.
-        recall: share of real images that are covered (diversity).
         distance_to_teacher_image: mean cosine feature distance to the guided teacher's image of the same seed.
         caption_score: mean of `Quality.caption_label`; None without a CLIP model.
         caption_delta_to_guided: like `delta_to_guided`.
@@ -58,8 +56,6 @@ class QualityRow:
     gain_recovered: Estimate | None = None
     kid: float | None = None
     kid_spread: float | None = None
-    precision: float | None = None
-    recall: float | None = None
     distance_to_teacher_image: float
     caption_score: Estimate | None = None
     caption_delta_to_guided: Estimate | None = None
@@ -80,7 +76,7 @@ class Quality:
         rows: guided teacher, unguided teacher, students, alternatives, reseeded teacher.
         images: N, of each row.
         reference_images: real images behind the reference's statistics; 0 without a reference.
-        reference_apart: other real images, for KID, recall and the real-vs-real distance; 0 without a reference.
+        reference_apart: other real images, for KID and the real-vs-real distance; 0 without a reference.
         real_vs_real_distance: distance of real images to the reference at this N: that of a perfect model.
         features: name of the distance, after its features.
         features_described: the features in words.
@@ -174,7 +170,6 @@ def row_of(
         measured["distance"], measured["distance_interval"] = figures.distance.value, figures.distance.interval
         add("distance", "")
         measured["kid"], measured["kid_spread"] = kernel_distance(reference, features)
-        measured["precision"], measured["recall"] = precision_recall(reference.features, features) or (None, None)
     if figures.caption:
         measured["caption_score"] = figures.caption.interval
         add("caption", "caption_")

@@ -74,7 +74,7 @@ class Reference:
 
 def reference_of(path: Path, network: FeatureNetwork, *, size: int | None = None) -> Reference:
     """The reference in a file of `Reference.save`, or of a folder of images, see `reference_from_folder`."""
-    if path.is_dir() or not path.exists():
+    if path.is_dir():
         return reference_from_folder(path, network, size=size)
     reference = Reference.load(path)
     if len(reference.mean) != network.num_features:
@@ -86,7 +86,7 @@ def reference_of(path: Path, network: FeatureNetwork, *, size: int | None = None
 
 
 def reference_from_folder(folder: Path, network: FeatureNetwork, *, size: int | None = None) -> Reference:
-    """Statistics of a folder of real images; every tenth is kept apart for KID, recall and the real-vs-real distance.
+    """Statistics of a folder of real images; every tenth is kept apart for KID and the real-vs-real distance.
 
     Args:
         folder: picture files, at any depth, taken in the order of their names; of animations the first frame.
@@ -96,8 +96,6 @@ def reference_from_folder(folder: Path, network: FeatureNetwork, *, size: int | 
     Raises:
         InputError: there are fewer than 20 readable images, or they differ in size.
     """
-    if not folder.is_dir():
-        raise InputError(f"there is no reference folder {folder}")
     files = files_in(folder)
     paths = [path for path in files if path.suffix[1:].lower() in PICTURE_TYPES]
     if len(paths) < 20:

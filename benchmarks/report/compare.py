@@ -17,7 +17,7 @@ from ..stats import Estimate
 from .report import terminal_table
 from .tables import NOTHING, Table, formatted, variant_name
 
-QUALITY = ("distance", "delta_to_guided", "gain_recovered", "kid", "precision", "recall", "distance_to_teacher_image")
+QUALITY = ("distance", "delta_to_guided", "gain_recovered", "kid", "distance_to_teacher_image")
 CAPTIONS = ("caption_score", "caption_delta_to_guided", "caption_gain_recovered")
 """Keys of a quality row that are compared."""
 

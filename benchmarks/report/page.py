@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..bench import BenchResult
 from ..quality.quality import Quality
-from .plots import quality_plot, rendered, speed_plot
+from .plots import quality_plot, speed_plot, svg_of
 from .tables import (
     ALTERNATIVES_NOTE,
     Table,
@@ -77,7 +77,7 @@ def _cell(text: str, style: str) -> str:
 
 def html_plot(figure: plt.Figure, alt: str) -> str:
     """A figure as an SVG image; it is closed."""
-    return _image(rendered(figure, "svg"), "svg+xml", alt, "plot")
+    return _image(svg_of(figure), "svg+xml", alt, "plot")
 
 
 def _image(data: bytes, subtype: str, alt: str, style: str) -> str:
@@ -156,6 +156,6 @@ def html_report(result: BenchResult) -> str:
         parts.append(html_plot(speed_plot(result.speed), alt))
     parts.append(_note(speed_note(result)))
     if result.provenance["weights"] == "random":
-        parts.append(_note("Weights are random, and student and teacher share them: this is about speed alone."))
+        parts.append(_note("Weights are random, and student and teacher share them: only speed is measured."))
     parts += [_note(f"{name} was left out: {reason}") for name, reason in result.skipped.items()]
     return page(f"BoostDiff benchmark of {result.provenance['model']}", parts, result.provenance)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable
 from itertools import cycle
-from typing import Any
 
 import matplotlib
 
 from ..quality.quality import Quality
 from ..speed.throughput import Speed
 from ..stats import Estimate
-from ..table1 import Grid
+from ..table1 import Cell, Grid
 from .tables import MODE_NAMES
 
 matplotlib.use("Agg")
@@ -25,12 +24,11 @@ _STYLES = ("-", "--", ":", "-.", (0, (1, 3)))
 _MARKERS = ("o", "s", "^", "D", "v", "X", "P", "*")
 
 
-def rendered(figure: plt.Figure, image_format: str) -> bytes:
-    """A figure as "svg" or "png"; it is closed."""
+def svg_of(figure: plt.Figure) -> bytes:
+    """A figure as SVG, the same bytes each time; it is closed."""
     buffer = io.BytesIO()
-    metadata = {"Date": None, "Creator": None} if image_format == "svg" else None
     with plt.rc_context({"svg.hashsalt": "boostdiff"}):
-        figure.savefig(buffer, format=image_format, dpi=110, metadata=metadata)
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     plt.close(figure)
     return buffer.getvalue()
 
@@ -79,40 +77,34 @@ def quality_plot(quality: Quality) -> plt.Figure:
 
 def sweep_plot(grid: Grid) -> plt.Figure:
     """Fréchet distance over the guidance scale, and the caption score beside it, with intervals."""
-    panels = 1 if grid.caption_label is None else 2
-    figure, all_axes = plt.subplots(1, panels, figsize=(6 * panels, 3.8), layout="constrained", squeeze=False)
-    panel, *beside = all_axes[0]
-    rows = dict.fromkeys(cell.row for cell in grid.cells)
-    for row, style, marker in zip(rows, cycle(_STYLES), cycle(_MARKERS), strict=False):
-        cells = sorted((cell for cell in grid.cells if cell.row == row), key=lambda cell: cell.guidance)
-        scales = [cell.guidance for cell in cells]
-        look = (row, COLORS["teacher" if row == "teacher" else "student"], style)
-        _line(panel, scales, [cell.distance for cell in cells], [cell.interval for cell in cells], *look, marker)
-        for axes in beside:
-            scores = [cell.caption_score for cell in cells]
-            values = [float("nan") if score is None else score.value for score in scores]
-            _line(axes, scales, values, scores, *look, marker)
-    for axes, heading in zip(
-        (panel, *beside), (f"{grid.features} (lower is better)", grid.caption_label), strict=False
-    ):
-        axes.set_xlabel("guidance scale w")
-        axes.set_ylabel(str(heading))
+    figures: dict[str, Callable[[Cell], tuple[float, Estimate | None]]] = {
+        f"{grid.features} (lower is better)": lambda cell: (cell.distance, cell.interval)
+    }
+    if grid.caption_label:
+        figures[grid.caption_label] = lambda cell: (
+            cell.caption_score.value if cell.caption_score else float("nan"),
+            cell.caption_score,
+        )
+    figure, panels = plt.subplots(1, len(figures), figsize=(6 * len(figures), 3.8), layout="constrained", squeeze=False)
+    for axes, (heading, figure_of) in zip(panels[0], figures.items(), strict=True):
+        rows = dict.fromkeys(cell.row for cell in grid.cells)
+        for row, style, marker in zip(rows, cycle(_STYLES), cycle(_MARKERS), strict=False):
+            cells = sorted((cell for cell in grid.cells if cell.row == row), key=lambda cell: cell.guidance)
+            values, intervals = zip(*map(figure_of, cells), strict=True)
+            axes.errorbar(
+                [cell.guidance for cell in cells],
+                values,
+                yerr=[_half(interval) for interval in intervals],
+                color=COLORS["teacher" if row == "teacher" else "student"],
+                linestyle=style,
+                marker=marker,
+                markersize=5,
+                capsize=2,
+                label=row,
+            )
+        axes.set(xlabel="guidance scale w", ylabel=heading)
         _finished(figure, axes)
     return figure
-
-
-def _line(
-    axes: plt.Axes,
-    x: Sequence[float],
-    y: Sequence[float],
-    intervals: Sequence[Estimate | None],
-    label: str,
-    color: str,
-    style: Any,
-    marker: str = "o",
-) -> None:
-    halves = [_half(interval) for interval in intervals]
-    axes.errorbar(x, y, yerr=halves, color=color, linestyle=style, marker=marker, markersize=5, capsize=2, label=label)
 
 
 def _finished(figure: plt.Figure, axes: plt.Axes, *, columns: int = 2) -> plt.Figure:

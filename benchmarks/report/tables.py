@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from ..bench import BenchResult
-from ..quality.distances import KID_SUBSET, KID_SUBSETS, NEIGHBORS
+from ..quality.distances import KID_SUBSET, KID_SUBSETS
 from ..quality.quality import Quality, QualityRow
 from ..quality.samples import COLORS
 from ..speed.throughput import RunnerMode, Speed, SpeedRatio
@@ -56,14 +56,9 @@ def formatted(value: float | Estimate | None, spec: str = ".1f") -> str:
     return format(value, spec.rstrip("x")) + "x" * spec.endswith("x")
 
 
-KID_HEADING = "KID ×1000 (± spread of subsets)"
-
-
-def kid_cell(kid: float | None, spread: float | None) -> str:
-    """For a column under `KID_HEADING`."""
-    if kid is None or spread is None:
-        return formatted(None if kid is None else kid * 1e3)
-    return f"{kid * 1e3:.1f} ± {spread * 1e3:.1f}"
+def _kid_cell(row: QualityRow) -> str:
+    spread = "" if row.kid_spread is None else f" ± {row.kid_spread * 1e3:.1f}"
+    return NOTHING if row.kid is None else f"{row.kid * 1e3:.1f}{spread}"
 
 
 def variant_name(key: RunnerMode) -> str:
@@ -90,18 +85,16 @@ def speed_table(speed: Speed) -> Table:
             f"images/s {_coverage(speed)}": formatted(row.images_per_second, ".3g"),
             "p50 ms": _milliseconds(row.latency),
             "p90 ms": f"{row.latency.p90 * 1e3:.1f}",
-            "p99 ms": f"{row.latency.p99 * 1e3:.1f}",
             "UNet step ms": _milliseconds(row.unet_step),
             "text ms": _milliseconds(row.text_encoder),
             "VAE ms": _milliseconds(row.vae_decode),
             "host gap ms": _milliseconds(row.host_gap),
             "UNet TFLOP/s": f"{row.tflops:.3g}",
             "of GEMM peak": formatted(row.peak_share, ".0%"),
-            "J/image": formatted(row.joules_per_image, ".3g"),
         }
         for row in speed.rows
     ]
-    return Table.of(rows, main=(0, 1, 2, 3, 4, 7), narrow=(0, 1, 2, 3))
+    return Table.of(rows, main=(0, 1, 2, 3, 4, 6), narrow=(0, 1, 2, 3))
 
 
 def ratio_table(speed: Speed) -> Table:
@@ -145,9 +138,7 @@ def quality_table(quality: Quality) -> Table:
                 "ΔFD to the guided teacher": formatted(row.delta_to_guided, "+.1f"),
                 "guidance gain recovered": _gain(row, row.gain_recovered, row.distance),
                 **(captions if label else {}),
-                KID_HEADING: kid_cell(row.kid, row.kid_spread),
-                "precision": formatted(row.precision, ".0%"),
-                "recall": formatted(row.recall, ".0%"),
+                "KID ×1000 (± spread of subsets)": _kid_cell(row),
                 "distance to the teacher's image": f"{row.distance_to_teacher_image:.3f}",
             }
         )
@@ -203,7 +194,7 @@ def speed_note(result: BenchResult) -> str:
         'Ratios: of times in the same round. "Teacher, no CFG" is the no-CFG speed bound. Ceiling: counted operations, '
         f"{flops.unet / 1e9:.3g} GFLOP per UNet pass, {flops.vae_decode / 1e9:.3g} per VAE decode, "
         f"{flops.text_encoder / 1e9:.2g} per prompt. Peak of matrix multiplication in the same run: {peaks}. Stock "
-        "diffusers: its own pipeline call, eager, with guidance."
+        "diffusers: its pipeline call, eager, with guidance."
     )
 
 
@@ -219,7 +210,7 @@ def quality_note(quality: Quality) -> str:
         note += "prompt, higher is better."
     return (
         f"{note} Intervals: jackknife over {GROUPS} groups of prompts, the same in all rows. Gain recovered: share of "
-        "the teacher's gain by guidance; none is given where that gain is within noise. Precision and recall: k = "
-        f"{NEIGHBORS}. KID: mean of {KID_SUBSETS} subsets of up to {KID_SUBSET} images, ± their standard deviation. "
+        f"the teacher's gain by guidance; none is given where that gain is within noise. KID: mean of {KID_SUBSETS} "
+        f"subsets of up to {KID_SUBSET} images, ± their standard deviation. "
         "Distance to the teacher's image: cosine distance of features, same seed."
     )

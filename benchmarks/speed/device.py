@@ -1,4 +1,4 @@
-"""A device: what it is, how it is timed, its best rate of matrix multiplication, and what it draws (NVML)."""
+"""A device: what it is, how it is timed, its best rate of matrix multiplication, and its memory in use."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 
 from ...engine.compiled import has_bfloat16
 
@@ -59,16 +60,11 @@ def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:
 
     Measured in the same run as what it is compared with: a data sheet's peak says nothing about clocks and neighbors.
     """
-    size, best = GEMM_SIZES.get(device.type, 4096), float("inf")
+    size = GEMM_SIZES.get(device.type, 4096)
     a, b = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
-    product = a @ b
-    for _ in range(PEAK_RUNS):
-        synchronize(device)
-        began = time.perf_counter()
-        torch.mm(a, b, out=product)
-        synchronize(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best / 1e12
+    tensors = {"a": a, "b": b, "product": a @ b}
+    timer = Timer("torch.mm(a, b, out=product)", globals=tensors, num_threads=torch.get_num_threads())
+    return 2 * size**3 / min(timer.timeit(1).mean for _ in range(PEAK_RUNS)) / 1e12
 
 
 def gemm_peaks(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[str, float]:
@@ -107,36 +103,9 @@ class Stopwatch:
         return sum(span() for span in self._spans[name])
 
 
-class Meter:
-    """Energy and memory of an NVIDIA GPU as NVML counts them; knows nothing where there is none."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._nvml: Any = None
-        if device.type == "cuda":
-            # A missing package (nvidia-ml-py), driver or permission: each raises a type of its own, none is an error.
-            with suppress(Exception):
-                import pynvml
-
-                pynvml.nvmlInit()
-                uuid = torch.cuda.get_device_properties(device).uuid
-                self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-                self._nvml = pynvml
-
-    @contextmanager
-    def reading(self) -> Iterator[dict[str, float]]:
-        """Energy that the board draws within the block ("joules") and memory in use after it, in bytes ("memory")."""
-        readings: dict[str, float] = {}
-        before = self._read("nvmlDeviceGetTotalEnergyConsumption")
-        yield readings
-        after, memory = self._read("nvmlDeviceGetTotalEnergyConsumption"), self._read("nvmlDeviceGetMemoryInfo")
-        if before is not None and after is not None:
-            readings["joules"] = (after - before) / 1e3
-        if memory is not None:
-            readings["memory"] = memory.used
-
-    def _read(self, name: str) -> Any:
-        if self._nvml is not None:
-            # There are GPUs without some counters, such as energy before Volta.
-            with suppress(self._nvml.NVMLError):
-                return getattr(self._nvml, name)(self._handle)
+def memory_in_use(device: torch.device) -> int | None:
+    """Bytes of a GPU's memory that are taken, by all that is loaded; None on other devices."""
+    if device.type != "cuda":
         return None
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free

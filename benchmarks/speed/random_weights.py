@@ -32,15 +32,12 @@ def locate_configs(model: str) -> ModelFiles:
 def random_model(files: ModelFiles, *, device: torch.device, seed: int = 0) -> Model:
     """Build a pipeline from a model's configuration, with randomly initialized weights; weight files are not read."""
     index = read_json(files.folder / "model_index.json")
-    entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
     dtype = default_dtype(device)
     components: dict[str, Any] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for name, (library, class_name) in entries.items():
-            if name in {"safety_checker", "feature_extractor", "image_encoder"}:
-                continue
-            components[name] = _component(files.folder / name, library, class_name)
+        for name in sorted(files.family.parts):
+            components[name] = _component(files.folder / name, *index[name])
     for part in components.values():
         if isinstance(part, torch.nn.Module):
             # torch's method: that of diffusers warns of float32 layers that these do not have.
@@ -53,9 +50,7 @@ def random_model(files: ModelFiles, *, device: torch.device, seed: int = 0) -> M
 def _component(folder: Path, library: str, class_name: str) -> Any:
     if "Tokenizer" in class_name:
         return _tokenizer(folder, class_name)
-    known = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), class_name, None)
-    if known is None:
-        raise InputError(f"{folder.parent / 'model_index.json'} names {library}.{class_name}, which is unknown here")
+    known = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
     try:
         if library == "diffusers":
             name = "scheduler_config.json" if folder.name == "scheduler" else "config.json"

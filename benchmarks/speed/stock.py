@@ -37,7 +37,6 @@ class StockVariant(TimedVariant):
 
     @property
     def key(self) -> RunnerMode:
-        """See `TimedVariant`."""
         return RunnerMode("stock diffusers", self.mode)
 
     def time(self, work: Workload) -> dict[str, float]:

@@ -20,7 +20,7 @@ from ...engine.model import Model
 from ...engine.runners import Runner
 from ...engine.sampling import decode, initial_noise, sample
 from ..stats import Estimate, Spread, median_of
-from .device import Meter, Stopwatch, gemm_peaks, synchronize
+from .device import Stopwatch, gemm_peaks, memory_in_use, synchronize
 from .flops import Flops, count_flops
 
 MODES = {"teacher": 2, "student": 1, "unguided": 1}
@@ -130,16 +130,13 @@ class SpeedRow:
         host_gap: latency less all parts: scheduler, guidance arithmetic, Python, idle device.
         tflops: UNet operations per second of `unet_step`, in 10¹².
         peak_share: `tflops` over the peak of matrix multiplication in this precision; None where that is unknown.
-        joules_per_image: energy of the whole GPU board, the mean over all timed batches; None without NVML.
-        memory_in_use: bytes of GPU memory in use after a batch, by all that is loaded; None without NVML.
+        memory_in_use: bytes of GPU memory in use after a batch, by all that is loaded; None on a CPU.
     """
 
     mode: str
     runner: str
-    device: str
     precision: str
     batch_size: int
-    steps: int
     latency: Spread
     images_per_second: Estimate
     unet_step: Spread
@@ -148,7 +145,6 @@ class SpeedRow:
     host_gap: Spread | None = None
     tflops: float
     peak_share: float | None = None
-    joules_per_image: float | None = None
     memory_in_use: int | None = None
 
 
@@ -234,13 +230,12 @@ def measure(
         runs: timed batches per variant, after one that is discarded.
     """
     flops, device = count_flops(model), variants[0].runner.device
-    speed, meter = Speed(rows=[], ratios=[], flops=flops, peaks={}), Meter(device)
+    speed = Speed(rows=[], ratios=[], flops=flops, peaks={})
 
     def attempt(variant: TimedVariant, work: Workload) -> dict[str, float] | None:
         try:
-            with meter.reading() as readings:
-                seconds = variant.time(work)
-            return seconds | readings
+            seconds, memory = variant.time(work), memory_in_use(device)
+            return seconds if memory is None else seconds | {"memory": memory}
         except Exception as error:
             # Out of memory, or a batch beyond an engine's profile: each library raises a type of its own.
             speed.left_out[f"{variant.name}, batch {len(work.prompts)}"] = one_line(error)
@@ -278,19 +273,16 @@ def measure(
 
 
 def _row(variant: TimedVariant, times: list[dict[str, float]], work: Workload, flops: Flops) -> SpeedRow:
-    device, batch_size = variant.runner.device, len(work.prompts)
-
+    batch_size = len(work.prompts)
     values = {key: [run[key] for run in times] for key in times[0] if all(key in run for run in times)}
     parts: dict[str, Any] = {part: Spread.of(values[part]) for part in (*PARTS[1:], "host_gap") if part in values}
     total, step = median_of(values["total"]), Spread.of([seconds / work.steps for seconds in values["unet"]])
-    joules, memory = values.get("joules"), values.get("memory")
+    memory = values.get("memory")
     return SpeedRow(
         mode=variant.mode,
         runner=variant.key.runner,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         precision=str(variant.runner.precision).removeprefix("torch."),
         batch_size=batch_size,
-        steps=work.steps,
         latency=Spread.of(values["total"]),
         images_per_second=Estimate(
             value=batch_size / total.value,
@@ -301,7 +293,6 @@ def _row(variant: TimedVariant, times: list[dict[str, float]], work: Workload, f
         unet_step=step,
         **parts,
         tflops=MODES[variant.mode] * batch_size * flops.unet / step.median / 1e12,
-        joules_per_image=sum(joules) / len(joules) / batch_size if joules else None,
         memory_in_use=int(max(memory)) if memory else None,
     )
 

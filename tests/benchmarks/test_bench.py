@@ -56,10 +56,9 @@ def test_every_runner_here_is_timed(result: BenchResult) -> None:
         assert "exported without --trt" in result.skipped["tensorrt"]
     for row in speed.rows:
         assert 0 < row.images_per_second.low <= row.images_per_second.value <= row.images_per_second.high
-        assert row.latency.median <= row.latency.p90 <= row.latency.p99
+        assert row.latency.median <= row.latency.p90
         assert 0 < row.tflops == pytest.approx(row.peak_share * speed.peaks["float32"])
-        # No GPU, no figures of one.
-        assert row.joules_per_image is row.memory_in_use is None
+        assert row.memory_in_use is None
         stock = row.runner == "stock diffusers"
         assert (row.host_gap is None) == (row.text_encoder is None) == (row.vae_decode is None) == stock
         assert 3 * row.unet_step.median < row.latency.median
@@ -117,7 +116,6 @@ def test_rows_share_their_seeds_and_are_compared(result: BenchResult) -> None:
         assert share.value == pytest.approx((unguided - student) / (unguided - guided))
     for row in rows.values():
         assert row.distance_interval.low < row.distance < row.distance_interval.high
-        assert 0 <= row.recall <= 1
         assert row.caption_score.low <= row.caption_score.value <= row.caption_score.high
         assert list(row.colors) == list(COLORS)
         assert all(0 <= color.value <= 100 for color in row.colors.values())

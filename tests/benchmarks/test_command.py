@@ -94,13 +94,9 @@ def test_help_waits_for_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_the_embedded_model_brings_its_reference_and_its_caption_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(embedded, "CAPTION_MODEL", tmp_path / "emoji64-clip")
-    assert Metrics().for_model("emoji64") == Metrics(reference=embedded.REFERENCE)
-    (tmp_path / "emoji64-clip").mkdir()
-    assert Metrics().for_model("emoji64").clip == str(tmp_path / "emoji64-clip")
+def test_the_embedded_model_brings_its_reference_and_its_caption_model() -> None:
+    expected = Metrics(reference=embedded.REFERENCE, clip=str(embedded.CAPTION_MODEL))
+    assert Metrics().for_model("emoji64") == expected
     assert Metrics(clip="other").for_model("emoji64").clip == "other"
     assert Metrics().for_model("another") == Metrics()
 

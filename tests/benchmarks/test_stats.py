@@ -6,7 +6,6 @@ from boostdiff.benchmarks.stats import Score, Spread, Statistic, jackknifed, med
 def test_spread() -> None:
     spread = Spread.of([float(x) for x in range(11)])
     assert (spread.median, spread.p10, spread.p90, spread.runs) == (5, 1, 9, 11)
-    assert 9 < spread.p99 < 10
 
 
 def test_the_medians_interval_is_the_sign_tests() -> None:
@@ -33,8 +32,6 @@ def test_the_jackknife_of_a_mean_is_the_standard_error() -> None:
     estimate = jackknifed(values.mean(), left_out)
     error = values.std(ddof=1) / 40**0.5
     assert estimate.high - estimate.value == pytest.approx(2.0227 * error, rel=1e-4)
-    with pytest.raises(ValueError, match="two groups"):
-        jackknifed(0, [1])
 
 
 @pytest.mark.parametrize("kind", [Statistic, Score])

@@ -75,7 +75,7 @@ def test_a_conditioned_student_follows_the_guidance_that_it_is_given(conditioned
 
 
 def test_the_denoiser_feeds_what_the_stock_pipeline_feeds(conditioned_student: Path, tiny: Model) -> None:
-    apply_student(tiny, conditioned_student)
+    apply_student(tiny.unet, conditioned_student, read_student(conditioned_student))
     text = tiny.family.encode(tiny.pipeline, PROMPTS[:2])
     z_t = torch.randn(2, *tiny.latent_shape)
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_the_lora_scale_scales_the_adapters_effect(students: dict[str, Path], ti
             return tiny.unet(**inputs).sample
 
     base = predict()
-    apply_student(tiny, students["lora"])
+    apply_student(tiny.unet, students["lora"], read_student(students["lora"]))
     whole = (predict() - base).norm()
     tiny.unet.set_adapters(ADAPTER_NAME, 0.5)
     half = (predict() - base).norm()

@@ -129,7 +129,7 @@ FOLDERS = [
     Folder(setting="`trained_betas`", files=betas(trained_betas=torch.linspace(0.002, 0.01, 1000).tolist())),
     Folder(setting="`num_train_timesteps` 500", files=betas(num_train_timesteps=500)),
     Folder(setting="`use_karras_sigmas` true", files=betas(use_karras_sigmas=True), plain=True,
-           note="a sampler's sigmas are its own"),
+           note="the sampler decides on its sigmas"),
     Folder(setting="`clip_sample` true", files=betas(clip_sample=True), plain=True, note="latents are never clipped"),
     Folder(setting="VAE `scaling_factor` 0.5", files={VAE: {"scaling_factor": 0.5}}, samplers=ONE),
     Folder(setting="VAE `shift_factor` 0.1", files={VAE: {"shift_factor": 0.1}}, refused=True),

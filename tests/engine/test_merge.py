@@ -21,7 +21,7 @@ def test_merged_equals_base_plus_adapter(
     assert all(torch.equal(tensor, base[name]) for name, tensor in tiny.unet.state_dict().items())
     assert merged.state_dict().keys() == base.keys()
     adapted = load(tiny_files, device=CPU)
-    apply_student(adapted, folder)
+    apply_student(adapted.unet, folder, read_student(folder))
     inputs = tiny.family.example_inputs(tiny.pipeline, 2)
     with torch.no_grad():
         expected, got, unchanged = (unet(**inputs).sample for unet in (adapted.unet, merged, tiny.unet))

@@ -15,7 +15,7 @@ from boostdiff.engine.model import Model, locate
 from boostdiff.engine.runners import TorchRunner
 from boostdiff.engine.sampling import decode, default_batch_size, generate, initial_noise, sample, to_uint8
 from boostdiff.engine.schedulers import SAMPLERS, make_scheduler
-from boostdiff.engine.student import apply_student
+from boostdiff.engine.student import apply_student, read_student
 from diffusers import AutoencoderTiny, EulerDiscreteScheduler, StableDiffusionPipeline
 from tiny import PROMPTS, make_pipeline
 
@@ -76,7 +76,7 @@ def test_lora_student_draws_what_stock_diffusers_draws(
     base = ours(tiny, SinglePassDenoiser(TorchRunner(tiny.unet)))
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
     pipeline.load_lora_weights(students["lora"], weight_name=LORA_FILE)
-    apply_student(tiny, students["lora"])
+    apply_student(tiny.unet, students["lora"], read_student(students["lora"]))
     got = ours(tiny, SinglePassDenoiser(TorchRunner(tiny.unet)))
     assert largest_difference(got, stock(pipeline, guidance=1.0)) <= 2
     assert largest_difference(got, base) > 2

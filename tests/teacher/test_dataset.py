@@ -2,6 +2,7 @@ import json
 import tarfile
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from boostdiff.teacher import dataset
 from boostdiff.teacher.captions import FULL, Grammar, caption, draw_captions
 from boostdiff.teacher.dataset import RASTER, STYLES, clean_name
 from boostdiff.teacher.palette import BACKGROUNDS, background_of
-from boostdiff.teacher.placement import CENTRED, Placement, draw_pictures, mirrors, to_model_range
+from boostdiff.teacher.placement import draw_pictures, mirrors, to_model_range
+
+CENTRED: dict[str, Any] = {"smallest": 1, "degrees": 0, "mirror": 0}
 
 
 def test_names_are_plain_words() -> None:
@@ -33,7 +36,7 @@ def test_a_centred_picture_blends_by_alpha() -> None:
     artworks.rgba[0, :, 32:, 3] = 0
     artworks.rgba[0, 32:, 32:, 3] = 128
     random = np.random.default_rng(0)
-    picture = draw_pictures(artworks, np.array([0]), np.array([[0, 0, 255]]), random, CENTRED)
+    picture = draw_pictures(artworks, np.array([0]), np.array([[0, 0, 255]]), random, **CENTRED)
     assert picture.shape == (1, 3, 64, 64)
     assert picture.dtype == torch.uint8
     assert picture[0, :, 40, 10].tolist() == [200, 100, 0]
@@ -46,8 +49,8 @@ def test_placed_artworks_stay_inside_and_keep_their_colours() -> None:
     artworks = make_artworks(1)
     artworks.rgba[0] = (10, 200, 30, 255)
     random = np.random.default_rng(1)
-    placement = Placement(scale=0.5, degrees=0, mirror=0)
-    pictures = draw_pictures(artworks, np.zeros(40, int), np.tile([255, 0, 0], (40, 1)), random, placement)
+    red = np.tile([255, 0, 0], (40, 1))
+    pictures = draw_pictures(artworks, np.zeros(40, int), red, random, smallest=0.5, degrees=0, mirror=0)
     covered = pictures[:, 1] > 100
     sides = covered.flatten(1).sum(dim=1).sqrt()
     assert 31 < sides.min() < 40
@@ -65,10 +68,10 @@ def test_turns_and_mirrors_move_the_picture_as_they_say() -> None:
     artworks.rgba[0] = 0
     artworks.rgba[0, 10:20, 28:36] = (255, 255, 255, 255)
     black, random = np.zeros((1, 3)), np.random.default_rng(0)
-    upright = draw_pictures(artworks, np.array([0]), black, random, CENTRED)[0, 0].float()
+    upright = draw_pictures(artworks, np.array([0]), black, random, **CENTRED)[0, 0].float()
     assert torch.equal(upright > 127, torch.from_numpy(artworks.rgba[0, ..., 3]) > 127)
     artworks.rgba[0, 10:20, 36:44] = (255, 255, 255, 255)
-    mirrored = draw_pictures(artworks, np.array([0]), black, random, Placement(scale=1, degrees=0, mirror=1))[0, 0]
+    mirrored = draw_pictures(artworks, np.array([0]), black, random, smallest=1, degrees=0, mirror=1)[0, 0]
     assert torch.equal(mirrored.flip(1) > 127, torch.from_numpy(artworks.rgba[0, ..., 3]) > 127)
 
 
@@ -94,18 +97,16 @@ def test_full_captions_name_everything_and_others_less() -> None:
         thing = artworks.things[each.artwork]
         assert each.text == f"{each.style} emoji of {thing.name} on a {each.background} background"
         assert each.background == each.pictured
-        assert each.named
     mixed = draw_captions(artworks, held_out=False, count=600, seed=0)
     for share, wanted in (
         (np.mean([each.style is None for each in mixed]), 0.3),
         (np.mean([each.background is None for each in mixed]), 0.3),
-        (np.mean([not each.named for each in mixed]), 0.4),
+        (np.mean([artworks.things[each.artwork].name not in each.text for each in mixed]), 0.4),
     ):
         assert abs(share - wanted) < 0.06
     for each in mixed:
         assert (each.style is None) == (artworks.styles[each.artwork] not in each.text)
         assert (each.background is None) == (f"{each.pictured} background" not in each.text)
-        assert each.named == (artworks.things[each.artwork].name in each.text)
 
 
 def test_a_grammar_without_names_falls_back_on_words_and_groups() -> None:

@@ -3,9 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from artworks import make_artworks
-from boostdiff.engine.files import json_lines
 from boostdiff.teacher.architecture import make_unet, make_vae
-from boostdiff.teacher.measure import training_log
 from boostdiff.teacher.optimise import learning_rate_factor, optimise, step_generator
 from boostdiff.teacher.train import the_tokenizer
 
@@ -45,22 +43,6 @@ def test_training_resumes_exactly_and_learns(tmp_path: Path, monkeypatch: pytest
     expected = train(tmp_path / "a", 60)
     train(tmp_path / "b", 25)
     assert torch.equal(train(tmp_path / "b", 60), expected)
-
-
-def test_a_resumed_run_leaves_the_log_of_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("boostdiff.teacher.optimise.learning_rate_factor", lambda step, *, steps: 1.0)
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-    train(tmp_path / "a" / "checkpoint", 60)
-    train(tmp_path / "b" / "checkpoint", 25)
-    whole, broken = (training_log(tmp_path / name, "test") for name in ("a", "b"))
-    # As if it had been killed after these lines and before their checkpoint, and in the middle of one.
-    ahead = whole.read_text().splitlines(keepends=True)[25:30]
-    with broken.open("a") as log:
-        log.write("".join(ahead) + ahead[-1][:9])
-    train(tmp_path / "b" / "checkpoint", 60)
-    assert broken.read_bytes() == whole.read_bytes()
-    assert len(list(json_lines(whole))) == 60
 
 
 def test_networks_have_the_documented_size() -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from boostdiff.benchmarks.quality.distances import frechet_distance, kernel_distance, same_seed_distance
 from boostdiff.benchmarks.quality.features import NUM_FEATURES, EfficientNetLite0Features, features_of
-from boostdiff.benchmarks.quality.reference import Reference, reference_from_folder
+from boostdiff.benchmarks.quality.reference import Reference, reference_from_folder, reference_of
 from boostdiff.engine import embedded
 from boostdiff.engine.errors import InputError
 from PIL import Image
@@ -105,8 +105,8 @@ def test_what_a_reference_folder_holds_besides_is_said(tmp_path: Path) -> None:
 
 
 def test_a_reference_from_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no reference folder"):
-        reference_from_folder(tmp_path / "missing", torch.nn.Identity())
+    with pytest.raises(InputError, match="can't read the reference"):
+        reference_of(tmp_path / "missing", torch.nn.Identity())
     for i in range(19):
         Image.new("RGB", (16, 16), (i * 12, 0, 0)).save(tmp_path / f"{i}.png")
     network = EfficientNetLite0Features()

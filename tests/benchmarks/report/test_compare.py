@@ -31,7 +31,7 @@ def report() -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "speed": {"ratios": [ratio | {"estimate": estimate(1.8, 0.1)}], "rows": [row]},
         "quality": {
-            "rows": [image | {"name": "student lora", "distance": 220.0, "recall": 0.5}],
+            "rows": [image | {"name": "student lora", "distance": 220.0, "kid": 0.5}],
             "caption_label": "caption score (emoji64-clip)",
         },
         "provenance": {"steps": 20, "hardware": {"cpu": "one"}, "students": {"a": {"rank": 8}}},
@@ -49,7 +49,7 @@ def test_differences_and_settings(report: dict[str, Any], tmp_path: Path) -> Non
     other = copy.deepcopy(report)
     other["speed"]["ratios"][0]["estimate"] = estimate(1.9, 0.1)
     other["speed"]["rows"][0]["images_per_second"] = estimate(20, 1)
-    other["quality"]["rows"][0] |= {"distance": 231.0, "recall": None}
+    other["quality"]["rows"][0] |= {"distance": 231.0, "kid": None}
     other["provenance"] |= {"hardware": {"cpu": "two"}, "students": {"b": {}}}
     comparison = compare_reports(*written(tmp_path, report, other))
     (ratio, rate, distance) = comparison.differences
@@ -57,7 +57,7 @@ def test_differences_and_settings(report: dict[str, Any], tmp_path: Path) -> Non
     assert [row.change for row in (ratio, rate, distance)] == pytest.approx([1.9 / 1.8 - 1, 1.0, 0.05])
     assert (distance.name, distance.a.value, distance.b.value) == ("student lora, distance", 220, 231)
     assert comparison.settings == {"hardware.cpu": ("one", "two")}
-    assert comparison.only == ["student lora, recall"]
+    assert comparison.only == ["student lora, kid"]
     other["speed"]["ratios"][0]["estimate"] = estimate(1.9, 0.1) | {"coverage": 0.75}
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(terminal_comparison(compare_reports(*written(tmp_path, report, other))))

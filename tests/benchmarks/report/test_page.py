@@ -115,7 +115,7 @@ def test_every_picture_has_its_own_alternative_text(page: Page, result: BenchRes
 
 def test_every_column_has_a_heading(page: Page) -> None:
     assert len(page.all("table")) == 5
-    assert len(page.all("th")) == 5 + 14 + 12 + 7 + 8
+    assert len(page.all("th")) == 5 + 12 + 10 + 7 + 8
     assert {heading["scope"] for heading in page.all("th")} == {"col"}
 
 

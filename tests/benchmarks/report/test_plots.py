@@ -12,10 +12,8 @@ def row(runner: str, mode: str, batch_size: int) -> SpeedRow:
     return SpeedRow(
         mode=mode,
         runner=runner,
-        device="cpu",
         precision="float32",
         batch_size=batch_size,
-        steps=2,
         latency=spread,
         images_per_second=Estimate(value=2.0, low=1.0, high=3.0, coverage=0.94),
         unet_step=spread,
@@ -24,7 +22,6 @@ def row(runner: str, mode: str, batch_size: int) -> SpeedRow:
         host_gap=None,
         tflops=1.0,
         peak_share=None,
-        joules_per_image=None,
         memory_in_use=None,
     )
 

@@ -4,22 +4,22 @@ import numpy as np
 import pytest
 import torch
 from artworks import GROUPS, make_artworks
+from boostdiff.benchmarks.fastest import FastestRunners
+from boostdiff.benchmarks.quality.clip_score import ClipScorer
 from boostdiff.benchmarks.quality.features import EfficientNetLite0Features, features_of
 from boostdiff.benchmarks.quality.reference import Reference
 from boostdiff.distill.image_files import open_images
 from boostdiff.engine import embedded
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.model import load, locate
-from boostdiff.engine.runners import TorchRunner
 from boostdiff.teacher import measure
 from boostdiff.teacher.architecture import make_vae
 from boostdiff.teacher.captions import FULL, draw_captions
 from boostdiff.teacher.dataset import Artworks
-from boostdiff.teacher.judge import Judges, curve, draw, evaluate, markdown_table
+from boostdiff.teacher.evaluate import Drawing, Evaluator, evaluate, results_table
 from boostdiff.teacher.measure import held_out_captions, held_out_psnr, real_images, reconstructed, write_images
 from boostdiff.teacher.style import style_network, style_of, train_style
-from boostdiff.teacher.things import fit_groups, group_labels, groups_of, things_judge
-from PIL import Image
+from boostdiff.teacher.things import fit_groups, group_labels, groups_of, things_classifier
 from tiny import CPU
 
 
@@ -29,7 +29,7 @@ def artworks() -> Artworks:
     return make_artworks(90)
 
 
-def test_the_judge_of_style_learns_and_is_kept(artworks: Artworks, tmp_path: Path) -> None:
+def test_the_classifier_of_style_learns_and_is_kept(artworks: Artworks, tmp_path: Path) -> None:
     network = train_style(artworks, steps=40, batch=24)
     captions = draw_captions(artworks, held_out=True, count=60, seed=0, grammar=FULL)
     found = style_of(network, real_images(artworks, captions))
@@ -40,17 +40,17 @@ def test_the_judge_of_style_learns_and_is_kept(artworks: Artworks, tmp_path: Pat
     assert style_of(first, images) == style_of(again, images)
 
 
-def test_the_judge_of_things_learns_from_features_and_is_kept(artworks: Artworks, tmp_path: Path) -> None:
+def test_the_classifier_of_things_learns_from_features_and_is_kept(artworks: Artworks, tmp_path: Path) -> None:
     random = torch.Generator().manual_seed(0)
     labels = torch.arange(300) % 3
     features = torch.randn(300, 8, generator=random) * 0.3
     features[torch.arange(300), labels] += 2
-    judge = fit_groups(features, labels, 3)
-    assert (groups_of(judge, features) == labels).float().mean() > 0.97
-    assert (groups_of(judge, features.roll(1, dims=1)) == labels).float().mean() < 0.3
+    classifier = fit_groups(features, labels, 3)
+    assert (groups_of(classifier, features) == labels).float().mean() > 0.97
+    assert (groups_of(classifier, features.roll(1, dims=1)) == labels).float().mean() < 0.3
     network = EfficientNetLite0Features()
-    kept = things_judge(tmp_path, artworks, network, make_vae(), images=12)
-    again = things_judge(tmp_path, artworks, network, None, images=30, seed=9)
+    kept = things_classifier(tmp_path, artworks, network, make_vae(), images=12)
+    again = things_classifier(tmp_path, artworks, network, make_vae(), images=30, seed=9)
     assert all(torch.equal(again[name], tensor) for name, tensor in kept.items())
     assert group_labels(artworks, np.array([0, 3, 6, 9])).tolist() == [0, 1, 2, 0]
     assert artworks.groups == GROUPS
@@ -67,68 +67,56 @@ def test_the_autoencoders_error_is_measured(artworks: Artworks) -> None:
     assert [each.artwork for each in held_out_captions(artworks)] == np.flatnonzero(artworks.held_out).tolist()
 
 
-def judges_of(artworks: Artworks) -> Judges:
+def evaluator_of(artworks: Artworks) -> Evaluator:
     network = EfficientNetLite0Features()
     captions = draw_captions(artworks, held_out=False, count=24, seed=3)
     features = features_of(network, real_images(artworks, captions))
     labels = group_labels(artworks, np.array([each.artwork for each in captions]))
-    return Judges(
+    return Evaluator(
         artworks=artworks,
         features=network,
         reference=Reference.load(embedded.REFERENCE),
         styles=train_style(artworks, steps=2),
         things=fit_groups(features, labels, len(artworks.groups)),
-        captions=None,
-        identity="made up",
+        captions=ClipScorer(str(embedded.CAPTION_MODEL), device=CPU),
     )
 
 
-def test_the_shipped_models_images_are_judged_better_than_noise(artworks: Artworks) -> None:
-    judges = judges_of(artworks)
+def test_the_shipped_models_images_score_better_than_noise(artworks: Artworks, tmp_path: Path) -> None:
+    evaluator = evaluator_of(artworks)
     captions = draw_captions(artworks, held_out=True, count=12, seed=0, grammar=FULL)
     noise = torch.randint(256, (12, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    noise_row = judges.figures(noise, captions)
+    noise_row = evaluator.figures(noise, captions)
     model = load(locate(embedded.MODEL_NAME), device=CPU)
     prompts = [each.text for each in captions]
-    images = draw(model, TorchRunner(model.unet), prompts, scale=3.0, steps=8, seed=0, batch_size=12)
-    drawn = judges.figures(images, captions)
-    assert drawn["kid"] < noise_row["kid"]
+    with FastestRunners(model, passes=1) as runners:
+        drawing = Drawing(model=model, network=evaluator.features, runners=runners, folder=tmp_path, steps=8)
+        images = drawing.images(prompts, 3.0)
+        assert images.shape == noise.shape
+        assert torch.equal(drawing.images(prompts, 3.0), images)
+    assert len(list(tmp_path.iterdir())) == 1
+    drawn = evaluator.figures(images, captions)
+    assert drawn["caption_scores"].mean() > noise_row["caption_scores"].mean() + 5
     assert noise_row["background"] < drawn["background"]
-    assert drawn["distance_low"] < drawn["distance"] < drawn["distance_high"]
-    table = markdown_table({"real images": noise_row, "w=1": drawn}).splitlines()
-    assert [line.split("|")[1].strip() for line in table[2:]] == ["real images", "w=1"]
-    assert [line.split("|")[3].strip() for line in table[2:]] == ["0%", "100%"]
-    assert "±" not in table[2] + table[3]
-    scored = drawn | {"kid": 0.1, "kid_spread": 0.02, "caption_score": 31.25, "caption_score_error": 0.5}
-    row = markdown_table({"real images": noise_row, "w=1": scored}).splitlines()[3]
-    assert "| 100.0 ± 20.0 |" in row
-    assert "| 31.25 ± 0.50 |" in row
+    table = results_table({"real images": noise_row, "w=1": drawn})
+    assert [row[0] for row in table.cells] == ["real images", "w=1"]
+    assert [row[2] for row in table.cells] == ["0%", "100%"]
+    scored = drawn | {"caption_scores": torch.tensor([31.0, 33.0]), "style": None}
+    assert results_table({"real images": noise_row, "w=1": scored}).cells[1][3:6:2] == ["32.0 ± 1.0", "–"]
 
 
 def test_only_what_a_caption_names_is_asked_for(artworks: Artworks) -> None:
-    judges = judges_of(artworks)
+    evaluator = evaluator_of(artworks)
     captions = draw_captions(artworks, held_out=True, count=30, seed=5)
-    real = judges.figures(real_images(artworks, captions), captions, drawn=False)
+    real = evaluator.figures(real_images(artworks, captions), captions)
     assert real["background"] > 0.9
-    assert real["kid"] is None
     nameless = [each for each in captions if each.background is None]
-    assert judges.figures(real_images(artworks, nameless), nameless, drawn=False)["background"] is None
+    assert evaluator.figures(real_images(artworks, nameless), nameless)["background"] is None
 
 
 def test_evaluate_needs_the_unguided_teacher(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="1 must be among them"):
         evaluate(tmp_path, scales="2,3")
-
-
-def test_the_loss_curve_is_drawn_from_the_logs(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no training log"):
-        curve(tmp_path)
-    lines = [f'{{"step": {step}, "loss": {1 / step}, "lr": 0.1}}\n' for step in range(1, 101)]
-    (tmp_path / "vae.log.jsonl").write_text("".join(lines))
-    curve(tmp_path)
-    with Image.open(tmp_path / "loss.png") as image:
-        assert image.width > 300
-        assert len(image.convert("L").getcolors()) > 2
 
 
 def test_training_images_are_what_distill_reads(
