@@ -14,7 +14,7 @@ from boostdiff.benchmarks.report.report import write_report
 from boostdiff.engine.model import locate
 from boostdiff.export.config import ExportConfig
 from boostdiff.export.export import export
-from tiny import PROMPTS, make_words
+from tiny import ONNX_FROM_PART, PROMPTS, graphs_of, make_words
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -26,9 +26,14 @@ MANY = [f"{prompt} on a red background" for prompt in PROMPTS] * 6
 
 
 @pytest.fixture(scope="session")
-def engine(tiny_folder: Path, students: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def engine(
+    tiny_folder: Path, students: dict[str, Path], engines: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Of the LoRA, in FP32 alone."""
     folder = tmp_path_factory.mktemp("engines") / "lora"
-    export(locate(str(tiny_folder)), ExportConfig(), student=students["lora"], output=folder, device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNX_FROM_PART, graphs_of(engines["lora"]))
+        export(locate(str(tiny_folder)), ExportConfig(), student=students["lora"], output=folder, device="cpu")
     return folder
 
 
