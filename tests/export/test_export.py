@@ -32,7 +32,7 @@ from boostdiff.export.parts import Part, text_encoder_part, unet_part, vae_decod
 from boostdiff.export.plan import Flavour, plan_in_a_process
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from tiny import CPU, PROMPTS
+from tiny import CPU, PROMPTS, with_another_unet
 
 
 @pytest.fixture
@@ -361,9 +361,7 @@ def test_attention_scores_stay_in_fp32_where_the_model_asks(
     tiny_folder: Path, prompt_file: Path, tmp_path: Path, engine: Path, reuse_graphs: Callable[..., None]
 ) -> None:
     reuse_graphs(engine, fresh=("unet",))
-    folder = shutil.copytree(tiny_folder, tmp_path / "model")
-    config = json.loads((folder / "unet/config.json").read_text())
-    (folder / "unet/config.json").write_text(json.dumps(config | {"upcast_attention": True}))
+    folder = with_another_unet(tiny_folder, tmp_path / "model", upcast_attention=True, mid_block_type=None)
     files = locate(str(folder))
     distill(
         files, DistillConfig(prompts=prompt_file, updates=1, batch_size=2), output=tmp_path / "student", device="cpu"
