@@ -14,21 +14,7 @@ from boostdiff.distill.loop import Observers
 from boostdiff.engine.model import Model, ModelFiles, load, locate
 from boostdiff.export.config import ExportConfig
 from boostdiff.export.export import export
-from filelock import FileLock
-from tiny import CPU, ONNX_FROM_PART, PROMPTS, graphs_of, make_pipeline
-
-
-def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """A folder that the first of pytest-xdist's processes that needs it makes, for all of them."""
-    root = factory.getbasetemp()
-    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            unfinished = folder.with_name(f"{name}.unfinished")
-            unfinished.mkdir()
-            make(unfinished)
-            unfinished.rename(folder)
-    return folder
+from tiny import CPU, ONNX_FROM_PART, PROMPTS, graphs_of, make_pipeline, shared
 
 
 @pytest.fixture(scope="session", autouse=True)

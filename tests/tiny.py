@@ -1,11 +1,13 @@
-"""A tiny Stable Diffusion, randomly initialised."""
+"""A tiny Stable Diffusion, randomly initialised, and what saves tests from making things twice."""
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from boostdiff.engine.files import read_json
 from boostdiff.export.graph import onnx_from_part
@@ -18,6 +20,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from filelock import FileLock
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -25,6 +28,19 @@ PROMPTS = ("a red cat", "a blue dog on a hill", "two green birds", "a white fish
 CPU = torch.device("cpu")
 ONNX_FROM_PART = "boostdiff.export.export.onnx_from_part"
 """What makes a graph, to be replaced by `graphs_of`."""
+
+
+def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first of pytest-xdist's processes that needs it makes, for all of them."""
+    root = factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            unfinished = folder.with_name(f"{name}.unfinished")
+            unfinished.mkdir()
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
 
 
 def make_words() -> tuple[CLIPTokenizer, CLIPTextConfig]:
