@@ -69,7 +69,8 @@ def test_a_share_of_the_pool_is_a_slice_of_the_whole(tiny: Model) -> None:
     assert whole.started > 5
 
 
-@pytest.mark.parametrize("data", ["prompts", pytest.param("images", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["prompts", "images"])
 def test_two_processes_train_the_same_adapter_as_one(
     tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, data: str
 ) -> None:

@@ -27,7 +27,7 @@ from boostdiff.engine.student import apply_student, read_student
 from boostdiff.engine.trt import check_plan, load_tensorrt
 from boostdiff.export.config import BATCH, ExportConfig, parse_range
 from boostdiff.export.export import export, up_to_date_engine
-from boostdiff.export.graph import compare, onnx_from_part
+from boostdiff.export.graph import compare, graph_signature, onnx_from_part
 from boostdiff.export.parts import Part, text_encoder_part, unet_part, vae_decoder_part
 from boostdiff.export.plan import Flavour, plan_in_a_process
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -320,6 +320,18 @@ def test_a_damaged_engine_is_exported_again(copied: Path) -> None:
     assert up_to_date_engine(copied, manifest) is None
 
 
+def test_a_decoder_of_a_size_that_varies(tiny: Model, tmp_path: Path) -> None:
+    part = vae_decoder_part(tiny, ExportConfig(size=(16, 16, 32)))
+    part.compute_references()
+    onnx_from_part(part, tmp_path / "model.onnx")
+    latents = graph_signature(tmp_path / "model.onnx")["inputs"]["latent_sample"]
+    assert latents["shape"] == ["batch", 4, "height", "width"]
+    with OnnxSession(tmp_path / "model.onnx", device=CPU) as session:
+        check = compare(session, part.cases, what="vae_decoder", tolerance=1e-4)
+    assert {"batch 1, 8x8 latents", "batch 1, 16x16 latents"} <= set(check["cases"])
+
+
+@pytest.mark.slow
 def test_a_size_that_varies(
     engine: Path,
     tiny_files: ModelFiles,
