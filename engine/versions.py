@@ -16,15 +16,17 @@ def versions(*more: str) -> dict[str, str]:
     Args:
         more: import names besides `LIBRARIES`.
     """
-    found = {"boostdiff": __version__}
-    # One module comes in several packages: onnxruntime-gpu, tensorrt-rtx-cu13, …
-    packages = packages_distributions()
-    for name in (*LIBRARIES, *more):
-        try:
-            found[name] = version(packages.get(name, [name])[0])
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {name: _version(name) for name in (*LIBRARIES, *more)}
+    return {"boostdiff": __version__} | {name: known for name, known in found.items() if known}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        # onnxruntime-gpu, tensorrt-rtx-cu13, …; the list takes a second to make, as it reads all that is installed.
+        packages = packages_distributions().get(name)
+        return version(packages[0]) if packages else None
 
 
 def source_commit(root: Path = Path(__file__).parents[1]) -> str | None:

@@ -181,7 +181,8 @@ def _batches(config: ExportConfig, *, large: bool) -> list[int]:
 
 
 def _batch_axis(batches: Sequence[int]) -> Axis:
-    return torch.export.Dim("batch", min=1, max=256), tuple(batches)
+    # From 64 on diffusers' upsampling makes a copy first: torch.export would find that out, and trace all again.
+    return torch.export.Dim("batch", min=1, max=63), tuple(batches)
 
 
 def _size_axes(sizes: Sequence[tuple[int, int]], dim: Callable[[str], Any]) -> dict[int, Axis]:

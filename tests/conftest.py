@@ -4,34 +4,25 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 from boostdiff.distill.config import DistillConfig
 from boostdiff.distill.distill import distill
+from boostdiff.distill.loop import Observers
 from boostdiff.engine.model import Model, ModelFiles, load, locate
 from boostdiff.export.config import ExportConfig
 from boostdiff.export.export import export
-from boostdiff.export.graph import onnx_from_part
-from boostdiff.export.parts import Part
-from filelock import FileLock
-from tiny import CPU, PROMPTS, make_pipeline
+from tiny import CPU, ONNX_FROM_PART, PROMPTS, graphs_of, make_pipeline, shared
 
 
-def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """A folder that the first of pytest-xdist's processes that needs it makes, for all of them."""
-    root = factory.getbasetemp()
-    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            unfinished = folder.with_name(f"{name}.unfinished")
-            unfinished.mkdir()
-            make(unfinished)
-            unfinished.rename(folder)
-    return folder
+@pytest.fixture(scope="session", autouse=True)
+def short_previews() -> Iterator[None]:
+    """Two steps: of a random model's picture twenty show no more, and they would be most of a short training's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("boostdiff.distill.preview.PREVIEW_STEPS", 2)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +54,13 @@ def students(tiny_folder: Path, prompt_file: Path, tmp_path_factory: pytest.Temp
     def make(folder: Path) -> None:
         for method in ("lora", "bitfit"):
             config = DistillConfig(method=method, prompts=prompt_file, updates=8, batch_size=4, learning_rate=0.02)
-            distill(locate(str(tiny_folder)), config, output=folder / method, device="cpu")
+            distill(
+                locate(str(tiny_folder)),
+                config,
+                output=folder / method,
+                device="cpu",
+                observers=Observers(preview=False),
+            )
 
     folder = shared(tmp_path_factory, "students", make)
     return {method: folder / method for method in ("lora", "bitfit")}
@@ -76,7 +73,11 @@ def engines(tiny_folder: Path, students: dict[str, Path], tmp_path_factory: pyte
 
     def make(folder: Path) -> None:
         for method, config in configs.items():
-            export(locate(str(tiny_folder)), config, student=students[method], output=folder / method, device="cpu")
+            with pytest.MonkeyPatch.context() as patch:
+                if method == "bitfit":
+                    # The other parts are the same.
+                    patch.setattr(ONNX_FROM_PART, graphs_of(folder / "lora", fresh=("unet",)))
+                export(locate(str(tiny_folder)), config, student=students[method], output=folder / method, device="cpu")
 
     folder = shared(tmp_path_factory, "engines", make)
     return {method: folder / method for method in configs}
@@ -87,16 +88,6 @@ def reuse_graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`reuse_graphs(engine, fresh=("unet",))`: exports take an engine's graphs, but for those parts."""
 
     def reuse(engine: Path, *, fresh: Sequence[str] = ()) -> None:
-        def taken(part: Part, path: Path) -> None:
-            if part.name in fresh:
-                onnx_from_part(part, path)
-                return
-            half = next(part.module.parameters()).dtype == torch.float16
-            name = "model.fp16.onnx" if half else "model.onnx"
-            shutil.copy(engine / part.name / name, path)
-            # The graph names the file of its weights.
-            shutil.copy(engine / part.name / f"{name}.data", path.parent)
-
-        monkeypatch.setattr("boostdiff.export.export.onnx_from_part", taken)
+        monkeypatch.setattr(ONNX_FROM_PART, graphs_of(engine, fresh=fresh))
 
     return reuse

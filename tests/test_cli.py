@@ -1,18 +1,20 @@
 import io
 import json
-import os
 import re
 import resource
 import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from boostdiff import __version__
 from boostdiff.cli import app, main
 from boostdiff.engine.compiled import missing_compiler
+from boostdiff.engine.errors import InputError
 from boostdiff.engine.terminal import progress_bar
 from rich.console import Console
 from tiny import CPU, save_images
@@ -21,18 +23,40 @@ from typer.main import get_command
 SD21 = Path(__file__).parents[1] / "benchmarks" / "configs" / "sd21-base"
 
 
-def boostdiff(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "boostdiff", *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_help_names_every_command_and_option(tmp_path: Path) -> None:
-    shown = boostdiff("--help", cwd=tmp_path).stdout
+@pytest.fixture
+def boostdiff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """`boostdiff(*words)`: the command in this process, which has imported all that it needs, on a machine of CPUs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    def run(*words: object) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["boostdiff", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        shown = capfd.readouterr()
+        return subprocess.CompletedProcess(words, int(ended.value.code or 0), shown.out, shown.err)
+
+    return run
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Files of so many bytes at most: what would be longer gives the error of a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_help_names_every_command_and_option(boostdiff: Command) -> None:
+    shown = boostdiff("--help").stdout
     for command, options in {
         "distill": (
             "--model",
@@ -50,9 +74,13 @@ def test_help_names_every_command_and_option(tmp_path: Path) -> None:
         "doctor": ("--json",),
     }.items():
         assert command in shown
-        text = boostdiff(command, "--help", cwd=tmp_path).stdout
+        text = boostdiff(command, "--help").stdout
         assert all(option in text for option in options), command
-    assert boostdiff("--version", cwd=tmp_path).stdout == f"boostdiff {__version__}\n"
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "boostdiff", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"boostdiff {__version__}\n"
 
 
 def test_a_narrow_terminal_shows_a_bar_its_times_and_its_note(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,9 +94,9 @@ def test_a_narrow_terminal_shows_a_bar_its_times_and_its_note(monkeypatch: pytes
     assert "R² 0.21, 91.2 images/s, 1.2 GB" in note
 
 
-def test_help_tells_what_is_taken_by_default(tmp_path: Path) -> None:
+def test_help_tells_what_is_taken_by_default(boostdiff: Command) -> None:
     """Where it is no plain value, too: rich drops a bracket in a help text."""
-    shown = boostdiff("distill", "--help", cwd=tmp_path).stdout
+    shown = boostdiff("distill", "--help").stdout
     assert "[default: (the rank)]" in shown
     assert "[default: 8]" in shown
     options = [option for command in get_command(app).commands.values() for option in command.params]
@@ -76,8 +104,8 @@ def test_help_tells_what_is_taken_by_default(tmp_path: Path) -> None:
     assert not [option.name for option in options if "[default" in (option.help or "")]
 
 
-def test_dry_run_reads_configurations_alone(tmp_path: Path) -> None:
-    done = boostdiff("distill", "--dry-run", "--model", SD21, "--preset", "paper", cwd=tmp_path)
+def test_dry_run_reads_configurations_alone(boostdiff: Command, tmp_path: Path) -> None:
+    done = boostdiff("distill", "--dry-run", "--model", SD21, "--preset", "paper")
     plan = json.loads(done.stdout)
     assert done.returncode == 0
     assert (plan["trainable_parameters"], plan["total_parameters"]) == (1_659_904, 865_910_724)
@@ -85,16 +113,25 @@ def test_dry_run_reads_configurations_alone(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_doctor_as_json(tmp_path: Path) -> None:
-    findings = {row["name"]: row for row in json.loads(boostdiff("doctor", "--json", cwd=tmp_path).stdout)}
+def test_doctor_as_json(boostdiff: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda **_: None)
+    findings = {row["name"]: row for row in json.loads(boostdiff("doctor", "--json").stdout)}
     assert findings["torch"]["ready"]
     assert findings["boostdiff distill"]["ready"]
     assert findings["torch.compile"]["ready"] == (missing_compiler(CPU) is None)
     assert not findings["GPU"]["ready"]
 
 
-def test_the_whole_job_on_a_tiny_model(tmp_path: Path, tiny_folder: Path, prompt_file: Path) -> None:
+def test_the_whole_job_on_a_tiny_model(
+    boostdiff: Command,
+    tmp_path: Path,
+    tiny_folder: Path,
+    prompt_file: Path,
+    engines: dict[str, Path],
+    reuse_graphs: Callable[..., None],
+) -> None:
     """distill, export, bench and generate find what the one before wrote, and `--json` prints JSON alone."""
+    reuse_graphs(engines["lora"], fresh=("unet",))
     model = ("--model", tiny_folder)
     short = ("--samples", 4, "--steps", 2, "--runs", 3, "--no-compile")
     steps = (
@@ -105,7 +142,7 @@ def test_the_whole_job_on_a_tiny_model(tmp_path: Path, tiny_folder: Path, prompt
         ("generate", *model, "a red cat", "--teacher", "--steps", 2, "--json"),
     )
     for arguments in steps:
-        done = boostdiff(*arguments, cwd=tmp_path)
+        done = boostdiff(*arguments)
         assert done.returncode == 0, done.stderr
         json.loads(done.stdout)
     outputs = tmp_path / "outputs"
@@ -256,44 +293,41 @@ def test_wrong_input_ends_in_one_line_and_code_2(
     assert {path: path.is_file() and path.stat().st_mtime_ns for path in broken.rglob("*")} == before
 
 
-def test_a_full_disk(tmp_path: Path, tiny_folder: Path, prompt_file: Path, students: dict[str, Path]) -> None:
-    """A limit on file sizes gives the error of a full disk, at the checkpoint; the earlier student stays."""
+def test_a_full_disk(
+    boostdiff: Command, tmp_path: Path, tiny_folder: Path, prompt_file: Path, students: dict[str, Path]
+) -> None:
+    """At the checkpoint; the earlier student stays."""
     shutil.copytree(students["lora"], tmp_path / "outputs/student")
     before = {path: path.read_bytes() for path in (tmp_path / "outputs/student").iterdir()}
-    command = [sys.executable, "-m", "boostdiff", "distill", "--model", str(tiny_folder), "--prompts", str(prompt_file)]
-    command += ["--updates", "4", "--batch-size", "2", "--checkpoint-every", "1", "--device", "cpu"]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000)),
-    )
+    with file_size_limit(8000):
+        done = boostdiff(
+            *("distill", "--model", tiny_folder, "--prompts", prompt_file, "--updates", 4, "--batch-size", 2),
+            *("--checkpoint-every", 1, "--device", "cpu"),
+        )
     assert done.returncode == 2, done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("boostdiff: error: the disk is full")
     assert {path: path.read_bytes() for path in (tmp_path / "outputs/student").iterdir()} == before
 
 
 def test_a_full_disk_while_exporting(
-    tmp_path: Path, tiny_folder: Path, students: dict[str, Path], engines: dict[str, Path]
+    boostdiff: Command, tmp_path: Path, tiny_folder: Path, students: dict[str, Path], engines: dict[str, Path]
 ) -> None:
     """The graphs of the new engine don't fit; the standing one stays as it is."""
     engine = shutil.copytree(engines["lora"], tmp_path / "engine")
     before = {path: path.read_bytes() for path in engine.rglob("*") if path.is_file()}
     limit = 60_000
     assert (engine / "unet/model.onnx.data").stat().st_size > limit
-    command = [sys.executable, "-m", "boostdiff", "export", "--model", str(tiny_folder), "--device", "cpu"]
-    done = subprocess.run(
-        [*command, "--student", str(students["bitfit"]), "--output", str(engine)],
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
+    with file_size_limit(limit):
+        done = boostdiff(
+            *("export", "--model", tiny_folder, "--device", "cpu", "--student", students["bitfit"], "--output", engine)
+        )
     assert done.returncode == 2, done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("boostdiff: error: the disk is full")
     assert {path: path.read_bytes() for path in engine.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["engine"]
 
 
-def test_a_traceback_only_under_debug(tmp_path: Path) -> None:
-    assert "Traceback" in boostdiff("--debug", "distill", "--model", "missing", cwd=tmp_path).stderr
+def test_a_traceback_only_under_debug(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["boostdiff", "--debug", "distill", "--model", "missing"])
+    with pytest.raises(InputError, match="there is no model"):
+        main()

@@ -1,9 +1,17 @@
-"""A tiny Stable Diffusion, randomly initialised."""
+"""A tiny Stable Diffusion, randomly initialised, and what saves tests from making things twice."""
 
+import os
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from boostdiff.engine.files import read_json
+from boostdiff.export.graph import onnx_from_part
+from boostdiff.export.parts import Part
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -12,11 +20,27 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from filelock import FileLock
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 PROMPTS = ("a red cat", "a blue dog on a hill", "two green birds", "a white fish")
 CPU = torch.device("cpu")
+ONNX_FROM_PART = "boostdiff.export.export.onnx_from_part"
+"""What makes a graph, to be replaced by `graphs_of`."""
+
+
+def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first of pytest-xdist's processes that needs it makes, for all of them."""
+    root = factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            unfinished = folder.with_name(f"{name}.unfinished")
+            unfinished.mkdir()
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
 
 
 def make_words() -> tuple[CLIPTokenizer, CLIPTextConfig]:
@@ -103,6 +127,31 @@ def make_xl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
         unet=unet,
         scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
     )
+
+
+def with_another_unet(folder: Path, copy: Path, **changes: Any) -> Path:
+    """A copy of a model's folder with a random UNet, of its own configuration but for these changes."""
+    shutil.copytree(folder, copy)
+    torch.manual_seed(0)
+    config = read_json(folder / "unet/config.json") | changes
+    UNet2DConditionModel.from_config(config).save_pretrained(copy / "unet")
+    return copy
+
+
+def graphs_of(engine: Path, *, fresh: Sequence[str] = ()) -> Callable[[Part, Path], None]:
+    """In place of `onnx_from_part`, which takes many seconds: an engine's graphs, but for these parts."""
+
+    def taken(part: Part, path: Path) -> None:
+        if part.name in fresh:
+            onnx_from_part(part, path)
+            return
+        half = next(part.module.parameters()).dtype == torch.float16
+        name = "model.fp16.onnx" if half else "model.onnx"
+        shutil.copy(engine / part.name / name, path)
+        # The graph names the file of its weights.
+        shutil.copy(engine / part.name / f"{name}.data", path.parent)
+
+    return taken
 
 
 def save_images(folder: Path, count: int = 5) -> None:

@@ -1,6 +1,7 @@
 """One benchmark of the tiny model, shared by the tests that look at it."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from boostdiff.benchmarks.report.report import write_report
 from boostdiff.engine.model import locate
 from boostdiff.export.config import ExportConfig
 from boostdiff.export.export import export
-from tiny import PROMPTS, make_words
+from tiny import ONNX_FROM_PART, PROMPTS, graphs_of, make_words, shared
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -26,9 +27,14 @@ MANY = [f"{prompt} on a red background" for prompt in PROMPTS] * 6
 
 
 @pytest.fixture(scope="session")
-def engine(tiny_folder: Path, students: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def engine(
+    tiny_folder: Path, students: dict[str, Path], engines: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Of the LoRA, in FP32 alone."""
     folder = tmp_path_factory.mktemp("engines") / "lora"
-    export(locate(str(tiny_folder)), ExportConfig(), student=students["lora"], output=folder, device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNX_FROM_PART, graphs_of(engines["lora"]))
+        export(locate(str(tiny_folder)), ExportConfig(), student=students["lora"], output=folder, device="cpu")
     return folder
 
 
@@ -40,20 +46,26 @@ def result(
     clip_folder: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> BenchResult:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (26, 3, 16, 16), dtype=torch.uint8, generator=generator)
-    features = features_of(EfficientNetLite0Features(), images)
-    reference = tmp_path_factory.mktemp("reference") / "r.safetensors"
-    Reference.of(features[:16], features[16:]).save(reference)
-    return bench(
-        locate(str(tiny_folder)),
-        BenchConfig(steps=3, batch_sizes=(2, 1), runs=3, samples=8, alternatives=True, compile=False),
-        students=[students["lora"], students["bitfit"]],
-        engine=engine,
-        prompts=MANY,
-        metrics=Metrics(reference=reference, clip=str(clip_folder)),
-        device="cpu",
-    )
+    """Made by one process of several, as it takes long."""
+
+    def make(folder: Path) -> None:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (26, 3, 16, 16), dtype=torch.uint8, generator=generator)
+        features = features_of(EfficientNetLite0Features(), images)
+        reference = folder / "r.safetensors"
+        Reference.of(features[:16], features[16:]).save(reference)
+        measured = bench(
+            locate(str(tiny_folder)),
+            BenchConfig(steps=3, batch_sizes=(2, 1), runs=3, samples=8, alternatives=True, compile=False),
+            students=[students["lora"], students["bitfit"]],
+            engine=engine,
+            prompts=MANY,
+            metrics=Metrics(reference=reference, clip=str(clip_folder)),
+            device="cpu",
+        )
+        (folder / "result.pickle").write_bytes(pickle.dumps(measured))
+
+    return pickle.loads((shared(tmp_path_factory, "bench", make) / "result.pickle").read_bytes())  # noqa: S301
 
 
 @pytest.fixture(scope="session")

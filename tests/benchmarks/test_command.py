@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -87,11 +86,6 @@ def test_wrong_input_ends_in_one_line(
     assert shown.startswith("boostdiff: error: ")
     assert shown.count("\n") == 1
     assert says in shown
-
-
-def test_help_waits_for_no_torch() -> None:
-    code = "import sys, boostdiff.benchmarks.command; sys.exit(bool({'torch', 'diffusers'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_the_embedded_model_brings_its_reference_and_its_caption_model() -> None:

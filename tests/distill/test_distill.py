@@ -1,5 +1,4 @@
 import json
-import os
 import re
 import shutil
 import signal
@@ -28,7 +27,7 @@ from boostdiff.engine.model import ModelFiles, locate
 from boostdiff.engine.student import StudentInfo, read_student
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
-from tiny import save_images
+from tiny import save_images, with_another_unet
 
 SILENT = Observers(preview=False)
 
@@ -76,23 +75,28 @@ def test_half_precision_trains(tiny_files: ModelFiles, prompt_file: Path, tmp_pa
     assert sum(seen[-5:]) < sum(seen[:5])
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_compiled_training_is_training(
-    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
-    # Inductor's own code takes minutes; what dynamo and autograd make of an adapter that goes on and off is here.
+    # Inductor's own code takes minutes; what dynamo makes of an adapter that goes on and off is here.
     made = []
+    # Of one block each way: tracing takes time by the layer.
+    blocks = {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
+    shape = {"block_out_channels": [16], "mid_block_type": None} | blocks
+    files = locate(str(with_another_unet(tiny_files.folder, tmp_path / "model", **shape)))
 
     def compiled_runner(unet: UNet2DConditionModel) -> TrainingRunner:
-        made.append(TrainingRunner(unet, backend="aot_eager"))
+        made.append(TrainingRunner(unet, backend=backend))
         return made[-1]
 
     monkeypatch.setattr(loop, "TrainingRunner", compiled_runner)
-    settings = {"prompts": prompt_file, "updates": 3, "batch_size": 4, "learning_rate": 0.01, "guidance_max": 7.5}
+    settings = {"prompts": prompt_file, "updates": 2, "batch_size": 4, "learning_rate": 0.01, "guidance_max": 7.5}
     students = {}
     for compiled in (False, True):
         output = tmp_path / f"{compiled}"
         config, execution = DistillConfig(**settings), RunConfig(compile=compiled)
-        distill(tiny_files, config, execution, output=output, device="cpu", observers=SILENT)
+        distill(files, config, execution, output=output, device="cpu", observers=SILENT)
         students[compiled] = load_file(output / LORA_FILE)
     assert len(made) == 1
     torch._dynamo.reset()
@@ -121,22 +125,15 @@ def test_pace_leaves_out_the_first_update(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_sigkill_and_resume_give_the_same_bytes(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
-    def command(output: Path, *more: str) -> list[str]:
-        options = {
-            "--model": str(tiny_files.folder),
-            "--prompts": str(prompt_file),
-            "--updates": "120",
-            "--batch-size": "4",
-            "--checkpoint-every": "20",
-            "--device": "cpu",
-            "--output": str(output),
-        }
-        flat = [word for pair in options.items() for word in pair]
-        return [sys.executable, "-m", "boostdiff", "distill", *flat, *more]
-
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command(tmp_path / "whole"), check=True, env=environment, capture_output=True)
-    killed = subprocess.Popen(command(tmp_path / "cut"), env=environment, stderr=subprocess.DEVNULL)
+    """The whole run and the resumed one are of this process, the killed one is of another."""
+    config, execution = DistillConfig(prompts=prompt_file, updates=40, batch_size=4), RunConfig(checkpoint_every=8)
+    distill(tiny_files, config, execution, output=tmp_path / "whole", device="cpu", observers=SILENT)
+    command = [
+        *(sys.executable, "-m", "boostdiff", "distill", "--model", str(tiny_files.folder), "--prompts", prompt_file),
+        *("--updates", "40", "--batch-size", "4", "--checkpoint-every", "8", "--device", "cpu"),
+        *("--output", str(tmp_path / "cut")),
+    ]
+    killed = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     unfinished = work_folder(tmp_path / "cut")
     deadline = time.monotonic() + 120
     while not (unfinished / CHECKPOINT_FILE).exists():
@@ -146,9 +143,9 @@ def test_sigkill_and_resume_give_the_same_bytes(tiny_files: ModelFiles, prompt_f
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
     assert not (tmp_path / "cut").exists()
-    subprocess.run(command(tmp_path / "cut", "--resume"), check=True, env=environment, capture_output=True)
-    info = read_student(tmp_path / "cut", tiny_files)
-    assert 20 <= info.result["resumed_at"] < 120
+    resumed = RunConfig(checkpoint_every=8, resume=True)
+    info = distill(tiny_files, config, resumed, output=tmp_path / "cut", device="cpu", observers=SILENT)
+    assert 8 <= info.result["resumed_at"] < 40
     whole, cut = (tmp_path / name / next(iter(info.adapter_files)) for name in ("whole", "cut"))
     assert whole.read_bytes() == cut.read_bytes()
     assert logged(tmp_path / "whole") == logged(tmp_path / "cut")
@@ -334,7 +331,9 @@ def test_two_runs_do_not_share_a_work_folder(tiny_files: ModelFiles, prompt_file
             with pytest.raises(InputError, match="another run is at work"):
                 distill(tiny_files, config, RunConfig(resume=resume), output=tmp_path / "s", device="cpu")
 
-    distill(tiny_files, config, output=tmp_path / "s", device="cpu", observers=Observers(on_update=second))
+    distill(
+        tiny_files, config, output=tmp_path / "s", device="cpu", observers=Observers(on_update=second, preview=False)
+    )
     assert read_student(tmp_path / "s", tiny_files)
 
 

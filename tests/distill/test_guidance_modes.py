@@ -31,9 +31,9 @@ SILENT = Observers(preview=False)
 def conditioned_student(tiny_folder: Path, prompt_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("range") / "student"
     config = DistillConfig(
-        guidance=1.5, guidance_max=7.5, prompts=prompt_file, updates=30, batch_size=8, learning_rate=0.01
+        guidance=1.5, guidance_max=7.5, prompts=prompt_file, updates=15, batch_size=4, learning_rate=0.02
     )
-    distill(locate(str(tiny_folder)), config, output=output, device="cpu")
+    distill(locate(str(tiny_folder)), config, output=output, device="cpu", observers=SILENT)
     return output
 
 

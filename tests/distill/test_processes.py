@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -70,6 +69,7 @@ def test_a_share_of_the_pool_is_a_slice_of_the_whole(tiny: Model) -> None:
     assert whole.started > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["prompts", "images"])
 def test_two_processes_train_the_same_adapter_as_one(
     tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, data: str
@@ -199,34 +199,17 @@ def test_a_checkpoint_of_another_shape_is_refused(tiny_files: ModelFiles, prompt
 def test_a_signal_saves_and_leaves_with_a_message(
     tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "boostdiff",
-            "distill",
-            "--model",
-            str(tiny_files.folder),
-            "--prompts",
-            str(prompt_file),
-        ),
-        *("--updates", "5000", "--batch-size", "2", "--device", "cpu", "--output", str(tmp_path / "s")),
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    log = work_folder(tmp_path / "s") / CHECKPOINT_FILE
-    deadline = time.monotonic() + 120
-    while not log.exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1
-    last = stderr.strip().splitlines()[-1]
-    assert last.startswith(f"boostdiff: error: stopped by {number.name} after update")
-    done = int(last.split("after update ")[1].split(",")[0])
-    header = load_training_state(log)
-    assert header.step == done
+    def send(report: UpdateReport) -> None:
+        if report.update == 3:
+            signal.raise_signal(number)
+
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    config, observers = DistillConfig(prompts=prompt_file, updates=9, batch_size=2), Observers(on_update=send)
+    with pytest.raises(BoostDiffError, match=rf"stopped by {number.name} after update 4, saved: .* --resume") as ended:
+        distill(tiny_files, config, output=tmp_path / "s", device="cpu", observers=observers)
+    assert ended.value.exit_code == 1
+    assert load_training_state(work_folder(tmp_path / "s") / CHECKPOINT_FILE).step == 4
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_adapter(

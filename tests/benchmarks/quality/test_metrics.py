@@ -36,6 +36,7 @@ def test_the_frechet_distance_of_saved_features_is_scipys(saved: tuple[torch.Ten
     expected = ((real.mean(0) - fake.mean(0)) ** 2).sum() + np.trace(c_real + c_fake - 2 * sqrtm(c_real @ c_fake).real)
     found = frechet_distance(Reference.of(*saved), saved[1])
     assert found == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(Reference.of(*saved), saved[0]) == pytest.approx(0, abs=1e-3)
 
 
 def test_the_kernel_distance_is_the_unbiased_estimate(saved: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -4,9 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -137,6 +141,40 @@ def test_two_runs_may_share_a_folder(sample_cache: SampleCache) -> None:
     assert len(shards(sample_cache)) == 3
 
 
+class Thread:
+    """One of several threads in the place of a process that was launched."""
+
+    num_processes = 2
+
+    def __init__(self, index: int, barrier: threading.Barrier) -> None:
+        self.index, self.wait_for_everyone = index, barrier.wait
+
+    @contextmanager
+    def split_between_processes(self, items: list[Any]) -> Iterator[list[Any]]:
+        yield items[self.index :: self.num_processes]
+
+    def destroy_process_group(self) -> None:
+        """There is none."""
+
+
+def test_two_fill_a_cache_together(sample_cache: SampleCache) -> None:
+    barrier, counted = threading.Barrier(2), {0: 0, 1: 0}
+    session = Session(model=sample_cache.model, sampler="ddim", steps=STEPS)
+    variants = [session.teacher(3.0), session.teacher(1.0)]
+
+    def fill(index: int) -> None:
+        def count(name: str, images: int) -> None:
+            counted[index] += images
+
+        replace(sample_cache, shard=2, on_images=count).fill(variants, Thread(index, barrier))  # type: ignore[arg-type]
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(fill, range(2)))
+    # Eight shards of two images at two steps: half by each, which counts for both.
+    assert counted == {0: 32, 1: 32}
+    assert len(shards(sample_cache)) == 8
+
+
 WORKER = """
 import dataclasses
 import sys
@@ -170,6 +208,7 @@ if processes.is_main_process:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_shards(
     tiny: Model, network: EfficientNetLite0Features, tiny_folder: Path, tmp_path: Path
 ) -> None:
