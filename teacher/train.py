@@ -32,6 +32,7 @@ from .captions import Grammar, caption, draw_captions
 from .dataset import Artworks, load_artworks
 from .evaluate import classifiers, evaluate, grids
 from .measure import Batch, Rate, Seed, Steps, Work, device, held_out_psnr, load_vae, reference, write_images
+from .negatives import negatives
 from .optimise import optimise, step_generator
 from .palette import BACKGROUNDS, PALETTE
 from .placement import draw_pictures, to_model_range
@@ -244,7 +245,7 @@ def save(
 
 
 app.command("images")(write_images)
-for stage in (caption_model, reference, classifiers, evaluate, grids):
+for stage in (caption_model, reference, classifiers, evaluate, grids, negatives):
     app.command()(stage)
 
 

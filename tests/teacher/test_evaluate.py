@@ -8,11 +8,14 @@ from boostdiff.benchmarks.fastest import FastestRunners
 from boostdiff.benchmarks.quality.clip_score import ClipScorer
 from boostdiff.benchmarks.quality.features import EfficientNetLite0Features, features_of
 from boostdiff.benchmarks.quality.reference import Reference
+from boostdiff.distill.config import DistillConfig
+from boostdiff.distill.distill import distill
 from boostdiff.distill.image_files import open_images
+from boostdiff.distill.loop import Observers
 from boostdiff.engine import embedded
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.model import load, locate
-from boostdiff.teacher import measure
+from boostdiff.teacher import measure, negatives
 from boostdiff.teacher.architecture import make_vae
 from boostdiff.teacher.captions import FULL, draw_captions
 from boostdiff.teacher.dataset import Artworks
@@ -129,3 +132,23 @@ def test_training_images_are_what_distill_reads(
     assert sorted(str(row.caption) for row in rows) == sorted(each.text for each in captions)
     with pytest.raises(InputError, match="something at"):
         write_images(tmp_path, tmp_path / "images", count=7)
+
+
+def test_what_a_negative_prompt_names_is_looked_for(
+    artworks: Artworks,
+    prompt_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(negatives, "load_artworks", lambda work: artworks)
+    monkeypatch.setattr(negatives, "style_network", lambda work, artworks, seed: train_style(artworks, steps=2))
+    config = DistillConfig(prompts=prompt_file, updates=1, batch_size=2, negative_prompt="live")
+    distill(locate("emoji64"), config, output=tmp_path / "live", device="cpu", observers=Observers(preview=False))
+    negatives.negatives([tmp_path / "live"], images=4, steps=1, batch_size=4)
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    names = [row[0] for row in rows]
+    variants = ["teacher, no negative prompt", "teacher, two passes", "live, one pass"]
+    assert names == ["background", "---", *variants, "style", "---", *variants]
+    assert rows[2][1:] == ["100.0% ± 0.0%", "0%"] or rows[2][2] == "–"
+    assert all(0 <= float(row[1].split("%")[0]) <= 100 for row in rows if row[0] in variants)
