@@ -28,6 +28,9 @@ LEARNING_RATES = {"lora": 4e-3, "dora": 4e-3, "bitfit": 1e-2, "soft-prompt": 1e-
 OTHER_MODELS = 1 / 40
 """Factor of the learning rate for other models than `emoji64`: 1e-4 for LoRA, as is usual for Stable Diffusion."""
 
+LARGEST = 10_000
+"""Of a guidance scale and of LoRA alpha: beyond, numbers overflow in training."""
+
 LIVE = "live"
 """The `--negative-prompt` of a student that takes any."""
 
@@ -119,16 +122,18 @@ class DistillConfig:
             InputError: a value can't be used, or would not be used.
         """
         check_options(self)
-        if not 1 <= self.guidance < math.inf or not 1 <= (self.guidance_max or 1) < math.inf:
-            raise InputError(f"--guidance {self.guidance:g} can't be used: it must be a number that is at least 1")
+        if not 1 <= self.guidance <= LARGEST or not 1 <= (self.guidance_max or 1) <= LARGEST:
+            raise InputError(
+                f"--guidance {self.guidance:g} can't be used: it must be a number that is at least 1, at most {LARGEST}"
+            )
         if self.guidance == 1 and self.guidance_max is None:
             raise InputError("--guidance 1 is no guidance, there is nothing to distill: it must be above 1")
         if self.guidance_max is not None and self.guidance_max <= self.guidance:
             raise InputError(f"--guidance {self.guidance:g}:{self.guidance_max:g} is no range: write LOW:HIGH")
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise InputError("--learning-rate must lie between 0 and 1")
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise InputError("--alpha must be above 0")
+        if self.alpha is not None and not 0 < self.alpha <= LARGEST:
+            raise InputError(f"--alpha must be above 0, and at most {LARGEST}")
         if self.prompts and self.images:
             raise InputError("pass --prompts FILE or --images DIR, not both")
         if self.method not in ("lora", "dora"):

@@ -102,7 +102,9 @@ class Engine(AbstractContextManager["Engine"]):
         if runner not in EXPORTED:
             raise InputError(f"an engine has no runner {runner!r}: choose one of {', '.join(EXPORTED)}")
         if reason := available_runners(manifest, target, [runner])[runner]:
-            raise BoostDiffError(f"can't run the engine in {folder} with {runner}: {reason}")
+            # What was never exported is the user's to change, what the machine lacks is not.
+            fault = InputError if runner == "tensorrt" and "unet/model.plan" not in manifest.files else BoostDiffError
+            raise fault(f"can't run the engine in {folder} with {runner}: {reason}")
         for name in manifest.configurations():
             verified_file(folder, manifest, name)
         with ExitStack() as stack:

@@ -241,6 +241,8 @@ def test_an_earlier_student_stays_until_the_new_one_is_whole(
         ({"rank": 0}, "--rank must be at least 1"),
         ({"guidance": 0.5}, "at least 1"),
         ({"guidance": float("nan")}, "at least 1"),
+        ({"guidance": 1e30}, "at most 10000"),
+        ({"alpha": 1e300}, "at most 10000"),
         ({"guidance": 1.0}, "nothing to distill"),
         ({"updates": 0}, "--updates"),
         ({"learning_rate": 0.0}, "--learning-rate"),
