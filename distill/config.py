@@ -14,6 +14,7 @@ import typer
 
 from ..engine.embedded import TRAIN_PROMPTS
 from ..engine.errors import InputError
+from ..engine.guiders import GuiderOptions
 from ..engine.options import UNRESOLVED, SeedOption, check_options, refuse_unused
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -35,7 +36,7 @@ RANGE_UPDATES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig:
+class DistillConfig(GuiderOptions):
     """Everything that determines the trained adapter.
 
     Attributes:
@@ -107,7 +108,7 @@ class DistillConfig:
         Raises:
             InputError: a value can't be used, or would not be used.
         """
-        check_options(self)
+        super().__post_init__()
         if not 1 <= self.guidance < math.inf or not 1 <= (self.guidance_max or 1) < math.inf:
             raise InputError(f"--guidance {self.guidance:g} can't be used: it must be a number that is at least 1")
         if self.guidance == 1 and self.guidance_max is None:
@@ -144,6 +145,7 @@ class DistillConfig:
         """
         preset = PRESETS[self.preset or "default"]
         defaults = {"precision": "bf16" if in_bfloat16 else "fp32", **METHOD_DEFAULTS[self.method], **preset}
+        defaults |= {"guider": "cfg", **self.guider_settings}
         if self.guidance_conditioned and "updates" not in preset:
             defaults["updates"] *= RANGE_UPDATES
         if embedded and self.images is None:

@@ -56,6 +56,7 @@ def open_engine(config: GenerateConfig, device: str) -> Iterator[Sampling]:
     if config.student is not None:
         manifest.check_student(read_student(config.student), engine=folder)
     manifest.distilled.check_negative_prompt(config.negative_prompt)
+    manifest.distilled.check_guider(config)
     check_steps(scheduler_of(folder).config, [config.sampler], [config.steps])
     with Engine.load(folder, runner=config.runner, device=device, precision=config.precision) as engine:
         model = engine.sized(config.height, config.width)
@@ -86,7 +87,8 @@ def open_teacher(files: ModelFiles, config: GenerateConfig, device: torch.device
     """The teacher in torch: two passes with guidance, one where w is 1."""
     model = load_sized(files, config, device)
     scale = DEFAULT_GUIDANCE if config.guidance is None else config.guidance
-    denoiser = teacher_denoiser(IN_TORCH[config.runner](model.unet), scale)
+    guider = config.chosen_guider.for_schedule(model.pipeline.scheduler.config)
+    denoiser = teacher_denoiser(IN_TORCH[config.runner](model.unet), scale, guider)
     negative_prompt = (config.negative_prompt or "") if isinstance(denoiser, GuidedDenoiser) else None
     text = model.family.encode(model.pipeline, config.prompts, negative_prompt=negative_prompt)
     return Sampling(model=model, denoiser=denoiser, text=text)
@@ -99,6 +101,7 @@ def open_student(files: ModelFiles, config: GenerateConfig, device: torch.device
     info = read_student(folder, files)
     guidance = info.choose_guidance(config.guidance)
     info.check_negative_prompt(config.negative_prompt)
+    info.check_guider(config)
     if config.lora_scale is not None and (info.method != "lora" or info.guidance_range is not None):
         # At scale 0 a DoRA's magnitudes stay, and so does a guidance input: that is not the base.
         kind = info.method if info.guidance_range is None else "guidance-conditioned"

@@ -13,6 +13,7 @@ from .adapters import METHODS
 from .errors import InputError, one_line
 from .files import read_json, sha256_of, write_json
 from .guidance_input import load_adapter
+from .guiders import Guider, GuiderOptions, check_guider
 from .model import Model, ModelFiles
 
 INFO_FILE = "student.json"
@@ -27,12 +28,21 @@ class Distilled:
         guidance: guidance scale w that was distilled in; for a range its middle.
         guidance_range: smallest and largest w of a guidance-conditioned student, else None.
         negative_prompt: negative prompt that was distilled in, or "".
+        guider: the teacher's, a key of `guiders.GUIDERS`.
+        guider_settings: its settings.
     """
 
     method: str
     guidance: float
     guidance_range: tuple[float, float] | None = None
     negative_prompt: str = ""
+    guider: str = "cfg"
+    guider_settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def teacher_guider(self) -> Guider:
+        """The teacher's guider."""
+        return Guider(name=self.guider, settings=self.guider_settings)
 
     def choose_guidance(self, guidance: float | None) -> float | None:
         """The UNet's guidance input: a scale for a guidance-conditioned student, else None.
@@ -70,6 +80,19 @@ class Distilled:
             raise InputError(
                 f"this student was distilled with {trained}, and one pass can't follow another: "
                 "leave --negative-prompt out, distill with it, or pass --teacher"
+            )
+
+    def check_guider(self, options: GuiderOptions) -> None:
+        """Refuse a guider, or a setting of it, that the student was not distilled with; what is left out is its own.
+
+        Raises:
+            InputError: it is another.
+        """
+        asked = {name: value for name in options.guider_settings if (value := getattr(options, name)) is not None}
+        if options.guider not in (None, self.guider) or not asked.items() <= self.guider_settings.items():
+            raise InputError(
+                f"this student was distilled with the guider {self.teacher_guider}, and one pass can't follow another: "
+                "leave --guider out, distill with it, or pass --teacher"
             )
 
 
@@ -111,9 +134,10 @@ def _usable(values: dict[str, Any]) -> bool:
     def number(value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-    scales, files = values["guidance_range"], values["adapter_files"]
+    scales, files, settings = values["guidance_range"], values["adapter_files"], values["guider_settings"]
     return (
-        all(isinstance(values[name], str) for name in ("method", "negative_prompt", "model", "unet_sha256"))
+        all(isinstance(values[name], str) for name in ("method", "negative_prompt", "guider", "model", "unet_sha256"))
+        and isinstance(settings, dict)
         and number(values["guidance"])
         and (scales is None or (isinstance(scales, list) and len(scales) == 2 and all(map(number, scales))))
         and isinstance(files, dict)
@@ -134,7 +158,8 @@ def read_student(folder: Path, files: ModelFiles | None = None) -> StudentInfo:
     """
     if not (folder / INFO_FILE).is_file():
         raise InputError(f"there is no student in {folder}: run `boostdiff distill` first, or pass --student DIR")
-    values = read_json(folder / INFO_FILE)
+    # Students from before there were guiders are of plain classifier-free guidance.
+    values = {"guider": "cfg", "guider_settings": {}} | read_json(folder / INFO_FILE)
     names = {item.name for item in fields(StudentInfo)}
     if not names <= set(values) or not _usable(values):
         raise InputError(f"{folder / INFO_FILE} is not a student's description; distill again")
@@ -143,6 +168,10 @@ def read_student(folder: Path, files: ModelFiles | None = None) -> StudentInfo:
     info = StudentInfo(**{name: values[name] for name in names})
     if info.method not in METHODS:
         raise InputError(f"the student in {folder} is of method {info.method}, which is gone: distill one of another")
+    try:
+        check_guider(info.guider, info.guider_settings)
+    except InputError as error:
+        raise InputError(f"the teacher of the student in {folder} can't be made: {error}; distill again") from None
     for name, expected in info.adapter_files.items():
         path = folder / Path(name).name
         if not path.is_file():
