@@ -3,8 +3,8 @@
 They work on the model's predictions (ε̂, v̂), as in stock pipelines. A student knows prompt, z_t, t and w, so its
 teacher must be a function of these. What diffusers counts in steps is made one, or left out:
 
-- The interval: timestep t counts as step T − 1 − t of T. At N evenly spaced steps this is diffusers' interval, where
-  its ends are multiples of 1/N.
+- The interval: timestep t counts as step T − 1 − t of T. At N steps, spaced `leading` or `trailing`, this is diffusers'
+  interval where its ends are multiples of 1/N; with `linspace` an end may lie one step off.
 - APG's momentum is left out. It sums over a trajectory's earlier steps: captioned images have none, and a student that
   sees one state could learn its mean at best.
 - CFG-Zero*'s zero init is left out. It is for flow matching, where a velocity of zero leaves z_t as it is. ε̂ = 0 gives
@@ -36,9 +36,10 @@ GUIDERS: dict[str, dict[str, Any]] = {
     "apg": {"apg_eta": 0.0, "apg_norm_threshold": 15.0},
     "cfg-zero": {},
 }
-"""Settings of each guider with their defaults, which are those of the papers for Stable Diffusion XL or 2.1.
+"""Settings of each guider with their defaults.
 
-The interval is Kynkäänniemi et al.'s σ from 0.28 to 5.42, in Stable Diffusion's noise schedule.
+φ is Lin et al.'s, η the APG paper's, its threshold diffusers' default; the interval is Kynkäänniemi et al.'s for SDXL, σ
+from 0.28 to 5.42, in Stable Diffusion's noise schedule.
 """
 
 PANEL = "Guider"
