@@ -38,8 +38,8 @@ GUIDERS: dict[str, dict[str, Any]] = {
 }
 """Settings of each guider with their defaults.
 
-φ is Lin et al.'s, η the APG paper's, its threshold diffusers' default; the interval is Kynkäänniemi et al.'s for SDXL, σ
-from 0.28 to 5.42, in Stable Diffusion's noise schedule.
+φ is Lin et al.'s, η the APG paper's, its threshold diffusers' default; the interval is Kynkäänniemi et al.'s for
+SDXL, σ from 0.28 to 5.42, in Stable Diffusion's noise schedule.
 """
 
 PANEL = "Guider"
