@@ -193,7 +193,8 @@ class GuiderOptions:
         if self.guidance_rescale is not None and not 0 < self.guidance_rescale <= 1:
             raise InputError("--guidance-rescale must lie above 0 and up to 1")
         if self.guidance_interval is not None:
-            parse_interval(self.guidance_interval)
+            # The same however it is written, for who compares settings.
+            object.__setattr__(self, "guidance_interval", "{:g}:{:g}".format(*parse_interval(self.guidance_interval)))
         if self.apg_eta is not None and not 0 <= self.apg_eta <= 1:
             raise InputError("--apg-eta must lie between 0 and 1")
         if self.apg_norm_threshold is not None and not 0 <= self.apg_norm_threshold < math.inf:

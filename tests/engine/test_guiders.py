@@ -212,7 +212,10 @@ def test_a_student_follows_its_own_guider_alone() -> None:
             student.check_guider(options)
 
 
-def test_defaults_are_usable_and_told_by_the_help() -> None:
+def test_defaults_are_usable_and_settings_are_checked() -> None:
+    assert GuiderOptions(guider="interval", guidance_interval="0.20:1.0") == GuiderOptions(
+        guider="interval", guidance_interval="0.2:1"
+    )
     for name, settings in GUIDERS.items():
         check_guider(name, settings)
         assert GuiderOptions(guider=name).guider_settings == settings  # type: ignore[arg-type]
