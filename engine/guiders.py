@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -42,7 +42,7 @@ GUIDERS: dict[str, dict[str, Any]] = {
 SDXL, σ from 0.28 to 5.42, in Stable Diffusion's noise schedule.
 """
 
-PANEL = "Guider"
+_option = partial(typer.Option, rich_help_panel="Guider")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,23 +71,18 @@ class Guider:
     def _of_diffusers(self) -> Any:
         from diffusers import guiders
 
-        settings = self.settings
-        match self.name:
-            case "rescale":
-                return guiders.ClassifierFreeGuidance(guidance_rescale=settings["guidance_rescale"])
-            case "interval":
-                start, stop = parse_interval(settings["guidance_interval"])
-                return guiders.ClassifierFreeGuidance(start=start, stop=stop)
-            case "apg":
-                return guiders.AdaptiveProjectedGuidance(
-                    eta=settings["apg_eta"],
-                    adaptive_projected_guidance_rescale=settings["apg_norm_threshold"],
-                    # The paper's equation: the other form does not end in the conditional prediction at w = 1.
-                    use_original_formulation=True,
-                )
-            case "cfg-zero":
-                return guiders.ClassifierFreeZeroStarGuidance(zero_init_steps=0)
-        return guiders.ClassifierFreeGuidance()
+        if self.name == "cfg-zero":
+            return guiders.ClassifierFreeZeroStarGuidance(zero_init_steps=0)
+        if self.name == "apg":
+            return guiders.AdaptiveProjectedGuidance(
+                eta=self.settings["apg_eta"],
+                adaptive_projected_guidance_rescale=self.settings["apg_norm_threshold"],
+                # The paper's equation: the other form does not end in the conditional prediction at w = 1.
+                use_original_formulation=True,
+            )
+        start, stop = parse_interval(self.settings.get("guidance_interval", "0:1"))
+        rescale = self.settings.get("guidance_rescale", 0.0)
+        return guiders.ClassifierFreeGuidance(guidance_rescale=rescale, start=start, stop=stop)
 
     def _at(self, t: float) -> Any:
         guider = self._of_diffusers
@@ -143,23 +138,18 @@ class GuiderOptions:
 
     guider: Annotated[
         Literal["cfg", "rescale", "interval", "apg", "cfg-zero"] | None,
-        typer.Option(
-            rich_help_panel=PANEL,
+        _option(
             show_default="cfg",
             help="The teacher's guidance: classifier-free guidance, with guidance rescale, in a limited interval, "
             "adaptive projected guidance, or CFG-Zero*.",
         ),
     ] = None
     guidance_rescale: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel=PANEL, show_default="0.7", help="rescale: factor φ, above 0 and up to 1, which is full."
-        ),
+        float | None, _option(show_default="0.7", help="rescale: factor φ, above 0 and up to 1, which is full.")
     ] = None
     guidance_interval: Annotated[
         str | None,
-        typer.Option(
-            rich_help_panel=PANEL,
+        _option(
             metavar="START:STOP",
             show_default="0.19:0.93",
             help="interval: fractions of the timesteps, from noise to image, between which there is guidance.",
@@ -167,17 +157,10 @@ class GuiderOptions:
     ] = None
     apg_eta: Annotated[
         float | None,
-        typer.Option(
-            rich_help_panel=PANEL,
-            show_default="0",
-            help="apg: weight η, from 0 to 1, of the part of guidance that is parallel to the prediction.",
-        ),
+        _option(show_default="0", help="apg: weight η, from 0 to 1, of guidance parallel to the prediction."),
     ] = None
     apg_norm_threshold: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel=PANEL, show_default="15", help="apg: largest norm r of the guidance term; 0 is any."
-        ),
+        float | None, _option(show_default="15", help="apg: largest norm r of the guidance term; 0 is any.")
     ] = None
 
     def __post_init__(self) -> None:
