@@ -149,7 +149,10 @@ def bench(
     """
     check_steps(files.scheduler_config, [config.sampler], [config.steps])
     manifest = read_manifest(engine)
-    manifest.check_student(read_student(students[0]), engine=engine)
+    info = read_student(students[0])
+    manifest.check_student(info, engine=engine)
+    if config.alternatives and info.guider != "cfg":
+        raise InputError(f"--alternatives is for teachers with plain guidance, not with the guider {info.guider}")
     opened = Session.open(files, config, students=students, guidance=config.guidance, prompts=prompts, device=device)
     with opened as session:
         session = session.at(config.sampler, config.steps)
@@ -245,6 +248,7 @@ def _measure_speed(
             model,
             prompts=session.prompts,
             guidance=session.guidance,
+            guider=session.guider,
             make_scheduler=partial(make_scheduler, config.sampler, model.pipeline.scheduler.config),
             steps=config.steps,
             batch_sizes=config.batch_sizes_on(device),

@@ -16,6 +16,7 @@ from diffusers import SchedulerMixin, UNet2DConditionModel
 from ..engine.errors import InputError
 from ..engine.files import sha256_of
 from ..engine.guidance import teacher_denoiser
+from ..engine.guiders import Guider
 from ..engine.merge import merge
 from ..engine.model import Model, ModelFiles, load, resolve_device
 from ..engine.prompts import cut_note
@@ -57,6 +58,8 @@ def read_students(
     scales = {info.choose_guidance(guidance) or info.guidance for info in infos}
     if len({info.negative_prompt for info in infos}) > 1:
         raise InputError("the students were distilled with different negative prompts: compare them one at a time")
+    if any(info.teacher_guider != infos[0].teacher_guider for info in infos):
+        raise InputError("the students were distilled with different guiders: compare them one at a time")
     if len(scales) > 1:
         raise InputError("the students were distilled at different guidance: compare them one at a time")
     return infos, scales.pop()
@@ -154,6 +157,12 @@ class Session:
         return replace(self, sampler=sampler, steps=steps)
 
     @property
+    def guider(self) -> Guider:
+        """The guider of the students, and so of the teacher."""
+        guider = self.students[0].info.teacher_guider if self.students else Guider()
+        return guider.for_schedule(self.model.pipeline.scheduler.config)
+
+    @property
     def make_scheduler(self) -> Callable[[], SchedulerMixin]:
         """Gives a fresh scheduler."""
         return partial(make_scheduler, self.sampler, self.model.pipeline.scheduler.config)
@@ -164,14 +173,16 @@ class Session:
 
     def teacher(self, guidance: float, *, reseeded: bool = False) -> SamplingVariant:
         """The teacher at a guidance scale; reseeded for the distance that chance makes."""
-        guided = guidance > 1
+        guided, guider, scheduler = guidance > 1, self.guider, self.make_scheduler()
+        plain = not guided or guider == Guider()
+        scheduler.set_timesteps(self.steps)
         return self._variant(
-            name=f"teacher w={guidance:g}{' reseeded' if reseeded else ''}",
+            name=f"teacher w={guidance:g}{'' if plain else f' {guider.name}'}{' reseeded' if reseeded else ''}",
             role="reseeded" if reseeded else "teacher" if guided else "unguided",
             guidance=guidance,
-            cost=self.steps * (1 + guided),
-            open=lambda: teacher_denoiser(self.runner(self.model.unet), guidance),
-            identity={"mode": "teacher", "guidance": guidance},
+            cost=guider.passes(scheduler.timesteps.tolist()) if guided else self.steps,
+            open=lambda: teacher_denoiser(self.runner(self.model.unet), guidance, guider),
+            identity={"mode": "teacher", "guidance": guidance} | ({} if plain else {"guider": str(guider)}),
             seed_offset=RESEED if reseeded else 0,
         )
 
@@ -249,6 +260,7 @@ class Session:
         return {
             "model": self.model.files.name,
             "guidance": self.guidance,
+            "guider": str(self.guider),
             "config": settings,
             "hardware": hardware(device),
             "commit": source_commit(),

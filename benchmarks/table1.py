@@ -128,7 +128,9 @@ def papers_rows(files: ModelFiles, students: Sequence[Student]) -> set[str]:
     """Rows that the paper has too: its model, LoRA at rank 8 and BitFit, at w = 3."""
     if sum(p.numel() for p in files.empty_unet().parameters()) != PAPER_PARAMETERS:
         return set()
-    same = [s for s in students if s.info.guidance == 3 and s.info.settings.get("rank", 8) == 8]
+    same = [
+        s for s in students if s.info.guidance == 3 and s.info.settings.get("rank", 8) == 8 and s.info.guider == "cfg"
+    ]
     return {"teacher w=3", "teacher w=1", *(student.name for student in same)}
 
 

@@ -14,6 +14,7 @@ import typer
 
 from ..engine.embedded import TRAIN_PROMPTS
 from ..engine.errors import InputError
+from ..engine.guiders import GuiderOptions
 from ..engine.options import UNRESOLVED, SeedOption, check_options, refuse_unused
 
 PAPER: dict[str, Any] = {"updates": 1600, "batch_size": 512, "learning_rate": 5e-5, "loss_weight": "constant"}
@@ -39,7 +40,7 @@ RANGE_UPDATES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig:
+class DistillConfig(GuiderOptions):
     """Everything that determines the trained adapter.
 
     Attributes:
@@ -121,7 +122,7 @@ class DistillConfig:
         Raises:
             InputError: a value can't be used, or would not be used.
         """
-        check_options(self)
+        super().__post_init__()
         if not 1 <= self.guidance <= LARGEST or not 1 <= (self.guidance_max or 1) <= LARGEST:
             raise InputError(
                 f"--guidance {self.guidance:g} can't be used: it must be a number that is at least 1, at most {LARGEST}"
@@ -182,6 +183,7 @@ class DistillConfig:
                 "loss_weight": LOSS_WEIGHT,
             }
         )
+        defaults |= {"guider": "cfg", **self.guider_settings}
         defaults["precision"] = "bf16" if in_bfloat16 else "fp32"
         if embedded and self.images is None:
             defaults["prompts"] = TRAIN_PROMPTS

@@ -116,6 +116,7 @@ class Run:
         self.parts = self.execution.gradient_accumulation_steps
         self.runner = (TrainingRunner if self.execution.compile else TorchRunner)(self.model.unet)
         self.prediction_type = self.model.pipeline.scheduler.config.prediction_type
+        self.guider = self.config.chosen_guider.for_schedule(self.model.pipeline.scheduler.config)
         self.parameters = list(self.adapter.parameters().values())
         self.optimizer = self.accelerator.prepare(
             torch.optim.AdamW(self.parameters, lr=self.config.learning_rate, weight_decay=0.0),
@@ -132,7 +133,7 @@ class Run:
         alpha, sigma = self.schedule.at(batch.t)
         z_t, text = batch.z_t.to(dtype), batch.text.to(dtype)
         guidance = batch.guidance if self.config.guidance_conditioned else None
-        teacher = GuidedDenoiser(self.runner, self.config.guidance if guidance is None else guidance)
+        teacher = GuidedDenoiser(self.runner, self.config.guidance if guidance is None else guidance, self.guider)
         student = SinglePassDenoiser(self.runner, guidance, live_negative_prompt=self.config.live_negative_prompt)
         autocast = self.accelerator.autocast if self.config.precision != "fp32" else nullcontext
 
@@ -146,7 +147,7 @@ class Run:
         with torch.no_grad(), self.adapter.disabled(), autocast():
             unconditional, conditional = teacher.passes(z_t, batch.t, text)
         # In float32: guidance multiplies what half precision rounds.
-        teacher_x = x_of(teacher.combined(unconditional.float(), conditional.float()))
+        teacher_x = x_of(teacher.combined(unconditional.float(), conditional.float(), batch.t))
         with autocast():
             prediction = student(z_t, batch.t, text)
         return teacher_x, loss_of(x_of(prediction)), loss_of(x_of(conditional))

@@ -61,6 +61,7 @@ class Preview:
         self.model, self.adapter, self.prompts, self.config = model, adapter, prompts, config
         self.scales = sorted(set(config.guidance_bounds))
         self.runner = AutocastRunner(model, autocast)
+        self.guider = config.chosen_guider.for_schedule(model.pipeline.scheduler.config)
         self.teacher: dict[str, torch.Tensor] = {}
 
     def write(self, path: Path) -> None:
@@ -87,8 +88,10 @@ class Preview:
         if not self.teacher:
             with self.adapter.disabled():
                 unguided = to_uint8(draw(SinglePassDenoiser(self.runner)))
-                guided = {f"teacher w={w:g}": to_uint8(draw(GuidedDenoiser(self.runner, w))) for w in self.scales}
-            self.teacher = {"teacher w=1": unguided} | guided
+                self.teacher = {"teacher w=1": unguided}
+                for scale in self.scales:
+                    guided = GuidedDenoiser(self.runner, scale, self.guider)
+                    self.teacher[f"teacher w={scale:g}"] = to_uint8(draw(guided))
         columns = dict(self.teacher)
         for scale in self.scales:
             student: Denoiser = SinglePassDenoiser(

@@ -72,6 +72,8 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What differs between two identities, in words; "" if nothing does."""
 
     def comparable(values: dict[str, Any]) -> dict[str, Any]:
+        # Runs from before there were guiders are of plain classifier-free guidance.
+        values = values | {"guider": values.get("guider") or "cfg"}
         # Of files the content counts; a dataset on the hub has its name alone.
         return values | {"prompts": None} | ({"images": None} if values.get("images_sha256") else {})
 
@@ -144,6 +146,8 @@ def write_student(run: Run, *, identity: dict[str, Any], result: dict[str, Any])
         guidance_range=(low, high) if config.guidance_conditioned else None,
         negative_prompt=config.fixed_negative_prompt,
         live_negative_prompt=config.live_negative_prompt,
+        guider=run.guider.name,
+        guider_settings=run.guider.settings,
         model=run.model.files.name,
         unet_sha256=identity["unet_sha256"],
         adapter_files={path.name: sha256_of(path) for path in paths},

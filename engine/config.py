@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 import typer
 
 from .errors import InputError
-from .options import SamplerOption, SeedOption, StepsOption, check_options, check_text, refuse_unused
+from .guiders import GuiderOptions
+from .options import SamplerOption, SeedOption, StepsOption, check_text, refuse_unused
 
 EXPORTED = ("onnx", "tensorrt")
 """Runners that execute an exported engine."""
@@ -25,7 +26,7 @@ PIXEL_MULTIPLE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
+class GenerateConfig(GuiderOptions):
     """What to draw, and with what; an InputError where a value can't be used, or would not be used.
 
     Attributes:
@@ -96,7 +97,7 @@ class GenerateConfig:
     seed: SeedOption = 0
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if self.guidance is not None and not 1 <= self.guidance < float("inf"):
             raise InputError(f"--guidance {self.guidance:g} can't be used: it must be at least 1")
         if self.lora_scale is not None and not 0 <= self.lora_scale <= 1:
@@ -114,7 +115,7 @@ class GenerateConfig:
         if self.teacher:
             refuse_unused(self, "with --teacher", "student", "lora_scale")
             if self.guidance == 1:
-                refuse_unused(self, "with --guidance 1, which is one pass", "negative_prompt")
+                refuse_unused(self, "with --guidance 1, which is one pass", "negative_prompt", "guider")
         if self.runner != "torch":
             refuse_unused(self, f"with --runner {self.runner}, where the LoRA is merged", "lora_scale")
         if self.runner != "onnx":

@@ -56,6 +56,7 @@ def open_engine(config: GenerateConfig, device: str) -> Iterator[Sampling]:
     if config.student is not None:
         manifest.check_student(read_student(config.student), engine=folder)
     negative_prompt = manifest.distilled.choose_negative_prompt(config.negative_prompt)
+    manifest.distilled.check_guider(config)
     check_steps(scheduler_of(folder).config, [config.sampler], [config.steps])
     with Engine.load(folder, runner=config.runner, device=device, precision=config.precision) as engine:
         model = engine.sized(config.height, config.width)
@@ -87,7 +88,8 @@ def open_teacher(files: ModelFiles, config: GenerateConfig, device: torch.device
     """The teacher in torch: two passes with guidance, one where w is 1."""
     model = load_sized(files, config, device)
     scale = DEFAULT_GUIDANCE if config.guidance is None else config.guidance
-    denoiser = teacher_denoiser(IN_TORCH[config.runner](model.unet), scale)
+    guider = config.chosen_guider.for_schedule(model.pipeline.scheduler.config)
+    denoiser = teacher_denoiser(IN_TORCH[config.runner](model.unet), scale, guider)
     negative_prompt = (config.negative_prompt or "") if isinstance(denoiser, GuidedDenoiser) else None
     text = model.family.encode(model.pipeline, config.prompts, negative_prompt=negative_prompt)
     return Sampling(model=model, denoiser=denoiser, text=text)
@@ -100,6 +102,7 @@ def open_student(files: ModelFiles, config: GenerateConfig, device: torch.device
     info = read_student(folder, files)
     info.choose_guidance(config.guidance)
     negative_prompt = info.choose_negative_prompt(config.negative_prompt)
+    info.check_guider(config)
     if config.lora_scale is not None and not info.scalable:
         raise InputError(
             "--lora-scale is for students of method lora, one guidance scale and no live negative prompt: "

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from .families import TextEmbeddings
+from .guiders import Guider
 
 
 class Denoiser(Protocol):
@@ -42,9 +43,9 @@ def combine(
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
-def teacher_denoiser(runner: Callable[..., Any], guidance_scale: float) -> Denoiser:
+def teacher_denoiser(runner: Callable[..., Any], guidance_scale: float, guider: Guider | None = None) -> Denoiser:
     """The teacher at one scale: two passes, or one where w = 1 makes the other idle."""
-    return GuidedDenoiser(runner, guidance_scale) if guidance_scale > 1 else SinglePassDenoiser(runner)
+    return GuidedDenoiser(runner, guidance_scale, guider) if guidance_scale > 1 else SinglePassDenoiser(runner)
 
 
 def _embedding_rates(width: int) -> torch.Tensor:
@@ -76,12 +77,16 @@ def guidance_embedding(guidance_scale: torch.Tensor, width: int) -> torch.Tensor
 class GuidedDenoiser:
     """The teacher: one pass over a batch of 2B, unconditional half first, as stock pipelines order it.
 
-    `guidance_scale` is one number, or `(B,)` for a scale a sample.
+    `guidance_scale` is one number, or `(B,)` for a scale a sample; without a `guider` it is equation (3). Sampling
+    makes one pass at a timestep that the guider gives no guidance.
     """
 
-    def __init__(self, runner: Callable[..., Any], guidance_scale: float | torch.Tensor) -> None:
+    def __init__(
+        self, runner: Callable[..., Any], guidance_scale: float | torch.Tensor, guider: Guider | None = None
+    ) -> None:
         self.runner = runner
         self.guidance_scale = guidance_scale
+        self.guider = guider or Guider()
 
     def passes(self, z_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> tuple[torch.Tensor, torch.Tensor]:
         """The unconditional and the conditional prediction, each `(B, C, H, W)`."""
@@ -91,15 +96,19 @@ class GuidedDenoiser:
         unconditional, conditional = prediction.chunk(2)
         return unconditional, conditional
 
-    def combined(self, unconditional: torch.Tensor, conditional: torch.Tensor) -> torch.Tensor:
-        """What guidance makes of `passes`, `(B, C, H, W)`."""
+    def combined(self, unconditional: torch.Tensor, conditional: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """What guidance makes of `passes` at the timestep t, a scalar or `(B,)`: `(B, C, H, W)`."""
         scale = self.guidance_scale
+        if self.guider.name != "cfg":
+            return self.guider(unconditional, conditional, scale, t)
         if isinstance(scale, torch.Tensor):
             scale = scale.to(conditional)[:, None, None, None]
         return combine(unconditional, conditional, scale)
 
     def __call__(self, z_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
-        return self.combined(*self.passes(z_t, t, text))
+        if t.ndim == 0 and not self.guider.guides(t):
+            return SinglePassDenoiser(self.runner)(z_t, t, text)
+        return self.combined(*self.passes(z_t, t, text), t)
 
 
 class SinglePassDenoiser:

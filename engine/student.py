@@ -15,6 +15,7 @@ from .errors import InputError, one_line
 from .files import hash_of, read_json, sha256_of, write_json
 from .guidance import SinglePassDenoiser
 from .guidance_input import GuidanceConditioned
+from .guiders import Guider, GuiderOptions, check_guider
 from .live_negative import LiveNegative
 from .model import ModelFiles
 
@@ -31,6 +32,8 @@ class Distilled:
         guidance_range: smallest and largest w of a guidance-conditioned student, else None.
         negative_prompt: negative prompt that was distilled in, or "".
         live_negative_prompt: whether the student takes any negative prompt, at each image.
+        guider: the teacher's, a key of `guiders.GUIDERS`.
+        guider_settings: its settings.
     """
 
     method: str
@@ -38,6 +41,8 @@ class Distilled:
     guidance_range: tuple[float, float] | None = None
     negative_prompt: str = ""
     live_negative_prompt: bool = False
+    guider: str = "cfg"
+    guider_settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def scalable(self) -> bool:
@@ -52,6 +57,11 @@ class Distilled:
         """
         scale = self.choose_guidance(guidance)
         return SinglePassDenoiser(runner, scale, live_negative_prompt=self.live_negative_prompt)
+
+    @property
+    def teacher_guider(self) -> Guider:
+        """The teacher's guider."""
+        return Guider(name=self.guider, settings=self.guider_settings)
 
     def choose_guidance(self, guidance: float | None) -> float | None:
         """The UNet's guidance input: the scale asked for or the default of a guidance-conditioned student, else None.
@@ -94,6 +104,19 @@ class Distilled:
             )
         return None
 
+    def check_guider(self, options: GuiderOptions) -> None:
+        """Refuse a guider, or a setting of it, that the student was not distilled with; what is left out is its own.
+
+        Raises:
+            InputError: it is another.
+        """
+        asked = {name: value for name in options.guider_settings if (value := getattr(options, name)) is not None}
+        if options.guider not in (None, self.guider) or not asked.items() <= self.guider_settings.items():
+            raise InputError(
+                f"this student was distilled with the guider {self.teacher_guider}, and one pass can't follow another: "
+                "leave --guider out, distill with it, or pass --teacher"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudentInfo(Distilled):
@@ -134,9 +157,10 @@ def _usable(values: dict[str, Any]) -> bool:
     def scale(value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value < math.inf
 
-    scales, files = values["guidance_range"], values["adapter_files"]
+    scales, files, settings = values["guidance_range"], values["adapter_files"], values["guider_settings"]
     return (
-        all(isinstance(values[name], str) for name in ("method", "negative_prompt", "model", "unet_sha256"))
+        all(isinstance(values[name], str) for name in ("method", "negative_prompt", "guider", "model", "unet_sha256"))
+        and isinstance(settings, dict)
         and isinstance(values["live_negative_prompt"], bool)
         and scale(values["guidance"])
         and (
@@ -161,7 +185,9 @@ def read_student(folder: Path, files: ModelFiles | None = None) -> StudentInfo:
     # Students of earlier versions have no hash.
     if (digest := values.pop("sha256", None)) and hash_of(values) != digest:
         raise InputError(f"{folder / INFO_FILE} is damaged (its own SHA-256 differs): distill again")
-    values = {"live_negative_prompt": False} | values
+    # Nor have those from before live negative prompts and guiders, which are of plain classifier-free guidance.
+    earlier: dict[str, Any] = {"live_negative_prompt": False, "guider": "cfg", "guider_settings": {}}
+    values = earlier | values
     names = {item.name for item in fields(StudentInfo)}
     if not names <= set(values) or not _usable(values):
         raise InputError(f"{folder / INFO_FILE} is not a student's description; distill again")
@@ -170,6 +196,10 @@ def read_student(folder: Path, files: ModelFiles | None = None) -> StudentInfo:
     info = StudentInfo(**{name: values[name] for name in names})
     if info.method not in METHODS:
         raise InputError(f"the student in {folder} is of method {info.method}, which is gone: distill one of another")
+    try:
+        check_guider(info.guider, info.guider_settings)
+    except InputError as error:
+        raise InputError(f"the teacher of the student in {folder} can't be made: {error}; distill again") from None
     for name, expected in info.adapter_files.items():
         path = folder / Path(name).name
         if not path.is_file():

@@ -114,6 +114,8 @@ def _intended(files: ModelFiles, info: StudentInfo, config: ExportConfig, flavou
             "guidance_range": list(info.guidance_range) if info.guidance_range else None,
             "negative_prompt": info.negative_prompt,
             "live_negative_prompt": info.live_negative_prompt,
+            "guider": info.guider,
+            "guider_settings": info.guider_settings,
         },
         unet_config={},
         versions=versions("tensorrt", "tensorrt_rtx") if flavour else versions(),

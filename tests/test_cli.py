@@ -266,6 +266,11 @@ def broken(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, students
             "run `boostdiff export` first",
         ),
         ("bench --model {tiny} --prompts {prompts} --output a-file/below", "is a file"),
+        ("distill --guider magic", "'magic' is not one of 'cfg'"),
+        ("distill --guidance-rescale 0.7", "--guidance-rescale is not used without --guider rescale"),
+        ("distill --dry-run --guider interval --guidance-interval 0.8:0.2", "STOP 0.01 or more above"),
+        ("generate --teacher --guider apg --guidance 1 x", "--guider is not used with --guidance 1"),
+        ("generate --model {tiny} --guider apg x", "distilled with the guider cfg, and one pass can't"),
         ("destil", "No such command 'destil'"),
     ],
 )

@@ -27,14 +27,14 @@ class Flops:
     vae_decode: int
     text_encoder: int
 
-    def of_batch(self, *, passes: int, steps: int, batch_size: int) -> int:
-        """Prompts to pixels for a batch; with two passes, the empty prompt is encoded once for all."""
+    def of_batch(self, *, passes: float, steps: int, batch_size: int) -> float:
+        """Prompts to pixels for a batch; with more than one pass a step, the empty prompt is encoded once for all."""
         prompts = batch_size + (passes > 1)
         return batch_size * (passes * steps * self.unet + self.vae_decode) + prompts * self.text_encoder
 
-    def ceiling(self, *, steps: int, batch_size: int) -> float:
-        """Two-pass over one-pass operations: the speed-up of whole images at equal efficiency."""
-        teacher = self.of_batch(passes=2, steps=steps, batch_size=batch_size)
+    def ceiling(self, *, steps: int, batch_size: int, passes: float = 2) -> float:
+        """The teacher's operations over one pass a step: the speed-up of whole images at equal efficiency."""
+        teacher = self.of_batch(passes=passes, steps=steps, batch_size=batch_size)
         return teacher / self.of_batch(passes=1, steps=steps, batch_size=batch_size)
 
 

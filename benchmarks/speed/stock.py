@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 
 from ...engine.model import Model
 from .device import Stopwatch, synchronize
-from .throughput import RunnerMode, TimedVariant, Workload
+from .throughput import MODES, RunnerMode, TimedVariant, Workload
 
 
 def stock_pipeline(model: Model) -> DiffusionPipeline:
@@ -39,6 +39,10 @@ class StockVariant(TimedVariant):
     def key(self) -> RunnerMode:
         return RunnerMode("stock diffusers", self.mode)
 
+    def passes(self, work: Workload) -> float:
+        """See `TimedVariant.passes`; of our guiders the pipeline has guidance rescale alone."""
+        return MODES[self.mode]
+
     def time(self, work: Workload) -> dict[str, float]:
         """See `TimedVariant.time`; of its parts, only the UNet can be timed from outside."""
         unet, device = self.pipeline.unet, self.runner.device
@@ -57,6 +61,7 @@ class StockVariant(TimedVariant):
                 list(work.prompts),
                 num_inference_steps=work.steps,
                 guidance_scale=work.guidance,
+                guidance_rescale=work.guider.settings.get("guidance_rescale", 0.0),
                 latents=work.noise.to(device, self.runner.dtype),
                 output_type="pt",
             ).images

@@ -16,6 +16,7 @@ from diffusers import SchedulerMixin
 from ...engine.errors import one_line
 from ...engine.families import is_live
 from ...engine.guidance import GuidedDenoiser, SinglePassDenoiser
+from ...engine.guiders import Guider
 from ...engine.model import Model
 from ...engine.runners import Runner
 from ...engine.sampling import decode, initial_noise, sample
@@ -46,6 +47,7 @@ class Workload:
         prompts: B prompts.
         guidance: guidance scale of the teacher.
         make_scheduler: gives a fresh scheduler.
+        guider: guider of the teacher.
     """
 
     model: Model
@@ -53,6 +55,14 @@ class Workload:
     guidance: float
     make_scheduler: Callable[[], SchedulerMixin]
     steps: int
+    guider: Guider = field(default_factory=Guider)
+
+    @cached_property
+    def teacher_passes(self) -> float:
+        """The teacher's UNet passes per step, the mean where its guider has none at some steps."""
+        scheduler = self.make_scheduler()
+        scheduler.set_timesteps(self.steps)
+        return self.guider.passes(scheduler.timesteps.tolist()) / self.steps
 
     @cached_property
     def noise(self) -> torch.Tensor:
@@ -86,6 +96,10 @@ class TimedVariant:
         """For messages: "onnx student"."""
         return f"{self.key.runner} {self.key.mode}"
 
+    def passes(self, work: Workload) -> float:
+        """UNet passes per step."""
+        return work.teacher_passes if MODES[self.mode] > 1 else 1
+
     def time(self, work: Workload) -> dict[str, float]:
         """Make the batch of images: seconds by part, as far as they are known, with "total"."""
         model, runner, guided = self.parts or work.model, self.runner, MODES[self.mode] > 1
@@ -100,8 +114,9 @@ class TimedVariant:
                 return runner(z_t, *args, **kwargs)
 
         live = is_live(runner.config)
+        teacher = GuidedDenoiser(timed_runner, work.guidance, work.guider)
         single = SinglePassDenoiser(timed_runner, live_negative_prompt=live)
-        denoiser = GuidedDenoiser(timed_runner, work.guidance) if guided else single
+        denoiser = teacher if guided else single
         synchronize(device)
         began = time.perf_counter()
         with watch.part("text_encoder"):
@@ -216,6 +231,7 @@ def measure(
     steps: int,
     batch_sizes: Sequence[int],
     runs: int = 9,
+    guider: Guider | None = None,
     on_progress: Callable[[str], None] = lambda stage: None,
 ) -> Speed:
     """Measure all variants at all batch sizes.
@@ -225,7 +241,7 @@ def measure(
 
     Args:
         variants: the ratios need a teacher and a student on the same runner.
-        model: as `guidance`, `make_scheduler` and `steps` see `Workload`.
+        model: as `guidance`, `make_scheduler`, `steps` and `guider` see `Workload`.
         prompts: at least one; repeated to fill a batch.
         runs: timed batches per variant, after one that is discarded.
     """
@@ -243,7 +259,14 @@ def measure(
 
     for batch_size in batch_sizes:
         batch = [prompts[i % len(prompts)] for i in range(batch_size)]
-        work = Workload(model=model, prompts=batch, guidance=guidance, make_scheduler=make_scheduler, steps=steps)
+        work = Workload(
+            model=model,
+            prompts=batch,
+            guidance=guidance,
+            make_scheduler=make_scheduler,
+            steps=steps,
+            guider=guider or Guider(),
+        )
         running = []
         for variant in variants:
             if variant.batch_sizes is None or batch_size in variant.batch_sizes:
@@ -292,7 +315,7 @@ def _row(variant: TimedVariant, times: list[dict[str, float]], work: Workload, f
         ),
         unet_step=step,
         **parts,
-        tflops=MODES[variant.mode] * batch_size * flops.unet / step.median / 1e12,
+        tflops=variant.passes(work) * batch_size * flops.unet / step.median / 1e12,
         memory_in_use=int(max(memory)) if memory else None,
     )
 
@@ -307,7 +330,8 @@ def _ratios(measured: dict[RunnerMode, list[dict[str, float]]], work: Workload, 
     And the baselines over the student that is fastest at this batch size.
     """
     batch_size = len(work.prompts)
-    ceilings = {"total": flops.ceiling(steps=work.steps, batch_size=batch_size), "unet": 2.0}
+    passes = work.teacher_passes
+    ceilings = {"total": flops.ceiling(steps=work.steps, batch_size=batch_size, passes=passes), "unet": passes}
     students = [key for key in measured if key.mode == "student"]
     best = min(students, key=lambda key: median_of([run["total"] for run in measured[key]]).value, default=None)
     ratios = []

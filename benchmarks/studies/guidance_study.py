@@ -12,6 +12,7 @@ import typer
 
 from ...engine.families import TextEmbeddings
 from ...engine.guidance import Denoiser, GuidedDenoiser
+from ...engine.guiders import Guider
 from ...engine.model import Model
 from ...engine.options import SamplerOption
 from ...engine.runners import TorchRunner
@@ -38,13 +39,13 @@ class State(NamedTuple):
     unguided: torch.Tensor
 
 
-def trajectory(model: Model, text: TextEmbeddings, scale: float) -> list[State]:
+def trajectory(model: Model, text: TextEmbeddings, scale: float, guider: Guider | None = None) -> list[State]:
     """The teacher's states at one guidance scale above 1, image i from the noise of seed i."""
-    teacher, states = GuidedDenoiser(TorchRunner(model.unet), scale), []
+    teacher, states = GuidedDenoiser(TorchRunner(model.unet), scale, guider), []
 
     def recording(z_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
         unconditional, conditional = teacher.passes(z_t, t, text)
-        guided = teacher.combined(unconditional, conditional)
+        guided = teacher.combined(unconditional, conditional, t)
         states.append(State(t=t, z_t=z_t, guided=guided, unguided=conditional))
         return guided
 
@@ -91,7 +92,7 @@ def guidance_r2(
             (student,), model = session.students, session.model
             text = model.family.encode(model.pipeline, session.prompts[:prompts])
             for scale in scales_for(student, scales_of(scales)):
-                states = trajectory(model, text, scale)
+                states = trajectory(model, text, scale, session.guider)
                 denoiser = student.info.denoiser(TorchRunner(student.unet), scale)
                 r2 = [r2_of(denoiser, part, text) for part in (states, *([state] for state in states))]
                 rows.append([f"{folder.name}, w = {scale:g}", *(f"{each:.3f}" for each in r2)])

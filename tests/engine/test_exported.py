@@ -114,6 +114,8 @@ def test_an_engine_draws_without_model_and_student(folder: Path, tmp_path: Path)
         draw(None, replace(config, negative_prompt="blurry"), output=tmp_path)
     with pytest.raises(InputError, match="distilled at guidance 3"):
         draw(None, replace(config, guidance=7.0), output=tmp_path, device="cpu")
+    with pytest.raises(InputError, match="distilled with the guider cfg"):
+        draw(None, replace(config, guider="apg"), output=tmp_path, device="cpu")
 
 
 def test_an_interruption_keeps_what_is_drawn(tiny_files: ModelFiles, tmp_path: Path) -> None:
