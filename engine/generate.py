@@ -103,11 +103,8 @@ def open_student(files: ModelFiles, config: GenerateConfig, device: torch.device
     info.choose_guidance(config.guidance)
     negative_prompt = info.choose_negative_prompt(config.negative_prompt)
     info.check_guider(config)
-    if config.lora_scale is not None and not info.scalable:
-        raise InputError(
-            "--lora-scale is for students of method lora, one guidance scale and no live negative prompt: "
-            f"the one in {folder} is another"
-        )
+    if config.lora_scale is not None and (other := info.more_than_lora):
+        raise InputError(f"--lora-scale is for students of method lora and one guidance scale, not {other} ones")
     model = load_sized(files, config, device)
     if config.runner == "torch":
         apply_student(model.unet, folder, info)

@@ -45,9 +45,15 @@ class Distilled:
     guider_settings: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def scalable(self) -> bool:
-        """Whether the adapter at scale 0 is the base: a DoRA's magnitudes stay, and so does an added input."""
-        return self.method == "lora" and self.guidance_range is None and not self.live_negative_prompt
+    def more_than_lora(self) -> str:
+        """What makes a student at LoRA scale 0 another model than the base, in a word; "" where nothing does."""
+        found = {
+            "guidance-conditioned": self.guidance_range is not None,
+            "live negative prompt": self.live_negative_prompt,
+            # A DoRA's magnitudes stay.
+            self.method: self.method != "lora",
+        }
+        return next((name for name, there in found.items() if there), "")
 
     def denoiser(self, runner: Any, guidance: float | None = None) -> SinglePassDenoiser:
         """The student's single pass on a runner.

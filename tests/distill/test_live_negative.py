@@ -175,7 +175,7 @@ def test_generate_draws_by_it(files: ModelFiles, student: Path, tmp_path: Path) 
         images.append(np.asarray(Image.open(path)))
     assert np.array_equal(images[0], images[1])
     assert not np.array_equal(images[0], images[2])
-    with pytest.raises(InputError, match="--lora-scale is for students of"):
+    with pytest.raises(InputError, match="not live negative prompt ones"):
         draw(files, replace(config, lora_scale=0.5), output=tmp_path, device="cpu")
     with pytest.raises(InputError, match="attention to a live negative prompt is no part of stock weights"):
         export(files, ExportConfig(diffusers=True), student=student, output=tmp_path / "engine", device="cpu")
