@@ -32,7 +32,7 @@ from .captions import Grammar, caption, draw_captions
 from .dataset import Artworks, load_artworks
 from .evaluate import classifiers, evaluate, grids
 from .measure import Batch, Rate, Seed, Steps, Work, device, held_out_psnr, load_vae, reference, write_images
-from .negatives import negatives
+from .negative_prompts import negatives
 from .optimise import optimise, step_generator
 from .palette import BACKGROUNDS, PALETTE
 from .placement import draw_pictures, to_model_range

@@ -15,7 +15,7 @@ from boostdiff.distill.loop import Observers
 from boostdiff.engine import embedded
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.model import load, locate
-from boostdiff.teacher import measure, negatives
+from boostdiff.teacher import measure, negative_prompts
 from boostdiff.teacher.architecture import make_vae
 from boostdiff.teacher.captions import FULL, draw_captions
 from boostdiff.teacher.dataset import Artworks
@@ -141,11 +141,11 @@ def test_what_a_negative_prompt_names_is_looked_for(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(negatives, "load_artworks", lambda work: artworks)
-    monkeypatch.setattr(negatives, "style_network", lambda work, artworks, seed: train_style(artworks, steps=2))
+    monkeypatch.setattr(negative_prompts, "load_artworks", lambda work: artworks)
+    monkeypatch.setattr(negative_prompts, "style_network", lambda work, artworks, seed: train_style(artworks, steps=2))
     config = DistillConfig(prompts=prompt_file, updates=1, batch_size=2, negative_prompt="live")
     distill(locate("emoji64"), config, output=tmp_path / "live", device="cpu", observers=Observers(preview=False))
-    negatives.negatives([tmp_path / "live"], images=4, steps=1, batch_size=4)
+    negative_prompts.negatives([tmp_path / "live"], images=4, steps=1, batch_size=4)
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     names = [row[0] for row in rows]
     variants = ["teacher, no negative prompt", "teacher, two passes", "live, one pass"]
