@@ -14,6 +14,7 @@ from boostdiff.distill.negatives import COMMON, NegativePrompts
 from boostdiff.distill.objective import NoiseSchedule
 from boostdiff.distill.order import Share
 from boostdiff.distill.trajectories import Trajectories
+from boostdiff.engine.compiled import CompiledRunner
 from boostdiff.engine.config import GenerateConfig
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.exported import Engine
@@ -307,3 +308,22 @@ def test_a_unet_is_given_processors_once(tiny: Model) -> None:
     assert all(isinstance(m.processor, LiveNegativeAttention) for m in attentions)
     with pytest.raises(InputError, match="no plain cross-attention"):
         make_adapter("bitfit", tiny.unet, live_negative_prompt=True)
+
+
+@torch.no_grad()
+def test_a_compiled_unet_reads_the_newest_time_embedding(tiny: Model) -> None:
+    adapter = make_adapter("lora", tiny.unet, live_negative_prompt=True)
+    assert isinstance(adapter, LiveNegative)
+    for processor in adapter.processors.values():
+        processor.slope.normal_()
+    text, compiled, eager = (
+        encoded(tiny, "two green birds"),
+        CompiledRunner(tiny.unet, backend="eager"),
+        TorchRunner(tiny.unet),
+    )
+    z_t, arguments = torch.randn(1, *tiny.latent_shape), text.joined().unet_arguments()
+    for t in (900, 100):
+        got, expected = (
+            runner(z_t, torch.tensor(t), **arguments, return_dict=False)[0] for runner in (compiled, eager)
+        )
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-3)
