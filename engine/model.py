@@ -220,6 +220,10 @@ def _check_special_tokens(pipeline: DiffusionPipeline, files: ModelFiles) -> Non
     for name, encoder in zip(files.family.tokenizers, files.family.text_encoders, strict=True):
         known = getattr(pipeline, encoder).config.vocab_size
         tokenizer = getattr(pipeline, name)
+        if tokenizer.pad_token is None:
+            raise InputError(
+                f"{files.folder / name} has no padding token: tokenizer_config.json must name its pad_token"
+            )
         unknown = [word for word in tokenizer.all_special_tokens if tokenizer.convert_tokens_to_ids(word) >= known]
         if unknown:
             raise InputError(

@@ -1,6 +1,8 @@
 """What is refused of a model's folder, from configuration files alone and by every command in the same words."""
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from boostdiff.distill.distill import dry
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.files import read_json, write_json
 from boostdiff.engine.model import load, locate
-from tiny import CPU, make_xl_pipeline
+from diffusers import DiffusionPipeline
+from tiny import CPU, make_pipeline, make_xl_pipeline
 from typer.testing import CliRunner
 
 SCHEDULER, UNET, VAE = "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"
@@ -161,3 +164,12 @@ def test_damaged_settings_are_no_fault_of_ours(
         shutil.copy(weights, Path(folder) / weights.relative_to(tiny_folder))
     with pytest.raises(InputError, match=said):
         load(locate(folder), device=CPU)
+
+
+@pytest.mark.parametrize(("make", "name"), [(make_pipeline, "tokenizer"), (make_xl_pipeline, "tokenizer_2")])
+def test_a_tokenizer_without_padding(make: Callable[[], DiffusionPipeline], name: str, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    path = tmp_path / name / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": None}))
+    with pytest.raises(InputError, match=f"{name} has no padding token"):
+        load(locate(str(tmp_path)), device=CPU)
