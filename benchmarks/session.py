@@ -129,7 +129,7 @@ class Session:
         # Under a launcher each process has its own accelerator.
         model = load(files, device=processes.device if processes else target)
         batch_size = config.sampling_batch_size or default_batch_size(model)
-        methods = [info.method for info in infos]
+        names = [f"student {info.method}{', live' * info.live_negative_prompt}" for info in infos]
         passes, compiles = config.image_steps(len(students)), getattr(config, "compile", None) is not False
         with FastestRunners(model, passes=passes, compiles=compiles, batch_size=batch_size) as runners:
             yield cls(
@@ -137,13 +137,13 @@ class Session:
                 runner=runners,
                 students=[
                     Student(
-                        # With the folder where a method comes twice.
-                        name=f"student {info.method}{f' ({folder})' if methods.count(info.method) > 1 else ''}",
+                        # With the folder where a name comes twice.
+                        name=f"{name} ({folder})" if names.count(name) > 1 else name,
                         folder=folder,
                         info=info,
                         unet=merge(model, folder, info),
                     )
-                    for folder, info in zip(students, infos, strict=True)
+                    for name, folder, info in zip(names, students, infos, strict=True)
                 ],
                 guidance=scale,
                 config=config,

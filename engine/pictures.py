@@ -28,6 +28,7 @@ FIRST_FRAME = "with several frames or pages, of which the first is used"
 
 _MARGIN = 8
 _TEXT = 13
+_SPACING = 4
 _CELL = 128
 _INK, _PAPER = (30, 30, 36), (255, 255, 255)
 
@@ -111,18 +112,21 @@ def labelled_grid(columns: dict[str, torch.Tensor], captions: list[str]) -> Imag
     font = ImageFont.load_default(_TEXT)
     caption_width = 190
     rows = len(captions)
+    headings = {name: textwrap.wrap(name, 18)[:3] for name in columns}
+    lines = max(len(heading) for heading in headings.values())
+    top = 2 * _MARGIN + lines * _TEXT + (lines - 1) * _SPACING
     width = caption_width + len(columns) * (_CELL + _MARGIN) + _MARGIN
-    height = 2 * _MARGIN + _TEXT + rows * (_CELL + _MARGIN)
+    height = top + rows * (_CELL + _MARGIN)
     canvas = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(canvas)
     for row, caption in enumerate(captions):
-        y = 2 * _MARGIN + _TEXT + row * (_CELL + _MARGIN)
+        y = top + row * (_CELL + _MARGIN)
         draw.multiline_text((_MARGIN, y), "\n".join(textwrap.wrap(caption, 26)[:7]), _INK, font=font)
-    for column, (heading, images) in enumerate(columns.items()):
+    for column, (name, images) in enumerate(columns.items()):
         x = caption_width + _MARGIN + column * (_CELL + _MARGIN)
-        draw.text((x, _MARGIN // 2), heading, _INK, font=font)
+        draw.multiline_text((x, _MARGIN // 2), "\n".join(headings[name]), _INK, font=font, spacing=_SPACING)
         for row in range(rows):
-            y = 2 * _MARGIN + _TEXT + row * (_CELL + _MARGIN)
+            y = top + row * (_CELL + _MARGIN)
             canvas.paste(_enlarged(images[row]), (x, y))
     return canvas
 

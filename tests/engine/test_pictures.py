@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from boostdiff.engine.pictures import FIRST_FRAME, PICTURE_TYPES, PictureError, files_in, read_picture
+import torch
+from boostdiff.engine.pictures import FIRST_FRAME, PICTURE_TYPES, PictureError, files_in, labelled_grid, read_picture
 from PIL import Image, ImageCms
 
 
@@ -83,3 +84,16 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     (snapshot / "deep" / "loop").symlink_to(snapshot)
     names = [os.path.relpath(path, snapshot) for path in files_in(snapshot)]
     assert names == ["deep/0.png", "linked/1.png"]
+
+
+def test_long_headings_keep_to_their_columns() -> None:
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    short, long = (
+        labelled_grid({name: images, "b": images}, ["x", "y"])
+        for name in ("a", "student lora (outputs/a-student-of-a-long-name)")
+    )
+    assert short.width == long.width
+    assert short.height < long.height < short.height + 60
+    # Between the columns, where the text of the first would have gone on, there is paper.
+    gap = np.asarray(long)[:40, 190 + 8 + 128 : 190 + 8 + 128 + 8]
+    assert (gap == 255).all()
