@@ -145,6 +145,7 @@ def test_a_student_follows_its_negative_prompt_in_stock_pipelines_too(files: Mod
     assert passes == [1] * 9
 
 
+@pytest.mark.parametrize("files", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)], indirect=True)
 def test_an_engine_takes_any_negative_prompt_and_one_per_image(
     files: ModelFiles, student: Path, tmp_path: Path
 ) -> None:
