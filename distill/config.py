@@ -21,7 +21,7 @@ PAPER: dict[str, Any] = {"updates": 1600, "batch_size": 512, "learning_rate": 5e
 """`--preset paper`: BoostDiff's run on Stable Diffusion 2.1 base (474,741 LAION pairs)."""
 
 UPDATES, BATCH_SIZE, LOSS_WEIGHT = 520, 16, "snr"
-"""Where neither the user nor the preset says: 8,320 states, under 4 minutes of two CPU cores on `emoji64`."""
+"""Where neither the user nor the preset says: 8,320 states, minutes of two CPU cores on `emoji64`."""
 
 LEARNING_RATES = {"lora": 4e-3, "dora": 4e-3, "bitfit": 1e-2, "soft-prompt": 1e-2}
 """Chosen on `emoji64` at this budget; see docs/distillation.md, "Recipes"."""
