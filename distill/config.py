@@ -24,7 +24,7 @@ UPDATES, BATCH_SIZE, LOSS_WEIGHT = 520, 16, "snr"
 """Where neither the user nor the preset says: 8,320 states, minutes of two CPU cores on `emoji64`."""
 
 LEARNING_RATES = {"lora": 4e-3, "dora": 4e-3, "bitfit": 1e-2, "soft-prompt": 1e-2}
-"""Chosen on `emoji64` at this budget; see docs/distillation.md, "Recipes"."""
+"""That of LoRA was chosen on `emoji64` at this budget: docs/distillation.md, "Recipes"."""
 
 OTHER_MODELS = 1 / 40
 """Factor of the learning rate for other models than `emoji64`: 1e-4 for LoRA, as is usual for Stable Diffusion."""
@@ -173,18 +173,16 @@ class DistillConfig(GuiderOptions):
             in_bfloat16: whether the device has bfloat16 instructions.
             embedded: whether the model is the one that ships with prompts.
         """
-        defaults: dict[str, Any] = (
-            PAPER | {}
-            if self.preset
-            else {
-                "updates": UPDATES * (RANGE_UPDATES if self.guidance_conditioned else 1),
-                "batch_size": BATCH_SIZE,
-                "learning_rate": LEARNING_RATES[self.method] * (1 if embedded else OTHER_MODELS),
-                "loss_weight": LOSS_WEIGHT,
-            }
-        )
-        defaults |= {"guider": "cfg", **self.guider_settings}
-        defaults["precision"] = "bf16" if in_bfloat16 else "fp32"
+        defaults: dict[str, Any] = {
+            "updates": UPDATES * (RANGE_UPDATES if self.guidance_conditioned else 1),
+            "batch_size": BATCH_SIZE,
+            "learning_rate": LEARNING_RATES[self.method] * (1 if embedded else OTHER_MODELS),
+            "loss_weight": LOSS_WEIGHT,
+            "precision": "bf16" if in_bfloat16 else "fp32",
+            "guider": "cfg",
+            **self.guider_settings,
+            **(PAPER if self.preset else {}),
+        }
         if embedded and self.images is None:
             defaults["prompts"] = TRAIN_PROMPTS
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})

@@ -93,11 +93,10 @@ class TextEmbeddings:
         return len(self.conditional)
 
     def __getitem__(self, index: slice | torch.Tensor) -> TextEmbeddings:
-        shared = self.unconditional is None or len(self.unconditional) == 1
-        return TextEmbeddings(
-            conditional=self.conditional[index],
-            unconditional=self.unconditional if shared else self.unconditional[index],  # type: ignore[index]
-        )
+        unconditional = self.unconditional
+        if unconditional is not None and len(unconditional) > 1:
+            unconditional = unconditional[index]
+        return TextEmbeddings(conditional=self.conditional[index], unconditional=unconditional)
 
     def joined(self) -> PromptEmbeds:
         """Both along the tokens, `(B, 2L, D)`, the unconditional first: what a student of live negative prompts reads.

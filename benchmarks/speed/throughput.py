@@ -15,7 +15,7 @@ from diffusers import SchedulerMixin
 
 from ...engine.errors import one_line
 from ...engine.families import is_live
-from ...engine.guidance import GuidedDenoiser, SinglePassDenoiser
+from ...engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
 from ...engine.guiders import Guider
 from ...engine.model import Model
 from ...engine.runners import Runner
@@ -114,9 +114,9 @@ class TimedVariant:
                 return runner(z_t, *args, **kwargs)
 
         live = is_live(runner.config)
-        teacher = GuidedDenoiser(timed_runner, work.guidance, work.guider)
-        single = SinglePassDenoiser(timed_runner, live_negative_prompt=live)
-        denoiser = teacher if guided else single
+        denoiser: Denoiser = SinglePassDenoiser(timed_runner, live_negative_prompt=live)
+        if guided:
+            denoiser = GuidedDenoiser(timed_runner, work.guidance, work.guider)
         synchronize(device)
         began = time.perf_counter()
         with watch.part("text_encoder"):

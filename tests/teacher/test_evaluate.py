@@ -150,5 +150,6 @@ def test_what_a_negative_prompt_names_is_looked_for(
     names = [row[0] for row in rows]
     variants = ["teacher, no negative prompt", "teacher, two passes", "live, one pass"]
     assert names == ["background", "---", *variants, "style", "---", *variants]
-    assert rows[2][1:] == ["100.0% ± 0.0%", "0%"] or rows[2][2] == "–"
+    # From one noise, without a negative prompt, is the picture that named it.
+    assert rows[2][1] == "100.0% ± 0.0%"
     assert all(0 <= float(row[1].split("%")[0]) <= 100 for row in rows if row[0] in variants)
