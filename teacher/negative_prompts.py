@@ -12,6 +12,7 @@ import torch
 import typer
 
 from ..benchmarks.fastest import SAMPLING_BATCH, FastestRunners
+from ..benchmarks.quality.features import EfficientNetLite0Features, features_of
 from ..benchmarks.report.tables import Table
 from ..engine.embedded import MODEL_NAME
 from ..engine.errors import InputError
@@ -21,17 +22,25 @@ from ..engine.model import load, locate
 from ..engine.sampling import generate, to_uint8
 from ..engine.schedulers import make_scheduler
 from ..engine.student import read_student
-from .captions import Grammar, draw_captions
-from .dataset import load_artworks
+from .captions import FULL, Grammar, draw_captions
+from .dataset import Artworks, load_artworks
 from .evaluate import Images, Sampling, Together
-from .measure import Seed, Work, device
+from .measure import Seed, Work, device, load_vae
 from .palette import background_of
 from .style import style_network, style_of
+from .things import groups_of, things_classifier
 
-SILENT = {"background": Grammar(background=0, wrong=0), "style": Grammar(style=0, wrong=0)}
-"""Captions that do not say what a negative prompt will name."""
+NEGATIVES = {"background": "{} background", "style": "{} emoji", "thing": "emoji of {}"}
+"""The negative prompt for each kind of unwanted thing."""
 
-NEGATIVES = {"background": "{} background", "style": "{} emoji"}
+
+def silent_prompts(what: str, artworks: Artworks, *, count: int, seed: int) -> list[str]:
+    """Held-out captions that do not say what a negative prompt will name, a key of `NEGATIVES`."""
+    grammar = {"background": Grammar(background=0, wrong=0), "style": Grammar(style=0, wrong=0)}.get(what, FULL)
+    captions = draw_captions(artworks, held_out=True, count=count, seed=seed, grammar=grammar)
+    if what == "thing":
+        return [f"{caption.style} emoji on a {caption.background} background" for caption in captions]
+    return [caption.text for caption in captions]
 
 
 def negatives(
@@ -44,9 +53,10 @@ def negatives(
 ) -> None:
     """How often what a negative prompt names appears nevertheless, in images of held-out captions (DDIM).
 
-    The captions do not say the background (or the style); the negative prompt names the one that the teacher draws
-    unasked from the same noise, as the classifiers see it. Rows: the teacher without and with the negative prompt, and
-    each student; one of live negative prompts in one pass with it. Prints Markdown tables; ± is the standard error.
+    The captions do not say the background (or the style, or the thing); the negative prompt names the one that the
+    teacher draws unasked from the same noise, as the classifiers see it: of things their group. Rows: the teacher
+    without and with the negative prompt, and each student; one of live negative prompts in one pass with it. Prints
+    Markdown tables; ± is the standard error.
 
     Raises:
         InputError: a student can't be used, or the students are of several scales.
@@ -57,12 +67,14 @@ def negatives(
     if len(scales) > 1:
         raise InputError("the students were distilled at different guidance: compare them one at a time")
     model = load(files, device=device())
-    styles = style_network(work, artworks, seed=seed)
+    styles, network = style_network(work, artworks, seed=seed), EfficientNetLite0Features()
+    things = things_classifier(work, artworks, network, load_vae(work), seed=seed)
     unets = {folder: merge(model, folder, info) for folder, info in infos.items()}
-    passes = 2 * steps * images * (4 + len(students))
+    passes = len(NEGATIVES) * steps * images * (4 + len(students))
     see: dict[str, Callable[[torch.Tensor], list[str]]] = {
         "background": lambda drawn: background_of(drawn.permute(0, 2, 3, 1).numpy()),
         "style": partial(style_of, styles),
+        "thing": lambda drawn: [artworks.groups[i] for i in groups_of(things, features_of(network, drawn)).tolist()],
     }
     with FastestRunners(model, passes=passes, batch_size=batch_size) as runners:
         teacher = GuidedDenoiser(runners(model.unet), scales.pop())
@@ -79,9 +91,8 @@ def negatives(
             )
             return to_uint8(drawn)
 
-        for what, grammar in SILENT.items():
-            captions = draw_captions(artworks, held_out=True, count=images, seed=seed, grammar=grammar)
-            prompts = [caption.text for caption in captions]
+        for what in NEGATIVES:
+            prompts = silent_prompts(what, artworks, count=images, seed=seed)
             unwanted = see[what](draw(teacher, prompts, ""))
             named = [NEGATIVES[what].format(each) for each in unwanted]
 

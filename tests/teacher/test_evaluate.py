@@ -143,13 +143,17 @@ def test_what_a_negative_prompt_names_is_looked_for(
 ) -> None:
     monkeypatch.setattr(negative_prompts, "load_artworks", lambda work: artworks)
     monkeypatch.setattr(negative_prompts, "style_network", lambda work, artworks, seed: train_style(artworks, steps=2))
+    monkeypatch.setattr(negative_prompts, "load_vae", lambda work: None)
+    features = torch.randn(16, 1280, generator=torch.Generator().manual_seed(0))
+    fitted = fit_groups(features, torch.arange(16) % len(artworks.groups), len(artworks.groups))
+    monkeypatch.setattr(negative_prompts, "things_classifier", lambda *arguments, seed: fitted)
     config = DistillConfig(prompts=prompt_file, updates=1, batch_size=2, negative_prompt="live")
     distill(locate("emoji64"), config, output=tmp_path / "live", device="cpu", observers=Observers(preview=False))
     negative_prompts.negatives([tmp_path / "live"], images=4, steps=1, batch_size=4)
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     names = [row[0] for row in rows]
     variants = ["teacher, no negative prompt", "teacher, two passes", "live, one pass"]
-    assert names == ["background", "---", *variants, "style", "---", *variants]
+    assert names == [each for what in ("background", "style", "thing") for each in (what, "---", *variants)]
     # From one noise, without a negative prompt, is the picture that named it.
     assert rows[2][1] == "100.0% ± 0.0%"
     assert all(0 <= float(row[1].split("%")[0]) <= 100 for row in rows if row[0] in variants)
