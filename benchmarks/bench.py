@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from ..engine.compiled import CompiledRunner, missing_compiler
 from ..engine.errors import BoostDiffError, InputError
@@ -20,7 +19,7 @@ from ..engine.manifest import read_manifest
 from ..engine.memory import give_back_memory
 from ..engine.model import Model, ModelFiles, resolve_device
 from ..engine.runners import EXPORTED, Runner, TorchRunner, available_runners
-from ..engine.schedulers import check_steps, make_scheduler
+from ..engine.schedulers import check_steps
 from ..engine.student import read_student
 from .config import BenchConfig, Metrics
 from .fastest import pays_to_compile
@@ -33,7 +32,7 @@ from .speed.stock import StockVariant, stock_pipeline
 from .speed.throughput import MODES, Speed, SpeedRatio, TimedVariant, measure
 from .stats import Estimate
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """Version of `report.json`."""
 
 
@@ -226,7 +225,7 @@ def _measure_speed(
     """
     model, device = session.model, session.model.device
     with ExitStack() as opened:
-        student = session.students[0].unet if session.students else model.unet
+        student = session.students[0].denoiser if session.students else model.denoiser
         variants, skipped = _in_torch(model, student, config)
         reasons = available_runners(read_manifest(engine), device, EXPORTED) if engine else {}
         for name, reason in reasons.items():
@@ -235,7 +234,7 @@ def _measure_speed(
                 continue
             try:
                 exported = opened.enter_context(Engine.load(engine, runner=name, device=str(device))).model
-                variants += [TimedVariant(mode=mode, runner=exported.unet, parts=exported) for mode in MODES]
+                variants += [TimedVariant(mode=mode, runner=exported.denoiser, parts=exported) for mode in MODES]
             except InputError:
                 raise
             except BoostDiffError as error:
@@ -249,7 +248,7 @@ def _measure_speed(
             prompts=session.prompts,
             guidance=session.guidance,
             guider=session.guider,
-            make_scheduler=partial(make_scheduler, config.sampler, model.pipeline.scheduler.config),
+            make_scheduler=partial(model.make_scheduler, config.sampler),
             steps=config.steps,
             batch_sizes=config.batch_sizes_on(device),
             runs=config.runs,
@@ -258,35 +257,31 @@ def _measure_speed(
     return speed, skipped | speed.left_out
 
 
-def _in_torch(
-    model: Model, student: UNet2DConditionModel, config: BenchConfig
-) -> tuple[list[TimedVariant], dict[str, str]]:
+def _in_torch(model: Model, student: Any, config: BenchConfig) -> tuple[list[TimedVariant], dict[str, str]]:
     """All variants in torch, stock diffusers' too, and the reason why `torch.compile` is unavailable."""
-    unet = model.unet
-    variants = _modes(TorchRunner, unet, student)
-    if unet.config.time_cond_proj_dim is None:
+    denoiser = model.denoiser
+    variants = _modes(TorchRunner, denoiser, student)
+    if denoiser.config.get("time_cond_proj_dim") is None:
         # Else the stock pipeline makes one pass at any guidance.
-        variants.append(StockVariant(mode="teacher", runner=TorchRunner(unet), pipeline=stock_pipeline(model)))
-    if not (pays_to_compile(unet) if config.compile is None else config.compile):
+        variants.append(StockVariant(mode="teacher", runner=TorchRunner(denoiser), pipeline=stock_pipeline(model)))
+    if not (pays_to_compile(denoiser) if config.compile is None else config.compile):
         return variants, {}
     if reason := missing_compiler(model.device):
         return variants, {"compiled": reason}
     try:
-        compiled = _modes(_compiled_copy if model.device.type == "cuda" else CompiledRunner, unet, student)
+        compiled = _modes(_compiled_copy if model.device.type == "cuda" else CompiledRunner, denoiser, student)
     except torch.OutOfMemoryError:
         return variants, {"compiled": "out of memory"}
     batch_sizes = config.compiled_batch_sizes()
     return [*variants, *(replace(variant, batch_sizes=batch_sizes) for variant in compiled)], {}
 
 
-def _compiled_copy(unet: UNet2DConditionModel) -> Runner:
+def _compiled_copy(denoiser: Any) -> Runner:
     # On CUDA compiling changes the memory order of the weights, and with it the speed of other rows.
-    return CompiledRunner(copy.deepcopy(unet))
+    return CompiledRunner(copy.deepcopy(denoiser))
 
 
-def _modes(
-    runner: Callable[[UNet2DConditionModel], Runner], teacher: UNet2DConditionModel, student: UNet2DConditionModel
-) -> list[TimedVariant]:
+def _modes(runner: Callable[[Any], Runner], teacher: Any, student: Any) -> list[TimedVariant]:
     """All modes of a torch runner."""
     of_teacher = runner(teacher)
     of_student = of_teacher if student is teacher else runner(student)

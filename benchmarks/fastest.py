@@ -6,33 +6,34 @@ import importlib.util
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-
-from diffusers import UNet2DConditionModel
+from typing import Any
 
 from ..engine.compiled import CompiledRunner, has_bfloat16, missing_compiler
-from ..engine.families import is_live
+from ..engine.conditions import is_live
 from ..engine.merge import TIMESTEPS
 from ..engine.model import LARGE_PARAMETERS, Model
 from ..engine.runners import GraphRunner, Runner, TorchRunner
 from ..engine.sessions import OnnxSession
 from ..export.config import ExportConfig
 from ..export.graph import onnx_from_part
-from ..export.parts import unet_part
+from ..export.parts import denoiser_part
 
 SAMPLING_BATCH = 8
 """Default number of images denoised together; with guidance the UNet sees twice as many."""
 
 MANY_PASSES = 10_000
-"""Single-image passes from which compiling or exporting a small UNet, half a minute, pays."""
+"""Single-image passes from which compiling or exporting a small denoiser, half a minute, pays."""
 
 
-def pays_to_compile(unet: UNet2DConditionModel) -> bool:
+def pays_to_compile(denoiser: Any) -> bool:
     """Whether compiling takes seconds and makes a UNet faster: a small one on a CPU with bfloat16 instructions."""
-    return unet.device.type == "cpu" and unet.num_parameters() < LARGE_PARAMETERS and has_bfloat16(unet.device)
+    return (
+        denoiser.device.type == "cpu" and denoiser.num_parameters() < LARGE_PARAMETERS and has_bfloat16(denoiser.device)
+    )
 
 
 class FastestRunners(ExitStack):
-    """The fastest runner for each of a model's UNets, original or merged; opened once, on demand.
+    """The fastest runner for each of a model's denoisers, original or merged; opened once, on demand.
 
     On a GPU, for large UNets and for few images that is torch. For many images of small UNets on a CPU it is torch
     compiled, if the processor has bfloat16, else ONNX Runtime, from graphs in a temporary folder. On `emoji64` a pass
@@ -47,30 +48,31 @@ class FastestRunners(ExitStack):
         super().__init__()
         self.model = model
         self.batch_size = batch_size
-        self.opened: dict[int, tuple[UNet2DConditionModel, Runner]] = {}
+        self.opened: dict[int, tuple[Any, Runner]] = {}
         device = model.device
         self.name = "torch"
-        if device.type == "cpu" and model.unet.num_parameters() < LARGE_PARAMETERS and passes >= MANY_PASSES:
-            if compiles and pays_to_compile(model.unet) and missing_compiler(device) is None:
+        if device.type == "cpu" and model.denoiser.num_parameters() < LARGE_PARAMETERS and passes >= MANY_PASSES:
+            if compiles and pays_to_compile(model.denoiser) and missing_compiler(device) is None:
                 self.name = "compiled"
             elif importlib.util.find_spec("onnxruntime") is not None:
                 self.name = "onnx"
 
-    def __call__(self, unet: UNet2DConditionModel) -> Runner:
+    def __call__(self, denoiser: Any) -> Runner:
         """The UNet's runner; its weights must not change after this."""
-        if id(unet) not in self.opened:
+        if id(denoiser) not in self.opened:
             # The UNet is kept too, as its id may be reused once it is gone.
-            self.opened[id(unet)] = unet, self.enter_context(self._open(unet))
-        return self.opened[id(unet)][1]
+            self.opened[id(denoiser)] = denoiser, self.enter_context(self._open(denoiser))
+        return self.opened[id(denoiser)][1]
 
-    def _open(self, unet: UNet2DConditionModel) -> Runner:
+    def _open(self, denoiser: Any) -> Runner:
         if self.name == "torch":
-            return TorchRunner(unet)
+            return TorchRunner(denoiser)
         if self.name == "compiled":
-            return CompiledRunner(unet, batches=(self.batch_size, 2 * self.batch_size))
+            return CompiledRunner(denoiser, batches=(self.batch_size, 2 * self.batch_size))
         folder = self.enter_context(tempfile.TemporaryDirectory())
         path = Path(folder) / "model.onnx"
         encoded = self.model.family.encode(self.model.pipeline, [""])
-        text = encoded.joined() if is_live(unet.config) else encoded.conditional
-        onnx_from_part(unet_part(self.model, unet, text, ExportConfig(), TIMESTEPS), path)
-        return GraphRunner(OnnxSession(path, device=self.model.device), unet_config=dict(unet.config))
+        text = encoded.joined() if is_live(denoiser.config) else encoded.conditional
+        onnx_from_part(denoiser_part(self.model, denoiser, text, ExportConfig(), TIMESTEPS), path)
+        session = OnnxSession(path, device=self.model.device)
+        return GraphRunner(session, family=self.model.family, denoiser_config=dict(denoiser.config))

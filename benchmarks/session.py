@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from diffusers import SchedulerMixin, UNet2DConditionModel
+from diffusers import SchedulerMixin
 
 from ..engine.errors import InputError
 from ..engine.files import sha256_of
@@ -22,7 +22,6 @@ from ..engine.model import Model, ModelFiles, load, resolve_device
 from ..engine.prompts import cut_note
 from ..engine.runners import Runner, TorchRunner
 from ..engine.sampling import default_batch_size
-from ..engine.schedulers import make_scheduler
 from ..engine.student import StudentInfo, read_student
 from ..engine.versions import source_commit, versions
 from .config import BenchConfig, Metrics, SamplingConfig
@@ -40,12 +39,12 @@ RESEED = 1_000_003
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """A student: row name, folder, description and merged UNet."""
+    """A student: row name, folder, description and merged denoiser."""
 
     name: str
     folder: Path
     info: StudentInfo
-    unet: UNet2DConditionModel
+    denoiser: Any
 
 
 def read_students(
@@ -69,11 +68,11 @@ def identity_of(model: Model) -> dict[str, Any]:
     """Plain JSON values that determine a model's images on this machine."""
     files, device = model.files, model.device
     return files.other_sha256() | {
-        "unet": files.unet_sha256(),
+        "denoiser": files.denoiser_sha256(),
         # It says how SDXL treats empty prompts.
         "model_index": sha256_of(files.folder / "model_index.json"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "dtype": str(model.unet.dtype),
+        "dtype": str(model.denoiser.dtype),
         "versions": versions(),
     }
 
@@ -85,8 +84,8 @@ class Session:
     Attributes:
         model: the teacher.
         sampler: a name in `engine.schedulers.SAMPLERS`.
-        runner: gives a UNet's runner.
-        students: one merged UNet each.
+        runner: gives a denoiser's runner.
+        students: one merged denoiser each.
         guidance: scale of the guided teacher and of all students.
         prompts: the first N are sampled for quality.
         processes: the launched processes, where there are several.
@@ -96,7 +95,7 @@ class Session:
     model: Model
     sampler: str = "ddim"
     steps: int = 20
-    runner: Callable[[UNet2DConditionModel], Runner] = TorchRunner
+    runner: Callable[[Any], Runner] = TorchRunner
     students: Sequence[Student] = ()
     guidance: float = 3.0
     config: SamplingConfig = field(default_factory=BenchConfig)
@@ -141,7 +140,7 @@ class Session:
                         name=f"{name} ({folder})" if names.count(name) > 1 else name,
                         folder=folder,
                         info=info,
-                        unet=merge(model, folder, info),
+                        denoiser=merge(model, folder, info),
                     )
                     for name, folder, info in zip(names, students, infos, strict=True)
                 ],
@@ -165,7 +164,7 @@ class Session:
     @property
     def make_scheduler(self) -> Callable[[], SchedulerMixin]:
         """Gives a fresh scheduler."""
-        return partial(make_scheduler, self.sampler, self.model.pipeline.scheduler.config)
+        return partial(self.model.make_scheduler, self.sampler)
 
     def _variant(self, **values: Any) -> SamplingVariant:
         shared: dict[str, Any] = {"sampler": self.sampler, "steps": self.steps, "make_scheduler": self.make_scheduler}
@@ -181,21 +180,21 @@ class Session:
             role="reseeded" if reseeded else "teacher" if guided else "unguided",
             guidance=guidance,
             cost=guider.passes(scheduler.timesteps.tolist()) if guided else self.steps,
-            open=lambda: teacher_denoiser(self.runner(self.model.unet), guidance, guider),
+            open=lambda: teacher_denoiser(self.runner(self.model.denoiser), guidance, guider),
             identity={"mode": "teacher", "guidance": guidance} | ({} if plain else {"guider": str(guider)}),
             seed_offset=RESEED if reseeded else 0,
         )
 
     def student(self, student: Student, guidance: float) -> SamplingVariant:
         """A student; a guidance-conditioned one takes the scale as an input."""
-        unet = student.unet
-        scale = guidance if unet.config.time_cond_proj_dim is not None else None
+        denoiser = student.denoiser
+        scale = guidance if denoiser.config.get("time_cond_proj_dim") is not None else None
         return self._variant(
             name=student.name,
             role="student",
             guidance=guidance,
             cost=self.steps,
-            open=lambda: student.info.denoiser(self.runner(unet), scale),
+            open=lambda: student.info.denoiser(self.runner(denoiser), scale),
             identity={"mode": "student", "adapter": student.info.adapter_sha256, "guidance": scale},
         )
 
@@ -208,7 +207,7 @@ class Session:
             guidance=setting.guidance,
             steps=setting.steps,
             cost=setting.cost,
-            open=lambda: setting.denoiser(self.runner(self.model.unet), self.make_scheduler),
+            open=lambda: setting.denoiser(self.runner(self.model.denoiser), self.make_scheduler),
             identity={"mode": "interval", **asdict(setting)},
         )
 

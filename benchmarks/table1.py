@@ -126,7 +126,7 @@ def sweep_places(session: Session, config: SweepConfig) -> Places:
 
 def papers_rows(files: ModelFiles, students: Sequence[Student]) -> set[str]:
     """Rows that the paper has too: its model, LoRA at rank 8 and BitFit, at w = 3."""
-    if sum(p.numel() for p in files.empty_unet().parameters()) != PAPER_PARAMETERS:
+    if sum(p.numel() for p in files.empty_denoiser().parameters()) != PAPER_PARAMETERS:
         return set()
     same = [
         s for s in students if s.info.guidance == 3 and s.info.settings.get("rank", 8) == 8 and s.info.guider == "cfg"
@@ -209,5 +209,5 @@ def measure_grid(
             reference_images=samples.reference.count if samples.reference else 0,
             features=samples.network.distance_name,
             caption_label=samples.clip.label if samples.clip else None,
-            provenance=session.provenance(samples, unet=files.unet_sha256()),
+            provenance=session.provenance(samples, unet=files.denoiser_sha256()),
         )

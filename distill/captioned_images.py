@@ -7,8 +7,7 @@ from collections import Counter
 import numpy as np
 import torch
 
-from ..engine.families import TextEmbeddings
-from ..engine.latents import encode
+from ..engine.conditions import TextEmbeddings
 from ..engine.model import Model
 from ..engine.prompts import is_cut, token_limit
 from .images import ImageData, ImageStream
@@ -67,7 +66,7 @@ class CaptionedImages(Source):
         vae = self.model.pipeline.vae
         with torch.no_grad():
             together = max(1, ENCODED_PIXELS // images[0, 0].numel())
-            x = torch.cat([encode(part, vae) for part in images.split(together)])
+            x = torch.cat([self.model.family.encode_latents(vae, part) for part in images.split(together)])
         timesteps, scales, noise, negatives = [], [], [], []
         for member in self.share.members:
             number = update * self.share.batch_size + member

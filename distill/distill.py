@@ -22,7 +22,6 @@ from ..engine.guidance_input import make_adapter
 from ..engine.model import LARGE_PARAMETERS, Model, ModelFiles, load, resolve_device
 from ..engine.options import refuse_unused
 from ..engine.prompts import cut_note, read_prompts
-from ..engine.schedulers import make_scheduler
 from ..engine.student import INFO_FILE, StudentInfo
 from .captioned_images import CaptionedImages
 from .config import DistillConfig, RunConfig
@@ -56,18 +55,18 @@ def dry(files: ModelFiles, config: DistillConfig, execution: RunConfig, device: 
     """The resolved configuration, and the parameters that would be trained, from configuration files and data alone.
 
     Raises:
-        InputError: see `plan`, but that data may be left out; or the UNet can't be made.
+        InputError: see `plan`, but that data may be left out; or the denoiser can't be made.
     """
     plan(files, config, execution, device, needs_data=False)
     return config.as_json() | execution.as_json() | count_parameters(files, config)
 
 
 def count_parameters(files: ModelFiles, config: DistillConfig) -> dict[str, int]:
-    """Parameters that would be trained, and those of the UNet without an adapter; see `dry`."""
-    unet = files.empty_unet().requires_grad_(False)
-    total = sum(p.numel() for p in unet.parameters())
+    """Parameters that would be trained, and those of the denoiser without an adapter; see `dry`."""
+    denoiser = files.empty_denoiser().requires_grad_(False)
+    total = sum(p.numel() for p in denoiser.parameters())
     with torch.device("meta"):
-        adapter = _adapter(unet, config)
+        adapter = _adapter(denoiser, config)
     return {"trainable_parameters": adapter.count(), "total_parameters": total}
 
 
@@ -165,7 +164,7 @@ def plan(
     if config.precision == "fp16":
         if device.type == "cpu":
             raise InputError("--precision fp16 needs a GPU: choose bf16 or fp32")
-        if files.unet_config.get("upcast_attention"):
+        if files.denoiser_config.get("upcast_attention"):
             # Autocast takes back the upcast.
             raise InputError(f"the attention of {files.name} overflows in fp16: choose --precision bf16 or fp32")
     if execution.compile and (reason := missing_compiler(device)):
@@ -193,7 +192,7 @@ def _run(
     # Under a launcher each process has its accelerator.
     device = accelerator.device if accelerator.num_processes > 1 else target
     model, adapter = _load(files, config, execution, device)
-    schedule = NoiseSchedule.of(make_scheduler("ddim", model.pipeline.scheduler.config), device)
+    schedule = NoiseSchedule.of(model.make_scheduler("euler" if model.family.flow else "ddim"), device)
     common: dict[str, Any] = {
         "share": Share(batch_size=config.batch_size, index=accelerator.process_index, count=accelerator.num_processes),
         "seed": config.seed,
@@ -221,25 +220,25 @@ def _run(
 def _load(
     files: ModelFiles, config: DistillConfig, execution: RunConfig, device: torch.device
 ) -> tuple[Model, Adapter]:
-    """The model in the run's precision, and a new adapter on its UNet."""
+    """The model in the run's precision, and a new adapter on its denoiser."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
     model = load(files, device=device, dtype=torch.float32 if device.type == "cpu" else dtype)
     if device.type == "cuda":
         # Half-precision convolutions run on tensor cores in this order alone.
-        model.unet.to(memory_format=torch.channels_last)
+        model.denoiser.to(memory_format=torch.channels_last)
     if device.type == "cpu" and dtype != torch.float32:
-        use_plain_attention(model.unet)
+        use_plain_attention(model.denoiser)
     torch.manual_seed(config.seed)
-    adapter = _adapter(model.unet, config)
+    adapter = _adapter(model.denoiser, config)
     if execution.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
+        model.denoiser.enable_gradient_checkpointing()
     return model, adapter
 
 
-def _adapter(unet: Any, config: DistillConfig) -> Adapter:
+def _adapter(denoiser: Any, config: DistillConfig) -> Adapter:
     return make_adapter(
         config.method,
-        unet,
+        denoiser,
         rank=config.rank,
         alpha=config.alpha,
         targets=config.targets,
@@ -270,7 +269,7 @@ def _affordable(
     # A training sample takes two passes of the teacher, and one forward and backward of the student.
     passes = PREVIEW_STEPS * len(preview.prompts) * (1 + 3 * len(preview.scales))
     seconds = passes / 5 / (result["images_per_second"] or math.inf)
-    small = preview.model.unet.num_parameters() < LARGE_PARAMETERS
+    small = preview.model.denoiser.num_parameters() < LARGE_PARAMETERS
     if small or device.type != "cpu" or seconds < max(60, result["seconds"] / 2):
         return True
     observers.note(

@@ -114,8 +114,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.parts = self.execution.gradient_accumulation_steps
-        self.runner = (TrainingRunner if self.execution.compile else TorchRunner)(self.model.unet)
-        self.prediction_type = self.model.pipeline.scheduler.config.prediction_type
+        self.runner = (TrainingRunner if self.execution.compile else TorchRunner)(self.model.denoiser)
         self.guider = self.config.chosen_guider.for_schedule(self.model.pipeline.scheduler.config)
         self.parameters = list(self.adapter.parameters().values())
         self.optimizer = self.accelerator.prepare(
@@ -129,8 +128,9 @@ class Run:
 
         The latter is that of the teacher's conditional pass, which x̂_w needs anyway.
         """
-        dtype = self.model.unet.dtype
+        dtype = self.model.denoiser.dtype
         alpha, sigma = self.schedule.at(batch.t)
+        timesteps = self.schedule.timesteps[batch.t]
         z_t, text = batch.z_t.to(dtype), batch.text.to(dtype)
         guidance = batch.guidance if self.config.guidance_conditioned else None
         teacher = GuidedDenoiser(self.runner, self.config.guidance if guidance is None else guidance, self.guider)
@@ -138,18 +138,18 @@ class Run:
         autocast = self.accelerator.autocast if self.config.precision != "fp32" else nullcontext
 
         def x_of(prediction: torch.Tensor) -> torch.Tensor:
-            return x_from_prediction(prediction.float(), batch.z_t, alpha, sigma, self.prediction_type)
+            return x_from_prediction(prediction.float(), batch.z_t, alpha, sigma, self.schedule.prediction_type)
 
         def loss_of(x: torch.Tensor) -> torch.Tensor:
             losses = distillation_loss(x, teacher_x, alpha, sigma, self.config.loss_weight)
             return losses if guidance is None else losses * guidance_weight(guidance)
 
         with torch.no_grad(), self.adapter.disabled(), autocast():
-            unconditional, conditional = teacher.passes(z_t, batch.t, text)
+            unconditional, conditional = teacher.passes(z_t, timesteps, text)
         # In float32: guidance multiplies what half precision rounds.
-        teacher_x = x_of(teacher.combined(unconditional.float(), conditional.float(), batch.t))
+        teacher_x = x_of(teacher.combined(unconditional.float(), conditional.float(), timesteps))
         with autocast():
-            prediction = student(z_t, batch.t, text)
+            prediction = student(z_t, timesteps, text)
         return teacher_x, loss_of(x_of(prediction)), loss_of(x_of(conditional))
 
     def gradients(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

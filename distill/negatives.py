@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..engine.families import PromptEmbeds
+from ..engine.conditions import PromptEmbeds
 from ..engine.model import Model
 from .source import TextCache
 

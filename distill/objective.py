@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from diffusers import SchedulerMixin
 
+from ..engine.schedulers import is_flow
+
 MIN_SNR_GAMMA = 5.0
 """γ of min-SNR-γ (Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy")."""
 
@@ -20,32 +22,53 @@ LOSS_WEIGHTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "truncated-snr": lambda snr: snr.clamp(min=1),
     "snr+1": lambda snr: snr + 1,
     "min-snr": lambda snr: snr.clamp(max=MIN_SNR_GAMMA),
+    "flow": lambda snr: (1 + snr.sqrt()).square(),
 }
 """ω(λ) as a function of the SNR e^λ = α²/σ², for an x-space loss (Salimans & Ho 2022, §4).
 
-"constant" is the paper's; "snr" equals a mean squared error between noise predictions.
+"constant" is the paper's; "snr" equals a mean squared error between noise predictions, "flow" one between the
+velocities of flow matching (1/σ² = (1 + α/σ)² where α = 1 − σ).
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseSchedule:
-    """α_t and σ_t of every training timestep, variance preserving: α² + σ² = 1.
+    """α and σ of T timesteps, from the image's end to the noise's; a timestep is meant by its index t.
 
     Attributes:
         alphas: `(T,)` float32.
         sigmas: `(T,)` float32.
+        timesteps: `(T,)`, as the denoiser takes them.
+        prediction_type: see `x_from_prediction`.
     """
 
     alphas: torch.Tensor
     sigmas: torch.Tensor
+    timesteps: torch.Tensor
+    prediction_type: str
 
     @classmethod
     def of(cls, scheduler: SchedulerMixin, device: torch.device) -> NoiseSchedule:
-        """From a diffusers scheduler's `alphas_cumprod`, which is α²."""
+        """From a diffusers scheduler.
+
+        Variance preserving (α² + σ² = 1) by its `alphas_cumprod`, which is α²; of flow matching (α = 1 − σ) by the
+        noise levels of as many steps as it has training timesteps, shifted as it shifts them.
+        """
+        if is_flow(scheduler.config):
+            scheduler.set_timesteps(scheduler.config.num_train_timesteps)
+            sigmas, timesteps = scheduler.sigmas[:-1].flip(0), scheduler.timesteps.flip(0)
+            return cls(
+                alphas=(1 - sigmas).to(device),
+                sigmas=sigmas.to(device),
+                timesteps=timesteps.to(device),
+                prediction_type="flow_prediction",
+            )
         alphas_cumprod = scheduler.alphas_cumprod.double()
         return cls(
             alphas=alphas_cumprod.sqrt().float().to(device),
             sigmas=(1 - alphas_cumprod).sqrt().float().to(device),
+            timesteps=torch.arange(len(alphas_cumprod), device=device),
+            prediction_type=scheduler.config.prediction_type,
         )
 
     def __len__(self) -> int:
@@ -84,7 +107,7 @@ def x_from_prediction(
         z_t: `(B, C, H, W)`.
         alpha: `(B, 1, 1, 1)`.
         sigma: `(B, 1, 1, 1)`.
-        prediction_type: as in a diffusers scheduler: "epsilon", "v_prediction" or "sample".
+        prediction_type: as in a diffusers scheduler: "epsilon", "v_prediction", "sample" or "flow_prediction".
 
     Raises:
         ValueError: the prediction type is unknown.
@@ -96,6 +119,8 @@ def x_from_prediction(
             return alpha * z_t - sigma * prediction
         case "sample":
             return prediction
+        case "flow_prediction":
+            return z_t - sigma * prediction
     raise ValueError(f"unknown prediction type {prediction_type!r}")
 
 

@@ -15,7 +15,6 @@ from ..engine.model import Model
 from ..engine.pictures import labelled_grid
 from ..engine.runners import TorchRunner
 from ..engine.sampling import default_batch_size, generate, to_uint8
-from ..engine.schedulers import make_scheduler
 from .config import DistillConfig
 
 PREVIEW_STEPS = 20
@@ -25,7 +24,7 @@ class AutocastRunner(TorchRunner):
     """The UNet in a training run's precision; a VAE that would overflow in it keeps its own."""
 
     def __init__(self, model: Model, autocast: Callable[[], AbstractContextManager[None]]) -> None:
-        super().__init__(model.unet)
+        super().__init__(model.denoiser)
         self.autocast = autocast
 
     def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -80,7 +79,7 @@ class Preview:
             generate,
             self.model,
             text=text,
-            make_scheduler=partial(make_scheduler, "ddim", self.model.pipeline.scheduler.config),
+            make_scheduler=partial(self.model.make_scheduler, "ddim"),
             steps=PREVIEW_STEPS,
             seed=0,
             batch_size=default_batch_size(self.model),

@@ -59,7 +59,7 @@ def identity(files: ModelFiles, config: DistillConfig, images: ImageData | None)
 
     Of images that is as far as they are listed: names and sizes, and the captions in files of text.
     """
-    parts = {"unet": files.unet_sha256(), "model_index": sha256_of(files.folder / "model_index.json")}
+    parts = {"denoiser": files.denoiser_sha256(), "model_index": sha256_of(files.folder / "model_index.json")}
     parts |= files.other_sha256()
     if config.prompts:
         parts["prompts"] = sha256_of(config.prompts)
@@ -149,7 +149,7 @@ def write_student(run: Run, *, identity: dict[str, Any], result: dict[str, Any])
         guider=run.guider.name,
         guider_settings=run.guider.settings,
         model=run.model.files.name,
-        unet_sha256=identity["unet_sha256"],
+        denoiser_sha256=identity["denoiser_sha256"],
         adapter_files={path.name: sha256_of(path) for path in paths},
         trainable_parameters=adapter.count(),
         settings=identity | run.execution.as_json(),

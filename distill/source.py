@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from ..engine.families import PromptEmbeds, TextEmbeddings
+from ..engine.conditions import PromptEmbeds, TextEmbeddings
 from ..engine.model import Model
 
 
@@ -25,7 +25,7 @@ class Batch:
 
     Attributes:
         z_t: `(B, C, H, W)` float32 latents.
-        t: `(B,)` int64 timesteps.
+        t: `(B,)` int64 indices of timesteps in the `NoiseSchedule`.
         text: embeddings of B prompts, float32.
         guidance: `(B,)` guidance scales, float32.
     """

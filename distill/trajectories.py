@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..engine.families import TextEmbeddings
+from ..engine.conditions import TextEmbeddings
 from ..engine.model import Model
 from .negatives import NegativePrompts
 from .objective import NoiseSchedule, ddim_step, dpm_solver_2m
@@ -47,7 +47,7 @@ class Trajectories(Source):
         self.negatives = negatives or NegativePrompts(model)
         size = share.batch_size
         self.number = torch.zeros(size, dtype=torch.int64)
-        self.stride, self.position = torch.zeros(size), torch.zeros(size)
+        self.stride, self.position, self.first_stride = (torch.zeros(size) for _ in range(3))
         self.t, self.t_previous = torch.full((size,), -1), torch.full((size,), -1)
         self.multistep = torch.zeros(size, dtype=torch.bool)
         self.guidance = torch.zeros(size)
@@ -70,8 +70,12 @@ class Trajectories(Source):
         stride = len(self.schedule) / random.integers(*self.STEPS, endpoint=True)
         self.number[member] = number
         self.stride[member] = stride
-        # Phases between "trailing" spacing (from the last timestep) and "leading" (one stride below it).
-        self.position[member] = len(self.schedule) - 1 - random.random() * stride
+        # Phases between "trailing" spacing (from the last timestep) and "leading" (one stride below it). Where noise
+        # alone is a state of the last timestep alone, the first step is shorter instead.
+        phase = random.random() * stride
+        flow = self.schedule.prediction_type == "flow_prediction"
+        self.position[member] = len(self.schedule) - 1 - (0 if flow else phase)
+        self.first_stride[member] = max(1.0, phase) if flow else stride
         self.multistep[member] = bool(random.random() < 0.5)
         self.guidance[member] = draw_guidance(random, self.guidance_bounds)
         self.t_previous[member] = -1
@@ -99,7 +103,7 @@ class Trajectories(Source):
         """Step every member with the teacher; replace those that have arrived."""
         own = self.share.members
         rows = slice(own.start, own.stop)
-        self.position = self.position - self.stride
+        self.position = self.position - torch.where(self.t_previous < 0, self.first_stride, self.stride)
         t_next = self.position.round().long().clamp(min=-1)
         t, before, after, multistep = (
             x[rows].to(self.z_t.device) for x in (self.t, self.t_previous, t_next, self.multistep)

@@ -1,6 +1,6 @@
-"""Adapters: what is trained while the UNet stays frozen. One class per adapter attaches, saves, loads and merges it.
+"""Adapters: what is trained while the denoiser stays frozen. Each class attaches, saves, loads and merges one.
 
-Teacher and student share one UNet: `disabled()` turns it back into the teacher for as long as the block lasts.
+Teacher and student share one denoiser: `disabled()` turns it back into the teacher for as long as the block lasts.
 To add one, write its class here; `METHODS`, `adapter_class`, `make_adapter` and `DistillConfig.method` name it.
 """
 
@@ -14,13 +14,14 @@ from typing import Any
 
 import peft
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from .errors import BoostDiffError, InputError, one_line
+from .families import family_of_denoiser
 
 ADAPTER_NAME = "boostdiff"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -30,30 +31,18 @@ SOFT_PROMPT_FILE = "soft_prompt.safetensors"
 LORA_METHODS = ("lora", "dora")
 """Methods whose file diffusers' `load_lora_weights` reads."""
 
-
-ATTENTION = ("to_k", "to_out.0", "to_q", "to_v")
-FEED_FORWARD = ("proj_in", "proj_out", "net.0.proj", "net.2")
-RESIDUAL = ("conv", "conv1", "conv2", "conv_in", "conv_out", "conv_shortcut", "time_emb_proj", "linear_1", "linear_2")
-
-TARGETS: dict[str, tuple[str, ...]] = {
-    "attention": ATTENTION,
-    "transformer": (*ATTENTION, *FEED_FORWARD),
-    "all": (*ATTENTION, *FEED_FORWARD, *RESIDUAL),
-}
-"""Named sets of layers: the attention projections (the paper's), all of the transformer blocks, or every layer."""
-
 METHODS = (*LORA_METHODS, "bitfit", "soft-prompt")
 
 
 class Adapter(ABC):
-    """Trainable float32 parameters on a frozen UNet of any precision; run it under autocast if that is a lower one.
+    """Trainable float32 parameters on a frozen denoiser of any precision; run it under autocast if that is a lower one.
 
-    An instance is there for training. What it saved is put onto a UNet for use by `load`, in stock diffusers too, and
-    folded into its weights by `merge`.
+    An instance is there for training. What it saved is put onto a denoiser for use by `load`, in stock diffusers
+    too, and folded into its weights by `merge`.
     """
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        self.unet = unet
+    def __init__(self, denoiser: Any) -> None:
+        self.denoiser = denoiser
 
     @abstractmethod
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -65,7 +54,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def disabled(self) -> AbstractContextManager[None]:
-        """A context in which the UNet is the teacher, bit for bit."""
+        """A context in which the denoiser is the teacher, bit for bit."""
 
     @abstractmethod
     def save(self, folder: Path, pipeline: DiffusionPipeline) -> list[Path]:
@@ -73,16 +62,16 @@ class Adapter(ABC):
 
     @staticmethod
     @abstractmethod
-    def load(unet: UNet2DConditionModel, folder: str | Path) -> None:
-        """Put what `save` wrote onto the UNet of the model that it was trained on.
+    def load(denoiser: Any, folder: str | Path) -> None:
+        """Put what `save` wrote onto the denoiser of the model that it was trained on.
 
         Raises:
             SafetensorError, RuntimeError, ValueError, KeyError: it does not fit.
         """
 
     @staticmethod
-    def merge(unet: UNet2DConditionModel) -> None:
-        """Fold what `load` put onto a UNet into its weights; nothing where it is there already, or stays as a hook.
+    def merge(denoiser: Any) -> None:
+        """Fold what `load` put onto a denoiser into its weights; nothing where it is there already, or stays as a hook.
 
         Raises:
             BoostDiffError: it can't be merged.
@@ -103,15 +92,20 @@ def _copy_by_name(parameters: dict[str, torch.nn.Parameter], weights: dict[str, 
         parameter.copy_(weights[name])
 
 
-def _biases(unet: UNet2DConditionModel) -> dict[str, torch.nn.Parameter]:
-    return {name: parameter for name, parameter in unet.named_parameters() if name.endswith(".bias")}
+def _biases(denoiser: Any) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in denoiser.named_parameters() if name.endswith(".bias")}
+
+
+def _prefix(denoiser: torch.nn.Module) -> str:
+    """What the names in a LoRA file begin with."""
+    return family_of_denoiser(denoiser).denoiser
 
 
 class Lora(Adapter):
     """LoRA (Hu et al. 2021) and DoRA (Liu et al. 2024), by peft."""
 
-    def __init__(self, unet: UNet2DConditionModel, method: str, *, rank: int, alpha: float, targets: list[str]) -> None:
-        super().__init__(unet)
+    def __init__(self, denoiser: Any, method: str, *, rank: int, alpha: float, targets: list[str]) -> None:
+        super().__init__(denoiser)
         self.method = method
         self.config = peft.LoraConfig(
             r=rank,
@@ -121,27 +115,27 @@ class Lora(Adapter):
             use_dora=method == "dora",
         )
         try:
-            unet.add_adapter(self.config, adapter_name=ADAPTER_NAME)
+            denoiser.add_adapter(self.config, adapter_name=ADAPTER_NAME)
         except (ValueError, TypeError) as error:
-            raise InputError(f"{method} can't be put on this UNet: {one_line(error)}") from None
-        self._names = [name for name, parameter in unet.named_parameters() if parameter.requires_grad]
+            raise InputError(f"{method} can't be put on this denoiser: {one_line(error)}") from None
+        self._names = [name for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
         for parameter in self.parameters().values():
             parameter.data = parameter.data.float()
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        return {name: self.unet.get_parameter(name) for name in self._names}
+        return {name: self.denoiser.get_parameter(name) for name in self._names}
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        self.unet.disable_adapters()
+        self.denoiser.disable_adapters()
         try:
             yield
         finally:
-            self.unet.enable_adapters()
+            self.denoiser.enable_adapters()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The tensors by peft's names, on the CPU; the scale α / r is folded into B, so that it is one."""
-        tensors = get_peft_model_state_dict(self.unet, adapter_name=ADAPTER_NAME)
+        tensors = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER_NAME)
         scale = self.config.lora_alpha / self.config.r
         return {
             name: (tensor * scale if ".lora_B." in name else tensor).detach().cpu().contiguous()
@@ -152,7 +146,7 @@ class Lora(Adapter):
         """Write the file that diffusers' `load_lora_weights` reads."""
         pipeline.save_lora_weights(
             folder,
-            unet_lora_layers=self.state_dict(),
+            **{f"{_prefix(self.denoiser)}_lora_layers": self.state_dict()},
             weight_name=LORA_FILE,
             # One metadata key only: safetensors writes several in random order, and equal runs must give equal bytes.
             # Nothing is lost: without metadata diffusers takes alpha to be the rank, as the folded scale makes it.
@@ -161,25 +155,26 @@ class Lora(Adapter):
         return [folder / LORA_FILE]
 
     @staticmethod
-    def load(unet: UNet2DConditionModel, folder: str | Path) -> None:
+    def load(denoiser: Any, folder: str | Path) -> None:
         tensors = load_file(Path(folder) / LORA_FILE)
-        if not tensors or not all(name.startswith("unet.") for name in tensors):
-            raise ValueError(f"{LORA_FILE} is no LoRA of a UNet")
-        unet.load_lora_adapter(tensors, prefix="unet", adapter_name=ADAPTER_NAME)
+        prefix = _prefix(denoiser)
+        if not tensors or not all(name.startswith(f"{prefix}.") for name in tensors):
+            raise ValueError(f"{LORA_FILE} is no LoRA of a {type(denoiser).__name__}")
+        denoiser.load_lora_adapter(tensors, prefix=prefix, adapter_name=ADAPTER_NAME)
 
     @staticmethod
     @torch.no_grad()
-    def merge(unet: UNet2DConditionModel) -> None:
+    def merge(denoiser: Any) -> None:
         """See `Adapter.merge`; layer by layer, in float32, by peft's merge. The bare layers are put back."""
-        for name, layer in [item for item in unet.named_modules() if isinstance(item[1], BaseTunerLayer)]:
+        for name, layer in [item for item in denoiser.named_modules() if isinstance(item[1], BaseTunerLayer)]:
             dtype = layer.get_base_layer().weight.dtype
             try:
                 layer.float().merge(safe_merge=True)
             except (ValueError, NotImplementedError) as error:
                 raise BoostDiffError(f"{name} can't be merged: {error}") from None
             parent, _, attribute = name.rpartition(".")
-            setattr(unet.get_submodule(parent), attribute, layer.get_base_layer().to(dtype))
-        unet.unload_lora()
+            setattr(denoiser.get_submodule(parent), attribute, layer.get_base_layer().to(dtype))
+        denoiser.unload_lora()
 
     def save_kohya(self, folder: Path) -> Path:
         """Write a LoRA once more by the names that ComfyUI, A1111 and kohya's scripts read.
@@ -187,21 +182,23 @@ class Lora(Adapter):
         The conversion is diffusers' (`convert_state_dict_to_kohya`); each alpha is the rank.
 
         Raises:
-            InputError: the adapter is no plain LoRA.
+            InputError: the adapter is no plain LoRA of a UNet.
         """
         if self.method != "lora":
             raise InputError(f"--format kohya is for --method lora, not {self.method}")
+        if _prefix(self.denoiser) != "unet":
+            raise InputError("--format kohya is for UNets: diffusers has no converter for others")
         tensors = convert_state_dict_to_kohya({f"unet.{name}": t for name, t in self.state_dict().items()})
         save_file({name: t.contiguous() for name, t in tensors.items()}, folder / KOHYA_FILE, metadata={"format": "pt"})
         return folder / KOHYA_FILE
 
 
 class BitFit(Adapter):
-    """BitFit (Ben Zaken et al. 2022): every bias of the UNet is trained, nothing else."""
+    """BitFit (Ben Zaken et al. 2022): every bias of the denoiser is trained, nothing else."""
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        super().__init__(unet)
-        for module in unet.modules():
+    def __init__(self, denoiser: Any) -> None:
+        super().__init__(denoiser)
+        for module in denoiser.modules():
             if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
                 # Normalization wants scale and bias of one precision.
                 module.float()
@@ -213,7 +210,7 @@ class BitFit(Adapter):
             parameter.requires_grad_(True)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        return _biases(self.unet)
+        return _biases(self.denoiser)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -233,21 +230,21 @@ class BitFit(Adapter):
         return [folder / BITFIT_FILE]
 
     @staticmethod
-    def load(unet: UNet2DConditionModel, folder: str | Path) -> None:
-        """See `Adapter.load`: every bias of the UNet is replaced."""
-        _copy_by_name(_biases(unet), load_file(Path(folder) / BITFIT_FILE))
+    def load(denoiser: Any, folder: str | Path) -> None:
+        """See `Adapter.load`: every bias of the denoiser is replaced."""
+        _copy_by_name(_biases(denoiser), load_file(Path(folder) / BITFIT_FILE))
 
 
 class SoftPromptHook(torch.nn.Module):
     """Appends learned tokens `(k, D)` to the UNet's text embedding as long as it is enabled."""
 
-    def __init__(self, unet: UNet2DConditionModel, tokens: torch.Tensor) -> None:
+    def __init__(self, denoiser: Any, tokens: torch.Tensor) -> None:
         super().__init__()
-        self.tokens = torch.nn.Parameter(tokens.to(unet.device))
+        self.tokens = torch.nn.Parameter(tokens.to(denoiser.device))
         self.enabled = True
-        unet.register_forward_pre_hook(self, with_kwargs=True)
+        denoiser.register_forward_pre_hook(self, with_kwargs=True)
 
-    def __call__(self, unet: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As a forward pre-hook: `encoder_hidden_states` `(B, L, D)` becomes `(B, L + k, D)`."""
         if not self.enabled:
             return None
@@ -261,9 +258,9 @@ class SoftPromptHook(torch.nn.Module):
 class SoftPrompt(Adapter):
     """Prompt tuning (Lester et al. 2021): learned tokens behind the text embedding, the UNet untouched."""
 
-    def __init__(self, unet: UNet2DConditionModel, tokens: int) -> None:
-        super().__init__(unet)
-        self.prompt = SoftPromptHook(unet, 0.02 * torch.randn(tokens, unet.config.cross_attention_dim))
+    def __init__(self, denoiser: Any, tokens: int) -> None:
+        super().__init__(denoiser)
+        self.prompt = SoftPromptHook(denoiser, 0.02 * torch.randn(tokens, denoiser.config.cross_attention_dim))
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {"soft_prompt.tokens": self.prompt.tokens}
@@ -282,12 +279,14 @@ class SoftPrompt(Adapter):
         return [folder / SOFT_PROMPT_FILE]
 
     @staticmethod
-    def load(unet: UNet2DConditionModel, folder: str | Path) -> None:
+    def load(denoiser: Any, folder: str | Path) -> None:
         """See `Adapter.load`: a hook, which exported graphs take with them."""
         tokens = load_file(Path(folder) / SOFT_PROMPT_FILE)["tokens"]
-        if tokens.ndim != 2 or tokens.shape[1] != unet.config.cross_attention_dim:
-            raise ValueError(f"its tokens have shape {tuple(tokens.shape)}, not (k, {unet.config.cross_attention_dim})")
-        SoftPromptHook(unet, tokens).requires_grad_(False)
+        if tokens.ndim != 2 or tokens.shape[1] != denoiser.config.cross_attention_dim:
+            raise ValueError(
+                f"its tokens have shape {tuple(tokens.shape)}, not (k, {denoiser.config.cross_attention_dim})"
+            )
+        SoftPromptHook(denoiser, tokens).requires_grad_(False)
 
 
 def adapter_class(method: str) -> type[Adapter]:

@@ -1,4 +1,4 @@
-"""A UNet compiled by `torch.compile` for the machine it runs on."""
+"""A denoiser compiled by `torch.compile` for the machine it runs on."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
 from .model import set_attention
 from .runners import TorchRunner
 
 RECOMPILATIONS = 64
-"""Graphs that dynamo keeps of one function: one for each UNet and batch size; its default of 8 is too small."""
+"""Graphs that dynamo keeps of one function: one for each denoiser and batch size; its default of 8 is too small."""
 
 PLAIN_ATTENTION = 32
 """Side of the largest latents whose attention runs as plain matrix products; beyond, scores take too much memory."""
@@ -37,14 +36,14 @@ def has_bfloat16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def use_plain_attention(unet: UNet2DConditionModel) -> None:
+def use_plain_attention(denoiser: Any) -> None:
     """Run a small UNet's attention as matrix products, which a CPU does faster in bfloat16 than the fused kernel.
 
     On `emoji64`, 18.2 ms against 22.6 per compiled pass of 8 images, and distillation 82 against 68 images per second.
     """
-    sizes = unet.config.sample_size
-    if max([sizes] if isinstance(sizes, int) else sizes) <= PLAIN_ATTENTION:
-        set_attention(unet, AttnProcessor())
+    sizes = denoiser.config.get("sample_size")
+    if sizes and max([sizes] if isinstance(sizes, int) else sizes) <= PLAIN_ATTENTION:
+        set_attention(denoiser, AttnProcessor())
 
 
 def missing_compiler(device: torch.device) -> str | None:
@@ -56,9 +55,9 @@ def missing_compiler(device: torch.device) -> str | None:
     return None if available else "torch.compile needs a C++ compiler"
 
 
-def _compile(unet: torch.nn.Module, *, backend: str, mode: str | None = None) -> Any:
+def _compile(denoiser: torch.nn.Module, *, backend: str, mode: str | None = None) -> Any:
     torch._dynamo.config.recompile_limit = max(RECOMPILATIONS, torch._dynamo.config.recompile_limit)
-    return torch.compile(unet, backend=backend, mode=mode, dynamic=False)
+    return torch.compile(denoiser, backend=backend, mode=mode, dynamic=False)
 
 
 @contextmanager
@@ -70,36 +69,36 @@ def _without_remarks() -> Iterator[None]:
 
 
 class CompiledRunner(TorchRunner):
-    """The UNet through `torch.compile`, compiled for each batch size; weights are not part of the code.
+    """The denoiser through `torch.compile`, compiled for each batch size; weights are not part of the code.
 
     On CUDA in mode max-autotune, with CUDA graphs, channels last. On a CPU that has bfloat16 instructions, a copy of
-    the UNet in bfloat16, channels last; inputs and predictions keep their dtype.
+    the denoiser in bfloat16, channels last; inputs and predictions keep their dtype.
     """
 
     name = "compiled"
 
-    def __init__(self, unet: UNet2DConditionModel, *, batches: Sequence[int] = (), backend: str = "inductor") -> None:
+    def __init__(self, denoiser: Any, *, batches: Sequence[int] = (), backend: str = "inductor") -> None:
         """Wrap; the first call with each batch size compiles, which takes from half a minute to many.
 
         Args:
-            unet: on CUDA its weights are put into channels-last order, in place; elsewhere it stays as it is.
+            denoiser: on CUDA its weights are put into channels-last order, in place; elsewhere it stays as it is.
             batches: sizes to compile for: others are filled up to the next of these, and compiled for beyond them.
             backend: of `torch.compile`.
         """
-        super().__init__(unet)
+        super().__init__(denoiser)
         self.batches = sorted(batches)
         self._graphs = self.device.type == "cuda" and backend == "inductor"
         self.precision = self.dtype
         if self.device.type == "cpu" and self.dtype == torch.float32 and has_bfloat16(self.device):
             self.precision = torch.bfloat16
-            unet = copy.deepcopy(unet)
-            # Of torch, not diffusers, whose `to` warns of layers to be kept in float32 that this UNet hasn't.
-            torch.nn.Module.to(unet, torch.bfloat16)
-            unet.to(memory_format=torch.channels_last)
-            use_plain_attention(unet)
+            denoiser = copy.deepcopy(denoiser)
+            # Of torch, not diffusers, whose `to` warns of layers to be kept in float32 that this one hasn't.
+            torch.nn.Module.to(denoiser, torch.bfloat16)
+            denoiser.to(memory_format=torch.channels_last)
+            use_plain_attention(denoiser)
         if self._graphs:
-            unet.to(memory_format=torch.channels_last)
-        self.unet = _compile(unet, backend=backend, mode="max-autotune" if self._graphs else None)
+            denoiser.to(memory_format=torch.channels_last)
+        self.denoiser = _compile(denoiser, backend=backend, mode="max-autotune" if self._graphs else None)
 
     def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         batch = len(inputs["sample"])
@@ -124,19 +123,19 @@ class CompiledRunner(TorchRunner):
 
 
 class TrainingRunner(TorchRunner):
-    """The UNet with its adapter through `torch.compile`, gradients included.
+    """The denoiser with its adapter through `torch.compile`, gradients included.
 
-    There is code for each batch size, and for the adapter on and off. The UNet itself becomes channels last. CUDA
+    There is code for each batch size, and for the adapter on and off. The denoiser itself becomes channels last. CUDA
     graphs have no part in it: their next replay overwrites activations that the backward pass needs.
     """
 
     name = "compiled"
 
-    def __init__(self, unet: UNet2DConditionModel, *, backend: str = "inductor") -> None:
+    def __init__(self, denoiser: Any, *, backend: str = "inductor") -> None:
         """Wrap; the first call compiles, and so does the first backward pass, minutes each."""
-        super().__init__(unet)
-        unet.to(memory_format=torch.channels_last)
-        self.unet = _compile(unet, backend=backend)
+        super().__init__(denoiser)
+        denoiser.to(memory_format=torch.channels_last)
+        self.denoiser = _compile(denoiser, backend=backend)
 
     def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with _without_remarks():

@@ -22,10 +22,11 @@ from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 from transformers import CLIPTokenizer
 
+from .conditions import TextEmbeddings
 from .config import PIXEL_MULTIPLE
 from .errors import BoostDiffError, InputError
 from .exported_parts import ExportedTextEncoder, ExportedVaeDecoder
-from .families import TextEmbeddings, family_of
+from .families import family_of
 from .files import read_json
 from .guidance import Denoiser
 from .manifest import Manifest, read_manifest, verified_file
@@ -33,7 +34,7 @@ from .model import Model, ModelFiles, resolve_device
 from .prompts import cut_note
 from .runners import EXPORTED, GraphRunner, available_runners, open_session
 from .sampling import batches, decode, default_batch_size, initial_noise, sampling, to_pil, verify_finite
-from .schedulers import check_schedule, check_steps, completed, make_scheduler
+from .schedulers import check_schedule, check_steps, completed
 from .sessions import Session
 
 
@@ -103,7 +104,7 @@ class Engine(AbstractContextManager["Engine"]):
             raise InputError(f"an engine has no runner {runner!r}: choose one of {', '.join(EXPORTED)}")
         if reason := available_runners(manifest, target, [runner])[runner]:
             # What was never exported is the user's to change, what the machine lacks is not.
-            fault = InputError if runner == "tensorrt" and "unet/model.plan" not in manifest.files else BoostDiffError
+            fault = InputError if runner == "tensorrt" and manifest.plan not in manifest.files else BoostDiffError
             raise fault(f"can't run the engine in {folder} with {runner}: {reason}")
         for name in manifest.configurations():
             verified_file(folder, manifest, name)
@@ -120,7 +121,7 @@ class Engine(AbstractContextManager["Engine"]):
     @property
     def runner(self) -> str:
         """The runner's name, one in `runners.EXPORTED`."""
-        return self.model.unet.name
+        return self.model.denoiser.name
 
     def close(self) -> None:
         """Free sessions and their memory."""
@@ -132,7 +133,7 @@ class Engine(AbstractContextManager["Engine"]):
         Raises:
             InputError: the student was not distilled for this guidance.
         """
-        return self.manifest.distilled.denoiser(self.model.unet, guidance)
+        return self.manifest.distilled.denoiser(self.model.denoiser, guidance)
 
     def sized(self, height: int | None = None, width: int | None = None) -> Model:
         """The model that draws images of a size in pixels; it shares everything with `model`.
@@ -140,7 +141,7 @@ class Engine(AbstractContextManager["Engine"]):
         Raises:
             InputError: the engine was not exported for it.
         """
-        factor, config = self.model.pipeline.vae_scale_factor, self.manifest.unet_config
+        factor, config = self.model.pipeline.vae_scale_factor, self.manifest.denoiser_config
         default = [factor * side for side in self.model.latent_shape[1:]]
         size = [asked or side for asked, side in zip((height, width), default, strict=True)]
         smallest, _, largest = self.manifest.options["size"] or (default[0],) * 3
@@ -151,9 +152,9 @@ class Engine(AbstractContextManager["Engine"]):
                 + (f"{default[0]}x{default[1]}" if smallest == largest else f"{smallest} to {largest}, in {multiple}s")
                 + "; `boostdiff export --size` makes others"
             )
-        unet, pipeline = copy.copy(self.model.unet), copy.copy(self.model.pipeline)
-        unet.config = FrozenDict({**unet.config, "sample_size": [side // factor for side in size]})
-        pipeline.unet = unet
+        denoiser, pipeline = copy.copy(self.model.denoiser), copy.copy(self.model.pipeline)
+        denoiser.config = FrozenDict({**denoiser.config, "sample_size": [side // factor for side in size]})
+        setattr(pipeline, self.model.family.denoiser, denoiser)
         return replace(self.model, pipeline=pipeline)
 
     def encode(
@@ -186,7 +187,7 @@ class Engine(AbstractContextManager["Engine"]):
                 # Of who calls `__call__` or iterates over `stream`.
                 warnings.warn(note, stacklevel=3)
         text = model.family.encode(model.pipeline, prompts, negative_prompt=negatives or None)
-        return text.to(model.unet.dtype)
+        return text.to(model.denoiser.dtype)
 
     def __call__(
         self,
@@ -215,7 +216,7 @@ class Engine(AbstractContextManager["Engine"]):
             model,
             self.denoiser(guidance),
             text=self.encode(prompts, negative_prompt=negative_prompt, model=model),
-            make_scheduler=lambda: make_scheduler(sampler, schedule),
+            make_scheduler=partial(model.make_scheduler, sampler),
             steps=steps,
             seed=seed,
             batch_size=batch_size or default_batch_size(model),
@@ -258,7 +259,7 @@ class Engine(AbstractContextManager["Engine"]):
             self.denoiser(guidance),
             text=text,
             noise=noise.to(model.device, text.conditional.dtype),
-            scheduler=make_scheduler(sampler, schedule),
+            scheduler=model.make_scheduler(sampler),
             steps=steps,
         )
         finite = []
@@ -281,23 +282,27 @@ def _assemble(folder: Path, manifest: Manifest, opened: Callable[[str], Session]
     index = read_json(folder / "model_index.json")
     family = family_of(index)
     components: dict[str, Any] = {}
-    for name, tokenizer in zip(family.text_encoders, family.tokenizers, strict=True):
+    for name in family.exported_text_encoders:
+        tokenizer = name.replace("text_encoder", "tokenizer")
         components[name] = ExportedTextEncoder(opened(name), config=read_json(folder / name / "config.json"))
         components[tokenizer] = CLIPTokenizer.from_pretrained(folder / tokenizer, local_files_only=True)
     vae_config = read_json(folder / "vae_decoder" / "config.json")
     components["vae"] = ExportedVaeDecoder(opened("vae_decoder"), config=vae_config)
-    components["unet"] = GraphRunner(opened("unet"), unet_config=manifest.unet_config)
+    components[family.denoiser] = GraphRunner(
+        opened(family.denoiser), family=family, denoiser_config=manifest.denoiser_config
+    )
     components["scheduler"] = scheduler_of(folder)
     pipeline = family.assemble(components)
     pipeline.set_progress_bar_config(disable=True)
-    files = ModelFiles(name=manifest.model, folder=folder, family=family, unet_config=manifest.unet_config)
+    files = ModelFiles(name=manifest.model, folder=folder, family=family, denoiser_config=manifest.denoiser_config)
     return Model(files=files, pipeline=pipeline)
 
 
 def scheduler_of(folder: Path) -> SchedulerMixin:
     """The scheduler of the model that an engine was made from."""
-    class_name = read_json(folder / "model_index.json")["scheduler"][1]
+    index = read_json(folder / "model_index.json")
+    class_name = index["scheduler"][1]
     config = read_json(folder / "scheduler" / "scheduler_config.json")
-    check_schedule(class_name, completed(class_name, config))
+    check_schedule(class_name, completed(class_name, config), flow=family_of(index).flow)
     scheduler: SchedulerMixin = getattr(diffusers, class_name).from_config(config)
     return scheduler

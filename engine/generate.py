@@ -11,18 +11,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .adapters import ADAPTER_NAME
 from .compiled import CompiledRunner, missing_compiler
+from .conditions import TextEmbeddings
 from .config import PIXEL_MULTIPLE, GenerateConfig
 from .errors import BoostDiffError, InputError
 from .exported import Engine, scheduler_of
-from .families import TextEmbeddings
 from .files import check_output, prepare_output, read_json
 from .guidance import Denoiser, GuidedDenoiser, teacher_denoiser
 from .manifest import read_manifest
@@ -31,10 +31,10 @@ from .model import Model, ModelFiles, load, resolve_device
 from .prompts import cut_note
 from .runners import Runner, TorchRunner
 from .sampling import batches, default_batch_size, to_pil
-from .schedulers import check_steps, make_scheduler
+from .schedulers import check_steps
 from .student import apply_student, read_student
 
-IN_TORCH: dict[str, Callable[[UNet2DConditionModel], Runner]] = {"torch": TorchRunner, "compiled": CompiledRunner}
+IN_TORCH: dict[str, Callable[[Any], Runner]] = {"torch": TorchRunner, "compiled": CompiledRunner}
 
 DEFAULT_GUIDANCE = 3.0
 
@@ -61,7 +61,9 @@ def open_engine(config: GenerateConfig, device: str) -> Iterator[Sampling]:
     with Engine.load(folder, runner=config.runner, device=device, precision=config.precision) as engine:
         model = engine.sized(config.height, config.width)
         # `draw` says what is cut, where `Engine.encode` would warn.
-        text = model.family.encode(model.pipeline, config.prompts, negative_prompt=negative_prompt).to(model.unet.dtype)
+        text = model.family.encode(model.pipeline, config.prompts, negative_prompt=negative_prompt).to(
+            model.denoiser.dtype
+        )
         yield Sampling(model=model, denoiser=engine.denoiser(config.guidance), text=text)
 
 
@@ -71,16 +73,17 @@ def load_sized(files: ModelFiles, config: GenerateConfig, device: torch.device) 
     Raises:
         InputError: it can't make them, said before its weights are read; see `load`.
     """
-    latent = files.family.latent_shape(files.unet_config)[1:]
-    factor = 2 ** (len(read_json(files.folder / "vae" / "config.json").get("block_out_channels", [64])) - 1)
+    latent = files.family.latent_shape(files.denoiser_config)[1:]
+    factor = files.family.pixels_per_latent(read_json(files.folder / "vae" / "config.json"))
     size = [pixels or factor * side for pixels, side in zip((config.height, config.width), latent, strict=True)]
-    asked, multiple = config.height or config.width, math.lcm(factor, PIXEL_MULTIPLE)
+    asked = config.height or config.width
+    multiple = math.lcm(factor * files.family.latent_multiple(files.denoiser_config), PIXEL_MULTIPLE)
     if asked and any(side % multiple for side in size):
         raise InputError(f"can't draw {size[0]}x{size[1]} pixels: --height and --width must be multiples of {multiple}")
     model = load(files, device=device)
     if asked:
-        # Noise, and SDXL's conditions, are of the size in the UNet's configuration.
-        model.unet.register_to_config(sample_size=[side // factor for side in size])
+        # Noise, and SDXL's conditions, are of the size in the denoiser's configuration.
+        model.denoiser.register_to_config(sample_size=[side // factor for side in size])
     return model
 
 
@@ -89,7 +92,7 @@ def open_teacher(files: ModelFiles, config: GenerateConfig, device: torch.device
     model = load_sized(files, config, device)
     scale = DEFAULT_GUIDANCE if config.guidance is None else config.guidance
     guider = config.chosen_guider.for_schedule(model.pipeline.scheduler.config)
-    denoiser = teacher_denoiser(IN_TORCH[config.runner](model.unet), scale, guider)
+    denoiser = teacher_denoiser(IN_TORCH[config.runner](model.denoiser), scale, guider)
     negative_prompt = (config.negative_prompt or "") if isinstance(denoiser, GuidedDenoiser) else None
     text = model.family.encode(model.pipeline, config.prompts, negative_prompt=negative_prompt)
     return Sampling(model=model, denoiser=denoiser, text=text)
@@ -107,13 +110,13 @@ def open_student(files: ModelFiles, config: GenerateConfig, device: torch.device
         raise InputError(f"--lora-scale is for students of method lora and one guidance scale, not {other} ones")
     model = load_sized(files, config, device)
     if config.runner == "torch":
-        apply_student(model.unet, folder, info)
+        apply_student(model.denoiser, folder, info)
     else:
         # Adapters would cost time in every layer.
-        fold_student(model.unet, folder, info)
+        fold_student(model.denoiser, folder, info)
     if config.lora_scale is not None:
-        model.unet.set_adapters(ADAPTER_NAME, config.lora_scale)
-    denoiser = info.denoiser(IN_TORCH[config.runner](model.unet), config.guidance)
+        model.denoiser.set_adapters(ADAPTER_NAME, config.lora_scale)
+    denoiser = info.denoiser(IN_TORCH[config.runner](model.denoiser), config.guidance)
     text = model.family.encode(model.pipeline, config.prompts, negative_prompt=negative_prompt)
     return Sampling(model=model, denoiser=denoiser, text=text)
 
@@ -165,7 +168,7 @@ def draw(
             sampling.model,
             sampling.denoiser,
             text=sampling.text,
-            make_scheduler=partial(make_scheduler, config.sampler, sampling.model.pipeline.scheduler.config),
+            make_scheduler=partial(sampling.model.make_scheduler, config.sampler),
             steps=config.steps,
             seed=config.seed,
             batch_size=config.batch_size or default_batch_size(sampling.model),

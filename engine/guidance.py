@@ -1,18 +1,17 @@
 """Classifier-free guidance, in two passes or in one.
 
-A *denoiser* is a runner plus guidance: called as `denoiser(z_t, t, text)`, it gives the prediction that the
-scheduler steps on. Teacher and student differ in nothing else.
+A `Denoiser` is a runner plus guidance: called as `denoiser(z_t, t, text)`, it gives the prediction that the scheduler
+steps on. Teacher and student differ in nothing else.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 
-from .families import TextEmbeddings
+from .conditions import PromptEmbeds, TextEmbeddings
 from .guiders import Guider
 
 
@@ -43,7 +42,29 @@ def combine(
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
-def teacher_denoiser(runner: Callable[..., Any], guidance_scale: float, guider: Guider | None = None) -> Denoiser:
+class Denoises(Protocol):
+    """A denoising network, ready to be called: a `runners.Runner`, or something around one.
+
+    Attributes:
+        family: its family.
+        config: its configuration.
+    """
+
+    family: Any
+    config: Any
+
+    def denoise(
+        self,
+        z_t: torch.Tensor,
+        t: torch.Tensor,
+        embeds: PromptEmbeds,
+        *,
+        timestep_cond: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `runners.Runner.denoise`."""
+
+
+def teacher_denoiser(runner: Denoises, guidance_scale: float, guider: Guider | None = None) -> Denoiser:
     """The teacher at one scale: two passes, or one where w = 1 makes the other idle."""
     return GuidedDenoiser(runner, guidance_scale, guider) if guidance_scale > 1 else SinglePassDenoiser(runner)
 
@@ -77,13 +98,11 @@ def guidance_embedding(guidance_scale: torch.Tensor, width: int) -> torch.Tensor
 class GuidedDenoiser:
     """The teacher: one pass over a batch of 2B, unconditional half first, as stock pipelines order it.
 
-    `guidance_scale` is one number, or `(B,)` for a scale a sample; without a `guider` it is equation (3). Sampling
-    makes one pass at a timestep that the guider gives no guidance.
+    `guidance_scale` is one number, or `(B,)` for a scale a sample; without a `guider` it is the family's guidance, as a
+    rule equation (3). Sampling makes one pass at a timestep that the guider gives no guidance.
     """
 
-    def __init__(
-        self, runner: Callable[..., Any], guidance_scale: float | torch.Tensor, guider: Guider | None = None
-    ) -> None:
+    def __init__(self, runner: Denoises, guidance_scale: float | torch.Tensor, guider: Guider | None = None) -> None:
         self.runner = runner
         self.guidance_scale = guidance_scale
         self.guider = guider or Guider()
@@ -91,9 +110,7 @@ class GuidedDenoiser:
     def passes(self, z_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> tuple[torch.Tensor, torch.Tensor]:
         """The unconditional and the conditional prediction, each `(B, C, H, W)`."""
         t_both = torch.cat([t, t]) if t.ndim else t
-        arguments = text.both().unet_arguments()
-        (prediction,) = self.runner(torch.cat([z_t, z_t]), t_both, **arguments, return_dict=False)
-        unconditional, conditional = prediction.chunk(2)
+        unconditional, conditional = self.runner.denoise(torch.cat([z_t, z_t]), t_both, text.both()).chunk(2)
         return unconditional, conditional
 
     def combined(self, unconditional: torch.Tensor, conditional: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -103,7 +120,8 @@ class GuidedDenoiser:
             return self.guider(unconditional, conditional, scale, t)
         if isinstance(scale, torch.Tensor):
             scale = scale.to(conditional)[:, None, None, None]
-        return combine(unconditional, conditional, scale)
+        guided: torch.Tensor = self.runner.family.guide(unconditional, conditional, scale)
+        return guided
 
     def __call__(self, z_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
         if t.ndim == 0 and not self.guider.guides(t):
@@ -119,7 +137,11 @@ class SinglePassDenoiser:
     """
 
     def __init__(
-        self, runner: Any, guidance_scale: float | torch.Tensor | None = None, *, live_negative_prompt: bool = False
+        self,
+        runner: Denoises,
+        guidance_scale: float | torch.Tensor | None = None,
+        *,
+        live_negative_prompt: bool = False,
     ) -> None:
         self.runner = runner
         self.guidance_scale = guidance_scale
@@ -138,8 +160,6 @@ class SinglePassDenoiser:
         return embedding
 
     def __call__(self, z_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
-        arguments = (text.joined() if self.live_negative_prompt else text.conditional).unet_arguments()
-        if self.guidance_scale is not None:
-            arguments["timestep_cond"] = self._embedding(z_t)
-        (prediction,) = self.runner(z_t, t, **arguments, return_dict=False)
-        return prediction
+        embeds = text.joined() if self.live_negative_prompt else text.conditional
+        embedding = None if self.guidance_scale is None else self._embedding(z_t)
+        return self.runner.denoise(z_t, t, embeds, timestep_cond=embedding)

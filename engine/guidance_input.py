@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from .adapters import TARGETS, Adapter, BitFit, Lora, SoftPrompt
+from .adapters import Adapter, BitFit, Lora, SoftPrompt
+from .errors import InputError
+from .families import family_of_denoiser
 from .guidance import smooth_columns
 from .live_negative import LiveNegative
 
@@ -37,7 +40,7 @@ class GuidanceConditioned(Adapter):
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         name = "time_embedding.cond_proj.weight"
-        return {**self.inner.parameters(), name: self.unet.get_parameter(name)}
+        return {**self.inner.parameters(), name: self.denoiser.get_parameter(name)}
 
     def count(self) -> int:
         """See `Adapter.count`: the projection's smooth columns alone."""
@@ -84,7 +87,7 @@ def add_guidance_embedding(unet: UNet2DConditionModel, width: int = GUIDANCE_WID
 
 def make_adapter(
     method: str,
-    unet: UNet2DConditionModel,
+    denoiser: Any,
     *,
     rank: int = 8,
     alpha: float | None = None,
@@ -93,29 +96,39 @@ def make_adapter(
     guidance_input: bool = False,
     live_negative_prompt: bool = False,
 ) -> Adapter:
-    """Put a new adapter on a frozen UNet; its initial weights come from torch's default generator.
+    """Put a new adapter on a frozen denoiser; its initial weights come from torch's default generator.
 
     Args:
         method: one of `METHODS`.
-        unet: its parameters must not require gradients.
+        denoiser: its parameters must not require gradients.
         rank: LoRA rank r.
         alpha: LoRA alpha; by default the rank.
-        targets: a key of `TARGETS`, or comma-separated endings of module names.
+        targets: a key of `Family.targets`, or comma-separated endings of module names.
         tokens: number of a soft prompt's tokens.
         guidance_input: whether the student is guidance-conditioned.
         live_negative_prompt: whether the student takes any negative prompt.
 
     Raises:
-        InputError: no layer has such a name, or the tuner can't take one that has.
+        InputError: no layer has such a name, or the tuner can't take one that has; or the family's students can't be
+            such ones.
     """
+    family = family_of_denoiser(denoiser)
+    asked = {
+        "--method soft-prompt": method == "soft-prompt",
+        "a range of --guidance": guidance_input,
+        "--negative-prompt live": live_negative_prompt,
+    }
+    if not family.takes_more and any(asked.values()):
+        option = next(name for name, given in asked.items() if given)
+        raise InputError(f"{option} is for UNets, not for a {family.name} model")
     adapter: Adapter
     if method == "bitfit":
-        adapter = BitFit(unet)
+        adapter = BitFit(denoiser)
     elif method == "soft-prompt":
-        adapter = SoftPrompt(unet, tokens)
+        adapter = SoftPrompt(denoiser, tokens)
     else:
-        modules = list(TARGETS.get(targets, tuple(part.strip() for part in targets.split(","))))
-        adapter = Lora(unet, method, rank=rank, alpha=alpha or rank, targets=modules)
+        modules = list(family.targets.get(targets, tuple(part.strip() for part in targets.split(","))))
+        adapter = Lora(denoiser, method, rank=rank, alpha=alpha or rank, targets=modules)
     if live_negative_prompt:
-        adapter = LiveNegative(unet, adapter)
-    return GuidanceConditioned(unet, adapter) if guidance_input else adapter
+        adapter = LiveNegative(denoiser, adapter)
+    return GuidanceConditioned(denoiser, adapter) if guidance_input else adapter

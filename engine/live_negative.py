@@ -21,8 +21,8 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from safetensors.torch import load_file, save_file
 
 from .adapters import Adapter
+from .conditions import BOTH_TEXTS
 from .errors import InputError
-from .families import BOTH_TEXTS
 
 LIVE_FILE = "negative_attention.safetensors"
 

@@ -14,7 +14,7 @@ from .files import hash_of, read_json, sha256_of, write_json
 from .student import Distilled, StudentInfo
 
 MANIFEST_FILE = "manifest.json"
-MANIFEST_VERSION = 3
+MANIFEST_VERSION = 4
 
 
 @dataclass(kw_only=True)
@@ -24,12 +24,13 @@ class Manifest:
     Attributes:
         version: version of this format.
         model: name that the user gave the model.
-        inputs: SHA-256 by name of what went in ("unet", "adapter", "text_encoder", …).
+        inputs: SHA-256 by name of what went in ("denoiser", "adapter", "text_encoder", …).
         options: options of the export that change what is written.
         files: SHA-256 by path relative to the engine folder of what came out.
         student: method and guidance of the student.
-        unet_config: the UNet's configuration, for whoever runs the graph.
-        merge: comparison of the merged UNet with base + adapter.
+        denoiser: name of the denoiser's folder, "unet" or "transformer".
+        denoiser_config: its configuration, for whoever runs the graph.
+        merge: comparison of the merged denoiser with base + adapter.
         pipeline: comparison of whole images with torch, by runner and precision.
         artefacts: by path: precision, inputs, outputs, checks; for plans also flavour, version, compute
             capabilities and profiles.
@@ -43,12 +44,18 @@ class Manifest:
     options: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     student: dict[str, Any]
-    unet_config: dict[str, Any]
+    denoiser: str = "unet"
+    denoiser_config: dict[str, Any]
     merge: dict[str, Any] = field(default_factory=dict)
     pipeline: dict[str, dict[str, Any]] = field(default_factory=dict)
     artefacts: dict[str, dict[str, Any]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     hardware: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> str:
+        """Path of the denoiser's plan, where there is one."""
+        return f"{self.denoiser}/model.plan"
 
     @property
     def distilled(self) -> Distilled:
@@ -65,7 +72,10 @@ class Manifest:
         Raises:
             InputError: the engine is another student's.
         """
-        if (self.inputs.get("adapter"), self.inputs.get("unet")) != (student.adapter_sha256, student.unet_sha256):
+        if (self.inputs.get("adapter"), self.inputs.get("denoiser")) != (
+            student.adapter_sha256,
+            student.denoiser_sha256,
+        ):
             raise InputError(f"the engine in {engine} was exported from another student: run `boostdiff export` again")
 
     def fingerprint(self) -> dict[str, Any]:

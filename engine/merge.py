@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from .adapters import adapter_class
+from .conditions import is_live
 from .errors import BoostDiffError
-from .families import is_live
 from .guidance import guidance_embedding
 from .model import LARGE_PARAMETERS, Model
-from .runners import unet_forward
 from .student import StudentInfo, apply_student
 
 TIMESTEPS = (1, 250, 500, 750, 981)
@@ -24,7 +23,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class MergeProof:
-    """How the merged UNet compares.
+    """How the merged denoiser compares.
 
     Attributes:
         max_abs: largest absolute difference from base + adapter, over all `TIMESTEPS`.
@@ -39,27 +38,27 @@ class MergeProof:
     change: float
 
 
-def merge(model: Model, folder: Path, info: StudentInfo) -> UNet2DConditionModel:
-    """The student as a plain UNet, see `fold_student`; the model is left as it is."""
-    merged = copy.deepcopy(model.unet)
+def merge(model: Model, folder: Path, info: StudentInfo) -> Any:
+    """The student as a plain denoiser, see `fold_student`; the model is left as it is."""
+    merged = copy.deepcopy(model.denoiser)
     fold_student(merged, folder, info)
     return merged
 
 
-def fold_student(unet: UNet2DConditionModel, folder: Path, info: StudentInfo) -> None:
-    """Turn a base UNet into the student; a guidance input is added, a soft prompt stays a hook, as graphs take it.
+def fold_student(denoiser: Any, folder: Path, info: StudentInfo) -> None:
+    """Turn a base denoiser into the student; a guidance input is added, a soft prompt stays a hook, as graphs take it.
 
     Raises:
         InputError: the adapter does not fit.
         BoostDiffError: it can't be merged.
     """
-    apply_student(unet, folder, info)
-    adapter_class(info.method).merge(unet)
+    apply_student(denoiser, folder, info)
+    adapter_class(info.method).merge(denoiser)
 
 
 @torch.no_grad()
 def merge_in_place(model: Model, folder: Path, info: StudentInfo) -> MergeProof:
-    """Turn the UNet of a base model in float32 into the student, with one UNet in memory at any time.
+    """Turn the denoiser of a base model in float32 into the student, with one of them in memory at any time.
 
     It is compared with base + adapter as stock libraries apply it.
 
@@ -67,34 +66,35 @@ def merge_in_place(model: Model, folder: Path, info: StudentInfo) -> MergeProof:
         InputError: the adapter does not fit.
         BoostDiffError: see `proof_of`; or it can't be merged.
     """
-    unet = model.unet
+    denoiser = model.denoiser
     inputs = model.family.example_inputs(model.pipeline, batch=2)
-    if unet.num_parameters() >= LARGE_PARAMETERS:
+    if denoiser.num_parameters() >= LARGE_PARAMETERS:
         # The weights are the same at any size, and at the full one this would take minutes.
         inputs["sample"] = inputs["sample"][..., : inputs["sample"].shape[2] // 4, : inputs["sample"].shape[3] // 4]
 
     def predictions() -> torch.Tensor:
         arguments = dict(inputs)
-        if is_live(unet.config):
+        if is_live(denoiser.config):
             tokens = inputs["encoder_hidden_states"]
             arguments["encoder_hidden_states"] = torch.cat([tokens.flip(0), tokens], dim=1)
-        if unet.config.time_cond_proj_dim is not None:
+        if (width := denoiser.config.get("time_cond_proj_dim")) is not None:
             scales = torch.tensor([2.0, 5.0], device=model.device)
-            arguments["timestep_cond"] = guidance_embedding(scales, unet.config.time_cond_proj_dim)
+            arguments["timestep_cond"] = guidance_embedding(scales, width)
         outputs = [
-            unet_forward(unet, arguments | {"timestep": torch.full_like(arguments["timestep"], t)}) for t in TIMESTEPS
+            model.family.forward(denoiser, arguments | {"timestep": torch.full_like(arguments["timestep"], t)})
+            for t in TIMESTEPS
         ]
         return torch.stack(outputs).double()
 
     base = predictions()
-    apply_student(unet, folder, info)
+    apply_student(denoiser, folder, info)
     adapted = predictions()
-    adapter_class(info.method).merge(unet)
+    adapter_class(info.method).merge(denoiser)
     return proof_of(base=base, adapted=adapted, merged=predictions())
 
 
 def proof_of(*, base: torch.Tensor, adapted: torch.Tensor, merged: torch.Tensor) -> MergeProof:
-    """Compare predictions of the base, of base + adapter and of the merged UNet, each `(TIMESTEPS, B, C, H, W)`.
+    """Compare predictions of the base, of base + adapter and of the merged denoiser, each `(TIMESTEPS, B, C, H, W)`.
 
     Raises:
         BoostDiffError: merged differs from base + adapter by more than `TOLERANCE`, or the adapter changes nothing.
@@ -107,7 +107,7 @@ def proof_of(*, base: torch.Tensor, adapted: torch.Tensor, merged: torch.Tensor)
         change=(merged - base).abs().max().item(),
     )
     if not proof.relative <= TOLERANCE:
-        raise BoostDiffError(f"the merged UNet differs from base + adapter by {proof.relative:.2e} of its scale")
+        raise BoostDiffError(f"the merged denoiser differs from base + adapter by {proof.relative:.2e} of its scale")
     if not proof.change > 0:
-        raise BoostDiffError("the adapter changes nothing: the merged UNet equals the base")
+        raise BoostDiffError("the adapter changes nothing: the merged denoiser equals the base")
     return proof

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from huggingface_hub import snapshot_download
 
 from . import embedded
 from .contract import check_folder
 from .errors import InputError, one_line
-from .families import Family, family_of
+from .families import family_of
+from .family import Family
 from .files import read_json, sha256_of, without_marks
+from .schedulers import make_scheduler
 
 HASHED = {".json", ".txt", ".safetensors"}
 """Suffixes of the files that make a model."""
@@ -33,53 +35,62 @@ class ModelFiles:
         name: name that the user gave it.
         folder: pipeline folder.
         family: model family.
-        unet_config: the UNet's `config.json`.
+        denoiser_config: the denoiser's `config.json`.
         scheduler_config: the scheduler's configuration, as the pipeline will have it.
     """
 
     name: str
     folder: Path
     family: Family
-    unet_config: dict[str, Any]
+    denoiser_config: dict[str, Any]
     scheduler_config: dict[str, Any] = field(default_factory=dict)
 
-    def unet_weights(self) -> tuple[str | None, list[Path]]:
-        """The UNet's safetensors files and their variant (`None` or "fp16").
+    @property
+    def denoiser_folder(self) -> Path:
+        """Where the denoiser lies."""
+        return self.folder / self.family.denoiser
+
+    def denoiser_weights(self) -> tuple[str | None, list[Path]]:
+        """The denoiser's safetensors files and their variant (`None` or "fp16").
 
         Raises:
             InputError: there are none.
         """
         for variant, infix in ((None, ""), ("fp16", ".fp16")):
             stem = f"diffusion_pytorch_model{infix}"
-            folder = self.folder / "unet"
+            folder = self.denoiser_folder
             files = [*folder.glob(f"{stem}.safetensors"), *sorted(folder.glob(f"{stem}-?????-of-?????.safetensors"))]
             if files:
                 return variant, files
         raise InputError(
-            f"{self.folder / 'unet'} holds no diffusion_pytorch_model.safetensors: "
+            f"{self.denoiser_folder} holds no diffusion_pytorch_model.safetensors: "
             "only safetensors weights are read; convert others with diffusers' save_pretrained"
         )
 
-    def unet_sha256(self) -> str:
-        """One hash for the UNet's weight files."""
-        _, files = self.unet_weights()
+    def denoiser_sha256(self) -> str:
+        """One hash for the denoiser's weight files."""
+        _, files = self.denoiser_weights()
         return "-".join(sha256_of(path) for path in files)
 
     def other_sha256(self) -> dict[str, str]:
-        """One hash for each part but the UNet's weights: its configuration, words and safetensors files."""
-        hashes = {"unet_config": sha256_of(self.folder / "unet" / "config.json")}
+        """One hash for each part but the denoiser's weights: its configuration, words and safetensors files."""
+        hashes = {"denoiser_config": sha256_of(self.denoiser_folder / "config.json")}
         for part in ("vae", "scheduler", *self.family.text_encoders, *self.family.tokenizers):
+            if not (self.folder / part).is_dir():
+                continue
             files = sorted(path for path in (self.folder / part).glob("*") if path.suffix in HASHED)
             hashes[part] = "-".join(sha256_of(path) for path in files)
         return hashes
 
-    def empty_unet(self) -> UNet2DConditionModel:
-        """The UNet on the meta device: shapes without memory."""
+    def empty_denoiser(self) -> Any:
+        """The denoiser on the meta device: shapes without memory."""
+        denoiser_class: Any = self.family.denoiser_class
         try:
             with torch.device("meta"):
-                return UNet2DConditionModel.from_config(self.unet_config)
+                return denoiser_class.from_config(self.denoiser_config)
         except (TypeError, ValueError, KeyError) as error:
-            raise InputError(f"{self.folder / 'unet/config.json'} describes no usable UNet: {error}") from None
+            path, name = self.denoiser_folder / "config.json", denoiser_class.__name__
+            raise InputError(f"{path} describes no usable {name}: {one_line(error)}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,19 +106,24 @@ class Model:
         return self.files.family
 
     @property
-    def unet(self) -> UNet2DConditionModel:
-        """The denoising network."""
-        return self.pipeline.unet
+    def denoiser(self) -> Any:
+        """The denoising network: a `UNet2DConditionModel` or a transformer of diffusers."""
+        return getattr(self.pipeline, self.family.denoiser)
 
     @property
     def device(self) -> torch.device:
         """Where it lies."""
-        return self.pipeline.unet.device
+        return self.denoiser.device
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one image's latents."""
-        return self.family.latent_shape(self.unet.config)
+        return self.family.latent_shape(self.denoiser.config)
+
+    def make_scheduler(self, sampler: str) -> SchedulerMixin:
+        """A fresh scheduler for images of the model's size, see `schedulers.make_scheduler`."""
+        config = self.pipeline.scheduler.config
+        return make_scheduler(sampler, config, **self.family.timesteps(config, self.latent_shape))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -127,9 +143,9 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def default_dtype(device: torch.device) -> torch.dtype:
-    """FP16 on an accelerator, FP32 on a CPU."""
-    return torch.float32 if device.type == "cpu" else torch.float16
+def default_dtype(device: torch.device, family: Family) -> torch.dtype:
+    """FP32 on a CPU; on an accelerator the family's half precision, FP16 as a rule."""
+    return torch.float32 if device.type == "cpu" else family.half
 
 
 def locate(model: str, *, weights: bool = True) -> ModelFiles:
@@ -160,7 +176,7 @@ def locate(model: str, *, weights: bool = True) -> ModelFiles:
         name=model,
         folder=folder,
         family=family,
-        unet_config=read_json(folder / "unet" / "config.json"),
+        denoiser_config=read_json(folder / family.denoiser / "config.json"),
         scheduler_config=family.scheduler_config(parts["scheduler"]),
     )
 
@@ -180,7 +196,7 @@ def _download(model: str, *, weights: bool) -> Path:
             # The hub client raises dozens of types, from "repository not found" to the socket's.
             reason = reason or one_line(error)
             continue
-        if any((folder / "unet").glob("*.safetensors")):
+        if any((folder / part).glob("*.safetensors") for part in ("unet", "transformer")):
             break
     if folder is None:
         raise InputError(f"{missing} (no such folder here, and the hub says: {reason})")
@@ -188,13 +204,13 @@ def _download(model: str, *, weights: bool) -> Path:
 
 
 def load(files: ModelFiles, *, device: torch.device, dtype: torch.dtype | None = None) -> Model:
-    """Load the whole pipeline from safetensors, in `dtype` or by default `default_dtype(device)`.
+    """Load the whole pipeline from safetensors, in `dtype` or by default `default_dtype`.
 
     Raises:
         InputError: a file is missing, damaged or not safetensors.
     """
-    dtype = dtype or default_dtype(device)
-    variant, _ = files.unet_weights()
+    dtype = dtype or default_dtype(device, files.family)
+    variant, _ = files.denoiser_weights()
     try:
         with without_marks(files.folder) as folder:
             pipeline = files.family.pipeline_class.from_pretrained(
@@ -218,6 +234,8 @@ def load(files: ModelFiles, *, device: torch.device, dtype: torch.dtype | None =
 
 def _check_special_tokens(pipeline: DiffusionPipeline, files: ModelFiles) -> None:
     for name, encoder in zip(files.family.tokenizers, files.family.text_encoders, strict=True):
+        if getattr(pipeline, encoder) is None:
+            continue
         known = getattr(pipeline, encoder).config.vocab_size
         tokenizer = getattr(pipeline, name)
         if tokenizer.pad_token is None:
@@ -239,18 +257,22 @@ def prepare_for_inference(pipeline: DiffusionPipeline, family: Family) -> None:
     pipeline.set_progress_bar_config(disable=True)
     # The VAE is all convolutions, which run faster on this layout (by a third on a CPU).
     pipeline.vae.to(memory_format=torch.channels_last)
-    for component in (pipeline.unet, pipeline.vae, *(getattr(pipeline, name) for name in family.text_encoders)):
-        component.requires_grad_(False).eval()
-    if pipeline.unet.dtype != torch.float16:
+    denoiser = getattr(pipeline, family.denoiser)
+    for name in (family.denoiser, "vae", *family.present_text_encoders(pipeline)):
+        getattr(pipeline, name).requires_grad_(False).eval()
+    if denoiser.dtype != torch.float16:
         return
     if family.upcasts(pipeline.vae.config):
         pipeline.vae.float()
-    keep_attention_in_fp32(pipeline.unet)
+    keep_attention_in_fp32(denoiser)
 
 
-def set_attention(unet: UNet2DConditionModel, processor: Any) -> None:
-    """As diffusers' `set_attn_processor`; processors for live negative prompts stay, and compute as this one does."""
-    for module in unet.modules():
+def set_attention(denoiser: torch.nn.Module, processor: Any) -> None:
+    """As diffusers' `set_attn_processor`, of UNets; processors for live negative prompts stay, and compute as this one.
+
+    Transformers, whose attention is of other classes, are left as they are.
+    """
+    for module in denoiser.modules() if isinstance(denoiser, UNet2DConditionModel) else ():
         if isinstance(module, Attention):
             if hasattr(module.processor, "stock"):
                 module.processor.stock = processor
@@ -258,11 +280,12 @@ def set_attention(unet: UNet2DConditionModel, processor: Any) -> None:
                 module.set_processor(processor)
 
 
-def keep_attention_in_fp32(unet: UNet2DConditionModel) -> bool:
+def keep_attention_in_fp32(denoiser: Any) -> bool:
     """Let a UNet's attention scores be computed in FP32 where its `upcast_attention` asks for it, and say so.
 
     diffusers' default processor ignores it; Stable Diffusion 2.1 at 768 pixels overflows in FP16 without.
     """
-    if unet.config.upcast_attention:
-        set_attention(unet, AttnProcessor())
-    return bool(unet.config.upcast_attention)
+    wanted = bool(denoiser.config.get("upcast_attention"))
+    if wanted:
+        set_attention(denoiser, AttnProcessor())
+    return wanted

@@ -1,6 +1,6 @@
-"""Runners: one UNet, several modes of execution, one call signature.
+"""Runners: one denoiser, several modes of execution, one call signature.
 
-Each is a context manager and can be set as `pipe.unet` in a stock diffusers pipeline. To add one, subclass
+Each is a context manager; that of a UNet can be set as `pipe.unet` in a stock diffusers pipeline. To add one, subclass
 `Runner`, or `sessions.Session` for an exported graph, and give it a row in `available_runners`.
 """
 
@@ -14,34 +14,37 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
+from .conditions import BOTH_TEXTS, PromptEmbeds, is_live
 from .config import EXPORTED
 from .errors import BoostDiffError, InputError
-from .families import BOTH_TEXTS, is_live
+from .families import family_of_denoiser
+from .family import Family
 from .manifest import Manifest, verified_file
 from .sessions import OnnxSession, Session, execution_provider
 from .trt import TensorRTSession, check_plan
 
-UNET_OUTPUT = "out_sample"
-"""Name of the prediction in an exported UNet, as Optimum's pipelines look for it."""
+DENOISER_OUTPUT = "out_sample"
+"""Name of the prediction in an exported denoiser, as Optimum's pipelines look for a UNet's."""
 
 
 class Runner(AbstractContextManager["Runner"]):
-    """Executes a UNet.
+    """Executes a denoiser.
 
     Attributes:
         name: name on the command line.
-        config: the UNet's configuration.
+        family: the denoiser's family, or one that shares its class.
+        config: the denoiser's configuration.
         dtype: dtype of `sample`, `encoder_hidden_states` and the prediction.
-        precision: dtype that the UNet computes in.
+        precision: dtype that the denoiser computes in.
         device: their device.
         add_embedding: SDXL's, as far as the stock pipeline reads it.
     """
 
     name: str
+    family: Family
     config: FrozenDict
     dtype: torch.dtype
     precision: torch.dtype
@@ -59,12 +62,23 @@ class Runner(AbstractContextManager["Runner"]):
         """Run once.
 
         Args:
-            inputs: `sample` `(B, C, H, W)`, `timestep` `(B,)`, `encoder_hidden_states` `(B, L, D)`; for a
-                guidance-conditioned student `timestep_cond` `(B, E)`; for SDXL `text_embeds` and `time_ids`.
+            inputs: see `Family.forward`.
 
         Returns:
             `(B, C, H, W)`.
         """
+
+    def denoise(
+        self,
+        z_t: torch.Tensor,
+        t: torch.Tensor,
+        embeds: PromptEmbeds,
+        *,
+        timestep_cond: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Predict for latents `(B, C, H, W)` at a timestep, a scalar or `(B,)`, and B prompts."""
+        inputs = {"sample": z_t, "timestep": t.to(self.device).expand(len(z_t)), **embeds.tensors()}
+        return self.predict(inputs if timestep_cond is None else inputs | {"timestep_cond": timestep_cond})
 
     def __call__(
         self,
@@ -98,41 +112,34 @@ class Runner(AbstractContextManager["Runner"]):
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
 
 
-def unet_forward(unet: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Call a diffusers UNet with a runner's inputs, see `Runner.predict`."""
-    plain = ("sample", "timestep", "encoder_hidden_states", "timestep_cond")
-    arguments: dict[str, Any] = {name: inputs[name] for name in plain if name in inputs}
-    added = {name: tensor for name, tensor in inputs.items() if name not in plain}
-    return unet(**arguments, added_cond_kwargs=added or None, return_dict=False)[0]
-
-
 class TorchRunner(Runner):
     """PyTorch, eager."""
 
     name = "torch"
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        self.unet = unet
-        self.config, self.dtype, self.device = unet.config, unet.dtype, unet.device
-        if hasattr(unet, "add_embedding"):
-            self.add_embedding = unet.add_embedding
+    def __init__(self, denoiser: Any) -> None:
+        """Wrap a denoiser of diffusers."""
+        self.denoiser, self.family = denoiser, family_of_denoiser(denoiser)
+        self.config, self.dtype, self.device = denoiser.config, denoiser.dtype, denoiser.device
+        if hasattr(denoiser, "add_embedding"):
+            self.add_embedding = denoiser.add_embedding
         self.precision = self.dtype
 
     def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        return unet_forward(self.unet, inputs)
+        return self.family.forward(self.denoiser, inputs)
 
 
 class GraphRunner(Runner):
     """An exported graph, executed by a session."""
 
-    def __init__(self, session: Session, *, unet_config: dict[str, Any]) -> None:
-        """Take over the session of a UNet's graph; it is closed with the runner."""
-        self.session = session
+    def __init__(self, session: Session, *, family: Family, denoiser_config: dict[str, Any]) -> None:
+        """Take over the session of a denoiser's graph; it is closed with the runner."""
+        self.session, self.family = session, family
         self.name, self.device = session.name, session.device
-        if width := unet_config.get("projection_class_embeddings_input_dim"):
+        if width := denoiser_config.get("projection_class_embeddings_input_dim"):
             # Where the stock SDXL pipeline looks for the width of its added conditions.
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
-        self.config, self.dtype = FrozenDict(unet_config), session.input_types["sample"]
+        self.config, self.dtype = FrozenDict(denoiser_config), session.input_types["sample"]
         self.precision = self.dtype
 
     def close(self) -> None:
@@ -144,7 +151,7 @@ class GraphRunner(Runner):
         if is_live(self.config) and inputs["encoder_hidden_states"].shape[1] % 2:
             raise InputError(BOTH_TEXTS)
         prediction = torch.empty(sample.shape, dtype=self.dtype, device=self.device)
-        self.session.run(inputs, {UNET_OUTPUT: prediction})
+        self.session.run(inputs, {DENOISER_OUTPUT: prediction})
         return prediction.to(sample.dtype)
 
 
@@ -162,9 +169,9 @@ def open_session(
 
     Args:
         name: a name in `EXPORTED`; TensorRT needs a GPU.
-        part: "unet", "text_encoder", "text_encoder_2" or "vae_decoder".
+        part: "unet", "transformer", "text_encoder", "text_encoder_2" or "vae_decoder".
         precision: "fp32" or "fp16", of an ONNX graph; None takes what the device is faster at, if it is there. A part
-            other than the UNet that has no such graph runs in what it has.
+            other than the denoiser that has no such graph runs in what it has.
         lean: see `OnnxSession`.
 
     Raises:
@@ -186,8 +193,8 @@ def open_session(
     }
     wanted = ["fp32", "fp16"] if device.type == "cpu" else ["fp16", "fp32"]
     if precision:
-        # Parts that overflow in FP16 are in FP32 alone, whatever the UNet is in.
-        wanted = [precision] if part == "unet" else [precision, *wanted]
+        # Parts that overflow in FP16 are in FP32 alone, whatever the denoiser is in.
+        wanted = [precision] if part == manifest.denoiser else [precision, *wanted]
     graph = next((graphs[each] for each in wanted if each in graphs), None)
     if graph is None:
         if not precision or not graphs:
@@ -211,9 +218,9 @@ def available_runners(
         reasons[name] = None
         try:
             if name == "tensorrt":
-                if "unet/model.plan" not in manifest.files:
+                if manifest.plan not in manifest.files:
                     raise BoostDiffError("the engine was exported without --trt")
-                check_plan(manifest.artefacts["unet/model.plan"], device)
+                check_plan(manifest.artefacts[manifest.plan], device)
             elif name == "onnx":
                 execution_provider(device)
         except BoostDiffError as error:

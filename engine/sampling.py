@@ -10,10 +10,9 @@ import torch
 from diffusers import SchedulerMixin
 from PIL import Image
 
+from .conditions import TextEmbeddings
 from .errors import BoostDiffError, InputError
-from .families import TextEmbeddings
 from .guidance import Denoiser
-from .latents import denormalized
 from .model import Model
 
 MIDDLING = 64**2
@@ -74,9 +73,11 @@ def sampling(
     """
     # Schedulers keep their tables on the CPU: a timestep from the GPU would be waited for in each step.
     scheduler.set_timesteps(steps, device="cpu")
-    z_t = noise * scheduler.init_noise_sigma
+    # Of flow matching, whose noise has σ = 1, diffusers' schedulers don't scale.
+    z_t = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    scaled = getattr(scheduler, "scale_model_input", lambda sample, t: sample)
     for t, on_device in zip(scheduler.timesteps, scheduler.timesteps.to(noise.device), strict=True):
-        prediction = denoiser(scheduler.scale_model_input(z_t, t), on_device, text)
+        prediction = denoiser(scaled(z_t, t), on_device, text)
         z_t = scheduler.step(prediction, t, z_t, return_dict=False)[0]
         yield z_t
 
@@ -100,7 +101,7 @@ def decode(model: Model, latents: torch.Tensor, finite: Sequence[torch.Tensor] =
     together = len(latents) if area < MIDDLING else max(1, 4 * MIDDLING // area)
     images, in_range = [], []
     for part in latents.split(together):
-        decoded = vae.decode(denormalized(part.to(vae.dtype), vae), return_dict=False)[0].float()
+        decoded = model.family.decode_latents(vae, model.family.denormalized(part.to(vae.dtype), vae)).float()
         in_range.append(decoded.isfinite().all())
         images.append((decoded / 2 + 0.5).clamp(0, 1))
     # Copied at once: each copy is waited for.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
 from typing import Any
 
 import diffusers
@@ -12,6 +13,7 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
@@ -45,6 +47,27 @@ REFUSED = {
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
 }
 """Settings of schedulers that change what the network's numbers mean, with the values that don't."""
+
+FLOW_SCHEDULE = (
+    "num_train_timesteps",
+    "shift",
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "shift_terminal",
+    "time_shift_type",
+)
+"""What makes a flow-matching model's timesteps: taken from the model's folder."""
+
+FLOW_REFUSED = {
+    "invert_sigmas": (None, False),
+    "stochastic_sampling": (None, False),
+    "use_karras_sigmas": (None, False),
+    "use_exponential_sigmas": (None, False),
+    "use_beta_sigmas": (None, False),
+}
 
 FEWEST_STEPS = 20
 """What a noise schedule must have timesteps for: previews take as many."""
@@ -112,14 +135,46 @@ SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
 """Class and settings; the class's defaults stand for all that is neither here nor in the two lists above."""
 
 
-def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's configuration is a flow-matching model's."""
+    return "shift" in config or bool(config.get("use_flow_sigmas"))
+
+
+def _flow_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
+    """The sampler of this name for flow matching, where the DDIM step is the Euler step."""
+    taken = {key: config[key] for key in FLOW_SCHEDULE if config.get(key) is not None}
+    # Another class of the folder's, such as Sana's, has the shift by another name.
+    taken.setdefault("shift", config.get("flow_shift") or 1.0)
+    if name in ("ddim", "euler"):
+        return FlowMatchEulerDiscreteScheduler(**taken)
+    scheduler_class, settings = SAMPLERS[name]
+    parameters = inspect.signature(scheduler_class).parameters
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": taken.pop("shift")}
+    return scheduler_class(**{key: value for key, value in taken.items() if key in parameters}, **flow, **settings)
+
+
+def make_scheduler(
+    name: str,
+    config: Mapping[str, Any],
+    *,
+    mu: float | None = None,
+    sigmas: Callable[[int], Sequence[float]] | None = None,
+) -> SchedulerMixin:
     """A scheduler of `SAMPLERS` with the noise schedule and timesteps of the model's scheduler configuration.
+
+    Args:
+        name: a key of `SAMPLERS`.
+        config: configuration of the model's scheduler.
+        mu: dynamic shift of a flow-matching model, which depends on the image size; see `Family.timesteps`.
+        sigmas: gives the noise levels that a stock pipeline passes for a number of steps, if it passes any.
 
     Raises:
         InputError: the name is unknown.
     """
     if name not in SAMPLERS:
         raise InputError(f"unknown sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
+    if is_flow(config):
+        return _with_timesteps(_flow_scheduler(name, config), mu=mu, sigmas=sigmas)
     scheduler_class, settings = SAMPLERS[name]
     # What the folder did not say, diffusers filled in with the defaults of another class.
     silent = config.get("_use_default_values", ())
@@ -132,6 +187,28 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     return scheduler_class(**{key: value for key, value in taken.items() if key in parameters}, **settings)
 
 
+def _with_timesteps(
+    scheduler: SchedulerMixin, *, mu: float | None, sigmas: Callable[[int], Sequence[float]] | None
+) -> SchedulerMixin:
+    """Let a scheduler's `set_timesteps` do by itself what a stock pipeline passes to it."""
+    original = scheduler.set_timesteps
+
+    @wraps(original)
+    def set_timesteps(num_inference_steps: int | None = None, device: Any = None, **options: Any) -> None:
+        if mu is not None:
+            options.setdefault("mu", mu)
+        if (
+            sigmas is not None
+            and num_inference_steps is not None
+            and isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+        ):
+            options.setdefault("sigmas", sigmas(num_inference_steps))
+        original(num_inference_steps, device=device, **options)
+
+    scheduler.set_timesteps = set_timesteps
+    return scheduler
+
+
 def completed(class_name: str, config: dict[str, Any]) -> dict[str, Any]:
     """A configuration with the defaults of its class, if diffusers has it."""
     known = getattr(diffusers, class_name, None)
@@ -139,11 +216,15 @@ def completed(class_name: str, config: dict[str, Any]) -> dict[str, Any]:
     return {one.name: one.default for one in parameters if one.default is not one.empty} | config
 
 
-def check_schedule(class_name: str, config: Mapping[str, Any]) -> None:
+def check_schedule(class_name: str, config: Mapping[str, Any], *, flow: bool = False) -> None:
     """Refuse a model's scheduler whose noise schedule or prediction type the samplers don't share, by an InputError.
 
-    The configuration includes the defaults of its class, see `completed`.
+    The configuration includes the defaults of its class, see `completed`; `flow` says whether the model is one of flow
+    matching.
     """
+    if flow:
+        _check_flow_schedule(class_name, config)
+        return
     if class_name not in KarrasDiffusionSchedulers.__members__ or "beta_start" not in config:
         raise InputError(f"{class_name} has another noise schedule than {', '.join(SAMPLERS)}: it is not supported")
     for key, values in {
@@ -178,13 +259,30 @@ def check_schedule(class_name: str, config: Mapping[str, Any]) -> None:
         )
 
 
+def _check_flow_schedule(class_name: str, config: Mapping[str, Any]) -> None:
+    if not is_flow(config):
+        raise InputError(f"{class_name} is no scheduler of flow matching, which this model needs")
+    for key, values in FLOW_REFUSED.items():
+        if config.get(key) not in values:
+            raise InputError(f"{key} {config[key]!r} is not supported")
+    count = config.get("num_train_timesteps")
+    if not isinstance(count, int) or count < FEWEST_STEPS:
+        raise InputError(f"num_train_timesteps {count!r} can't be used: it must be at least {FEWEST_STEPS}")
+    try:
+        scheduler = _flow_scheduler("euler", config)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"it can't be used: {one_line(error)}") from None
+    if not ((scheduler.sigmas > 0) & (scheduler.sigmas <= 1)).all():
+        raise InputError(f"shift {config.get('shift', config.get('flow_shift'))!r} can't be used: it must be above 0")
+
+
 def check_steps(config: Mapping[str, Any], samplers: Iterable[str], steps: Iterable[int]) -> None:
     """Refuse, by an InputError, numbers of steps for which one of the samplers has no timesteps in a model's schedule.
 
     `config` is the configuration of the model's scheduler.
     """
     for name in samplers:
-        scheduler = make_scheduler(name, config)
+        scheduler = make_scheduler(name, config, mu=1.0 if config.get("use_dynamic_shifting") else None)
         for number in steps:
             if not _fits(scheduler, number):
                 count = scheduler.config.num_train_timesteps
@@ -200,6 +298,8 @@ def _fits(scheduler: SchedulerMixin, steps: int) -> bool:
     count = scheduler.config.num_train_timesteps
     if not 1 <= steps <= count:
         return False
+    if is_flow(scheduler.config):
+        return True
     scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps
     return len(timesteps.unique()) == len(timesteps) == steps and 0 <= timesteps.min() <= timesteps.max() < count

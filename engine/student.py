@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 
 from .adapters import METHODS, adapter_class
@@ -70,7 +69,7 @@ class Distilled:
         return Guider(name=self.guider, settings=self.guider_settings)
 
     def choose_guidance(self, guidance: float | None) -> float | None:
-        """The UNet's guidance input: the scale asked for or the default of a guidance-conditioned student, else None.
+        """The guidance input: of a guidance-conditioned student the scale asked for or its default, else None.
 
         Raises:
             InputError: the student was not distilled for it.
@@ -130,7 +129,7 @@ class StudentInfo(Distilled):
 
     Attributes:
         model: name that the user gave the model.
-        unet_sha256: hash of the UNet weights that the adapter belongs to.
+        denoiser_sha256: hash of the denoiser weights that the adapter belongs to.
         adapter_files: SHA-256 by file name.
         trainable_parameters: their number.
         settings: the resolved training configuration.
@@ -139,7 +138,7 @@ class StudentInfo(Distilled):
     """
 
     model: str
-    unet_sha256: str
+    denoiser_sha256: str
     adapter_files: dict[str, str]
     trainable_parameters: int
     settings: dict[str, Any]
@@ -157,6 +156,9 @@ class StudentInfo(Distilled):
         write_json(folder / INFO_FILE, values | {"sha256": hash_of(values)})
 
 
+STRINGS = ("method", "negative_prompt", "guider", "model", "denoiser_sha256")
+
+
 def _usable(values: dict[str, Any]) -> bool:
     """Whether the values of a `student.json` that are relied upon are of their types."""
 
@@ -165,7 +167,10 @@ def _usable(values: dict[str, Any]) -> bool:
 
     scales, files, settings = values["guidance_range"], values["adapter_files"], values["guider_settings"]
     return (
-        all(isinstance(values[name], str) for name in ("method", "negative_prompt", "guider", "model", "unet_sha256"))
+        all(
+            isinstance(values[name], str)
+            for name in ("method", "negative_prompt", "guider", "model", "denoiser_sha256")
+        )
         and isinstance(settings, dict)
         and isinstance(values["live_negative_prompt"], bool)
         and scale(values["guidance"])
@@ -194,6 +199,8 @@ def read_student(folder: Path, files: ModelFiles | None = None) -> StudentInfo:
     # Nor have those from before live negative prompts and guiders, which are of plain classifier-free guidance.
     earlier: dict[str, Any] = {"live_negative_prompt": False, "guider": "cfg", "guider_settings": {}}
     values = earlier | values
+    if "unet_sha256" in values:
+        values["denoiser_sha256"] = values.pop("unet_sha256")
     names = {item.name for item in fields(StudentInfo)}
     if not names <= set(values) or not _usable(values):
         raise InputError(f"{folder / INFO_FILE} is not a student's description; distill again")
@@ -212,7 +219,7 @@ def read_student(folder: Path, files: ModelFiles | None = None) -> StudentInfo:
             raise InputError(f"the student in {folder} is incomplete: {name} is missing")
         if sha256_of(path) != expected:
             raise InputError(f"{path} is damaged: its SHA-256 is not the one in {INFO_FILE}; distill again")
-    if files is not None and files.unet_sha256() != info.unet_sha256:
+    if files is not None and files.denoiser_sha256() != info.denoiser_sha256:
         raise InputError(
             f"the student in {folder} belongs to another model ({info.model}), not to {files.name}: "
             "pass the --model it was trained on, or distill one for this model"
@@ -220,17 +227,17 @@ def read_student(folder: Path, files: ModelFiles | None = None) -> StudentInfo:
     return info
 
 
-def apply_student(unet: UNet2DConditionModel, folder: Path, info: StudentInfo) -> None:
-    """Put a student that was checked by `read_student` onto its model's UNet, unmerged, as stock diffusers would.
+def apply_student(denoiser: Any, folder: Path, info: StudentInfo) -> None:
+    """Put a student that was checked by `read_student` onto its model's denoiser, unmerged, as stock diffusers would.
 
     Raises:
         InputError: the adapter's tensors don't fit.
     """
     try:
-        adapter_class(info.method).load(unet, folder)
+        adapter_class(info.method).load(denoiser, folder)
         if info.live_negative_prompt:
-            LiveNegative.load(unet, folder)
+            LiveNegative.load(denoiser, folder)
         if info.guidance_range is not None:
-            GuidanceConditioned.load(unet, folder)
+            GuidanceConditioned.load(denoiser, folder)
     except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise InputError(f"the adapter in {folder} does not fit {info.model}: {one_line(error)}") from None

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from ..engine.conditions import is_live
 from ..engine.errors import BoostDiffError, InputError
-from ..engine.families import is_live
 from ..engine.files import prepare_output, read_json, staged_folder, write_json
 from ..engine.manifest import MANIFEST_FILE, Manifest, read_manifest, verified_file
 from ..engine.memory import give_back_memory
@@ -22,7 +22,7 @@ from ..engine.trt import TensorRTSession, check_plan
 from ..engine.versions import versions
 from .config import ExportConfig
 from .graph import FP16_TOLERANCE, FP32_TOLERANCE, compare, exact_float32, graph_signature, onnx_from_part
-from .parts import Part, latent_sizes, text_encoder_part, unet_part, vae_decoder_part
+from .parts import Part, denoiser_part, latent_sizes, text_encoder_part, vae_decoder_part
 from .plan import Flavour, choose_flavour, plan_from_onnx, plan_in_a_process
 from .whole import PROMPT, compare_engine, draw_reference
 
@@ -46,9 +46,9 @@ def export(
         files: the model.
         config: precisions, shapes and plans.
         student: folder that `distill` wrote.
-        output: the engine's folder, laid out as Optimum does: `unet`, `text_encoder` (SDXL: and `text_encoder_2`) and
-            `vae_decoder`, each with `model.onnx` and, with plans, `model.plan`; tokenizers, scheduler,
-            `model_index.json`; and `manifest.json`.
+        output: the engine's folder, laid out as Optimum does: `unet` (or `transformer`), `text_encoder` (SDXL:
+            and `text_encoder_2`) and `vae_decoder`, each with `model.onnx` and, with plans, `model.plan`; tokenizers,
+            scheduler, `model_index.json`; and `manifest.json`.
         device: where the reference runs; if it is a GPU, it is the one that plans are built for.
         force: export again even if nothing has changed.
         report: callback for each stage in words.
@@ -63,9 +63,9 @@ def export(
     config, target = config or ExportConfig(), resolve_device(device)
     with torch.cuda.device(target) if target.type == "cuda" else nullcontext():
         info = read_student(student, files)
-        encoder, *others = files.family.text_encoders
+        encoder, *others = files.family.exported_text_encoders or ("",)
         # Pipelines of two text encoders pass none of them a mask.
-        if not others and read_json(files.folder / encoder / "config.json").get("use_attention_mask"):
+        if encoder and not others and read_json(files.folder / encoder / "config.json").get("use_attention_mask"):
             raise InputError(f"{encoder}/config.json says use_attention_mask, which exported text encoders don't take")
         if config.diffusers and (info.method == "soft-prompt" or info.live_negative_prompt):
             what = "a soft prompt" if info.method == "soft-prompt" else "attention to a live negative prompt"
@@ -85,11 +85,13 @@ def export(
             f"(cosine {check.cosine:.7f}), from the base by {check.change:.2f}"
         )
         manifest.merge = {**asdict(check), "timesteps": list(TIMESTEPS)}
-        model.unet.register_to_config(sample_size=height if height == width else (height, width))
-        manifest.unet_config = {key: value for key, value in dict(model.unet.config).items() if not key.startswith("_")}
+        model.denoiser.register_to_config(sample_size=height if height == width else (height, width))
+        manifest.denoiser_config = {
+            key: value for key, value in dict(model.denoiser.config).items() if not key.startswith("_")
+        }
         with staged_folder(output, replaces=MANIFEST_FILE) as folder:
             write_configs_and_tokenizers(model, manifest, folder, diffusers=config.diffusers)
-            precisions = config.precisions(model.unet.num_parameters())
+            precisions = config.precisions(model.denoiser.num_parameters())
             if flavour is not None:
                 report(f"building with {flavour.name}: {flavour.reason}")
             reference = draw_reference(model, config, guidance=info.guidance)
@@ -106,7 +108,7 @@ def _intended(files: ModelFiles, info: StudentInfo, config: ExportConfig, flavou
     gpu = flavour is not None and flavour.name == "tensorrt"
     return Manifest(
         model=files.name,
-        inputs={"unet": info.unet_sha256, "adapter": info.adapter_sha256, **files.other_sha256()},
+        inputs={"denoiser": info.denoiser_sha256, "adapter": info.adapter_sha256, **files.other_sha256()},
         options=config.as_json() | {"flavour": flavour.name if flavour else None},
         student={
             "method": info.method,
@@ -117,7 +119,8 @@ def _intended(files: ModelFiles, info: StudentInfo, config: ExportConfig, flavou
             "guider": info.guider,
             "guider_settings": info.guider_settings,
         },
-        unet_config={},
+        denoiser=files.family.denoiser,
+        denoiser_config={},
         versions=versions("tensorrt", "tensorrt_rtx") if flavour else versions(),
         hardware={"gpu": torch.cuda.get_device_name()} if gpu else {},
     )
@@ -142,15 +145,17 @@ def write_configs_and_tokenizers(model: Model, manifest: Manifest, folder: Path,
     index = read_json(model.files.folder / "model_index.json")
     absent = dict.fromkeys(index.keys() & {"safety_checker", "feature_extractor", "image_encoder"}, (None, None))
     write_json(folder / "model_index.json", index | absent)
-    for name, tokenizer in zip(model.family.text_encoders, model.family.tokenizers, strict=True):
+    for name in model.family.exported_text_encoders:
+        tokenizer = name.replace("text_encoder", "tokenizer")
         getattr(pipeline, tokenizer).save_pretrained(folder / tokenizer)
         getattr(pipeline, name).config.save_pretrained(folder / name)
+    denoiser = model.family.denoiser
     if diffusers:
-        model.unet.save_pretrained(folder / "unet", safe_serialization=True)
-        for path in (folder / "unet").glob("*.safetensors*"):
-            manifest.artefacts[f"unet/{path.name}"] = {"precision": "fp32"}
+        model.denoiser.save_pretrained(folder / denoiser, safe_serialization=True)
+        for path in (folder / denoiser).glob("*.safetensors*"):
+            manifest.artefacts[f"{denoiser}/{path.name}"] = {"precision": "fp32"}
     configs = {"scheduler/scheduler_config": pipeline.scheduler, "vae_decoder/config": pipeline.vae}
-    for name, component in (configs | {"unet/config": model.unet}).items():
+    for name, component in (configs | {f"{denoiser}/config": model.denoiser}).items():
         path = folder / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
         # diffusers would add the path that the model was loaded from.
@@ -161,14 +166,14 @@ def _parts(model: Model, config: ExportConfig, precisions: tuple[str, ...]) -> l
     """Every part with its cases' references. The model's references go: a part is freed once it is exported."""
     pipeline = model.pipeline
     encoded = model.family.encode(pipeline, CHECK_PROMPTS)
-    text = encoded.joined() if is_live(model.unet.config) else encoded.conditional
-    parts = [text_encoder_part(model, name, CHECK_PROMPTS, config) for name in model.family.text_encoders]
-    parts += [vae_decoder_part(model, config), unet_part(model, model.unet, text, config, TIMESTEPS)]
+    text = encoded.joined() if is_live(model.denoiser.config) else encoded.conditional
+    parts = [text_encoder_part(model, name, CHECK_PROMPTS, config) for name in model.family.exported_text_encoders]
+    parts += [vae_decoder_part(model, config), denoiser_part(model, model.denoiser, text, config, TIMESTEPS)]
     for part in parts:
         part.compute_references()
         if part.half and precisions == ("fp16",):
             part.to_half()
-    for name in ("unet", "vae", *model.family.text_encoders):
+    for name in (model.family.denoiser, "vae", *model.family.text_encoders):
         setattr(pipeline, name, None)
     # The largest last: by then the others are gone.
     return parts
@@ -183,7 +188,7 @@ def _export_part(
         islands = False
         if precision == "fp16":
             part.to_half()
-            islands = part.name == "unet" and keep_attention_in_fp32(part.module.unet)
+            islands = part.name == manifest.denoiser and keep_attention_in_fp32(part.module.denoiser)
         graphs[precision] = folder / part.name / ("model.fp16.onnx" if graphs else "model.onnx")
         onnx_from_part(part, graphs[precision])
         manifest.artefacts[f"{part.name}/{graphs[precision].name}"] = {

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from ..engine.conditions import PromptEmbeds
 from ..engine.exported_parts import HIDDEN_STATES
-from ..engine.families import PromptEmbeds
-from ..engine.latents import denormalized
+from ..engine.family import Family
 from ..engine.memory import give_back_memory, give_back_pages
 from ..engine.model import LARGE_PARAMETERS, Model
-from ..engine.runners import UNET_OUTPUT
+from ..engine.runners import DENOISER_OUTPUT
 from .config import ExportConfig
 
 TRACE_BATCH = 2
@@ -127,10 +126,10 @@ class Part:
         }
 
 
-class _Unet(torch.nn.Module):
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+class _Denoiser(torch.nn.Module):
+    def __init__(self, denoiser: torch.nn.Module, family: Family) -> None:
         super().__init__()
-        self.unet = unet
+        self.denoiser, self.family = denoiser, family
 
     def forward(
         self,
@@ -139,12 +138,23 @@ class _Unet(torch.nn.Module):
         encoder_hidden_states: torch.Tensor,
         text_embeds: torch.Tensor | None = None,
         time_ids: torch.Tensor | None = None,
+        pooled_projections: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
         timestep_cond: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor]:
-        # diffusers concatenates text_embeds with sines in FP32: torch promotes, the exported graph would not.
-        added = None if text_embeds is None else {"text_embeds": text_embeds.float(), "time_ids": time_ids}
-        arguments = {"timestep_cond": timestep_cond, "added_cond_kwargs": added, "return_dict": False}
-        return self.unet(sample, timestep, encoder_hidden_states, **arguments)
+        # Named one by one, as the exporter asks: all that some family has.
+        inputs = {
+            "sample": sample,
+            "timestep": timestep,
+            "encoder_hidden_states": encoder_hidden_states,
+            "text_embeds": text_embeds,
+            "time_ids": time_ids,
+            "pooled_projections": pooled_projections,
+            "encoder_attention_mask": encoder_attention_mask,
+            "timestep_cond": timestep_cond,
+        }
+        given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+        return (self.family.forward(self.denoiser, given),)
 
 
 class _TextEncoder(torch.nn.Module):
@@ -163,12 +173,12 @@ class _TextEncoder(torch.nn.Module):
 
 
 class _VaeDecoder(torch.nn.Module):
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: torch.nn.Module, family: Family) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae, self.family = vae, family
 
     def forward(self, latent_sample: torch.Tensor) -> tuple[torch.Tensor]:
-        return (self.vae.decode(latent_sample, return_dict=False)[0],)
+        return (self.family.decode_latents(self.vae, latent_sample),)
 
 
 def _cycled(tensor: torch.Tensor, batch: int) -> torch.Tensor:
@@ -193,18 +203,18 @@ def _size_axes(sizes: Sequence[tuple[int, int]], dim: Callable[[str], Any]) -> d
 def latent_sizes(model: Model, config: ExportConfig) -> tuple[tuple[int, int], ...]:
     """See `ExportConfig.latent_size`."""
     _, height, width = model.latent_shape
-    multiple = 2 ** (len(model.unet.config.block_out_channels) - 1)
+    multiple = model.family.latent_multiple(model.denoiser.config, exported=True)
     return config.latent_size(factor=model.pipeline.vae_scale_factor, multiple=multiple, default=(height, width))
 
 
-def unet_part(
-    model: Model, merged: UNet2DConditionModel, text: PromptEmbeds, config: ExportConfig, timesteps: Sequence[int]
+def denoiser_part(
+    model: Model, merged: Any, text: PromptEmbeds, config: ExportConfig, timesteps: Sequence[int]
 ) -> Part:
-    """The merged UNet, in float32.
+    """The merged denoiser, in float32.
 
     Args:
         text: real embeddings of a few prompts, which the cases cycle through.
-        timesteps: timesteps that a small UNet is compared at; a large one at the middle one.
+        timesteps: timesteps that a small one is compared at; a large one at the middle one.
     """
     sizes = latent_sizes(model, config)
     channels = model.latent_shape[0]
@@ -214,29 +224,31 @@ def unet_part(
         return torch.randn(batch, channels, *size, generator=generator).to(merged.device)
 
     inputs = model.family.example_inputs(model.pipeline, batch=TRACE_BATCH) | {"sample": noise(TRACE_BATCH, sizes[1])}
-    length = inputs["encoder_hidden_states"].shape[1]
-    # Traced with two chunks of text: a dimension of its smallest size would be frozen.
-    inputs["encoder_hidden_states"] = torch.cat([inputs["encoder_hidden_states"]] * 2, dim=1)
     axes: dict[str, dict[int, Axis]] = {name: {0: _batch_axis(config.batch)} for name in inputs}
-    chunks = tuple(length * count for count in (1, 1, TEXT_CHUNKS))
-    axes["encoder_hidden_states"][1] = (length * torch.export.Dim("chunks", min=1, max=64), chunks)
+    if model.family.text_chunks:
+        length = inputs["encoder_hidden_states"].shape[1]
+        # Traced with two chunks of text: a dimension of its smallest size would be frozen.
+        inputs["encoder_hidden_states"] = torch.cat([inputs["encoder_hidden_states"]] * 2, dim=1)
+        chunks = tuple(length * count for count in (1, 1, TEXT_CHUNKS))
+        axes["encoder_hidden_states"][1] = (length * torch.export.Dim("chunks", min=1, max=64), chunks)
     if sizes[0] != sizes[2]:
-        # Each block but the last halves them.
-        multiple = 2 ** (len(merged.config.block_out_channels) - 1)
+        multiple = model.family.latent_multiple(merged.config, exported=True)
         axes["sample"] |= _size_axes(sizes, lambda side: multiple * torch.export.Dim(side, min=1, max=1024))
     large = merged.num_parameters() >= LARGE_PARAMETERS
     return Part(
-        name="unet",
-        module=_Unet(merged),
+        name=model.family.denoiser,
+        module=_Denoiser(merged, model.family),
         inputs=inputs,
-        outputs=(UNET_OUTPUT,),
+        outputs=(DENOISER_OUTPUT,),
         axes=axes,
-        cases=_unet_cases(inputs | text.tensors(), noise, sizes, config, timesteps, large=large),
+        cases=_denoiser_cases(
+            inputs | text.tensors(), noise, sizes, config, timesteps, large=large, chunks=model.family.text_chunks
+        ),
         large=large,
     )
 
 
-def _unet_cases(
+def _denoiser_cases(
     inputs: dict[str, torch.Tensor],
     noise: Callable[[int, tuple[int, int]], torch.Tensor],
     sizes: tuple[tuple[int, int], ...],
@@ -244,8 +256,9 @@ def _unet_cases(
     timesteps: Sequence[int],
     *,
     large: bool,
+    chunks: bool,
 ) -> list[Case]:
-    """What the UNet is compared on: each batch, each timestep, other sizes, and text of two chunks."""
+    """What the denoiser is compared on: each batch, each timestep, other sizes, and text of two chunks."""
     best, smallest, middle = sizes[1], config.batch[0], timesteps[len(timesteps) // 2]
     device = inputs["sample"].device
 
@@ -263,7 +276,7 @@ def _unet_cases(
     if not large:
         cases += [(smallest, t) for t in timesteps if t != middle]
         cases += [(smallest, middle, size) for size in dict.fromkeys(sizes) if size != best]
-        cases += [(max(2, smallest), middle, best, 2)]
+        cases += [(max(2, smallest), middle, best, 2)] if chunks else []
     return [case(*arguments) for arguments in cases]
 
 
@@ -276,7 +289,7 @@ def text_encoder_part(model: Model, name: str, prompts: Sequence[str], config: E
     ).input_ids.to(encoder.device)
     projected = hasattr(encoder, "text_projection")
     outputs = ["text_embeds", "last_hidden_state"] if projected else ["last_hidden_state", "pooler_output"]
-    if len(model.family.text_encoders) > 1:
+    if len(model.family.exported_text_encoders) > 1:
         outputs += [f"{HIDDEN_STATES}{i}" for i in range(encoder.config.num_hidden_layers + 1)]
     large = encoder.num_parameters() >= LARGE_PARAMETERS
     return Part(
@@ -294,7 +307,7 @@ def text_encoder_part(model: Model, name: str, prompts: Sequence[str], config: E
 
 
 def vae_decoder_part(model: Model, config: ExportConfig) -> Part:
-    """The VAE's decoder, of any size that the UNet is exported for."""
+    """The VAE's decoder, of any size that the denoiser is exported for."""
     vae = model.pipeline.vae
     sizes = latent_sizes(model, config)
     generator = torch.Generator().manual_seed(0)
@@ -302,8 +315,8 @@ def vae_decoder_part(model: Model, config: ExportConfig) -> Part:
     large = vae.num_parameters() >= LARGE_PARAMETERS / 10
 
     def latents(batch: int, size: tuple[int, int]) -> torch.Tensor:
-        noise = torch.randn(batch, vae.config.latent_channels, *size, generator=generator)
-        return denormalized(noise.to(vae.device), vae)
+        noise = torch.randn(batch, model.latent_shape[0], *size, generator=generator)
+        return model.family.denormalized(noise.to(vae.device), vae)
 
     def case(count: int, size: tuple[int, int]) -> Case:
         where = f"batch {count}, {size[0]}x{size[1]} latents"
@@ -319,7 +332,7 @@ def vae_decoder_part(model: Model, config: ExportConfig) -> Part:
         cases += [(batches[0], size) for size in dict.fromkeys(sizes) if size != sizes[1]]
     return Part(
         name="vae_decoder",
-        module=_VaeDecoder(vae),
+        module=_VaeDecoder(vae, model.family),
         inputs={"latent_sample": latents(TRACE_BATCH, sizes[1])},
         outputs=("sample",),
         axes={"latent_sample": axes},

@@ -14,16 +14,15 @@ from typing import Any
 
 import torch
 
+from ..engine.conditions import is_live
 from ..engine.config import PIXEL_MULTIPLE
 from ..engine.errors import BoostDiffError
 from ..engine.exported import Engine
-from ..engine.families import is_live
 from ..engine.manifest import Manifest
 from ..engine.memory import give_back_memory
 from ..engine.model import LARGE_PARAMETERS, Model
 from ..engine.runners import available_runners
 from ..engine.sampling import decode, initial_noise
-from ..engine.schedulers import make_scheduler
 from .config import ExportConfig
 from .parts import latent_sizes
 
@@ -69,28 +68,29 @@ def draw_reference(model: Model, config: ExportConfig, *, guidance: float) -> Re
         states.append(tensors["latents"].float().cpu())
         return {}
 
-    scheduler, pipeline.scheduler = pipeline.scheduler, make_scheduler(SAMPLER, pipeline.scheduler.config)
+    scheduler, pipeline.scheduler = pipeline.scheduler, model.make_scheduler(SAMPLER)
     image = pipeline(
         **_text(model),
         height=height,
         width=width,
         num_inference_steps=STEPS,
-        guidance_scale=1.0 if model.unet.config.time_cond_proj_dim is None else guidance,
+        guidance_scale=1.0 if model.denoiser.config.get("time_cond_proj_dim") is None else guidance,
         latents=initial_noise((model.latent_shape[0], *size), count=1, seed=SEED).to(model.device),
         output_type="pt",
         callback_on_step_end=keep,
     ).images
     pipeline.scheduler = scheduler
-    large = model.unet.num_parameters() >= LARGE_PARAMETERS
+    large = model.denoiser.num_parameters() >= LARGE_PARAMETERS
     return Reference(latents=states[-1], image=image.float().cpu(), lean=large)
 
 
 def _text(model: Model) -> dict[str, Any]:
     """The prompt as arguments of the stock pipeline; with a negative prompt where the student takes any."""
-    if not is_live(model.unet.config):
+    if not is_live(model.denoiser.config):
         return {"prompt": PROMPT}
     text = model.family.encode(model.pipeline, [PROMPT], negative_prompt=NEGATIVE_PROMPT).joined()
-    pooled = {} if text.text_embeds is None else {"pooled_prompt_embeds": text.text_embeds}
+    tensors = text.tensors()
+    pooled = {"pooled_prompt_embeds": tensors["text_embeds"]} if "text_embeds" in tensors else {}
     return {"prompt_embeds": text.encoder_hidden_states, **pooled}
 
 

@@ -20,7 +20,6 @@ from ..engine.guidance import Denoiser, GuidedDenoiser
 from ..engine.merge import merge
 from ..engine.model import load, locate
 from ..engine.sampling import generate, to_uint8
-from ..engine.schedulers import make_scheduler
 from ..engine.student import read_student
 from .captions import FULL, Grammar, draw_captions
 from .dataset import Artworks, load_artworks
@@ -77,14 +76,14 @@ def negatives(
         "thing": lambda drawn: [artworks.groups[i] for i in groups_of(things, features_of(network, drawn)).tolist()],
     }
     with FastestRunners(model, passes=passes, batch_size=batch_size) as runners:
-        teacher = GuidedDenoiser(runners(model.unet), scales.pop())
+        teacher = GuidedDenoiser(runners(model.denoiser), scales.pop())
 
         def draw(denoiser: Denoiser, prompts: list[str], negative: str | list[str]) -> torch.Tensor:
             drawn = generate(
                 model,
                 denoiser,
                 text=model.family.encode(model.pipeline, prompts, negative_prompt=negative),
-                make_scheduler=partial(make_scheduler, "ddim", model.pipeline.scheduler.config),
+                make_scheduler=partial(model.make_scheduler, "ddim"),
                 steps=steps,
                 seed=seed,
                 batch_size=batch_size,

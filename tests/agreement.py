@@ -34,7 +34,7 @@ def drawn_by_stock_diffusers(files: ModelFiles, config: GenerateConfig, engine: 
     pipeline = DiffusionPipeline.from_pretrained(files.folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     with Engine.load(engine, runner="onnx", device="cpu", precision="fp32") as exported:
-        pipeline.unet = exported.model.unet
+        pipeline.unet = exported.model.denoiser
         return pixels(
             pipeline(
                 config.prompts,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin
 
-from ...engine.families import TextEmbeddings
+from ...engine.conditions import TextEmbeddings
 from ...engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
 
 CUT_OFF, INTERVAL, FEWER = "guidance cut off", "guidance in an interval", "fewer steps"

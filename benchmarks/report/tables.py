@@ -85,7 +85,7 @@ def speed_table(speed: Speed) -> Table:
             f"images/s {_coverage(speed)}": formatted(row.images_per_second, ".3g"),
             "p50 ms": _milliseconds(row.latency),
             "p90 ms": f"{row.latency.p90 * 1e3:.1f}",
-            "UNet step ms": _milliseconds(row.unet_step),
+            "UNet step ms": _milliseconds(row.denoiser_step),
             "text ms": _milliseconds(row.text_encoder),
             "VAE ms": _milliseconds(row.vae_decode),
             "host gap ms": _milliseconds(row.host_gap),
@@ -108,7 +108,7 @@ def ratio_table(speed: Speed) -> Table:
             "batch": str(batch),
             f"whole images {_coverage(speed)}": formatted(parts["images"].estimate, ".2fx"),
             "ceiling": formatted(parts["images"].ceiling, ".2fx"),
-            f"UNet step {_coverage(speed)}": formatted(parts["unet"].estimate, ".2fx"),
+            f"UNet step {_coverage(speed)}": formatted(parts["denoiser"].estimate, ".2fx"),
         }
         for (slower, faster, batch), parts in pairs.items()
     ]
@@ -192,7 +192,7 @@ def speed_note(result: BenchResult) -> str:
         f"{config['steps']} steps. Medians of {config['runs']} batches per variant, all variants interleaved after a "
         f"discarded batch, from prompts to pixels. Intervals: order statistics, coverage {_coverage(speed)[1:-1]}. "
         'Ratios: of times in the same round. "Teacher, no CFG" is the no-CFG speed bound. Ceiling: counted operations, '
-        f"{flops.unet / 1e9:.3g} GFLOP per UNet pass, {flops.vae_decode / 1e9:.3g} per VAE decode, "
+        f"{flops.denoiser / 1e9:.3g} GFLOP per UNet pass, {flops.vae_decode / 1e9:.3g} per VAE decode, "
         f"{flops.text_encoder / 1e9:.2g} per prompt. Peak of matrix multiplication in the same run: {peaks}. Stock "
         "diffusers: its pipeline call, eager, with guidance."
     )

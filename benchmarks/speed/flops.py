@@ -10,7 +10,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...engine.model import Model
-from ...engine.runners import unet_forward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,19 +17,19 @@ class Flops:
     """Operations for one image or prompt; a multiplication and an addition count as two.
 
     Attributes:
-        unet: one pass over the latents of one image.
+        denoiser: one pass over the latents of one image.
         vae_decode: one image.
         text_encoder: one prompt.
     """
 
-    unet: int
+    denoiser: int
     vae_decode: int
     text_encoder: int
 
     def of_batch(self, *, passes: float, steps: int, batch_size: int) -> float:
         """Prompts to pixels for a batch; with more than one pass a step, the empty prompt is encoded once for all."""
         prompts = batch_size + (passes > 1)
-        return batch_size * (passes * steps * self.unet + self.vae_decode) + prompts * self.text_encoder
+        return batch_size * (passes * steps * self.denoiser + self.vae_decode) + prompts * self.text_encoder
 
     def ceiling(self, *, steps: int, batch_size: int, passes: float = 2) -> float:
         """The teacher's operations over one pass a step: the speed-up of whole images at equal efficiency."""
@@ -50,14 +49,15 @@ def count_flops(model: Model) -> Flops:
     }
     text_encoder = 0
     with torch.device("meta"):
-        for name, tokenizer in zip(model.family.text_encoders, model.family.tokenizers, strict=True):
+        for name in model.family.present_text_encoders(pipeline):
+            tokenizer = name.replace("text_encoder", "tokenizer")
             encoder = getattr(pipeline, name)
             tokens = torch.zeros(1, getattr(pipeline, tokenizer).model_max_length, dtype=torch.int64)
             text_encoder += _counted(partial(type(encoder)(encoder.config), tokens))
-        unet = type(pipeline.unet).from_config(pipeline.unet.config)
+        denoiser = type(model.denoiser).from_config(model.denoiser.config)
         vae = type(pipeline.vae).from_config(pipeline.vae.config)
         return Flops(
-            unet=_counted(lambda: unet_forward(unet, inputs)),
+            denoiser=_counted(lambda: model.family.forward(denoiser, inputs)),
             vae_decode=_counted(lambda: vae.decode(torch.empty(1, *model.latent_shape))),
             text_encoder=text_encoder,
         )

@@ -17,9 +17,9 @@ from .throughput import MODES, RunnerMode, TimedVariant, Workload
 def stock_pipeline(model: Model) -> DiffusionPipeline:
     """A pipeline of diffusers itself, as `from_pretrained` makes it; it shares the model's components where it can."""
     components = dict(model.pipeline.components)
-    if model.pipeline.vae.dtype != model.unet.dtype:
+    if model.pipeline.vae.dtype != model.denoiser.dtype:
         # Ours is upcast for good; the stock pipeline upcasts one of the UNet's dtype for each decoding.
-        components["vae"] = copy.deepcopy(model.pipeline.vae).to(model.unet.dtype)
+        components["vae"] = copy.deepcopy(model.pipeline.vae).to(model.denoiser.dtype)
     pipeline = model.family.pipeline_class(**model.family.load_options | components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -44,16 +44,16 @@ class StockVariant(TimedVariant):
         return MODES[self.mode]
 
     def time(self, work: Workload) -> dict[str, float]:
-        """See `TimedVariant.time`; of its parts, only the UNet can be timed from outside."""
-        unet, device = self.pipeline.unet, self.runner.device
+        """See `TimedVariant.time`; of its parts, only the denoiser can be timed from outside."""
+        denoiser, device = self.runner.denoiser, self.runner.device
         self.pipeline.scheduler = work.make_scheduler()
-        watch, forward = Stopwatch(device), unet.forward
+        watch, forward = Stopwatch(device), denoiser.forward
 
         def timed_forward(*args: Any, **kwargs: Any) -> Any:
-            with watch.part("unet"):
+            with watch.part("denoiser"):
                 return forward(*args, **kwargs)
 
-        unet.forward = timed_forward
+        denoiser.forward = timed_forward
         try:
             synchronize(device)
             began = time.perf_counter()
@@ -67,6 +67,6 @@ class StockVariant(TimedVariant):
             ).images
             images.float().cpu()
             synchronize(device)
-            return {"total": time.perf_counter() - began, "unet": watch.seconds("unet")}
+            return {"total": time.perf_counter() - began, "denoiser": watch.seconds("denoiser")}
         finally:
-            del unet.forward
+            del denoiser.forward

@@ -13,8 +13,8 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from diffusers import SchedulerMixin
 
+from ...engine.conditions import is_live
 from ...engine.errors import one_line
-from ...engine.families import is_live
 from ...engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
 from ...engine.guiders import Guider
 from ...engine.model import Model
@@ -27,7 +27,7 @@ from .flops import Flops, count_flops
 MODES = {"teacher": 2, "student": 1, "unguided": 1}
 """Modes and their UNet passes per step: batched CFG, the student, and the unguided teacher: the no-CFG speed bound."""
 
-PARTS = ("unet", "text_encoder", "vae_decode")
+PARTS = ("denoiser", "text_encoder", "vae_decode")
 
 
 @dataclass(frozen=True)
@@ -106,17 +106,20 @@ class TimedVariant:
         device, width = runner.device, runner.config.get("time_cond_proj_dim")
         watch = Stopwatch(device)
 
-        def timed_runner(z_t: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            # The graph of a guidance-conditioned student wants the scale in every row; its value changes no time.
-            if width is not None:
-                kwargs["timestep_cond"] = z_t.new_zeros(len(z_t), width)
-            with watch.part("unet"):
-                return runner(z_t, *args, **kwargs)
+        class TimedRunner:
+            family, config = runner.family, runner.config
+
+            def denoise(self, z_t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+                # The graph of a guidance-conditioned student wants the scale in every row; its value changes no time.
+                if width is not None:
+                    kwargs["timestep_cond"] = z_t.new_zeros(len(z_t), width)
+                with watch.part("denoiser"):
+                    return runner.denoise(z_t, *args, **kwargs)
 
         live = is_live(runner.config)
-        denoiser: Denoiser = SinglePassDenoiser(timed_runner, live_negative_prompt=live)
+        denoiser: Denoiser = SinglePassDenoiser(TimedRunner(), live_negative_prompt=live)
         if guided:
-            denoiser = GuidedDenoiser(timed_runner, work.guidance, work.guider)
+            denoiser = GuidedDenoiser(TimedRunner(), work.guidance, work.guider)
         synchronize(device)
         began = time.perf_counter()
         with watch.part("text_encoder"):
@@ -139,11 +142,11 @@ class SpeedRow:
         precision: precision of the UNet.
         latency: from prompts to pixels on the host, per batch.
         images_per_second: batch size over the median latency.
-        unet_step: one evaluation of the UNet, the mean over a run's steps: on 2B for the teacher, else on B.
+        denoiser_step: one evaluation of the UNet, the mean over a run's steps: on 2B for the teacher, else on B.
         text_encoder: encoding the prompts, per batch.
         vae_decode: decoding, and the copy to the host, per batch.
         host_gap: latency less all parts: scheduler, guidance arithmetic, Python, idle device.
-        tflops: UNet operations per second of `unet_step`, in 10¹².
+        tflops: UNet operations per second of `denoiser_step`, in 10¹².
         peak_share: `tflops` over the peak of matrix multiplication in this precision; None where that is unknown.
         memory_in_use: bytes of GPU memory in use after a batch, by all that is loaded; None on a CPU.
     """
@@ -154,7 +157,7 @@ class SpeedRow:
     batch_size: int
     latency: Spread
     images_per_second: Estimate
-    unet_step: Spread
+    denoiser_step: Spread
     text_encoder: Spread | None = None
     vae_decode: Spread | None = None
     host_gap: Spread | None = None
@@ -168,7 +171,7 @@ class SpeedRatio:
     """How many times as fast one variant is as another, by their times in the same round.
 
     Attributes:
-        part: "images" (prompts to pixels) or "unet" (one step).
+        part: "images" (prompts to pixels) or "denoiser" (one step).
         estimate: median of the rounds' ratios.
         ceiling: ratio of the counted operations; None where it does not bound the estimate.
     """
@@ -206,7 +209,7 @@ class Speed:
         """Guided teacher over a student's row; None where they were not timed together.
 
         Args:
-            part: "images" or "unet".
+            part: "images" or "denoiser".
             row: the student's.
             baseline: the teacher's runner, such as "stock diffusers"; None takes the student's.
         """
@@ -299,7 +302,7 @@ def _row(variant: TimedVariant, times: list[dict[str, float]], work: Workload, f
     batch_size = len(work.prompts)
     values = {key: [run[key] for run in times] for key in times[0] if all(key in run for run in times)}
     parts: dict[str, Any] = {part: Spread.of(values[part]) for part in (*PARTS[1:], "host_gap") if part in values}
-    total, step = median_of(values["total"]), Spread.of([seconds / work.steps for seconds in values["unet"]])
+    total, step = median_of(values["total"]), Spread.of([seconds / work.steps for seconds in values["denoiser"]])
     memory = values.get("memory")
     return SpeedRow(
         mode=variant.mode,
@@ -313,9 +316,9 @@ def _row(variant: TimedVariant, times: list[dict[str, float]], work: Workload, f
             high=batch_size / total.low,
             coverage=total.coverage,
         ),
-        unet_step=step,
+        denoiser_step=step,
         **parts,
-        tflops=variant.passes(work) * batch_size * flops.unet / step.median / 1e12,
+        tflops=variant.passes(work) * batch_size * flops.denoiser / step.median / 1e12,
         memory_in_use=int(max(memory)) if memory else None,
     )
 
@@ -331,7 +334,7 @@ def _ratios(measured: dict[RunnerMode, list[dict[str, float]]], work: Workload, 
     """
     batch_size = len(work.prompts)
     passes = work.teacher_passes
-    ceilings = {"total": flops.ceiling(steps=work.steps, batch_size=batch_size, passes=passes), "unet": passes}
+    ceilings = {"total": flops.ceiling(steps=work.steps, batch_size=batch_size, passes=passes), "denoiser": passes}
     students = [key for key in measured if key.mode == "student"]
     best = min(students, key=lambda key: median_of([run["total"] for run in measured[key]]).value, default=None)
     ratios = []
@@ -339,7 +342,7 @@ def _ratios(measured: dict[RunnerMode, list[dict[str, float]]], work: Workload, 
         same_runner, unguided = (RunnerMode(faster.runner, mode) for mode in ("teacher", "unguided"))
         baselines = [RunnerMode(name, "teacher") for name in ("torch", *(BASELINES if faster == best else ()))]
         others = dict.fromkeys([same_runner, unguided, *baselines])
-        for slower, part in product((other for other in others if other in measured), ("total", "unet")):
+        for slower, part in product((other for other in others if other in measured), ("total", "denoiser")):
             rounds = zip(measured[slower], measured[faster], strict=True)
             ratios.append(
                 SpeedRatio(

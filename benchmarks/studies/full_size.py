@@ -46,7 +46,7 @@ def random_folder(
     with staged_folder(output / "model", replaces="model_index.json") as folder:
         made.pipeline.to(torch.float16 if half else torch.float32).save_pretrained(folder, safe_serialization=True)
     files = locate(str(output / "model"))
-    adapter = make_adapter("lora", files.empty_unet().to_empty(device="cpu"), rank=8)
+    adapter = make_adapter("lora", files.empty_denoiser().to_empty(device="cpu"), rank=8)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in adapter.parameters().values():
@@ -57,7 +57,7 @@ def random_folder(
             method="lora",
             guidance=3.0,
             model=files.name,
-            unet_sha256=files.unet_sha256(),
+            denoiser_sha256=files.denoiser_sha256(),
             adapter_files={path.name: sha256_of(path) for path in paths},
             trainable_parameters=adapter.count(),
             settings={"rank": 8, "random": True},
@@ -131,7 +131,7 @@ def training_row(name: str, info: dict[str, Any], speed: dict[str, Any]) -> list
     """The paper's run by the pace of a few updates in `student.json`, and a report's speed, for FLOPs and the peak."""
     result, paper = info["result"], PAPER
     seconds = paper["batch_size"] / result["images_per_second"]
-    rate = paper["batch_size"] * TRAINED_PASSES * speed["flops"]["unet"] / seconds / 1e12
+    rate = paper["batch_size"] * TRAINED_PASSES * speed["flops"]["denoiser"] / seconds / 1e12
     shares = [f"{seconds * paper['updates'] / 3600:.1f}", f"{rate / max(speed['peaks'].values()):.0%}"]
     return [name, f"{seconds:.1f}", *shares, f"{result['peak_memory'] / 2**30:.1f}"]
 

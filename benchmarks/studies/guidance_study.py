@@ -10,14 +10,13 @@ import numpy as np
 import torch
 import typer
 
-from ...engine.families import TextEmbeddings
+from ...engine.conditions import TextEmbeddings
 from ...engine.guidance import Denoiser, GuidedDenoiser
 from ...engine.guiders import Guider
 from ...engine.model import Model
 from ...engine.options import SamplerOption
 from ...engine.runners import TorchRunner
 from ...engine.sampling import initial_noise, sample
-from ...engine.schedulers import make_scheduler
 from ..config import BenchConfig
 from ..quality.distances import same_seed_distance
 from ..report.tables import Table
@@ -41,7 +40,7 @@ class State(NamedTuple):
 
 def trajectory(model: Model, text: TextEmbeddings, scale: float, guider: Guider | None = None) -> list[State]:
     """The teacher's states at one guidance scale above 1, image i from the noise of seed i."""
-    teacher, states = GuidedDenoiser(TorchRunner(model.unet), scale, guider), []
+    teacher, states = GuidedDenoiser(TorchRunner(model.denoiser), scale, guider), []
 
     def recording(z_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
         unconditional, conditional = teacher.passes(z_t, t, text)
@@ -52,8 +51,8 @@ def trajectory(model: Model, text: TextEmbeddings, scale: float, guider: Guider 
     sample(
         recording,
         text=text,
-        noise=initial_noise(model.latent_shape, count=len(text), seed=0).to(model.device, model.unet.dtype),
-        scheduler=make_scheduler("ddim", model.pipeline.scheduler.config),
+        noise=initial_noise(model.latent_shape, count=len(text), seed=0).to(model.device, model.denoiser.dtype),
+        scheduler=model.make_scheduler("ddim"),
         steps=TRAJECTORY_STEPS,
     )
     return states[1::EVERY]
@@ -93,7 +92,7 @@ def guidance_r2(
             text = model.family.encode(model.pipeline, session.prompts[:prompts])
             for scale in scales_for(student, scales_of(scales)):
                 states = trajectory(model, text, scale, session.guider)
-                denoiser = student.info.denoiser(TorchRunner(student.unet), scale)
+                denoiser = student.info.denoiser(TorchRunner(student.denoiser), scale)
                 r2 = [r2_of(denoiser, part, text) for part in (states, *([state] for state in states))]
                 rows.append([f"{folder.name}, w = {scale:g}", *(f"{each:.3f}" for each in r2)])
                 headings = ["student", "all", *(f"t = {int(state.t)}" for state in states)]

@@ -28,7 +28,6 @@ from ...engine.guidance_input import make_adapter
 from ...engine.model import ModelFiles, resolve_device
 from ...engine.options import SamplerOption
 from ...engine.runners import TorchRunner
-from ...engine.schedulers import make_scheduler
 from ..config import parse_batch_sizes
 from ..report.tables import Table
 from ..speed.device import hardware
@@ -149,14 +148,14 @@ def profile(
     loaded, rows = random_model(locate_configs(model), device=target), []
     print(hardware(target), flush=True)
     # A copy, as compiling changes the order of the weights.
-    runners = [TorchRunner(loaded.unet), *([CompiledRunner(copy.deepcopy(loaded.unet))] if compile else [])]
+    runners = [TorchRunner(loaded.denoiser), *([CompiledRunner(copy.deepcopy(loaded.denoiser))] if compile else [])]
     for runner in runners:
         for size in parse_batch_sizes(batch_sizes):
             work = Workload(
                 model=loaded,
                 prompts=["a photograph of an astronaut"] * size,
                 guidance=1.0,
-                make_scheduler=partial(make_scheduler, sampler, loaded.pipeline.scheduler.config),
+                make_scheduler=partial(loaded.make_scheduler, sampler),
                 steps=steps,
             )
             rows.append(break_down(runner, work, runs))
@@ -173,7 +172,7 @@ def one_update(update: str, configs: ModelFiles, batch_size: int, checkpointing:
     """Make the UNet, do one update, and give memory in bytes before and at its peak."""
     device = resolve_device("auto")
     torch.manual_seed(0)
-    unet = configs.empty_unet().to(torch.bfloat16).to_empty(device=device)
+    unet = configs.empty_denoiser().to(torch.bfloat16).to_empty(device=device)
     with torch.no_grad():
         for parameter in unet.parameters():
             parameter.normal_(std=0.02)

@@ -128,7 +128,7 @@ def explained(session: Session, prompts: int) -> tuple[dict[Path, list[float]], 
     states = trajectory(session.model, text, GUIDANCE)
     r2 = {}
     for student in session.students:
-        denoiser = student.info.denoiser(TorchRunner(student.unet))
+        denoiser = student.info.denoiser(TorchRunner(student.denoiser))
         r2[student.folder] = [r2_of(denoiser, part, text) for part in (states, *([state] for state in states))]
     return r2, [int(state.t) for state in states]
 

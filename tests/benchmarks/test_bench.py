@@ -61,7 +61,7 @@ def test_every_runner_here_is_timed(result: BenchResult) -> None:
         assert row.memory_in_use is None
         stock = row.runner == "stock diffusers"
         assert (row.host_gap is None) == (row.text_encoder is None) == (row.vae_decode is None) == stock
-        assert 3 * row.unet_step.median < row.latency.median
+        assert 3 * row.denoiser_step.median < row.latency.median
     assert speed.peaks.keys() == {"float32", *(["bfloat16"] if has_bfloat16(CPU) else [])}
     assert len(speed.ratios) == 2 * 2 * (2 + 3 + 1)
     for batch_size in (1, 2):
@@ -310,12 +310,12 @@ def test_torch_is_compiled_for_one_batch_size_unless_others_are_asked_for(
 ) -> None:
     monkeypatch.setattr(bench_module, "missing_compiler", lambda device: None)
     for batch_sizes, compiled_at in ((None, (8,)), ((1, 2), None)):
-        variants, skipped = _in_torch(tiny, tiny.unet, BenchConfig(compile=True, batch_sizes=batch_sizes))
+        variants, skipped = _in_torch(tiny, tiny.denoiser, BenchConfig(compile=True, batch_sizes=batch_sizes))
         assert {v.batch_sizes for v in variants if v.key.runner == "compiled"} == {compiled_at}
         assert {v.batch_sizes for v in variants if v.key.runner != "compiled"} == {None}
         assert not skipped
     monkeypatch.setattr(bench_module, "missing_compiler", lambda device: "no compiler")
-    variants, skipped = _in_torch(tiny, tiny.unet, BenchConfig(compile=True))
+    variants, skipped = _in_torch(tiny, tiny.denoiser, BenchConfig(compile=True))
     assert skipped == {"compiled": "no compiler"}
     assert {v.key.runner for v in variants} == {"torch", "stock diffusers"}
 

@@ -35,13 +35,13 @@ def test_the_fastest_runner_is_opened_once_and_predicts_the_same(
     monkeypatch.setattr(fastest, "missing_compiler", lambda device: None)
     inputs = tiny.family.example_inputs(tiny.pipeline, batch=2)
     with FastestRunners(tiny, passes=passes, compiles=compiles) as runners:
-        runner = runners(tiny.unet)
+        runner = runners(tiny.denoiser)
         assert type(runner) is expected
         assert runners.name == runner.name
-        assert runners(tiny.unet) is runner
+        assert runners(tiny.denoiser) is runner
         # Compiling takes half a minute.
         if expected is not CompiledRunner:
             with torch.inference_mode():
                 torch.testing.assert_close(
-                    runner.predict(inputs), TorchRunner(tiny.unet).predict(inputs), atol=1e-3, rtol=1e-3
+                    runner.predict(inputs), TorchRunner(tiny.denoiser).predict(inputs), atol=1e-3, rtol=1e-3
                 )

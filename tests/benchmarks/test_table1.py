@@ -85,7 +85,7 @@ def test_a_cell_is_what_its_settings_give(grids: list[Grid], tiny_folder: Path, 
     model = load(locate(str(tiny_folder)), device=CPU)
     images = generate(
         model,
-        GuidedDenoiser(TorchRunner(model.unet), 3.0),
+        GuidedDenoiser(TorchRunner(model.denoiser), 3.0),
         text=model.family.encode(model.pipeline, MANY),
         make_scheduler=lambda: make_scheduler("dpm++", model.pipeline.scheduler.config),
         steps=3,

@@ -527,7 +527,7 @@ def test_a_picture_that_would_take_longer_than_the_run_is_left_out(tmp_path: Pat
     assert drawn(images_per_second=0.1, seconds=1, device="cuda")
     assert not notes
     assert not drawn(images_per_second=0.1, seconds=60)
-    model.unet.num_parameters = lambda: 8_000_000
+    model.denoiser.num_parameters = lambda: 8_000_000
     assert drawn(images_per_second=0.1, seconds=60)
     assert len(notes) == 1
     assert "would take 16 minutes" in notes[0]

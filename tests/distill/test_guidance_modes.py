@@ -75,13 +75,13 @@ def test_a_conditioned_student_follows_the_guidance_that_it_is_given(conditioned
 
 
 def test_the_denoiser_feeds_what_the_stock_pipeline_feeds(conditioned_student: Path, tiny: Model) -> None:
-    apply_student(tiny.unet, conditioned_student, read_student(conditioned_student))
+    apply_student(tiny.denoiser, conditioned_student, read_student(conditioned_student))
     text = tiny.family.encode(tiny.pipeline, PROMPTS[:2])
     z_t = torch.randn(2, *tiny.latent_shape)
     with torch.no_grad():
-        got = SinglePassDenoiser(TorchRunner(tiny.unet), 4.0)(z_t, torch.tensor(500), text)
+        got = SinglePassDenoiser(TorchRunner(tiny.denoiser), 4.0)(z_t, torch.tensor(500), text)
         condition = tiny.pipeline.get_guidance_scale_embedding(torch.tensor([3.0, 3.0]), embedding_dim=256)
-        expected = tiny.unet(
+        expected = tiny.denoiser(
             z_t, 500, text.conditional.encoder_hidden_states, timestep_cond=condition, return_dict=False
         )[0]
     torch.testing.assert_close(got, expected)
@@ -127,14 +127,14 @@ def test_the_lora_scale_scales_the_adapters_effect(students: dict[str, Path], ti
 
     def predict() -> torch.Tensor:
         with torch.no_grad():
-            return tiny.unet(**inputs).sample
+            return tiny.denoiser(**inputs).sample
 
     base = predict()
-    apply_student(tiny.unet, students["lora"], read_student(students["lora"]))
+    apply_student(tiny.denoiser, students["lora"], read_student(students["lora"]))
     whole = (predict() - base).norm()
-    tiny.unet.set_adapters(ADAPTER_NAME, 0.5)
+    tiny.denoiser.set_adapters(ADAPTER_NAME, 0.5)
     half = (predict() - base).norm()
-    tiny.unet.set_adapters(ADAPTER_NAME, 0.0)
+    tiny.denoiser.set_adapters(ADAPTER_NAME, 0.0)
     torch.testing.assert_close(predict(), base, atol=1e-5, rtol=1e-4)
     assert 0.3 * whole < half < 0.7 * whole
 

@@ -108,8 +108,8 @@ def test_the_target_is_what_diffusers_guider_makes_of_the_predictions(
     for i, (t, w) in enumerate(zip(batch.t.tolist(), batch.guidance.tolist(), strict=True)):
         z_t, one = batch.z_t[i : i + 1], batch.text[i : i + 1]
         with torch.no_grad():
-            conditional = tiny.unet(z_t, t, one.conditional.encoder_hidden_states).sample
-            unconditional = tiny.unet(z_t, t, one.unconditional.encoder_hidden_states).sample
+            conditional = tiny.denoiser(z_t, t, one.conditional.encoder_hidden_states).sample
+            unconditional = tiny.denoiser(z_t, t, one.unconditional.encoder_hidden_states).sample
         guider: Any = {
             "rescale": lambda w=w: guiders.ClassifierFreeGuidance(w, guidance_rescale=0.6),
             "interval": lambda w=w: guiders.ClassifierFreeGuidance(w, start=0.3, stop=0.7),
@@ -169,7 +169,7 @@ def test_the_paper_has_plain_guidance_alone(by_guider: dict[str, Path]) -> None:
 
 def test_speed_counts_the_passes_that_a_guider_makes(tiny: Model, by_guider: dict[str, Path]) -> None:
     speed = measure(
-        [TimedVariant(mode=mode, runner=TorchRunner(tiny.unet)) for mode in MODES],
+        [TimedVariant(mode=mode, runner=TorchRunner(tiny.denoiser)) for mode in MODES],
         tiny,
         prompts=PROMPTS,
         guidance=3.0,

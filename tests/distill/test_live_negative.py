@@ -15,10 +15,10 @@ from boostdiff.distill.objective import NoiseSchedule
 from boostdiff.distill.order import Share
 from boostdiff.distill.trajectories import Trajectories
 from boostdiff.engine.compiled import CompiledRunner
+from boostdiff.engine.conditions import TextEmbeddings
 from boostdiff.engine.config import GenerateConfig
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.exported import Engine
-from boostdiff.engine.families import TextEmbeddings
 from boostdiff.engine.generate import draw
 from boostdiff.engine.guidance_input import make_adapter
 from boostdiff.engine.live_negative import INITIAL_SCALE, LIVE_FILE, LiveNegative, LiveNegativeAttention
@@ -65,7 +65,7 @@ def encoded(model: Model, negative_prompt: str | list[str], count: int = 1) -> T
 @torch.no_grad()
 def image_of(model: Model, info: StudentInfo, negative_prompt: str) -> np.ndarray:
     latents = sample(
-        info.denoiser(TorchRunner(model.unet)),
+        info.denoiser(TorchRunner(model.denoiser)),
         text=encoded(model, negative_prompt),
         noise=initial_noise(model.latent_shape, count=1, seed=0),
         scheduler=make_scheduler("ddim", model.pipeline.scheduler.config),
@@ -78,33 +78,33 @@ def image_of(model: Model, info: StudentInfo, negative_prompt: str) -> np.ndarra
 def test_without_training_only_the_scale_leads_away(tiny: Model) -> None:
     """At s = 1 the pass is the base's conditional pass, at s = 0 the unconditional one; switched off it is the base."""
     text, z_t = encoded(tiny, "two green birds", 2), torch.randn(2, *tiny.latent_shape)
-    both = tiny.unet(torch.cat([z_t, z_t]), 500, **text.both().unet_arguments(), return_dict=False)[0]
+    both = tiny.denoiser(torch.cat([z_t, z_t]), 500, **text.both().tensors(), return_dict=False)[0]
     unconditional, conditional = both.chunk(2)
-    adapter = make_adapter("lora", tiny.unet, live_negative_prompt=True)
+    adapter = make_adapter("lora", tiny.denoiser, live_negative_prompt=True)
     assert isinstance(adapter, LiveNegative)
 
     def predict(scale: float) -> torch.Tensor:
         for processor in adapter.processors.values():
             processor.scale.fill_((scale - INITIAL_SCALE) / 10)
-        return tiny.unet(z_t, 500, **text.joined().unet_arguments(), return_dict=False)[0]
+        return tiny.denoiser(z_t, 500, **text.joined().tensors(), return_dict=False)[0]
 
     torch.testing.assert_close(predict(1.0), conditional)
     torch.testing.assert_close(predict(0.0), unconditional)
     assert not torch.allclose(predict(1.5), conditional, atol=1e-4)
     with adapter.disabled():
-        again = tiny.unet(torch.cat([z_t, z_t]), 500, **text.both().unet_arguments(), return_dict=False)[0]
+        again = tiny.denoiser(torch.cat([z_t, z_t]), 500, **text.both().tensors(), return_dict=False)[0]
     assert torch.equal(again, both)
     with pytest.raises(ValueError, match=r"takes both texts as one: torch.cat\(\[negative, prompt\], dim=1\)"):
-        tiny.unet(z_t, 500, encoder_hidden_states=torch.zeros(2, 7, 32))
+        tiny.denoiser(z_t, 500, encoder_hidden_states=torch.zeros(2, 7, 32))
 
 
 @torch.no_grad()
 def test_it_attends_as_the_stock_processor_does(tiny: Model) -> None:
     """Fused or as matrix products, with a mask of heads of its own: equal to the formula through `Attention` itself."""
-    attention = next(m for m in tiny.unet.modules() if isinstance(m, Attention) and m.is_cross_attention)
+    attention = next(m for m in tiny.denoiser.modules() if isinstance(m, Attention) and m.is_cross_attention)
     hidden, negative, prompt = torch.randn(2, 9, attention.to_q.in_features), *torch.randn(2, 2, 5, 32)
     expected_n, expected_p = attention(hidden, negative), attention(hidden, prompt)
-    adapter = make_adapter("bitfit", tiny.unet, live_negative_prompt=True)
+    adapter = make_adapter("bitfit", tiny.denoiser, live_negative_prompt=True)
     assert isinstance(adapter, LiveNegative)
     adapter.processors[next(iter(adapter.processors))].shared.time_embedding = torch.zeros(2, 64)
     for stock in (attention.processor.stock, AttnProcessor()):
@@ -166,7 +166,7 @@ def test_an_engine_takes_any_negative_prompt_and_one_per_image(
         with pytest.raises(InputError, match="there are 3 negative prompts for 1 prompts"):
             engine(PROMPTS[0], negative_prompt=NEGATIVES)
         with pytest.raises(InputError, match="takes both texts"):
-            engine.model.unet(torch.zeros(1, 4, 8, 8), 5, encoder_hidden_states=torch.zeros(1, 15, 32))
+            engine.model.denoiser(torch.zeros(1, 4, 8, 8), 5, encoder_hidden_states=torch.zeros(1, 15, 32))
 
 
 def test_generate_draws_by_it(files: ModelFiles, student: Path, tmp_path: Path) -> None:
@@ -214,10 +214,10 @@ def test_a_conditioned_student_takes_both(tiny_files: ModelFiles, prompt_file: P
     model.pipeline.unet = merge(model, tmp_path / "s", info)
     text, z_t = encoded(model, "two green birds"), torch.randn(1, *model.latent_shape)
     with torch.no_grad():
-        low, high = (info.denoiser(TorchRunner(model.unet), w)(z_t, torch.tensor(500), text) for w in (1.5, 5.0))
+        low, high = (info.denoiser(TorchRunner(model.denoiser), w)(z_t, torch.tensor(500), text) for w in (1.5, 5.0))
     assert (low - high).abs().max() > 1e-4
     with pytest.raises(InputError, match=r"for guidance 1\.5 to 5"):
-        info.denoiser(TorchRunner(model.unet), 7.0)
+        info.denoiser(TorchRunner(model.denoiser), 7.0)
 
 
 def test_it_trains_on_images_with_other_captions_as_negatives(
@@ -304,25 +304,25 @@ def test_damaged_scales_are_refused(tiny_files: ModelFiles, prompt_file: Path, t
 
 
 def test_a_unet_is_given_processors_once(tiny: Model) -> None:
-    make_adapter("lora", tiny.unet, live_negative_prompt=True)
-    attentions = [m for m in tiny.unet.modules() if isinstance(m, Attention) and m.is_cross_attention]
+    make_adapter("lora", tiny.denoiser, live_negative_prompt=True)
+    attentions = [m for m in tiny.denoiser.modules() if isinstance(m, Attention) and m.is_cross_attention]
     assert all(isinstance(m.processor, LiveNegativeAttention) for m in attentions)
     with pytest.raises(InputError, match="no plain cross-attention"):
-        make_adapter("bitfit", tiny.unet, live_negative_prompt=True)
+        make_adapter("bitfit", tiny.denoiser, live_negative_prompt=True)
 
 
 @torch.no_grad()
 def test_a_compiled_unet_reads_the_newest_time_embedding(tiny: Model) -> None:
-    adapter = make_adapter("lora", tiny.unet, live_negative_prompt=True)
+    adapter = make_adapter("lora", tiny.denoiser, live_negative_prompt=True)
     assert isinstance(adapter, LiveNegative)
     for processor in adapter.processors.values():
         processor.slope.normal_()
     text, compiled, eager = (
         encoded(tiny, "two green birds"),
-        CompiledRunner(tiny.unet, backend="eager"),
-        TorchRunner(tiny.unet),
+        CompiledRunner(tiny.denoiser, backend="eager"),
+        TorchRunner(tiny.denoiser),
     )
-    z_t, arguments = torch.randn(1, *tiny.latent_shape), text.joined().unet_arguments()
+    z_t, arguments = torch.randn(1, *tiny.latent_shape), text.joined().tensors()
     for t in (900, 100):
         got, expected = (
             runner(z_t, torch.tensor(t), **arguments, return_dict=False)[0] for runner in (compiled, eager)

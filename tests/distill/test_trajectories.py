@@ -25,7 +25,7 @@ def schedule(tiny: Model) -> NoiseSchedule:
 @torch.no_grad()
 def run(source: Trajectories, schedule: NoiseSchedule, updates: range) -> list[torch.Tensor]:
     """Advance a pool by its teacher; the timesteps of each update."""
-    teacher = GuidedDenoiser(TorchRunner(source.model.unet), 3.0)
+    teacher = GuidedDenoiser(TorchRunner(source.model.denoiser), 3.0)
     seen = []
     for update in updates:
         batch = source.batch(update)
@@ -53,7 +53,7 @@ def test_a_trajectory_is_the_teachers_own_sampling(tiny: Model, schedule: NoiseS
     """Followed alone with diffusers' arithmetic in float64, a member visits the same latents."""
     source = Trajectories(tiny, list(PROMPTS), schedule, share=Share(batch_size=1), seed=4, guidance=(3, 3))
     source.multistep[:] = False
-    teacher = GuidedDenoiser(TorchRunner(tiny.unet), 3.0)
+    teacher = GuidedDenoiser(TorchRunner(tiny.denoiser), 3.0)
     z = source.z_t.double().clone()
     alphas_cumprod = tiny.pipeline.scheduler.alphas_cumprod.double()
     for update in range(6):

@@ -26,7 +26,7 @@ def perturb(adapter) -> None:
 
 def predict(model: Model) -> torch.Tensor:
     with torch.no_grad():
-        return model.unet(**model.family.example_inputs(model.pipeline, 2)).sample
+        return model.denoiser(**model.family.example_inputs(model.pipeline, 2)).sample
 
 
 @pytest.mark.parametrize(("method", "expected"), [("lora", 1_659_904), ("bitfit", 343_684)])
@@ -38,7 +38,7 @@ def test_parameter_counts_at_stable_diffusion_21_size(method: str, expected: int
 @pytest.mark.parametrize("method", METHODS)
 def test_disabled_is_the_teacher_bit_for_bit(tiny: Model, method: str) -> None:
     teacher = predict(tiny)
-    adapter = make_adapter(method, tiny.unet, rank=4)
+    adapter = make_adapter(method, tiny.denoiser, rank=4)
     if method in {"lora", "bitfit"}:
         assert torch.equal(predict(tiny), teacher)
     perturb(adapter)
@@ -51,30 +51,30 @@ def test_disabled_is_the_teacher_bit_for_bit(tiny: Model, method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_only_the_adapter_gets_gradients(tiny: Model, method: str) -> None:
-    adapter = make_adapter(method, tiny.unet, rank=4)
-    tiny.unet(**tiny.family.example_inputs(tiny.pipeline, 2)).sample.square().mean().backward()
+    adapter = make_adapter(method, tiny.denoiser, rank=4)
+    tiny.denoiser(**tiny.family.example_inputs(tiny.pipeline, 2)).sample.square().mean().backward()
     assert all(parameter.grad is not None for parameter in adapter.parameters().values())
     own = set(map(id, adapter.parameters().values()))
-    assert not any(p.grad is not None for p in tiny.unet.parameters() if id(p) not in own)
+    assert not any(p.grad is not None for p in tiny.denoiser.parameters() if id(p) not in own)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_adapters_train_in_float32_on_a_half_precision_unet(tiny: Model, method: str) -> None:
-    tiny.unet.to(torch.bfloat16)
-    adapter = make_adapter(method, tiny.unet, rank=4)
+    tiny.denoiser.to(torch.bfloat16)
+    adapter = make_adapter(method, tiny.denoiser, rank=4)
     inputs = tiny.family.example_inputs(tiny.pipeline, 2)
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad(), adapter.disabled():
-            teacher = tiny.unet(**inputs).sample
-        (tiny.unet(**inputs).sample - teacher - 1).square().mean().backward()
+            teacher = tiny.denoiser(**inputs).sample
+        (tiny.denoiser(**inputs).sample - teacher - 1).square().mean().backward()
     for parameter in adapter.parameters().values():
         assert parameter.dtype == parameter.grad.dtype == torch.float32
     assert any(parameter.grad.abs().sum() > 0 for parameter in adapter.parameters().values())
-    assert tiny.unet.conv_in.weight.dtype == torch.bfloat16
+    assert tiny.denoiser.conv_in.weight.dtype == torch.bfloat16
 
 
 def test_a_lora_file_loads_in_stock_diffusers(tiny: Model, tiny_folder: Path, tmp_path: Path) -> None:
-    adapter = make_adapter("lora", tiny.unet, rank=4)
+    adapter = make_adapter("lora", tiny.denoiser, rank=4)
     perturb(adapter)
     (path,) = adapter.save(tmp_path, tiny.pipeline)
     stock = StableDiffusionPipeline.from_pretrained(tiny_folder)
@@ -86,7 +86,7 @@ def test_a_lora_file_loads_in_stock_diffusers(tiny: Model, tiny_folder: Path, tm
 
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_of_another_adapter_are_refused(tiny: Model, tiny_files: ModelFiles, method: str) -> None:
-    adapter = make_adapter(method, tiny.unet, rank=4)
+    adapter = make_adapter(method, tiny.denoiser, rank=4)
     with pytest.raises(ValueError, match="another adapter"):
         adapter.restore({"x": torch.zeros(1)})
     with pytest.raises(ValueError, match="has shape"):
@@ -119,7 +119,7 @@ def test_a_saved_student_is_the_trained_one_and_merges(
     assert info.trainable_parameters == count_parameters(tiny_files, config)["trainable_parameters"]
     base = predict(tiny)
     proof = merge_in_place(tiny, tmp_path / "s", info)
-    merged = tiny.unet
+    merged = tiny.denoiser
     assert proof.relative < 1e-5
     assert (predict(tiny) - base).abs().max() > 1e-4
     assert {type(module) for module in merged.modules()} <= {
@@ -129,7 +129,7 @@ def test_a_saved_student_is_the_trained_one_and_merges(
 
 def test_a_kohya_file_is_the_same_lora(tiny: Model, tiny_folder: Path, tmp_path: Path) -> None:
     """ComfyUI's and A1111's key names, read back by diffusers' own converter."""
-    adapter = make_adapter("lora", tiny.unet, rank=4, alpha=2.0)
+    adapter = make_adapter("lora", tiny.denoiser, rank=4, alpha=2.0)
     assert isinstance(adapter, Lora)
     perturb(adapter)
     path = adapter.save_kohya(tmp_path)
@@ -145,4 +145,4 @@ def test_a_kohya_file_is_the_same_lora(tiny: Model, tiny_folder: Path, tmp_path:
 
 def test_a_target_that_no_layer_has(tiny: Model) -> None:
     with pytest.raises(InputError, match="lora can't be put on this UNet"):
-        make_adapter("lora", tiny.unet, targets="to_nowhere")
+        make_adapter("lora", tiny.denoiser, targets="to_nowhere")

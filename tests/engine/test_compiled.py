@@ -10,12 +10,12 @@ from tiny import CPU
 
 def test_compiled_predictions_are_those_of_the_unet(tiny: Model) -> None:
     # Inductor's own code takes 40 seconds; `boostdiff bench` runs it.
-    runner, eager = CompiledRunner(tiny.unet, backend="aot_eager"), TorchRunner(tiny.unet)
+    runner, eager = CompiledRunner(tiny.denoiser, backend="aot_eager"), TorchRunner(tiny.denoiser)
     assert runner.precision == (torch.bfloat16 if has_bfloat16(CPU) else torch.float32)
     inputs = tiny.family.example_inputs(tiny.pipeline, batch=2)
     with torch.inference_mode():
         got, expected = runner.predict(inputs), eager.predict(inputs)
-    assert got.dtype == tiny.unet.dtype == torch.float32
+    assert got.dtype == tiny.denoiser.dtype == torch.float32
     tolerance = 2e-2 if runner.precision == torch.bfloat16 else 1e-4
     assert (got - expected).norm() < tolerance * expected.norm()
 
@@ -28,8 +28,8 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("uncompiled")
 def test_small_batches_are_filled_up_and_large_ones_are_not(tiny: Model) -> None:
-    runner = CompiledRunner(tiny.unet, batches=(4, 2))
-    exact = CompiledRunner(tiny.unet)
+    runner = CompiledRunner(tiny.denoiser, batches=(4, 2))
+    exact = CompiledRunner(tiny.denoiser)
     with torch.inference_mode():
         for batch in (1, 2, 3, 5):
             seen: list[int] = []
@@ -46,25 +46,25 @@ def test_small_batches_are_filled_up_and_large_ones_are_not(tiny: Model) -> None
 @pytest.mark.usefixtures("uncompiled")
 def test_in_bfloat16_the_unet_itself_stays(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "has_bfloat16", lambda device: True)
-    before = tiny.unet.attn_processors
-    runner = CompiledRunner(tiny.unet)
+    before = tiny.denoiser.attn_processors
+    runner = CompiledRunner(tiny.denoiser)
     inputs = tiny.family.example_inputs(tiny.pipeline, batch=3)
     with torch.inference_mode():
-        got, expected = runner.predict(inputs), TorchRunner(tiny.unet).predict(inputs)
+        got, expected = runner.predict(inputs), TorchRunner(tiny.denoiser).predict(inputs)
     assert got.dtype == torch.float32
     assert 0 < (got - expected).norm() < 2e-2 * expected.norm()
-    assert tiny.unet.dtype == torch.float32
-    assert tiny.unet.attn_processors == before
+    assert tiny.denoiser.dtype == torch.float32
+    assert tiny.denoiser.attn_processors == before
 
 
 def test_plain_attention_is_for_small_latents_alone(tiny: Model) -> None:
-    fused = tiny.unet.attn_processors
-    tiny.unet.register_to_config(sample_size=64)
-    use_plain_attention(tiny.unet)
-    assert tiny.unet.attn_processors == fused
-    tiny.unet.register_to_config(sample_size=8)
-    use_plain_attention(tiny.unet)
-    assert all(isinstance(processor, AttnProcessor) for processor in tiny.unet.attn_processors.values())
+    fused = tiny.denoiser.attn_processors
+    tiny.denoiser.register_to_config(sample_size=64)
+    use_plain_attention(tiny.denoiser)
+    assert tiny.denoiser.attn_processors == fused
+    tiny.denoiser.register_to_config(sample_size=8)
+    use_plain_attention(tiny.denoiser)
+    assert all(isinstance(processor, AttnProcessor) for processor in tiny.denoiser.attn_processors.values())
 
 
 def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

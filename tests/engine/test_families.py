@@ -77,7 +77,7 @@ def stock(folder: Path) -> DiffusionPipeline:
 def ours(model: Model, negative_prompt: str) -> np.ndarray:
     images = generate(
         model,
-        GuidedDenoiser(TorchRunner(model.unet), 4.0),
+        GuidedDenoiser(TorchRunner(model.denoiser), 4.0),
         text=model.family.encode(model.pipeline, PROMPTS[:2], negative_prompt=negative_prompt),
         make_scheduler=lambda: make_scheduler("ddim", model.pipeline.scheduler.config),
         steps=4,
@@ -154,9 +154,9 @@ def test_an_engine_of_another_size_is_the_stock_pipeline(folders: dict[str, Path
         inputs={},
         options={"size": [16, 16, 32]},
         student={"method": "lora", "guidance": 3.0},
-        unet_config=dict(model.unet.config),
+        denoiser_config=dict(model.denoiser.config),
     )
-    model.pipeline.unet = TorchRunner(model.unet)
+    model.pipeline.unet = TorchRunner(model.denoiser)
     with Engine(manifest=manifest, model=model, opened=ExitStack()) as engine:
         (image,) = engine(PROMPTS[0], steps=3, seed=9, height=32, width=24)
         (default,) = engine(PROMPTS[0], steps=3, seed=9)
@@ -206,7 +206,7 @@ def test_export_of_every_family(
     model = load(files, device=CPU)
     merged = merge(model, family_students[kind], read_student(family_students[kind]))
     session = OnnxSession(tmp_path / "engine/unet/model.onnx", device=CPU)
-    with GraphRunner(session, unet_config=manifest.unet_config) as runner:
+    with GraphRunner(session, family=model.family, denoiser_config=manifest.denoiser_config) as runner:
         inputs = model.family.example_inputs(model.pipeline, 3)
         with torch.no_grad():
             torch.testing.assert_close(
@@ -220,7 +220,7 @@ def test_export_of_every_family(
         expected = [np.asarray(Image.open(path)).astype(int) for path in paths]
         for precision, allowed in {"fp32": 2, "fp16": 8}.items() if trt else [("fp32", 2)]:
             with Engine.load(tmp_path / "engine", runner="onnx", precision=precision) as engine:
-                assert engine.model.unet.dtype == (torch.float16 if precision == "fp16" else torch.float32)
+                assert engine.model.denoiser.dtype == (torch.float16 if precision == "fp16" else torch.float32)
                 got = engine(PROMPTS, steps=4, sampler="euler", width=width)
                 for image, torch_image in zip(got, expected, strict=True):
                     assert np.abs(np.asarray(image) - torch_image).max() <= allowed
@@ -234,7 +234,7 @@ def test_export_of_every_family(
 def test_speed_of_sdxl(folders: dict[str, Path]) -> None:
     model = load(locate(str(folders["sdxl"])), device=CPU)
     speed = measure(
-        [TimedVariant(mode=mode, runner=TorchRunner(model.unet)) for mode in ("teacher", "student")],
+        [TimedVariant(mode=mode, runner=TorchRunner(model.denoiser)) for mode in ("teacher", "student")],
         model,
         prompts=PROMPTS[:1],
         guidance=3.0,

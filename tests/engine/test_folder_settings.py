@@ -224,7 +224,7 @@ def by_us(root: Path, samplers: tuple[str, ...]) -> dict[str, np.ndarray]:
     draw = partial(
         generate,
         model,
-        GuidedDenoiser(TorchRunner(model.unet), 3.0),
+        GuidedDenoiser(TorchRunner(model.denoiser), 3.0),
         text=model.family.encode(model.pipeline, PROMPTS[1:2]),
         steps=STEPS,
         seed=3,

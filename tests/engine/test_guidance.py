@@ -1,6 +1,6 @@
 import pytest
 import torch
-from boostdiff.engine.families import TextEmbeddings
+from boostdiff.engine.conditions import TextEmbeddings
 from boostdiff.engine.guidance import GuidedDenoiser, SinglePassDenoiser, combine, guidance_embedding
 from boostdiff.engine.guidance_input import add_guidance_embedding
 from boostdiff.engine.model import Model
@@ -15,7 +15,7 @@ def test_combine_is_equation_3(w: float) -> None:
 
 
 def test_guided_denoiser_equals_two_separate_passes(tiny: Model) -> None:
-    runner = TorchRunner(tiny.unet)
+    runner = TorchRunner(tiny.denoiser)
     text = tiny.family.encode(tiny.pipeline, ["a red cat", "a blue dog on a hill"])
     z_t, t = torch.randn(2, *tiny.latent_shape), torch.tensor([10, 700])
     with torch.no_grad():
@@ -35,9 +35,9 @@ def test_one_scales_embedding_is_made_once_a_batch(tiny: Model, monkeypatch: pyt
         return guidance_embedding(scale, width)
 
     monkeypatch.setattr("boostdiff.engine.guidance.guidance_embedding", embedded)
-    add_guidance_embedding(tiny.unet, 8)
+    add_guidance_embedding(tiny.denoiser, 8)
     text = tiny.family.encode(tiny.pipeline, ["a red cat", "a blue dog on a hill"])
-    one, each = (SinglePassDenoiser(TorchRunner(tiny.unet), scale) for scale in (4.0, torch.tensor([4.0, 4.0])))
+    one, each = (SinglePassDenoiser(TorchRunner(tiny.denoiser), scale) for scale in (4.0, torch.tensor([4.0, 4.0])))
     z_t = torch.randn(2, *tiny.latent_shape)
     with torch.no_grad():
         first = [one(z_t, torch.tensor(t), text) for t in (500, 10)]

@@ -98,7 +98,7 @@ def test_an_interval_of_timesteps_is_diffusers_interval_of_steps(sampler: str, s
 
 
 def test_outside_of_the_interval_the_teacher_makes_one_pass(tiny: Model) -> None:
-    runner, sizes = TorchRunner(tiny.unet), []
+    runner, sizes = TorchRunner(tiny.denoiser), []
 
     def counting(z_t: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         sizes.append(len(z_t))

@@ -16,15 +16,15 @@ def test_merged_equals_base_plus_adapter(
     tiny: Model, tiny_files: ModelFiles, students: dict[str, Path], method: str
 ) -> None:
     folder = students[method]
-    base = {name: tensor.clone() for name, tensor in tiny.unet.state_dict().items()}
+    base = {name: tensor.clone() for name, tensor in tiny.denoiser.state_dict().items()}
     merged = merge(tiny, folder, read_student(folder))
-    assert all(torch.equal(tensor, base[name]) for name, tensor in tiny.unet.state_dict().items())
+    assert all(torch.equal(tensor, base[name]) for name, tensor in tiny.denoiser.state_dict().items())
     assert merged.state_dict().keys() == base.keys()
     adapted = load(tiny_files, device=CPU)
     apply_student(adapted.unet, folder, read_student(folder))
     inputs = tiny.family.example_inputs(tiny.pipeline, 2)
     with torch.no_grad():
-        expected, got, unchanged = (unet(**inputs).sample for unet in (adapted.unet, merged, tiny.unet))
+        expected, got, unchanged = (unet(**inputs).sample for unet in (adapted.unet, merged, tiny.denoiser))
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
     assert (got - unchanged).abs().max() > 1e-3
     proof = merge_in_place(tiny, folder, read_student(folder))
@@ -32,9 +32,9 @@ def test_merged_equals_base_plus_adapter(
     assert proof.cosine > 0.99999
     assert proof.change > 1e-3
     with torch.no_grad():
-        in_place = tiny.unet(**inputs).sample
+        in_place = tiny.denoiser(**inputs).sample
     torch.testing.assert_close(in_place, got, atol=0, rtol=0)
-    assert tiny.unet.state_dict().keys() == base.keys()
+    assert tiny.denoiser.state_dict().keys() == base.keys()
 
 
 def test_the_proof_fails_for_a_wrong_merge() -> None:
@@ -53,7 +53,7 @@ def test_a_lora_of_another_architecture(tiny: Model, students: dict[str, Path], 
         tensors = {f"{name}.lora_{side}.weight": torch.zeros(1, 1) for side in "AB"}
         save_file(tensors, tmp_path / LORA_FILE)
         with pytest.raises(InputError, match="does not fit"):
-            fold_student(tiny.unet, tmp_path, info)
+            fold_student(tiny.denoiser, tmp_path, info)
 
 
 def test_merging_is_repeatable(tiny: Model, students: dict[str, Path]) -> None:

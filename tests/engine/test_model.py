@@ -48,7 +48,7 @@ def test_a_hub_id_is_read_from_the_cache(tiny_folder: Path, tmp_path: Path, monk
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     files = locate("organisation/tiny", weights=False)
     assert files.folder == snapshot
-    assert files.empty_unet().config.cross_attention_dim == 32
+    assert files.empty_denoiser().config.cross_attention_dim == 32
     shutil.copytree(tiny_folder, snapshot, dirs_exist_ok=True)
     assert locate("organisation/tiny").folder == snapshot
 
@@ -95,7 +95,7 @@ def test_pickled_weights_are_refused(copied: Path) -> None:
 def test_an_fp16_variant_is_found(copied: Path, tiny_folder: Path) -> None:
     for path in copied.rglob("*.safetensors"):
         path.rename(path.with_suffix(".fp16.safetensors"))
-    variant, files = locate(str(copied)).unet_weights()
+    variant, files = locate(str(copied)).denoiser_weights()
     assert variant == "fp16"
     assert [path.name for path in files] == ["diffusion_pytorch_model.fp16.safetensors"]
     assert load(locate(str(copied)), device=CPU).unet.dtype == torch.float32

@@ -7,10 +7,9 @@ import pytest
 import torch
 from boostdiff.benchmarks.session import RESEED
 from boostdiff.engine.adapters import LORA_FILE
+from boostdiff.engine.conditions import TextEmbeddings
 from boostdiff.engine.errors import BoostDiffError, InputError
-from boostdiff.engine.families import TextEmbeddings
 from boostdiff.engine.guidance import GuidedDenoiser, SinglePassDenoiser
-from boostdiff.engine.latents import denormalized, encode
 from boostdiff.engine.model import Model, locate
 from boostdiff.engine.runners import TorchRunner
 from boostdiff.engine.sampling import decode, default_batch_size, generate, initial_noise, sample, to_uint8
@@ -56,9 +55,9 @@ def largest_difference(a: torch.Tensor, b: torch.Tensor) -> int:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_teacher_draws_what_stock_diffusers_draws(tiny: Model, tiny_folder: Path, sampler: str) -> None:
     expected = stock(StableDiffusionPipeline.from_pretrained(tiny_folder), guidance=3.0, sampler=sampler)
-    got = ours(tiny, GuidedDenoiser(TorchRunner(tiny.unet), 3.0), sampler=sampler)
+    got = ours(tiny, GuidedDenoiser(TorchRunner(tiny.denoiser), 3.0), sampler=sampler)
     assert largest_difference(got, expected) <= 1
-    assert largest_difference(ours(tiny, SinglePassDenoiser(TorchRunner(tiny.unet)), sampler=sampler), got) > 1
+    assert largest_difference(ours(tiny, SinglePassDenoiser(TorchRunner(tiny.denoiser)), sampler=sampler), got) > 1
 
 
 def test_v_prediction_teacher_draws_what_stock_diffusers_draws(tmp_path: Path) -> None:
@@ -67,23 +66,23 @@ def test_v_prediction_teacher_draws_what_stock_diffusers_draws(tmp_path: Path) -
     make_pipeline(prediction_type="v_prediction").save_pretrained(tmp_path / "v")
     model = load(locate(str(tmp_path / "v")), device=torch.device("cpu"))
     expected = stock(StableDiffusionPipeline.from_pretrained(tmp_path / "v"), guidance=4.0)
-    assert largest_difference(ours(model, GuidedDenoiser(TorchRunner(model.unet), 4.0)), expected) <= 1
+    assert largest_difference(ours(model, GuidedDenoiser(TorchRunner(model.denoiser), 4.0)), expected) <= 1
 
 
 def test_lora_student_draws_what_stock_diffusers_draws(
     tiny: Model, tiny_folder: Path, students: dict[str, Path]
 ) -> None:
-    base = ours(tiny, SinglePassDenoiser(TorchRunner(tiny.unet)))
+    base = ours(tiny, SinglePassDenoiser(TorchRunner(tiny.denoiser)))
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
     pipeline.load_lora_weights(students["lora"], weight_name=LORA_FILE)
-    apply_student(tiny.unet, students["lora"], read_student(students["lora"]))
-    got = ours(tiny, SinglePassDenoiser(TorchRunner(tiny.unet)))
+    apply_student(tiny.denoiser, students["lora"], read_student(students["lora"]))
+    got = ours(tiny, SinglePassDenoiser(TorchRunner(tiny.denoiser)))
     assert largest_difference(got, stock(pipeline, guidance=1.0)) <= 2
     assert largest_difference(got, base) > 2
 
 
 def test_an_image_does_not_depend_on_its_batch(tiny: Model) -> None:
-    denoiser = SinglePassDenoiser(TorchRunner(tiny.unet))
+    denoiser = SinglePassDenoiser(TorchRunner(tiny.denoiser))
     assert largest_difference(ours(tiny, denoiser), ours(tiny, denoiser, batch_size=1)) <= 1
 
 
@@ -172,10 +171,10 @@ def test_normalized_latents_are_encoded_and_decoded_by_the_same_numbers(tiny: Mo
         raw = vae.encode(images).latent_dist.mode()
         mean, std = torch.tensor([0.1, -0.2, 0.3, 0.0]), torch.tensor([2.0, 0.5, 1.0, 1.5])
         vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-        latents = encode(images, vae)
+        latents = tiny.family.encode_latents(vae, images)
     expected = (raw - mean[:, None, None]) / std[:, None, None] * vae.config.scaling_factor
     torch.testing.assert_close(latents, expected)
-    torch.testing.assert_close(denormalized(latents, vae), raw)
+    torch.testing.assert_close(tiny.family.denormalized(latents, vae), raw)
 
 
 def test_a_small_vae_encodes(tiny: Model) -> None:
@@ -186,7 +185,7 @@ def test_a_small_vae_encodes(tiny: Model) -> None:
         num_encoder_blocks=(1, 1),
         num_decoder_blocks=(1, 1),
     )
-    assert encode(torch.zeros(2, 3, 16, 16), vae).shape == (2, 4, 8, 8)
+    assert tiny.family.encode_latents(vae, torch.zeros(2, 3, 16, 16)).shape == (2, 4, 8, 8)
 
 
 def test_noise_is_that_of_a_generator_per_image() -> None:

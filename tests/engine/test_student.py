@@ -74,11 +74,11 @@ def test_a_description_that_was_edited_is_refused(
 
 
 def test_bitfit_replaces_every_bias_and_nothing_else(students: dict[str, Path], tiny: Model) -> None:
-    before = {name: tensor.clone() for name, tensor in tiny.unet.state_dict().items()}
-    apply_student(tiny.unet, students["bitfit"], read_student(students["bitfit"]))
+    before = {name: tensor.clone() for name, tensor in tiny.denoiser.state_dict().items()}
+    apply_student(tiny.denoiser, students["bitfit"], read_student(students["bitfit"]))
     biases = load_file(students["bitfit"] / BITFIT_FILE)
     changed = 0
-    for name, tensor in tiny.unet.state_dict().items():
+    for name, tensor in tiny.denoiser.state_dict().items():
         torch.testing.assert_close(tensor, biases.get(name, before[name]))
         changed += not torch.equal(tensor, before[name])
     assert changed > len(biases) / 2

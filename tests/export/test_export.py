@@ -16,6 +16,7 @@ from boostdiff.distill.distill import distill
 from boostdiff.engine.config import GenerateConfig
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.exported import Engine
+from boostdiff.engine.families import FAMILIES
 from boostdiff.engine.files import sha256_of
 from boostdiff.engine.generate import draw
 from boostdiff.engine.manifest import read_manifest, verified_file
@@ -28,11 +29,13 @@ from boostdiff.engine.trt import check_plan, load_tensorrt
 from boostdiff.export.config import BATCH, ExportConfig, parse_range
 from boostdiff.export.export import export, up_to_date_engine
 from boostdiff.export.graph import compare, graph_signature, onnx_from_part
-from boostdiff.export.parts import Part, text_encoder_part, unet_part, vae_decoder_part
+from boostdiff.export.parts import Part, denoiser_part, text_encoder_part, vae_decoder_part
 from boostdiff.export.plan import Flavour, plan_in_a_process
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from tiny import CPU, PROMPTS, with_another_unet
+
+FAMILY = FAMILIES["StableDiffusionPipeline"]
 
 
 @pytest.fixture
@@ -118,7 +121,10 @@ def test_graphs_are_valid_and_take_any_batch(engine: Path, tiny: Model, students
     onnx.checker.check_model(path)
     merged = merge(tiny, students["lora"], read_student(students["lora"]))
     session = OnnxSession(path, device=CPU)
-    with GraphRunner(session, unet_config=read_manifest(engine).unet_config) as runner, torch.no_grad():
+    with (
+        GraphRunner(session, family=FAMILY, denoiser_config=read_manifest(engine).denoiser_config) as runner,
+        torch.no_grad(),
+    ):
         for batch in (1, 3, 17):
             inputs = tiny.family.example_inputs(tiny.pipeline, batch)
             torch.testing.assert_close(runner(**inputs).sample, merged(**inputs).sample, atol=1e-4, rtol=1e-3)
@@ -126,7 +132,7 @@ def test_graphs_are_valid_and_take_any_batch(engine: Path, tiny: Model, students
 
 def tiny_part(model: Model, timesteps: tuple[int, ...] = (1, 500, 981)) -> Part:
     text = model.family.encode(model.pipeline, PROMPTS[:2]).conditional
-    part = unet_part(model, model.unet, text, ExportConfig(), timesteps)
+    part = denoiser_part(model, model.denoiser, text, ExportConfig(), timesteps)
     part.compute_references()
     return part
 
@@ -163,12 +169,12 @@ def test_the_onnx_runner_drives_a_stock_pipeline(
 
     merged = merge(tiny, students["lora"], read_student(students["lora"]))
     with Engine.load(engine, runner="onnx", device="cpu") as exported:
-        runner = exported.model.unet
+        runner = exported.model.denoiser
         got = images(runner)
         with pytest.raises(InputError, match="can't take timestep_cond"):
             runner(torch.zeros(1, 4, 8, 8), 3, torch.zeros(1, 16, 32), timestep_cond=torch.zeros(1))
     assert np.abs(got - images(merged)).max() <= 2 / 255
-    assert np.abs(got - images(tiny.unet)).max() > 2 / 255
+    assert np.abs(got - images(tiny.denoiser)).max() > 2 / 255
 
 
 @pytest.mark.parametrize("name", ["unet/model.onnx", "unet/model.onnx.data"])
@@ -267,10 +273,10 @@ def test_onnx_runtime_may_not_go_on_without_the_gpu(engine: Path, monkeypatch: p
 def test_a_merged_unet_for_stock_diffusers(tiny: Model, students: dict[str, Path], engines: dict[str, Path]) -> None:
     assert "unet/diffusion_pytorch_model.safetensors" in read_manifest(engines["bitfit"]).files
     stock = UNet2DConditionModel.from_pretrained(engines["bitfit"], subfolder="unet")
-    apply_student(tiny.unet, students["bitfit"], read_student(students["bitfit"]))
+    apply_student(tiny.denoiser, students["bitfit"], read_student(students["bitfit"]))
     inputs = tiny.family.example_inputs(tiny.pipeline, 2)
     with torch.no_grad():
-        torch.testing.assert_close(stock(**inputs).sample, tiny.unet(**inputs).sample, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(stock(**inputs).sample, tiny.denoiser(**inputs).sample, atol=1e-5, rtol=1e-4)
 
 
 def test_exporting_again(
@@ -444,7 +450,7 @@ def test_a_plan_built_in_a_process_of_its_own(engine: Path, tmp_path: Path) -> N
 
 def test_cases_of_a_plan_lie_within_its_profile(tiny: Model) -> None:
     text = tiny.family.encode(tiny.pipeline, PROMPTS[:2]).conditional
-    part = unet_part(tiny, tiny.unet, text, ExportConfig(trt=True, batch=(3, 3, 4)), (1, 500))
+    part = denoiser_part(tiny, tiny.denoiser, text, ExportConfig(trt=True, batch=(3, 3, 4)), (1, 500))
     assert {case.where for case in part.planned_cases()} == {
         "batch 3, timestep 500, 2 chunks of text",
         "batch 3, timestep 500",
@@ -458,7 +464,7 @@ def test_cases_of_a_large_model(tiny: Model, monkeypatch: pytest.MonkeyPatch) ->
     """Few, one of them at a plan's smallest batch."""
     monkeypatch.setattr("boostdiff.export.parts.LARGE_PARAMETERS", 1)
     text = tiny.family.encode(tiny.pipeline, PROMPTS[:2]).conditional
-    part = unet_part(tiny, tiny.unet, text, ExportConfig(batch=(8, 8, 16), trt=True), (1, 500, 981))
+    part = denoiser_part(tiny, tiny.denoiser, text, ExportConfig(batch=(8, 8, 16), trt=True), (1, 500, 981))
     assert part.large
     assert [case.where for case in part.cases] == ["batch 2, timestep 500", "batch 8, timestep 500"]
     assert [case.where for case in part.planned_cases()] == ["batch 8, timestep 500"]
@@ -492,11 +498,11 @@ def test_a_batch_beyond_the_largest_runs_in_several_goes(
             sizes.append(len(feeds["sample"]))
             super()._execute(feeds, outputs)
 
-    path, config = engine / "unet/model.onnx", read_manifest(engine).unet_config
+    path, config = engine / "unet/model.onnx", read_manifest(engine).denoiser_config
     inputs = tiny.family.example_inputs(tiny.pipeline, 5)
     with (
-        GraphRunner(OnnxSession(path, device=CPU), unet_config=config) as whole,
-        GraphRunner(Small(path, device=CPU), unet_config=config) as parts,
+        GraphRunner(OnnxSession(path, device=CPU), family=FAMILY, denoiser_config=config) as whole,
+        GraphRunner(Small(path, device=CPU), family=FAMILY, denoiser_config=config) as parts,
     ):
         torch.testing.assert_close(parts.predict(inputs), whole.predict(inputs), atol=1e-5, rtol=1e-4)
         for name in ("sample", "timestep", "encoder_hidden_states"):

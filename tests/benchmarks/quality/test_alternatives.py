@@ -55,7 +55,7 @@ def test_images_are_stock_diffusers(tiny: Model, sampler: str, first: int, last:
 
     noise = initial_noise(tiny.latent_shape, count=len(PROMPTS), seed=0)
     text = tiny.family.encode(tiny.pipeline, PROMPTS)
-    denoiser = setting.denoiser(Counting(tiny.unet), schedulers)
+    denoiser = setting.denoiser(Counting(tiny.denoiser), schedulers)
     images = decode(tiny, sample(denoiser, text=text, noise=noise, scheduler=schedulers(), steps=6))
     expected = stock_images(tiny, setting, sampler, noise)
     torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)

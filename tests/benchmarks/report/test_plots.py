@@ -16,7 +16,7 @@ def row(runner: str, mode: str, batch_size: int) -> SpeedRow:
         batch_size=batch_size,
         latency=spread,
         images_per_second=Estimate(value=2.0, low=1.0, high=3.0, coverage=0.94),
-        unet_step=spread,
+        denoiser_step=spread,
         text_encoder=None,
         vae_decode=None,
         host_gap=None,

@@ -33,7 +33,7 @@ def test_shipped_configurations_have_the_models_parameters(name: str, unet: int,
     assert files.name == name
     with torch.device("meta"):
         modules = (
-            files.empty_unet(),
+            files.empty_denoiser(),
             CLIPTextModel(CLIPTextConfig.from_pretrained(CONFIGS / name / "text_encoder")),
             AutoencoderKL.from_config(AutoencoderKL.load_config(CONFIGS / name / "vae")),
         )
@@ -65,8 +65,8 @@ def test_what_overflows_in_half_precision_stays_in_full(tmp_path: Path, monkeypa
     made = random_model(locate(str(tmp_path)), device=CPU)
     loaded = load(locate(str(tmp_path)), device=CPU, dtype=torch.float16)
     for model in (made, loaded):
-        assert (model.unet.dtype, model.pipeline.vae.dtype) == (torch.float16, torch.float32)
-        assert not any(p.requires_grad for p in model.unet.parameters())
+        assert (model.denoiser.dtype, model.pipeline.vae.dtype) == (torch.float16, torch.float32)
+        assert not any(p.requires_grad for p in model.denoiser.parameters())
 
 
 def test_no_such_configuration(configs: Path) -> None:

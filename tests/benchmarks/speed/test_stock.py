@@ -31,15 +31,15 @@ def test_the_stock_pipeline_draws_the_teachers_images(model: Model) -> None:
     noise = initial_noise(model.latent_shape, count=2, seed=0)
     pipeline = stock_pipeline(model)
     assert type(pipeline) is model.family.pipeline_class
-    pipeline.scheduler = make_scheduler("ddim", model.pipeline.scheduler.config)
+    pipeline.scheduler = model.make_scheduler("ddim")
     stock = pipeline(
         list(PROMPTS[:2]), num_inference_steps=3, guidance_scale=4.0, latents=noise, output_type="pt"
     ).images
     latents = sample(
-        GuidedDenoiser(TorchRunner(model.unet), 4.0),
+        GuidedDenoiser(TorchRunner(model.denoiser), 4.0),
         text=model.family.encode(model.pipeline, PROMPTS[:2]),
         noise=noise,
-        scheduler=make_scheduler("ddim", model.pipeline.scheduler.config),
+        scheduler=model.make_scheduler("ddim"),
         steps=3,
     )
     torch.testing.assert_close(stock, decode(model, latents), atol=1 / 255, rtol=0)
@@ -58,7 +58,7 @@ def test_the_stock_pipeline_of_a_half_precision_xl_upcasts_its_vae(xl_folder: Pa
 
 def test_the_compiled_teacher_is_a_baseline(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("boostdiff.engine.compiled._compile", lambda unet, **options: unet)
-    eager, compiled = TorchRunner(tiny.unet), CompiledRunner(tiny.unet)
+    eager, compiled = TorchRunner(tiny.denoiser), CompiledRunner(tiny.denoiser)
     stock = StockVariant(mode="teacher", runner=eager, pipeline=stock_pipeline(tiny))
     speed = measure(
         [*(TimedVariant(mode=mode, runner=compiled) for mode in ("teacher", "student")), stock],

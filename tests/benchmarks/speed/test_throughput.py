@@ -29,7 +29,7 @@ def test_the_ceiling_of_sd21_at_20_steps() -> None:
 def test_operations_are_counted(tiny: Model) -> None:
     flops = count_flops(tiny)
     conv_in = 2 * 4 * 16 * 9 * 8 * 8
-    assert flops.unet > conv_in
+    assert flops.denoiser > conv_in
     assert flops.vae_decode > 0
     assert flops.text_encoder > 2 * 16 * 32 * 32 * 4 * 2
 
@@ -46,7 +46,7 @@ class Refusing(TorchRunner):
 
 
 def test_what_cannot_run_is_left_out_with_its_reason(tiny: Model) -> None:
-    runner = Refusing(tiny.unet)
+    runner = Refusing(tiny.denoiser)
     speed = measure(
         [TimedVariant(mode=mode, runner=runner) for mode in ("teacher", "student")],
         tiny,
@@ -74,7 +74,11 @@ def test_what_fails_while_it_is_timed_takes_no_other_row_along(tiny: Model) -> N
                 raise torch.OutOfMemoryError("out of memory")
             return super().predict(inputs)
 
-    runners = {"teacher": TorchRunner(tiny.unet), "unguided": Failing(tiny.unet), "student": TorchRunner(tiny.unet)}
+    runners = {
+        "teacher": TorchRunner(tiny.denoiser),
+        "unguided": Failing(tiny.denoiser),
+        "student": TorchRunner(tiny.denoiser),
+    }
     speed = measure(
         [TimedVariant(mode=mode, runner=runner) for mode, runner in runners.items()],
         tiny,
@@ -91,7 +95,7 @@ def test_what_fails_while_it_is_timed_takes_no_other_row_along(tiny: Model) -> N
 
 
 def test_a_variant_is_timed_at_its_own_batch_sizes(tiny: Model) -> None:
-    runner = TorchRunner(tiny.unet)
+    runner = TorchRunner(tiny.denoiser)
     speed = measure(
         [TimedVariant(mode="teacher", runner=runner), TimedVariant(mode="student", runner=runner, batch_sizes=(2,))],
         tiny,

@@ -80,7 +80,7 @@ def test_random_weights_as_a_model_and_a_student(tiny_folder: Path, tmp_path: Pa
     result = CliRunner().invoke(app, ["random-folder", str(tiny_folder), "--output", str(tmp_path / "made")])
     assert result.exit_code == 0, result.output
     files = locate(str(tmp_path / "made/model"))
-    assert files.unet_sha256() != locate(str(tiny_folder)).unet_sha256()
+    assert files.denoiser_sha256() != locate(str(tiny_folder)).denoiser_sha256()
     assert read_student(tmp_path / "made/student", files).method == "lora"
 
 

@@ -44,7 +44,7 @@ def test_r2_is_one_for_the_teacher_and_zero_without_guidance(tiny: Model) -> Non
     text = tiny.family.encode(tiny.pipeline, PROMPTS[:2])
     states = trajectory(tiny, text, 3.0)
     assert len(states) == 4
-    runner = TorchRunner(tiny.unet)
+    runner = TorchRunner(tiny.denoiser)
     assert r2_of(GuidedDenoiser(runner, 3.0), states, text) == pytest.approx(1, abs=1e-6)
     assert r2_of(SinglePassDenoiser(runner), states, text) == pytest.approx(0, abs=1e-6)
     # Half of the guidance leaves a quarter of the squared error.

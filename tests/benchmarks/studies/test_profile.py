@@ -79,7 +79,7 @@ def test_a_batch_is_broken_down(tiny: Model) -> None:
         make_scheduler=lambda: make_scheduler("dpm++", tiny.pipeline.scheduler.config),
         steps=3,
     )
-    row = break_down(TorchRunner(tiny.unet), work, 3)
+    row = break_down(TorchRunner(tiny.denoiser), work, 3)
     assert row.operations.keys() == OPERATIONS.keys()
     assert all(row.operations[name] > 0 for name in ("convolution", "matrix product", "attention", "normalization"))
     # Once a step, and one step at the longest takes an operator's many calls.
