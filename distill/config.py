@@ -107,8 +107,11 @@ class DistillConfig(GuiderOptions):
         ),
     ] = UNRESOLVED
     loss_weight: Annotated[
-        Literal["constant", "snr", "truncated-snr", "snr+1", "min-snr"],
-        typer.Option(show_default="snr", help="Weight of the x-space loss over noise levels; the paper's is constant."),
+        Literal["constant", "snr", "truncated-snr", "snr+1", "min-snr", "flow"],
+        typer.Option(
+            show_default="snr; flow for flow matching",
+            help="Weight of the x-space loss over noise levels; the paper's is constant.",
+        ),
     ] = UNRESOLVED
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"],
@@ -166,18 +169,19 @@ class DistillConfig(GuiderOptions):
         """Whether the student has guidance as an input (w-conditioned, Meng et al. 2023)."""
         return self.guidance_max is not None
 
-    def resolved(self, *, in_bfloat16: bool, embedded: bool) -> DistillConfig:
+    def resolved(self, *, in_bfloat16: bool, embedded: bool, flow: bool = False) -> DistillConfig:
         """With what was left out filled in from the preset, the method and the device.
 
         Args:
             in_bfloat16: whether the device has bfloat16 instructions.
             embedded: whether the model is the one that ships with prompts.
+            flow: whether the model is one of flow matching.
         """
         defaults: dict[str, Any] = {
             "updates": UPDATES * (RANGE_UPDATES if self.guidance_conditioned else 1),
             "batch_size": BATCH_SIZE,
             "learning_rate": LEARNING_RATES[self.method] * (1 if embedded else OTHER_MODELS),
-            "loss_weight": LOSS_WEIGHT,
+            "loss_weight": "flow" if flow else LOSS_WEIGHT,
             "precision": "bf16" if in_bfloat16 else "fp32",
             "guider": "cfg",
             **self.guider_settings,

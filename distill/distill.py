@@ -48,7 +48,9 @@ PREVIEW_ROWS = 6
 
 def resolve(config: DistillConfig, files: ModelFiles, device: torch.device) -> DistillConfig:
     """The configuration with what was left out filled in for a model and a device."""
-    return config.resolved(in_bfloat16=has_bfloat16(device), embedded=files.folder == embedded.MODEL_DIR)
+    return config.resolved(
+        in_bfloat16=has_bfloat16(device), embedded=files.folder == embedded.MODEL_DIR, flow=files.family.flow
+    )
 
 
 def dry(files: ModelFiles, config: DistillConfig, execution: RunConfig, device: torch.device) -> dict[str, Any]:

@@ -24,7 +24,11 @@ def check_folder(folder: Path, family: Family, index: dict[str, Any]) -> Parts:
         InputError: the family can't use it as stock diffusers would: a part is missing, of another class, or does not
             fit the others.
     """
-    parts = {name: _settings(folder, name, index, classes) for name, classes in family.parts.items()}
+    parts = {
+        name: _settings(folder, name, index, classes)
+        for name, classes in family.parts.items()
+        if name not in family.optional_parts or index.get(name, [None, None]) != [None, None]
+    }
     scheduler = {"scheduler": lambda: check_schedule(index["scheduler"][1], parts["scheduler"], flow=family.flow)}
     for part, check in (family.checks(parts) | scheduler).items():
         try:

@@ -25,7 +25,7 @@ from transformers import CLIPTokenizer
 from .conditions import TextEmbeddings
 from .config import PIXEL_MULTIPLE
 from .errors import BoostDiffError, InputError
-from .exported_parts import ExportedTextEncoder, ExportedVaeDecoder
+from .exported_parts import ExportedTextEncoder, ExportedVaeDecoder, text_in_torch
 from .families import family_of
 from .files import read_json
 from .guidance import Denoiser
@@ -112,7 +112,7 @@ class Engine(AbstractContextManager["Engine"]):
             session = partial(
                 open_session, runner, folder=folder, manifest=manifest, device=target, precision=precision, lean=lean
             )
-            model = _assemble(folder, manifest, lambda part: stack.enter_context(session(part)))
+            model = _assemble(folder, manifest, lambda part: stack.enter_context(session(part)), target)
             return cls(manifest=manifest, model=model, opened=stack.pop_all())
 
     def __exit__(self, *raised: object) -> None:
@@ -277,8 +277,12 @@ def _listed(prompts: str | Sequence[str]) -> list[str]:
     return prompts
 
 
-def _assemble(folder: Path, manifest: Manifest, opened: Callable[[str], Session]) -> Model:
-    """A stock pipeline of exported parts; `opened` gives a part's session."""
+def _assemble(folder: Path, manifest: Manifest, opened: Callable[[str], Session], device: torch.device) -> Model:
+    """A stock pipeline of exported parts; `opened` gives a part's session.
+
+    Raises:
+        InputError: see `exported_parts.text_in_torch`.
+    """
     index = read_json(folder / "model_index.json")
     family = family_of(index)
     components: dict[str, Any] = {}
@@ -286,6 +290,7 @@ def _assemble(folder: Path, manifest: Manifest, opened: Callable[[str], Session]
         tokenizer = name.replace("text_encoder", "tokenizer")
         components[name] = ExportedTextEncoder(opened(name), config=read_json(folder / name / "config.json"))
         components[tokenizer] = CLIPTokenizer.from_pretrained(folder / tokenizer, local_files_only=True)
+    components |= text_in_torch(manifest, family, device=device)
     vae_config = read_json(folder / "vae_decoder" / "config.json")
     components["vae"] = ExportedVaeDecoder(opened("vae_decoder"), config=vae_config)
     components[family.denoiser] = GraphRunner(

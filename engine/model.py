@@ -50,6 +50,11 @@ class ModelFiles:
         """Where the denoiser lies."""
         return self.folder / self.family.denoiser
 
+    @property
+    def absent_parts(self) -> dict[str, None]:
+        """Optional parts that the folder leaves out, as `from_pretrained` wants to be told."""
+        return {name: None for name in self.family.optional_parts if not (self.folder / name).is_dir()}
+
     def denoiser_weights(self) -> tuple[str | None, list[Path]]:
         """The denoiser's safetensors files and their variant (`None` or "fp16").
 
@@ -220,6 +225,7 @@ def load(files: ModelFiles, *, device: torch.device, dtype: torch.dtype | None =
                 use_safetensors=True,
                 local_files_only=True,
                 low_cpu_mem_usage=True,
+                **files.absent_parts,
                 **files.family.load_options,
             )
     except (torch.OutOfMemoryError, MemoryError):

@@ -153,6 +153,20 @@ def _flow_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     return scheduler_class(**{key: value for key, value in taken.items() if key in parameters}, **flow, **settings)
 
 
+def shift_of_size(config: Mapping[str, Any], tokens: int, *, max_shift: float = 1.15) -> dict[str, float]:
+    """Argument `mu` of `make_scheduler` for images of so many tokens, where the timesteps are shifted by the size.
+
+    As `calculate_shift` of diffusers' pipelines (Esser et al. 2024, "Scaling Rectified Flow Transformers"); `max_shift`
+    is what a pipeline takes where the folder says nothing.
+    """
+    if not config.get("use_dynamic_shifting"):
+        return {}
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, most = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
+    slope = (most - base) / (high - low)
+    return {"mu": tokens * slope + base - slope * low}
+
+
 def make_scheduler(
     name: str,
     config: Mapping[str, Any],

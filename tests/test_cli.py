@@ -209,7 +209,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, students
         ("distill --format magic", "'magic' is not"),
         ("distill --format kohya --method bitfit", "--format is not used with --method bitfit"),
         ("distill --log-with paper", "'paper' is not one of"),
-        ("distill --targets to_nowhere", "lora can't be put on this UNet"),
+        ("distill --targets to_nowhere", "lora can't be put on this denoiser"),
         ("distill --model {tiny} --images nowhere/at/all", "nowhere/at/all"),
         ("distill --model {tiny} --images empty-images", "empty-images"),
         ("distill --model {tiny} --images no-captions", "no-captions"),

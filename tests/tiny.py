@@ -16,13 +16,24 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from filelock import FileLock
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 PROMPTS = ("a red cat", "a blue dog on a hill", "two green birds", "a white fish")
 CPU = torch.device("cpu")
@@ -126,6 +137,64 @@ def make_xl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
         tokenizer_2=base.tokenizer,
         unet=unet,
         scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+    )
+
+
+def make_t5(width: int) -> tuple[T5Tokenizer, T5EncoderModel]:
+    """A tokenizer of `PROMPTS` and single letters, and a tiny T5 encoder of this width."""
+    words = dict.fromkeys(f"▁{word}" for prompt in PROMPTS for word in prompt.split())
+    pieces = [*words, "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    vocab = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", -9.0),
+        *((piece, -1.0) for piece in pieces),
+    ]
+    config = T5Config(
+        vocab_size=len(vocab), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2, is_encoder_decoder=False
+    )
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512), T5EncoderModel(config)
+
+
+def make_sd3_pipeline(seed: int = 0, *, t5: bool = True, **schedule: Any) -> StableDiffusion3Pipeline:
+    """A randomly initialised Stable Diffusion 3, tiny in every part."""
+    torch.manual_seed(seed)
+    tokenizer, clip = make_words()
+    clips = [CLIPTextModelWithProjection(CLIPTextConfig(**clip.to_dict() | {"projection_dim": 16})) for _ in range(2)]
+    tokenizer_3, text_encoder_3 = make_t5(64) if t5 else (None, None)
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=64,
+            caption_projection_dim=32,
+            pooled_projection_dim=32,
+            pos_embed_max_size=16,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0} | schedule),
+        vae=AutoencoderKL(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=16,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        text_encoder=clips[0],
+        tokenizer=tokenizer,
+        text_encoder_2=clips[1],
+        tokenizer_2=tokenizer,
+        text_encoder_3=text_encoder_3,
+        tokenizer_3=tokenizer_3,
     )
 
 

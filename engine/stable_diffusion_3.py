@@ -1,0 +1,105 @@
+"""Stable Diffusion 3 and 3.5: MMDiT, flow matching, two CLIP text encoders and T5, which a folder may leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+from .checks import Parts, check_clip_text, check_vae, counts
+from .conditions import PromptEmbeds
+from .errors import InputError
+from .family import ATTENTION, JOINT_ATTENTION, Family
+from .schedulers import shift_of_size
+
+T5_TOKENS = 256
+"""Tokens of T5, as the stock pipeline takes them by default."""
+
+FEED_FORWARD = ("net.0.proj", "net.2")
+CLIPS = ("text_encoder", "text_encoder_2")
+
+
+class StableDiffusion3(Family):
+    """Stable Diffusion 3 and 3.5."""
+
+    name = "stable-diffusion-3"
+    pipeline_class = StableDiffusion3Pipeline
+    denoiser = "transformer"
+    denoiser_class = SD3Transformer2DModel
+    text_encoders = (*CLIPS, "text_encoder_3")
+    exported_text_encoders = CLIPS
+    optional_parts = ("text_encoder_3", "tokenizer_3")
+    flow = True
+    targets: ClassVar = {
+        "attention": (*ATTENTION, *JOINT_ATTENTION),
+        "transformer": (*ATTENTION, *JOINT_ATTENTION, *FEED_FORWARD),
+        "all": (
+            *(*ATTENTION, *JOINT_ATTENTION, *FEED_FORWARD),
+            *("linear", "linear_1", "linear_2", "context_embedder", "proj", "proj_out"),
+        ),
+    }
+
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        return {
+            "transformer": ("SD3Transformer2DModel",),
+            "vae": ("AutoencoderKL", "AutoencoderTiny"),
+            **dict.fromkeys(CLIPS, ("CLIPTextModelWithProjection",)),
+            "text_encoder_3": ("T5EncoderModel",),
+            **dict.fromkeys(self.tokenizers[:2], ("CLIPTokenizer", "CLIPTokenizerFast")),
+            "tokenizer_3": ("T5Tokenizer", "T5TokenizerFast"),
+            "scheduler": (),
+        }
+
+    def checks(self, parts: Parts) -> dict[str, Callable[[], None]]:
+        def transformer() -> None:
+            config = parts["transformer"]
+            channels = counts(config, "in_channels", "out_channels") + counts(parts["vae"], "latent_channels")
+            counts(config, "sample_size", "patch_size")
+            if len(set(channels)) > 1:
+                raise InputError(f"transformer and VAE have {', '.join(map(str, channels))} channels, not all the same")
+            pooled = sum(counts(parts[name], "projection_dim")[0] for name in CLIPS)
+            if config["pooled_projection_dim"] != pooled:
+                raise InputError(f"pooled_projection_dim is {config['pooled_projection_dim']!r}, not CLIP's {pooled}")
+            width = config["joint_attention_dim"]
+            if (t5 := parts.get("text_encoder_3")) is not None and t5.get("d_model") != width:
+                raise InputError(f"joint_attention_dim is {width!r}, where T5 gives {t5.get('d_model')!r}")
+            if (clip := sum(counts(parts[name], "hidden_size")[0] for name in CLIPS)) > width:
+                raise InputError(f"joint_attention_dim is {width!r}, less than the {clip} that CLIP gives")
+
+        return {
+            "transformer": transformer,
+            "vae": lambda: check_vae(parts["vae"], pipeline="StableDiffusion3Pipeline", shifts=True),
+            "tokenizer": lambda: check_clip_text(parts, CLIPS, self.tokenizers[:2]),
+        }
+
+    def embed(self, pipeline: DiffusionPipeline, prompts: list[str]) -> PromptEmbeds:
+        hidden, _, pooled, _ = pipeline.encode_prompt(
+            prompts, None, None, device=pipeline.device, do_classifier_free_guidance=False
+        )
+        return PromptEmbeds(encoder_hidden_states=hidden, pooled_projections=pooled)
+
+    def prompt_shapes(self, pipeline: DiffusionPipeline) -> dict[str, tuple[int, ...]]:
+        tokens = pipeline.tokenizer.model_max_length + T5_TOKENS
+        config = pipeline.transformer.config
+        return {
+            "encoder_hidden_states": (tokens, config["joint_attention_dim"]),
+            "pooled_projections": (config["pooled_projection_dim"],),
+        }
+
+    def forward(self, denoiser: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        arguments = {"hidden_states" if name == "sample" else name: tensor for name, tensor in inputs.items()}
+        prediction: torch.Tensor = denoiser(**arguments, return_dict=False)[0]
+        return prediction
+
+    def latent_shape(self, denoiser_config: dict[str, Any]) -> tuple[int, int, int]:
+        size = denoiser_config["sample_size"]
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return denoiser_config["in_channels"], height, width
+
+    def timesteps(self, scheduler_config: Any, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
+        """See `Family.timesteps`; patches are of 2 by 2 latents."""
+        _, height, width = latent_shape
+        return shift_of_size(scheduler_config, (height // 2) * (width // 2), max_shift=1.16)

@@ -1,0 +1,165 @@
+"""Families of flow matching against their stock pipelines: teacher, student, adapter, merge, engine, resume."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from boostdiff.distill.config import DistillConfig, RunConfig
+from boostdiff.distill.distill import distill
+from boostdiff.distill.loop import Observers
+from boostdiff.engine.adapters import LORA_FILE
+from boostdiff.engine.config import GenerateConfig
+from boostdiff.engine.errors import BoostDiffError
+from boostdiff.engine.exported import Engine
+from boostdiff.engine.generate import draw
+from boostdiff.engine.guidance import GuidedDenoiser
+from boostdiff.engine.merge import merge, merge_in_place
+from boostdiff.engine.model import load, locate
+from boostdiff.engine.runners import TorchRunner
+from boostdiff.engine.sampling import generate, to_uint8
+from boostdiff.engine.student import read_student
+from boostdiff.export.config import ExportConfig
+from boostdiff.export.export import export
+from diffusers import DiffusionPipeline
+from PIL import Image
+from tiny import CPU, PROMPTS, make_sd3_pipeline
+
+STEPS, SEED = 4, 5
+
+KINDS: dict[str, Callable[[], DiffusionPipeline]] = {
+    "sd3": make_sd3_pipeline,
+    "sd3-without-t5": lambda: make_sd3_pipeline(t5=False, shift=1.0, use_dynamic_shifting=True),
+}
+"""By name, what makes a tiny model by diffusers' own classes."""
+
+STOCK_GUIDANCE: dict[str, Callable[[float], dict[str, Any]]] = {}
+"""By family, arguments of the stock pipeline for guidance scale w of equation (3), if not `guidance_scale`."""
+
+DISTILLED = [kind for kind in KINDS if kind != "sd3-without-t5"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("flow")
+    for kind, make in KINDS.items():
+        make().save_pretrained(root / kind)
+    return {kind: root / kind for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def students(folders: dict[str, Path], prompt_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("flow-students")
+    for kind in DISTILLED:
+        config = DistillConfig(prompts=prompt_file, updates=20, batch_size=2, learning_rate=0.02)
+        observers = Observers(preview=False)
+        distill(locate(str(folders[kind])), config, output=root / kind, device="cpu", observers=observers)
+    return {kind: root / kind for kind in DISTILLED}
+
+
+def stock_image(folder: Path, *, w: float | None, student: Path | None = None, **options: Any) -> np.ndarray:
+    """The stock pipeline's own image, by its own scheduler; at guidance w, or in one pass with a student's LoRA."""
+    pipeline = DiffusionPipeline.from_pretrained(folder, **locate(str(folder)).absent_parts)
+    pipeline.set_progress_bar_config(disable=True)
+    if student is not None:
+        pipeline.load_lora_weights(student, weight_name=LORA_FILE)
+    family = locate(str(folder)).family
+    guidance = STOCK_GUIDANCE.get(family.name, lambda w: {"guidance_scale": w})(1.0 if w is None else w)
+    (image,) = pipeline(
+        PROMPTS[0],
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(SEED),
+        **guidance,
+        **options,
+    ).images
+    return np.asarray(image).astype(int)
+
+
+def same(one: np.ndarray, other: np.ndarray, tolerance: int = 1) -> bool:
+    assert one.shape == other.shape
+    assert one.std() > 1, "a picture of one colour shows nothing"
+    return int(np.abs(one - other).max()) <= tolerance
+
+
+@pytest.mark.parametrize("negative_prompt", ["", "a white fish"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_teacher_is_the_stock_pipelines_own_guidance(
+    folders: dict[str, Path], kind: str, negative_prompt: str
+) -> None:
+    model = load(locate(str(folders[kind])), device=CPU)
+    images = generate(
+        model,
+        GuidedDenoiser(TorchRunner(model.denoiser), 4.0),
+        text=model.family.encode(model.pipeline, PROMPTS[:1], negative_prompt=negative_prompt),
+        make_scheduler=lambda: model.make_scheduler("euler"),
+        steps=STEPS,
+        seed=SEED,
+    )
+    got = to_uint8(images)[0].permute(1, 2, 0).numpy().astype(int)
+    assert same(got, stock_image(folders[kind], w=4.0, negative_prompt=negative_prompt))
+    assert not same(got, stock_image(folders[kind], w=None), 3)
+
+
+@pytest.mark.parametrize("kind", DISTILLED)
+def test_a_student_draws_the_same_in_the_stock_pipeline(
+    folders: dict[str, Path], students: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
+    config = GenerateConfig(prompts=[PROMPTS[0]], student=students[kind], sampler="euler", steps=STEPS, seed=SEED)
+    (path,) = draw(locate(str(folders[kind])), config, output=tmp_path, device="cpu")
+    got = np.asarray(Image.open(path)).astype(int)
+    assert same(got, stock_image(folders[kind], w=None, student=students[kind]))
+    assert not same(got, stock_image(folders[kind], w=None), 3)
+
+
+@pytest.mark.parametrize("kind", DISTILLED)
+def test_merged_equals_base_and_adapter(folders: dict[str, Path], students: dict[str, Path], kind: str) -> None:
+    model = load(locate(str(folders[kind])), device=CPU)
+    info = read_student(students[kind], model.files)
+    merged = merge(model, students[kind], info)
+    assert not any("lora" in name for name, _ in merged.named_modules())
+    assert merge_in_place(model, students[kind], info).relative < 1e-4
+
+
+@pytest.mark.parametrize("kind", DISTILLED)
+def test_the_engine_draws_what_torch_draws(
+    folders: dict[str, Path], students: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
+    files, notes = locate(str(folders[kind])), list[str]()
+    manifest = export(
+        files, ExportConfig(), student=students[kind], output=tmp_path / "engine", device="cpu", report=notes.append
+    )
+    assert manifest.artefacts["transformer/model.onnx"]["check"]["relative"] <= 1e-4
+    assert manifest.pipeline["onnx fp32"]["image_max"] <= 1 / 255
+    with Engine.load(tmp_path / "engine", runner="onnx", device="cpu") as engine:
+        (image,) = engine(PROMPTS[0], steps=STEPS, sampler="euler", seed=SEED)
+    stock = stock_image(folders[kind], w=None, student=students[kind])
+    assert same(np.asarray(image).astype(int), stock)
+
+
+@pytest.mark.parametrize("kind", DISTILLED)
+def test_a_resumed_run_gives_the_same_bytes(
+    folders: dict[str, Path], students: dict[str, Path], prompt_file: Path, kind: str, tmp_path: Path
+) -> None:
+    files = locate(str(folders[kind]))
+    config = DistillConfig(prompts=prompt_file, updates=20, batch_size=2, learning_rate=0.02)
+
+    def stop(report: Any) -> None:
+        if report.update == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, BoostDiffError)):
+        distill(
+            files,
+            config,
+            RunConfig(checkpoint_every=5),
+            output=tmp_path / "student",
+            device="cpu",
+            observers=Observers(preview=False, on_update=stop),
+        )
+    quiet = Observers(preview=False)
+    execution = RunConfig(resume=True)
+    info = distill(files, config, execution, output=tmp_path / "student", device="cpu", observers=quiet)
+    assert info.result["resumed_at"] == 5
+    assert (tmp_path / "student" / LORA_FILE).read_bytes() == (students[kind] / LORA_FILE).read_bytes()
