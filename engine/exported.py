@@ -145,7 +145,7 @@ class Engine(AbstractContextManager["Engine"]):
         default = [factor * side for side in self.model.latent_shape[1:]]
         size = [asked or side for asked, side in zip((height, width), default, strict=True)]
         smallest, _, largest = self.manifest.options["size"] or (default[0],) * 3
-        multiple = math.lcm(factor * 2 ** (len(config["block_out_channels"]) - 1), PIXEL_MULTIPLE)
+        multiple = math.lcm(factor * self.model.family.latent_multiple(config, exported=True), PIXEL_MULTIPLE)
         if size != default and not all(smallest <= side <= largest and side % multiple == 0 for side in size):
             raise InputError(
                 f"the engine in {self.model.files.folder} can't draw {size[0]}x{size[1]} pixels: it was exported for "
@@ -292,7 +292,9 @@ def _assemble(folder: Path, manifest: Manifest, opened: Callable[[str], Session]
         components[tokenizer] = CLIPTokenizer.from_pretrained(folder / tokenizer, local_files_only=True)
     components |= text_in_torch(manifest, family, device=device)
     vae_config = read_json(folder / "vae_decoder" / "config.json")
-    components["vae"] = ExportedVaeDecoder(opened("vae_decoder"), config=vae_config)
+    components["vae"] = ExportedVaeDecoder(
+        opened("vae_decoder"), config=vae_config, pixels_per_latent=family.pixels_per_latent(vae_config)
+    )
     components[family.denoiser] = GraphRunner(
         opened(family.denoiser), family=family, denoiser_config=manifest.denoiser_config
     )

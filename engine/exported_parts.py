@@ -60,15 +60,19 @@ class ExportedTextEncoder(_ExportedPart):
 
 
 class ExportedVaeDecoder(_ExportedPart):
-    """The decoding half of an `AutoencoderKL`; the configuration is the whole VAE's."""
+    """The decoding half of a VAE; the configuration is the whole VAE's."""
+
+    def __init__(self, session: Session, *, config: dict[str, Any], pixels_per_latent: int) -> None:
+        super().__init__(session, config=config)
+        self.pixels_per_latent = pixels_per_latent
 
     def decode(
         self, latents: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[torch.Tensor]:
         """As `AutoencoderKL.decode`: `(B, C, H, W)` to `(B, 3, f H, f W)`; the generator is not used there either."""
-        factor = 2 ** (len(self.config["block_out_channels"]) - 1)
+        factor = self.pixels_per_latent
         batch, _, height, width = latents.shape
-        shape = (batch, self.config["out_channels"], factor * height, factor * width)
+        shape = (batch, 3, factor * height, factor * width)
         image = torch.empty(shape, dtype=self.dtype, device=self.device)
         self.session.run({"latent_sample": latents}, {"sample": image})
         return DecoderOutput(sample=image) if return_dict else (image,)
