@@ -136,6 +136,10 @@ class Family(ABC):
         """The guided prediction, see `guidance.combine`; families whose stock pipelines compute another override it."""
         return combine(unconditional, conditional, guidance_scale)
 
+    def stock_guidance(self, guidance_scale: float) -> dict[str, Any]:
+        """Arguments of the stock pipeline for guidance scale w of equation (3), where w = 1 is no guidance."""
+        return {"guidance_scale": guidance_scale}
+
     def example_inputs(self, pipeline: DiffusionPipeline, batch: int) -> dict[str, torch.Tensor]:
         """Random denoiser inputs by name, in the order in which a runner takes them; used to trace and compare."""
         denoiser = getattr(pipeline, self.denoiser)

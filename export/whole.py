@@ -74,7 +74,7 @@ def draw_reference(model: Model, config: ExportConfig, *, guidance: float) -> Re
         height=height,
         width=width,
         num_inference_steps=STEPS,
-        guidance_scale=1.0 if model.denoiser.config.get("time_cond_proj_dim") is None else guidance,
+        **model.family.stock_guidance(1.0 if model.denoiser.config.get("time_cond_proj_dim") is None else guidance),
         latents=initial_noise((model.latent_shape[0], *size), count=1, seed=SEED).to(model.device),
         output_type="pt",
         callback_on_step_end=keep,

@@ -32,11 +32,11 @@ def locate_configs(model: str) -> ModelFiles:
 def random_model(files: ModelFiles, *, device: torch.device, seed: int = 0) -> Model:
     """Build a pipeline from a model's configuration, with randomly initialized weights; weight files are not read."""
     index = read_json(files.folder / "model_index.json")
-    dtype = default_dtype(device)
+    dtype = default_dtype(device, files.family)
     components: dict[str, Any] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for name in sorted(files.family.parts):
+        for name in sorted(files.family.parts.keys() - files.absent_parts.keys()):
             components[name] = _component(files.folder / name, *index[name])
     for part in components.values():
         if isinstance(part, torch.nn.Module):
@@ -65,5 +65,5 @@ def _tokenizer(folder: Path, class_name: str) -> Any:
     if (folder / "vocab.json").is_file() or (folder / "tokenizer.json").is_file():
         return getattr(transformers, class_name).from_pretrained(folder, local_files_only=True)
     encoder = read_json(folder.with_name(folder.name.replace("tokenizer", "text_encoder")) / "config.json")
-    stand_in = transformers.CLIPTokenizer(model_max_length=encoder["max_position_embeddings"])
+    stand_in = transformers.CLIPTokenizer(model_max_length=encoder.get("max_position_embeddings", 512))
     return stand_in.train_new_from_iterator(["a stand-in"], vocab_size=encoder["vocab_size"])

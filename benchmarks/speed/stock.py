@@ -45,7 +45,8 @@ class StockVariant(TimedVariant):
 
     def time(self, work: Workload) -> dict[str, float]:
         """See `TimedVariant.time`; of its parts, only the denoiser can be timed from outside."""
-        denoiser, device = self.runner.denoiser, self.runner.device
+        device = self.runner.device
+        denoiser = getattr(self.pipeline, self.runner.family.denoiser)
         self.pipeline.scheduler = work.make_scheduler()
         watch, forward = Stopwatch(device), denoiser.forward
 
@@ -60,8 +61,8 @@ class StockVariant(TimedVariant):
             images = self.pipeline(
                 list(work.prompts),
                 num_inference_steps=work.steps,
-                guidance_scale=work.guidance,
-                guidance_rescale=work.guider.settings.get("guidance_rescale", 0.0),
+                **self.runner.family.stock_guidance(work.guidance),
+                **work.guider.settings if work.guider.name == "rescale" else {},
                 latents=work.noise.to(device, self.runner.dtype),
                 output_type="pt",
             ).images

@@ -35,9 +35,6 @@ KINDS: dict[str, Callable[[], DiffusionPipeline]] = {
 }
 """By name, what makes a tiny model by diffusers' own classes."""
 
-STOCK_GUIDANCE: dict[str, Callable[[float], dict[str, Any]]] = {}
-"""By family, arguments of the stock pipeline for guidance scale w of equation (3), if not `guidance_scale`."""
-
 DISTILLED = [kind for kind in KINDS if kind != "sd3-without-t5"]
 
 
@@ -65,8 +62,7 @@ def stock_image(folder: Path, *, w: float | None, student: Path | None = None, *
     pipeline.set_progress_bar_config(disable=True)
     if student is not None:
         pipeline.load_lora_weights(student, weight_name=LORA_FILE)
-    family = locate(str(folder)).family
-    guidance = STOCK_GUIDANCE.get(family.name, lambda w: {"guidance_scale": w})(1.0 if w is None else w)
+    guidance = locate(str(folder)).family.stock_guidance(1.0 if w is None else w)
     (image,) = pipeline(
         PROMPTS[0],
         num_inference_steps=STEPS,
