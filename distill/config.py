@@ -213,6 +213,13 @@ class RunConfig:
     compile: Annotated[
         bool, typer.Option("--compile", help="Use torch.compile: the first update takes minutes, later ones less.")
     ] = False
+    cache_text: Annotated[
+        Path | None,
+        typer.Option(
+            show_default="none",
+            help="Folder of text embeddings: made once by the text encoders, which then take no memory in training.",
+        ),
+    ] = None
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Updates between checkpoints.")] = 50
     preview_every: Annotated[
         int | None, typer.Option(min=1, show_default="never", help="Updates between preview grids in previews/.")
@@ -236,7 +243,8 @@ class RunConfig:
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values, as `student.json` records them."""
-        return {name: value for name, value in asdict(self).items() if name != "resume"}
+        values = {name: value for name, value in asdict(self).items() if name != "resume"}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def parse_guidance(text: str) -> tuple[float, float | None]:

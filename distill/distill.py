@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from ..engine import embedded
 from ..engine.adapters import Adapter
 from ..engine.compiled import has_bfloat16, missing_compiler, use_plain_attention
+from ..engine.conditions import TextEmbeddings
 from ..engine.errors import InputError
 from ..engine.files import prepare_output, publish
 from ..engine.guidance_input import make_adapter
@@ -40,7 +41,8 @@ from .run_folder import (
     work_folder,
     write_student,
 )
-from .source import Source
+from .source import Source, TextCache
+from .text_store import TextStore
 from .trajectories import Trajectories
 
 PREVIEW_ROWS = 6
@@ -159,6 +161,9 @@ def plan(
         refuse_unused(execution, "without --images", "max_bad_samples")
     if config.method != "lora":
         refuse_unused(execution, f"with --method {config.method}", "format")
+    if config.images is not None or config.live_negative_prompt:
+        what = "--images" if config.images is not None else "--negative-prompt live"
+        refuse_unused(execution, f"with {what}, whose texts are not known before", "cache_text")
     if config.live_negative_prompt:
         refuse_unused(execution, "with --negative-prompt live, which other programs do not know", "format")
     if execution.log_with and not find_spec(execution.log_with):
@@ -193,6 +198,14 @@ def _run(
     """The run's moving parts, with the weights read, and what draws its previews."""
     # Under a launcher each process has its accelerator.
     device = accelerator.device if accelerator.num_processes > 1 else target
+    store, negative = None, config.fixed_negative_prompt
+    # Prompts that stand far apart show more than the first few of a sorted list.
+    shown = prompts[:: max(1, len(prompts) // PREVIEW_ROWS)][:PREVIEW_ROWS]
+    if execution.cache_text is not None:
+        store = TextStore(execution.cache_text, files, _dtype(config, device))
+        with accelerator.main_process_first():
+            encoded = store.fill(prompts, [negative], device)
+        observers.note(f"{encoded} texts encoded into {execution.cache_text}")
     model, adapter = _load(files, config, execution, device)
     schedule = NoiseSchedule.of(model.make_scheduler("euler" if model.family.flow else "ddim"), device)
     common: dict[str, Any] = {
@@ -200,9 +213,9 @@ def _run(
         "seed": config.seed,
         "guidance": config.guidance_bounds,
     }
-    negatives = NegativePrompts(model, config.fixed_negative_prompt, live=config.live_negative_prompt)
+    negatives = NegativePrompts(model, negative, live=config.live_negative_prompt, store=store)
     source: Source
-    notes = [cut_note(model.pipeline, [config.fixed_negative_prompt], "negative prompts")]
+    notes = [cut_note(model.pipeline, [negative], "negative prompts")]
     if images is not None:
         source = CaptionedImages(
             model, images, schedule, negatives=negatives, max_bad_samples=execution.max_bad_samples, **common
@@ -210,13 +223,16 @@ def _run(
         shown = source.stream.captions(PREVIEW_ROWS)
         notes += images.notes
     else:
-        source = Trajectories(model, prompts, schedule, negatives=negatives, **common)
-        # Prompts that stand far apart show more than the first few of a sorted list.
-        shown = prompts[:: max(1, len(prompts) // PREVIEW_ROWS)][:PREVIEW_ROWS]
+        source = Trajectories(model, prompts, schedule, negatives=negatives, store=store, **common)
         notes.append(cut_note(model.pipeline, prompts))
     run = Run(accelerator, model, adapter, source, schedule, config, execution, folder)
     run.notes = [note for note in notes if note]
-    return run, Preview(model, adapter, shown, config, autocast=accelerator.autocast, note=observers.note)
+    text = None
+    if store is not None:
+        conditional, unconditional = TextCache(model, store=store)(shown), negatives.embeddings([negative])
+        text = TextEmbeddings(conditional=conditional, unconditional=unconditional).to(model.denoiser.dtype)
+    preview = Preview(model, adapter, shown, config, autocast=accelerator.autocast, note=observers.note, text=text)
+    return run, preview
 
 
 def _load(
@@ -224,7 +240,7 @@ def _load(
 ) -> tuple[Model, Adapter]:
     """The model in the run's precision, and a new adapter on its denoiser."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-    model = load(files, device=device, dtype=torch.float32 if device.type == "cpu" else dtype)
+    model = load(files, device=device, dtype=_dtype(config, device), text_encoders=execution.cache_text is None)
     if device.type == "cuda":
         # Half-precision convolutions run on tensor cores in this order alone.
         model.denoiser.to(memory_format=torch.channels_last)
@@ -235,6 +251,12 @@ def _load(
     if execution.gradient_checkpointing:
         model.denoiser.enable_gradient_checkpointing()
     return model, adapter
+
+
+def _dtype(config: DistillConfig, device: torch.device) -> torch.dtype:
+    """The frozen weights' precision."""
+    half = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    return torch.float32 if device.type == "cpu" else half
 
 
 def _adapter(denoiser: Any, config: DistillConfig) -> Adapter:

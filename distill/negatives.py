@@ -9,6 +9,7 @@ import numpy as np
 from ..engine.conditions import PromptEmbeds
 from ..engine.model import Model
 from .source import TextCache
+from .text_store import TextStore
 
 COMMON = (
     "blurry",
@@ -36,9 +37,11 @@ class NegativePrompts:
         live: whether each sample has its own, drawn at random.
     """
 
-    def __init__(self, model: Model, negative_prompt: str = "", *, live: bool = False) -> None:
+    def __init__(
+        self, model: Model, negative_prompt: str = "", *, live: bool = False, store: TextStore | None = None
+    ) -> None:
         self.live = live
-        self._embed = TextCache(model, negative=True)
+        self._embed = TextCache(model, negative=True, store=store)
         self._fixed = self._embed([negative_prompt])
 
     def draw(self, random: np.random.Generator, prompts: Sequence[str]) -> str:

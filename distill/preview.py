@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..engine.adapters import Adapter
+from ..engine.conditions import TextEmbeddings
 from ..engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
 from ..engine.model import Model
 from ..engine.pictures import labelled_grid
@@ -45,6 +46,7 @@ class Preview:
         *,
         autocast: Callable[[], AbstractContextManager[None]],
         note: Callable[[str], None],
+        text: TextEmbeddings | None = None,
     ) -> None:
         """Take note of what will be drawn.
 
@@ -55,8 +57,9 @@ class Preview:
             config: names the method and the guidance; both ends of a range are drawn.
             autocast: the run's precision.
             note: callback for warnings.
+            text: embeddings of the prompts, where the model has no text encoders.
         """
-        self.note = note
+        self.note, self.text = note, text
         self.model, self.adapter, self.prompts, self.config = model, adapter, prompts, config
         self.scales = sorted(set(config.guidance_bounds))
         self.runner = AutocastRunner(model, autocast)
@@ -72,7 +75,7 @@ class Preview:
 
     @torch.no_grad()
     def _write(self, path: Path) -> None:
-        text = self.model.family.encode(
+        text = self.text or self.model.family.encode(
             self.model.pipeline, self.prompts, negative_prompt=self.config.fixed_negative_prompt
         )
         draw = partial(

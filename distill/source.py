@@ -17,6 +17,7 @@ import torch
 
 from ..engine.conditions import PromptEmbeds, TextEmbeddings
 from ..engine.model import Model
+from .text_store import TextStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +73,16 @@ class Source(ABC):
 class TextCache:
     """Embeddings of prompts (or negative prompts), each computed once, kept on the CPU in at most `limit` bytes."""
 
-    def __init__(self, model: Model, *, negative: bool = False, limit: int = 2**30) -> None:
+    def __init__(
+        self, model: Model, *, negative: bool = False, limit: int = 2**30, store: TextStore | None = None
+    ) -> None:
+        """Embed by the model's text encoders, or read from a store that has been filled."""
         self.model = model
         family, pipeline = model.family, model.pipeline
+        if store is not None:
+            # Few, as reading one again is cheap.
+            self._embedded = lru_cache(maxsize=100)(lambda prompt: store.read(prompt, negative=negative))
+            return
         numbers = sum(math.prod(shape) for shape in family.prompt_shapes(pipeline).values())
         # One at a time goes through the text encoder: the batch around a prompt changes its last bits, and a resumed
         # run must give the bytes of an uninterrupted one.

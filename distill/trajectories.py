@@ -14,6 +14,7 @@ from .negatives import NegativePrompts
 from .objective import NoiseSchedule, ddim_step, dpm_solver_2m
 from .order import Share, epoch_order, noise_of
 from .source import Batch, Source, TextCache, draw_guidance
+from .text_store import TextStore
 
 
 class Trajectories(Source):
@@ -40,10 +41,11 @@ class Trajectories(Source):
         seed: int,
         guidance: tuple[float, float],
         negatives: NegativePrompts | None = None,
+        store: TextStore | None = None,
     ) -> None:
         self.model, self.prompts, self.schedule, self.seed = model, prompts, schedule, seed
         self.share, self.guidance_bounds = share, guidance
-        self.embed = TextCache(model)
+        self.embed = TextCache(model, store=store)
         self.negatives = negatives or NegativePrompts(model)
         size = share.batch_size
         self.number = torch.zeros(size, dtype=torch.int64)

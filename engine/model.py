@@ -208,8 +208,10 @@ def _download(model: str, *, weights: bool) -> Path:
     return folder
 
 
-def load(files: ModelFiles, *, device: torch.device, dtype: torch.dtype | None = None) -> Model:
-    """Load the whole pipeline from safetensors, in `dtype` or by default `default_dtype`.
+def load(
+    files: ModelFiles, *, device: torch.device, dtype: torch.dtype | None = None, text_encoders: bool = True
+) -> Model:
+    """Load the whole pipeline from safetensors, in `dtype` or by default `default_dtype`; or without text encoders.
 
     Raises:
         InputError: a file is missing, damaged or not safetensors.
@@ -226,6 +228,7 @@ def load(files: ModelFiles, *, device: torch.device, dtype: torch.dtype | None =
                 local_files_only=True,
                 low_cpu_mem_usage=True,
                 **files.absent_parts,
+                **({} if text_encoders else dict.fromkeys(files.family.text_encoders)),
                 **files.family.load_options,
             )
     except (torch.OutOfMemoryError, MemoryError):

@@ -1,0 +1,110 @@
+"""Text embeddings on disk: computed once, so that a run holds no text encoder in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from diffusers.configuration_utils import FrozenDict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..engine.conditions import PromptEmbeds
+from ..engine.errors import InputError, one_line
+from ..engine.files import read_json
+from ..engine.model import ModelFiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StandIn:
+    """A part that is not needed, but for what pipelines read of it."""
+
+    config: FrozenDict
+    dtype: torch.dtype
+    device: torch.device
+
+
+class TextStore:
+    """A folder with a file of embeddings for each prompt; several models, sizes and precisions may share it."""
+
+    def __init__(self, folder: Path, files: ModelFiles, dtype: torch.dtype) -> None:
+        self.folder, self.files, self.dtype = folder, files, dtype
+        hashes = files.other_sha256()
+        names = (*files.family.text_encoders, *files.family.tokenizers)
+        size = files.family.latent_shape(files.denoiser_config)
+        self.identity = [files.family.name, {name: hashes.get(name) for name in names}, list(size), str(dtype)]
+
+    def path(self, prompt: str, *, negative: bool) -> Path:
+        """Where a prompt's embeddings lie."""
+        digest = hashlib.sha256(json.dumps([self.identity, negative, prompt]).encode()).hexdigest()
+        return self.folder / digest[:2] / f"{digest}.safetensors"
+
+    def read(self, prompt: str, *, negative: bool) -> PromptEmbeds:
+        """A prompt's embeddings, a batch of 1 on the CPU.
+
+        Raises:
+            InputError: the file is missing or damaged.
+        """
+        path = self.path(prompt, negative=negative)
+        try:
+            return PromptEmbeds(**load_file(path))
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"can't read the text embeddings in {path}: {one_line(error)}; delete the file") from None
+
+    @torch.no_grad()
+    def fill(self, prompts: Sequence[str], negatives: Sequence[str], device: torch.device) -> int:
+        """Encode what is not there yet, with the text encoders alone in memory; how many texts that were.
+
+        Raises:
+            InputError: the folder can't be written, or a text encoder can't be loaded.
+        """
+        wanted = [(text, False) for text in dict.fromkeys(prompts)] + [
+            (text, True) for text in dict.fromkeys(negatives)
+        ]
+        missing = [(text, negative) for text, negative in wanted if not self.path(text, negative=negative).exists()]
+        if not missing:
+            return 0
+        pipeline, family = self._text_pipeline(device), self.files.family
+        for text, negative in missing:
+            embeds = family.embed_negative(pipeline, text) if negative else family.embed(pipeline, [text])
+            path = self.path(text, negative=negative)
+            partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_file({name: x.cpu().contiguous() for name, x in embeds.tensors().items()}, partial)
+                partial.replace(path)
+            except OSError as error:
+                partial.unlink(missing_ok=True)
+                raise InputError(f"can't write text embeddings into {self.folder}: {one_line(error)}") from None
+        return len(missing)
+
+    def _text_pipeline(self, device: torch.device) -> Any:
+        """A stock pipeline of tokenizers and text encoders; of the other parts it has the configurations."""
+        files, family = self.files, self.files.family
+        index = read_json(files.folder / "model_index.json")
+        stand_in = {"dtype": self.dtype, "device": device}
+        components: dict[str, Any] = {
+            family.denoiser: _StandIn(config=FrozenDict(files.denoiser_config), **stand_in),
+            "vae": _StandIn(config=FrozenDict(read_json(files.folder / "vae" / "config.json")), **stand_in),
+            "scheduler": _StandIn(config=FrozenDict(files.scheduler_config), **stand_in),
+        }
+        for name in (*family.tokenizers, *family.text_encoders):
+            if name in files.absent_parts:
+                continue
+            known, folder = getattr(transformers, index[name][1]), files.folder / name
+            try:
+                if "tokenizer" in name:
+                    components[name] = known.from_pretrained(folder, local_files_only=True)
+                    continue
+                encoder = known.from_pretrained(folder, local_files_only=True, dtype=self.dtype, use_safetensors=True)
+            except (OSError, ValueError, SafetensorError) as error:
+                raise InputError(f"can't load {folder}: {one_line(error)}") from None
+            components[name] = encoder.to(device).requires_grad_(False).eval()
+        return family.assemble(components)

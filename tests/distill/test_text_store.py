@@ -1,0 +1,52 @@
+from pathlib import Path
+
+import pytest
+from boostdiff.distill.config import DistillConfig, RunConfig
+from boostdiff.distill.distill import distill
+from boostdiff.distill.loop import Observers
+from boostdiff.distill.text_store import TextStore
+from boostdiff.engine.adapters import LORA_FILE
+from boostdiff.engine.errors import InputError
+from boostdiff.engine.model import locate
+from tiny import make_pipeline, make_sd3_pipeline, make_xl_pipeline
+
+MAKERS = {"sd": make_pipeline, "sdxl": make_xl_pipeline, "sd3": make_sd3_pipeline}
+
+
+def student(folder: Path, prompts: Path, output: Path, *, cache: Path | None, preview: bool = False) -> bytes:
+    config = DistillConfig(prompts=prompts, updates=2, batch_size=2, learning_rate=0.01)
+    execution = RunConfig(cache_text=cache)
+    observers = Observers(preview=preview)
+    distill(locate(str(folder)), config, execution, output=output, device="cpu", observers=observers)
+    return (output / LORA_FILE).read_bytes()
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_run_on_stored_text_gives_the_same_student(
+    kind: str, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    MAKERS[kind]().save_pretrained(tmp_path / "model")
+    expected = student(tmp_path / "model", prompt_file, tmp_path / "plain", cache=None)
+    first = student(tmp_path / "model", prompt_file, tmp_path / "first", cache=tmp_path / "text", preview=True)
+    assert first == expected
+    assert (tmp_path / "first/grid.png").is_file()
+    files = sorted((tmp_path / "text").rglob("*"))
+    assert not any(path.name.endswith(".partial") for path in files)
+
+    def needless(*arguments: object) -> None:
+        raise AssertionError("all texts are stored already")
+
+    monkeypatch.setattr(TextStore, "_text_pipeline", needless)
+    assert student(tmp_path / "model", prompt_file, tmp_path / "second", cache=tmp_path / "text") == expected
+    for damaged in (path for path in files if path.is_file()):
+        damaged.write_bytes(damaged.read_bytes()[:50])
+    with pytest.raises(InputError, match="can't read the text embeddings in"):
+        student(tmp_path / "model", prompt_file, tmp_path / "third", cache=tmp_path / "text")
+
+
+@pytest.mark.parametrize("options", [{"images": Path("x")}, {"negative_prompt": "live"}])
+def test_texts_must_be_known_before(prompt_file: Path, tmp_path: Path, options: dict[str, object]) -> None:
+    options = {"prompts": None if "images" in options else prompt_file} | options
+    config = DistillConfig(updates=2, batch_size=2, **options)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="--cache-text"):
+        distill(locate("emoji64"), config, RunConfig(cache_text=tmp_path), output=tmp_path / "out", device="cpu")
