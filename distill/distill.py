@@ -62,7 +62,24 @@ def dry(files: ModelFiles, config: DistillConfig, execution: RunConfig, device: 
         InputError: see `plan`, but that data may be left out; or the denoiser can't be made.
     """
     plan(files, config, execution, device, needs_data=False)
-    return config.as_json() | execution.as_json() | count_parameters(files, config)
+    counted = count_parameters(files, config)
+    memory = memory_needed(files, config, execution, counted["trainable_parameters"], device)
+    return config.as_json() | execution.as_json() | counted | {"memory_bytes": memory}
+
+
+TRAINED_BYTES = 16
+"""Per trained parameter: weight, gradient and AdamW's two moments, in float32."""
+
+
+def memory_needed(
+    files: ModelFiles, config: DistillConfig, execution: RunConfig, trained: int, device: torch.device
+) -> dict[str, int]:
+    """Bytes of memory by part, counted from configurations; activations are not in it."""
+    each = torch.finfo(_dtype(config, device)).bits // 8
+    parts = {name: each * count for name, count in files.parameters().items()}
+    if execution.cache_text is not None:
+        parts = {name: size for name, size in parts.items() if name not in files.family.text_encoders}
+    return parts | {"adapter": TRAINED_BYTES * trained}
 
 
 def count_parameters(files: ModelFiles, config: DistillConfig) -> dict[str, int]:

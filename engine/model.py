@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from huggingface_hub import snapshot_download
@@ -25,6 +27,22 @@ HASHED = {".json", ".txt", ".safetensors"}
 
 LARGE_PARAMETERS = 100e6
 """Parameters from which comparing everything at full size takes minutes on a CPU, and memory is a concern."""
+
+
+def part_from_config(folder: Path, library: str, class_name: str) -> Any:
+    """A part of a pipeline from its configuration, its weights random: a module, or a scheduler.
+
+    Raises:
+        InputError: the configuration is of no such class.
+    """
+    known = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
+    try:
+        if library == "diffusers":
+            name = "scheduler_config.json" if folder.name == "scheduler" else "config.json"
+            return known.from_config(read_json(folder / name))
+        return known(known.config_class(**read_json(folder / "config.json")))
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputError(f"{folder} describes no usable {class_name}: {one_line(error)}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +104,17 @@ class ModelFiles:
             files = sorted(path for path in (self.folder / part).glob("*") if path.suffix in HASHED)
             hashes[part] = "-".join(sha256_of(path) for path in files)
         return hashes
+
+    def parameters(self) -> dict[str, int]:
+        """Numbers of parameters of all parts that have any, by name; made on the meta device."""
+        index = read_json(self.folder / "model_index.json")
+        counted = {}
+        for name in (self.family.denoiser, "vae", *self.family.text_encoders):
+            if name not in self.absent_parts:
+                with torch.device("meta"):
+                    part = part_from_config(self.folder / name, *index[name])
+                counted[name] = sum(parameter.numel() for parameter in part.parameters())
+        return counted
 
     def empty_denoiser(self) -> Any:
         """The denoiser on the meta device: shapes without memory."""

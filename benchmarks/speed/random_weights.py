@@ -6,13 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import transformers
 
 from ...engine.errors import InputError
 from ...engine.files import read_json
-from ...engine.model import Model, ModelFiles, default_dtype, locate, prepare_for_inference
+from ...engine.model import Model, ModelFiles, default_dtype, locate, part_from_config, prepare_for_inference
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 """Configurations of public models; the command line takes the names of their folders."""
@@ -50,14 +49,7 @@ def random_model(files: ModelFiles, *, device: torch.device, seed: int = 0) -> M
 def _component(folder: Path, library: str, class_name: str) -> Any:
     if "Tokenizer" in class_name:
         return _tokenizer(folder, class_name)
-    known = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
-    try:
-        if library == "diffusers":
-            name = "scheduler_config.json" if folder.name == "scheduler" else "config.json"
-            return known.from_config(read_json(folder / name))
-        return known(known.config_class(**read_json(folder / "config.json")))
-    except (TypeError, ValueError, KeyError) as error:
-        raise InputError(f"{folder} describes no usable {class_name}: {error}") from None
+    return part_from_config(folder, library, class_name)
 
 
 def _tokenizer(folder: Path, class_name: str) -> Any:
