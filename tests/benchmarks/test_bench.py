@@ -324,7 +324,7 @@ def test_a_guidance_conditioned_student_is_evaluated_at_the_guidance_asked_for(
     tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Speed, and whether the engine is the student's, is tested elsewhere.
-    speed = Speed(rows=[], ratios=[], flops=Flops(unet=1, vae_decode=1, text_encoder=1), peaks={"float32": 1.0})
+    speed = Speed(rows=[], ratios=[], flops=Flops(denoiser=1, vae_decode=1, text_encoder=1), peaks={"float32": 1.0})
     monkeypatch.setattr(bench_module, "_measure_speed", lambda *_, **__: (speed, {}))
     manifest = SimpleNamespace(check_student=lambda *_, **__: None, inputs={})
     monkeypatch.setattr(bench_module, "read_manifest", lambda folder: manifest)

@@ -161,7 +161,7 @@ def test_a_manifest_names_the_guider(by_guider: dict[str, Path], tiny_files: Mod
 def test_the_paper_has_plain_guidance_alone(by_guider: dict[str, Path]) -> None:
     files = locate_configs("sd21-base")
     students = [
-        Student(name=name, folder=folder, info=read_student(folder), unet=None)  # type: ignore[arg-type]
+        Student(name=name, folder=folder, info=read_student(folder), denoiser=None)  # type: ignore[arg-type]
         for name, folder in by_guider.items()
     ]
     assert papers_rows(files, students) == {"teacher w=3", "teacher w=1", "cfg"}
@@ -180,7 +180,7 @@ def test_speed_counts_the_passes_that_a_guider_makes(tiny: Model, by_guider: dic
         runs=3,
     )
     ceilings = {ratio.part: ratio.ceiling for ratio in speed.ratios if ratio.slower.mode == "teacher"}
-    assert ceilings["unet"] == 7 / 5
+    assert ceilings["denoiser"] == 7 / 5
     assert 1 < ceilings["images"] < 7 / 5
 
 

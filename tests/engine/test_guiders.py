@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from boostdiff.engine.config import GenerateConfig
 from boostdiff.engine.errors import InputError
+from boostdiff.engine.families import FAMILIES
 from boostdiff.engine.generate import draw
 from boostdiff.engine.guidance import GuidedDenoiser, SinglePassDenoiser, combine
 from boostdiff.engine.guiders import GUIDERS, Guider, GuiderOptions, check_guider
@@ -20,6 +22,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline, guiders
 from PIL import Image
 from tiny import PROMPTS, make_pipeline, make_xl_pipeline
 
+NOTHING: Any = SimpleNamespace(family=FAMILIES["StableDiffusionPipeline"])
+"""In place of a runner that isn't run."""
 INTERVAL = {"guidance_interval": "0.2:0.6"}
 APG = {"apg_eta": 0.3, "apg_norm_threshold": 5.0}
 
@@ -58,7 +62,7 @@ def expected(name: str, unconditional: torch.Tensor, conditional: torch.Tensor, 
 def test_a_guider_is_diffusers_own(name: str) -> None:
     unconditional, conditional = torch.randn(2, 4, 4, 8, 8)
     timesteps, scales = torch.tensor([990, 700, 500, 100]), torch.tensor([1.0, 2.0, 5.0, 7.5])
-    by = partial(GuidedDenoiser, None, guider=ours(name))
+    by = partial(GuidedDenoiser, NOTHING, guider=ours(name))
     for t in timesteps.tolist():
         got = by(3.0).combined(unconditional, conditional, torch.tensor(t))
         torch.testing.assert_close(got, expected(name, unconditional, conditional, 3.0, t), atol=0, rtol=0)
@@ -78,7 +82,7 @@ def test_without_a_guider_it_is_equation_3_to_the_bit() -> None:
     unconditional, conditional = torch.randn(2, 3, 4, 8, 8)
     t, scales = torch.tensor([1, 500, 999]), torch.tensor([1.5, 3.0, 7.5])
     for scale, factor in ((3.0, 3.0), (scales, scales[:, None, None, None])):
-        got = GuidedDenoiser(None, scale).combined(unconditional, conditional, t)  # type: ignore[arg-type]
+        got = GuidedDenoiser(NOTHING, scale).combined(unconditional, conditional, t)
         assert torch.equal(got, unconditional + factor * (conditional - unconditional))
 
 
@@ -100,13 +104,14 @@ def test_an_interval_of_timesteps_is_diffusers_interval_of_steps(sampler: str, s
 def test_outside_of_the_interval_the_teacher_makes_one_pass(tiny: Model) -> None:
     runner, sizes = TorchRunner(tiny.denoiser), []
 
-    def counting(z_t: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        sizes.append(len(z_t))
-        return runner(z_t, *args, **kwargs)
+    class Counting(TorchRunner):
+        def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+            sizes.append(len(inputs["sample"]))
+            return super().predict(inputs)
 
     text = tiny.family.encode(tiny.pipeline, PROMPTS[:2])
     z_t = torch.randn(2, *tiny.latent_shape)
-    teacher = GuidedDenoiser(counting, 3.0, ours("interval"))
+    teacher = GuidedDenoiser(Counting(tiny.denoiser), 3.0, ours("interval"))
     with torch.no_grad():
         outside, inside = (teacher(z_t, torch.tensor(t), text) for t in (900, 600))
         assert sizes == [2, 4]

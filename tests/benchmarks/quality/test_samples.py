@@ -83,7 +83,7 @@ def test_whatever_determines_the_images_names_the_shard(sample_cache: SampleCach
     small.sampled(session.teacher(3.0))
     (first,) = shards(sample_cache)
     with safe_open(first, framework="pt") as file:
-        assert "unet" in file.metadata()["key"]
+        assert "denoiser" in file.metadata()["key"]
     small.sampled(session.teacher(3.0))
     assert shards(sample_cache) == {first}
     others = [

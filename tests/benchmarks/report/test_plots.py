@@ -28,7 +28,7 @@ def row(runner: str, mode: str, batch_size: int) -> SpeedRow:
 
 def test_every_runner_and_batch_size_has_bars_of_its_own() -> None:
     rows = [row(runner, mode, batch) for runner in RUNNERS for mode in MODES for batch in (1, 2)]
-    figure = speed_plot(Speed(rows=rows, ratios=[], flops=Flops(unet=1, vae_decode=1, text_encoder=1), peaks={}))
+    figure = speed_plot(Speed(rows=rows, ratios=[], flops=Flops(denoiser=1, vae_decode=1, text_encoder=1), peaks={}))
     (axes,) = figure.axes
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == [f"{runner}, batch {batch}" for runner in RUNNERS for batch in (1, 2)]

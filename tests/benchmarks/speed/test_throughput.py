@@ -20,10 +20,10 @@ def test_calls_take_turns(count: int, rounds: int) -> None:
 
 def test_the_ceiling_of_sd21_at_20_steps() -> None:
     """The figures of the model's counted operations, in GFLOP."""
-    flops = Flops(unet=804, vae_decode=2515, text_encoder=45)
+    flops = Flops(denoiser=804, vae_decode=2515, text_encoder=45)
     assert flops.ceiling(steps=20, batch_size=1) == pytest.approx(1.865, abs=1e-3)
     assert flops.ceiling(steps=20, batch_size=8) == pytest.approx(1.863, abs=1e-3)
-    assert Flops(unet=1, vae_decode=0, text_encoder=0).ceiling(steps=5, batch_size=4) == 2
+    assert Flops(denoiser=1, vae_decode=0, text_encoder=0).ceiling(steps=5, batch_size=4) == 2
 
 
 def test_operations_are_counted(tiny: Model) -> None:
@@ -91,7 +91,10 @@ def test_what_fails_while_it_is_timed_takes_no_other_row_along(tiny: Model) -> N
     )
     assert [row.mode for row in speed.rows] == ["teacher", "student"]
     assert speed.left_out == {"failing unguided, batch 1": "out of memory"}
-    assert {(ratio.slower.mode, ratio.part) for ratio in speed.ratios} == {("teacher", "images"), ("teacher", "unet")}
+    assert {(ratio.slower.mode, ratio.part) for ratio in speed.ratios} == {
+        ("teacher", "images"),
+        ("teacher", "denoiser"),
+    }
 
 
 def test_a_variant_is_timed_at_its_own_batch_sizes(tiny: Model) -> None:

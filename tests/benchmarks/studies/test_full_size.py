@@ -21,7 +21,7 @@ def planned(tmp_path: Path) -> dict[str, Stage]:
 @pytest.fixture
 def report() -> dict[str, Any]:
     """As `report.json` has it, of what is looked at."""
-    return {"speed": {"flops": {"unet": 10**9}, "peaks": {"float16": 2.0, "bfloat16": 1.0}}}
+    return {"speed": {"flops": {"denoiser": 10**9}, "peaks": {"float16": 2.0, "bfloat16": 1.0}}}
 
 
 def test_the_papers_run_by_the_pace_of_a_few_updates(report: dict[str, Any]) -> None:
