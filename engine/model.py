@@ -230,7 +230,7 @@ def _download(model: str, *, weights: bool) -> Path:
             # The hub client raises dozens of types, from "repository not found" to the socket's.
             reason = reason or one_line(error)
             continue
-        if any((folder / part).glob("*.safetensors") for part in ("unet", "transformer")):
+        if any(path for part in ("unet", "transformer") for path in (folder / part).glob("*.safetensors")):
             break
     if folder is None:
         raise InputError(f"{missing} (no such folder here, and the hub says: {reason})")

@@ -132,7 +132,8 @@ def test_a_student_follows_its_negative_prompt_in_stock_pipelines_too(files: Mod
     stock.unet.register_forward_pre_hook(lambda unet, args, kwargs: passes.append(len(args[0])), with_kwargs=True)
     for negative, image in ours.items():
         text = encoded(base, negative).joined()
-        pooled = {} if text.text_embeds is None else {"pooled_prompt_embeds": text.text_embeds}
+        tensors = text.tensors()
+        pooled = {"pooled_prompt_embeds": tensors["text_embeds"]} if "text_embeds" in tensors else {}
         got = stock(
             prompt_embeds=text.encoder_hidden_states,
             **pooled,

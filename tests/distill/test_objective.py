@@ -53,6 +53,7 @@ def test_loss_equals_a_float64_reference(schedule: NoiseSchedule, weight: str) -
             "truncated-snr": max(snr, 1.0),
             "snr+1": snr + 1,
             "min-snr": min(snr, 5.0),
+            "flow": (1 + snr**0.5) ** 2,
         }[weight]
         total += omega * ((student[i].double() - teacher[i].double()) ** 2).mean().item() / 4
     assert distillation_loss(student, teacher, alpha, sigma, weight).mean().item() == pytest.approx(total, rel=1e-5)

@@ -91,7 +91,7 @@ def test_weights_of_another_adapter_are_refused(tiny: Model, tiny_files: ModelFi
         adapter.restore({"x": torch.zeros(1)})
     with pytest.raises(ValueError, match="has shape"):
         adapter.restore({name: torch.zeros(1, 1) for name in adapter.parameters()})
-    other = make_adapter(method, load(tiny_files, device=CPU).unet, rank=4)
+    other = make_adapter(method, load(tiny_files, device=CPU).denoiser, rank=4)
     perturb(other)
     adapter.restore(dict(other.parameters()))
     for name, parameter in adapter.parameters().items():
@@ -123,7 +123,7 @@ def test_a_saved_student_is_the_trained_one_and_merges(
     assert proof.relative < 1e-5
     assert (predict(tiny) - base).abs().max() > 1e-4
     assert {type(module) for module in merged.modules()} <= {
-        type(m) for m in load(tiny_files, device=CPU).unet.modules()
+        type(m) for m in load(tiny_files, device=CPU).denoiser.modules()
     }
 
 
@@ -144,5 +144,5 @@ def test_a_kohya_file_is_the_same_lora(tiny: Model, tiny_folder: Path, tmp_path:
 
 
 def test_a_target_that_no_layer_has(tiny: Model) -> None:
-    with pytest.raises(InputError, match="lora can't be put on this UNet"):
+    with pytest.raises(InputError, match="lora can't be put on this denoiser"):
         make_adapter("lora", tiny.denoiser, targets="to_nowhere")

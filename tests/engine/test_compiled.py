@@ -33,7 +33,7 @@ def test_small_batches_are_filled_up_and_large_ones_are_not(tiny: Model) -> None
     with torch.inference_mode():
         for batch in (1, 2, 3, 5):
             seen: list[int] = []
-            hook = runner.unet.register_forward_pre_hook(
+            hook = runner.denoiser.register_forward_pre_hook(
                 lambda module, given, options, seen=seen: seen.append(len(options["sample"])), with_kwargs=True
             )
             inputs = tiny.family.example_inputs(tiny.pipeline, batch)

@@ -21,10 +21,10 @@ def test_merged_equals_base_plus_adapter(
     assert all(torch.equal(tensor, base[name]) for name, tensor in tiny.denoiser.state_dict().items())
     assert merged.state_dict().keys() == base.keys()
     adapted = load(tiny_files, device=CPU)
-    apply_student(adapted.unet, folder, read_student(folder))
+    apply_student(adapted.denoiser, folder, read_student(folder))
     inputs = tiny.family.example_inputs(tiny.pipeline, 2)
     with torch.no_grad():
-        expected, got, unchanged = (unet(**inputs).sample for unet in (adapted.unet, merged, tiny.denoiser))
+        expected, got, unchanged = (unet(**inputs).sample for unet in (adapted.denoiser, merged, tiny.denoiser))
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
     assert (got - unchanged).abs().max() > 1e-3
     proof = merge_in_place(tiny, folder, read_student(folder))

@@ -98,7 +98,7 @@ def test_an_fp16_variant_is_found(copied: Path, tiny_folder: Path) -> None:
     variant, files = locate(str(copied)).denoiser_weights()
     assert variant == "fp16"
     assert [path.name for path in files] == ["diffusion_pytorch_model.fp16.safetensors"]
-    assert load(locate(str(copied)), device=CPU).unet.dtype == torch.float32
+    assert load(locate(str(copied)), device=CPU).denoiser.dtype == torch.float32
 
 
 @pytest.mark.parametrize("refuses", [False, True])

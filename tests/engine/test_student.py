@@ -85,7 +85,7 @@ def test_bitfit_replaces_every_bias_and_nothing_else(students: dict[str, Path], 
 
 
 def test_biases_of_another_architecture(tiny_files: ModelFiles, tmp_path: Path) -> None:
-    unet = load(tiny_files, device=CPU).unet
+    unet = load(tiny_files, device=CPU).denoiser
     save_file({"conv_in.bias": torch.zeros(16)}, tmp_path / BITFIT_FILE)
     with pytest.raises(ValueError, match="1 tensors are of another adapter"):
         BitFit.load(unet, tmp_path)
