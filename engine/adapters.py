@@ -80,6 +80,14 @@ class Adapter(ABC):
             SafetensorError, RuntimeError, ValueError, KeyError: it does not fit.
         """
 
+    @abstractmethod
+    def read(self, folder: Path) -> None:
+        """Take over what `save` wrote, to be trained further.
+
+        Raises:
+            SafetensorError, RuntimeError, ValueError, KeyError: it does not fit.
+        """
+
     @staticmethod
     def merge(unet: UNet2DConditionModel) -> None:
         """Fold what `load` put onto a UNet into its weights; nothing where it is there already, or stays as a hook.
@@ -90,17 +98,37 @@ class Adapter(ABC):
 
     def restore(self, weights: dict[str, torch.Tensor]) -> None:
         """Take over trained parameters by name; a ValueError where names or shapes are not this adapter's."""
-        _copy_by_name(self.parameters(), weights)
+        copy_by_name(self.parameters(), weights)
+
+    @contextmanager
+    def swapped(self, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+        """A context in which the UNet has other trained parameters, by name: those of a frozen student."""
+        own = {name: parameter.data for name, parameter in self.parameters().items()}
+        try:
+            for name, parameter in self.parameters().items():
+                parameter.data = weights[name]
+            yield
+        finally:
+            for name, parameter in self.parameters().items():
+                parameter.data = own[name]
 
 
 @torch.no_grad()
-def _copy_by_name(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor]) -> None:
+def copy_by_name(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor]) -> None:
+    """Fill parameters with tensors of the same names and shapes; a ValueError where they are others."""
     if weights.keys() != parameters.keys():
         raise ValueError(f"its {len(weights)} tensors are of another adapter, not the {len(parameters)} of this one")
     for name, parameter in parameters.items():
         if weights[name].shape != parameter.shape:
             raise ValueError(f"{name} has shape {tuple(weights[name].shape)}, not {tuple(parameter.shape)}")
         parameter.copy_(weights[name])
+
+
+def _lora_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
+    tensors = load_file(Path(folder) / LORA_FILE)
+    if not tensors or not all(name.startswith("unet.") for name in tensors):
+        raise ValueError(f"{LORA_FILE} is no LoRA of a UNet")
+    return tensors
 
 
 def _biases(unet: UNet2DConditionModel) -> dict[str, torch.nn.Parameter]:
@@ -162,10 +190,15 @@ class Lora(Adapter):
 
     @staticmethod
     def load(unet: UNet2DConditionModel, folder: str | Path) -> None:
-        tensors = load_file(Path(folder) / LORA_FILE)
-        if not tensors or not all(name.startswith("unet.") for name in tensors):
-            raise ValueError(f"{LORA_FILE} is no LoRA of a UNet")
-        unet.load_lora_adapter(tensors, prefix="unet", adapter_name=ADAPTER_NAME)
+        unet.load_lora_adapter(_lora_tensors(folder), prefix="unet", adapter_name=ADAPTER_NAME)
+
+    def read(self, folder: Path) -> None:
+        saved = {name.removeprefix("unet."): tensor for name, tensor in _lora_tensors(folder).items()}
+        # By peft's names, as `state_dict` has them, where peft has the adapter's name in between.
+        ours = {name.replace(f".{ADAPTER_NAME}", ""): name for name in self._names}
+        named = {ours.get(name, ours.get(f"{name}.weight", name)): tensor for name, tensor in saved.items()}
+        scale = self.config.lora_alpha / self.config.r
+        self.restore({name: tensor / scale if ".lora_B." in name else tensor for name, tensor in named.items()})
 
     @staticmethod
     @torch.no_grad()
@@ -235,7 +268,10 @@ class BitFit(Adapter):
     @staticmethod
     def load(unet: UNet2DConditionModel, folder: str | Path) -> None:
         """See `Adapter.load`: every bias of the UNet is replaced."""
-        _copy_by_name(_biases(unet), load_file(Path(folder) / BITFIT_FILE))
+        copy_by_name(_biases(unet), load_file(Path(folder) / BITFIT_FILE))
+
+    def read(self, folder: Path) -> None:
+        self.load(self.unet, folder)
 
 
 class SoftPromptHook(torch.nn.Module):
@@ -288,6 +324,9 @@ class SoftPrompt(Adapter):
         if tokens.ndim != 2 or tokens.shape[1] != unet.config.cross_attention_dim:
             raise ValueError(f"its tokens have shape {tuple(tokens.shape)}, not (k, {unet.config.cross_attention_dim})")
         SoftPromptHook(unet, tokens).requires_grad_(False)
+
+    def read(self, folder: Path) -> None:
+        self.restore({"soft_prompt.tokens": load_file(folder / SOFT_PROMPT_FILE)["tokens"]})
 
 
 def adapter_class(method: str) -> type[Adapter]:

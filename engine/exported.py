@@ -188,14 +188,21 @@ class Engine(AbstractContextManager["Engine"]):
         text = model.family.encode(model.pipeline, prompts, negative_prompt=negatives or None)
         return text.to(model.unet.dtype)
 
+    def _sampling(self, sampler: str | None, steps: int | None) -> tuple[int, Callable[[], SchedulerMixin]]:
+        """The number of steps, and what gives a fresh scheduler; an InputError where the student takes others."""
+        distilled, schedule = self.manifest.distilled, self.model.pipeline.scheduler.config
+        sampler, steps = distilled.choose_sampling(sampler, steps)
+        check_steps(schedule, [sampler], [steps], spacing=distilled.timestep_spacing)
+        return steps, partial(make_scheduler, sampler, schedule, spacing=distilled.timestep_spacing)
+
     def __call__(
         self,
         prompts: str | Sequence[str],
         *,
         negative_prompt: str | Sequence[str] | None = None,
-        steps: int = 20,
+        steps: int | None = None,
         seed: int = 0,
-        sampler: str = "ddim",
+        sampler: str | None = None,
         guidance: float | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -208,14 +215,13 @@ class Engine(AbstractContextManager["Engine"]):
         """
         if batch_size is not None and batch_size < 1:
             raise InputError(f"the batch size {batch_size} can't be used: it must be at least 1")
-        schedule = self.model.pipeline.scheduler.config
-        check_steps(schedule, [sampler], [steps])
+        steps, scheduler = self._sampling(sampler, steps)
         model = self.sized(height, width)
         drawn = batches(
             model,
             self.denoiser(guidance),
             text=self.encode(prompts, negative_prompt=negative_prompt, model=model),
-            make_scheduler=lambda: make_scheduler(sampler, schedule),
+            make_scheduler=scheduler,
             steps=steps,
             seed=seed,
             batch_size=batch_size or default_batch_size(model),
@@ -227,9 +233,9 @@ class Engine(AbstractContextManager["Engine"]):
         prompts: str | Sequence[str],
         *,
         negative_prompt: str | Sequence[str] | None = None,
-        steps: int = 20,
+        steps: int | None = None,
         seed: int = 0,
-        sampler: str = "ddim",
+        sampler: str | None = None,
         guidance: float | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -239,9 +245,9 @@ class Engine(AbstractContextManager["Engine"]):
         Args:
             prompts: one image each; image i starts from the noise of `seed + i`.
             negative_prompt: for a student of live negative prompts: one for all, or one per image.
-            steps: sampling steps.
+            steps: sampling steps; None takes a few-step student's own, else 20.
             seed: see `prompts`.
-            sampler: a name in `schedulers.SAMPLERS`.
+            sampler: a name in `schedulers.SAMPLERS`; None takes a few-step student's own, else "ddim".
             guidance: scale for a guidance-conditioned student; None takes its default.
             height: height of the images in pixels, within what the engine was exported for; None takes the engine's.
             width: likewise.
@@ -249,8 +255,7 @@ class Engine(AbstractContextManager["Engine"]):
         Raises:
             InputError: a prompt is empty, the sampler is unknown, or the student or the engine is not made for this.
         """
-        schedule = self.model.pipeline.scheduler.config
-        check_steps(schedule, [sampler], [steps])
+        steps, scheduler = self._sampling(sampler, steps)
         model = self.sized(height, width)
         text = self.encode(prompts, negative_prompt=negative_prompt, model=model)
         noise = initial_noise(model.latent_shape, count=len(text), seed=seed)
@@ -258,7 +263,7 @@ class Engine(AbstractContextManager["Engine"]):
             self.denoiser(guidance),
             text=text,
             noise=noise.to(model.device, text.conditional.dtype),
-            scheduler=make_scheduler(sampler, schedule),
+            scheduler=scheduler(),
             steps=steps,
         )
         finite = []

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from .adapters import TARGETS, Adapter, BitFit, Lora, SoftPrompt
+from .adapters import TARGETS, Adapter, BitFit, Lora, SoftPrompt, copy_by_name
 from .guidance import smooth_columns
 from .live_negative import LiveNegative
 
@@ -62,6 +62,11 @@ class GuidanceConditioned(Adapter):
         if weight.shape != projection.weight.shape:
             raise ValueError(f"its guidance embedding has shape {tuple(weight.shape)}")
         projection.weight.copy_(weight)
+
+    def read(self, folder: Path) -> None:
+        self.inner.read(folder)
+        weights = load_file(folder / GUIDANCE_FILE)
+        copy_by_name({"time_embedding.cond_proj.weight": self.projection.weight}, weights)
 
 
 def add_guidance_embedding(unet: UNet2DConditionModel, width: int = GUIDANCE_WIDTH) -> torch.nn.Linear:

@@ -112,8 +112,13 @@ SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
 """Class and settings; the class's defaults stand for all that is neither here nor in the two lists above."""
 
 
-def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
+def make_scheduler(name: str, config: Mapping[str, Any], *, spacing: str | None = None) -> SchedulerMixin:
     """A scheduler of `SAMPLERS` with the noise schedule and timesteps of the model's scheduler configuration.
+
+    Args:
+        name: a key of `SAMPLERS`.
+        config: the model's.
+        spacing: timestep spacing of a few-step student, whatever the configuration says.
 
     Raises:
         InputError: the name is unknown.
@@ -128,6 +133,8 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     if name == "ddim" and taken.get("timestep_spacing") == "linspace":
         # Its last timestep is 0, from where DDIM has nowhere to go.
         del taken["timestep_spacing"]
+    if spacing is not None:
+        taken["timestep_spacing"] = spacing
     parameters = inspect.signature(scheduler_class).parameters
     return scheduler_class(**{key: value for key, value in taken.items() if key in parameters}, **settings)
 
@@ -178,13 +185,15 @@ def check_schedule(class_name: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def check_steps(config: Mapping[str, Any], samplers: Iterable[str], steps: Iterable[int]) -> None:
+def check_steps(
+    config: Mapping[str, Any], samplers: Iterable[str], steps: Iterable[int], *, spacing: str | None = None
+) -> None:
     """Refuse, by an InputError, numbers of steps for which one of the samplers has no timesteps in a model's schedule.
 
-    `config` is the configuration of the model's scheduler.
+    `config` is the configuration of the model's scheduler, `spacing` a few-step student's.
     """
     for name in samplers:
-        scheduler = make_scheduler(name, config)
+        scheduler = make_scheduler(name, config, spacing=spacing)
         for number in steps:
             if not _fits(scheduler, number):
                 count = scheduler.config.num_train_timesteps
