@@ -23,7 +23,7 @@ from ..engine.guiders import GUIDERS
 from ..engine.model import Model, ModelFiles
 from ..engine.schedulers import check_steps, make_scheduler
 from ..engine.student import INFO_FILE, StudentInfo, read_student
-from .config import STAGE_LOSS_WEIGHT, STUDENTS_OWN, DistillConfig
+from .config import STAGE_LOSS_WEIGHT, STAGE_RATE, STUDENTS_OWN, DistillConfig
 from .objective import NoiseSchedule, ddim_step, x_of_ddim_step
 
 SAMPLER, SPACING = "ddim", "trailing"
@@ -51,9 +51,10 @@ class Stage:
 
     def config(self, config: DistillConfig) -> DistillConfig:
         """The settings of this stage, from those of the whole run."""
-        changes = {"updates": config.stage_updates, "loss_weight": STAGE_LOSS_WEIGHT}
         whole = dict.fromkeys(("few_steps", "stage_updates", "start_from", "preset"))
-        return replace(config, **changes, **whole)
+        rate = config.learning_rate * STAGE_RATE
+        changes = {"updates": config.stage_updates, "learning_rate": rate, "loss_weight": STAGE_LOSS_WEIGHT}
+        return replace(config, **whole, **changes)
 
     def identity(self, whole: dict[str, Any]) -> dict[str, Any]:
         """What a resumed stage must share with its beginning, beside what the whole run must."""
