@@ -43,8 +43,8 @@ STAGE_LOSS_WEIGHT = "truncated-snr"
 few steps all later ones depend on what it decides (Salimans & Ho 2022, §4)."""
 
 STAGE_RATE = 1 / 10
-"""Factor of the learning rate in these stages. Two steps of a student differ little from one: at the full rate the first
-updates undo more than a short stage learns (docs/experiments.md, "Few steps")."""
+"""Factor of the learning rate in these stages. Two steps of a student differ little from one: at the full rate the
+first updates undo more than a short stage learns (docs/experiments.md, "Few steps")."""
 
 STUDENTS_OWN = ("method", "rank", "alpha", "targets", "tokens", "guidance", "guidance_max", "negative_prompt", "guider")
 """What a run with `--start-from` takes from its student, beside the guider's settings."""
