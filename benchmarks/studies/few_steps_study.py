@@ -17,8 +17,9 @@ from ..config import Metrics, Table1Config
 from ..quality.distances import same_seed_distance
 from ..quality.quality import Figures
 from ..quality.samples import SamplingVariant
-from ..report.tables import NOTHING, Table, formatted
+from ..report.tables import Table, formatted
 from ..session import Session
+from ..stats import Statistic
 from .held_out import Samples, Work
 
 STAGES = "stages"
@@ -42,6 +43,14 @@ def stages_of(student: Path) -> dict[int | None, Path]:
     return folders | dict(sorted(earlier.items(), reverse=True)) | {info.steps: student}
 
 
+def _value(figure: Statistic | None) -> str:
+    return formatted(figure and figure.interval)
+
+
+def _delta(figure: Statistic | None, other: Statistic | None) -> str:
+    return formatted(None if figure is None or other is None or figure is other else figure.delta_to(other), "+.1f")
+
+
 def few_steps(
     student: Annotated[Path, typer.Option("--student", help="Folder that `boostdiff distill --few-steps` wrote.")],
     work: Work,
@@ -49,10 +58,10 @@ def few_steps(
 ) -> None:
     """Images of every stage, of the student of guidance and of the guided teacher at as few steps, on `emoji64`.
 
-    All rows are DDIM on trailing timesteps, from the same held-out prompts, seeds and noise. ΔFD and Δ caption score are
-    paired, in brackets their 95% intervals: to the guided teacher of as many steps, and to the stage before, of twice as
-    many. The last column is the mean feature distance to the image of the student of guidance at the first stage's twice
-    as many steps, which a perfect stage would leave as it is. Samples that are in the folder are kept.
+    All rows are DDIM on trailing timesteps, from the same held-out prompts, seeds and noise. ΔFD and Δ caption score
+    are paired, in brackets their 95% intervals: to the guided teacher of as many steps, and to the stage before, of
+    twice as many. The last column is the mean feature distance to the same seed's image by what the first stage begins
+    with, which perfect stages would leave as it is. Samples that are in the folder are kept.
     """
     folders = stages_of(student)
     steps = [number for number in folders if number is not None]
@@ -83,23 +92,20 @@ def few_steps(
             figures = {name: Figures.of(cache, variant) for name, variant in variants.items()}
             guided, *_ = figures.values()
             for (name, found), variant in zip(figures.items(), variants.values(), strict=True):
-                assert found.distance and found.caption and before.distance and before.caption
-                assert guided.distance and guided.caption
-                itself = found is guided
                 cells.append(
                     [
                         str(number),
                         name,
                         str(variant.cost),
-                        formatted(found.distance.interval),
-                        NOTHING if itself else formatted(found.distance.delta_to(guided.distance), "+.1f"),
-                        formatted(found.distance.delta_to(before.distance), "+.1f"),
-                        formatted(found.caption.interval),
-                        formatted(found.caption.delta_to(before.caption), "+.1f"),
+                        _value(found.distance),
+                        _delta(found.distance, guided.distance),
+                        _delta(found.distance, before.distance),
+                        _value(found.caption),
+                        _delta(found.caption, before.caption),
                         f"{same_seed_distance(found.sampled.features, original):.3f}",
                     ]
                 )
             before = found
     headings = ["steps", f"N = {samples}", "passes", cache.network.distance_name, "ΔFD to the teacher"]
     headings += ["ΔFD to the stage before", "caption score", "Δ caption score to the stage before"]
-    print(Table(headings=[*headings, f"distance to its {2 * steps[0]} steps' image"], cells=cells).markdown())
+    print(Table(headings=[*headings, f"distance to the image of {2 * steps[0]} steps"], cells=cells).markdown())

@@ -32,7 +32,7 @@ from boostdiff.engine.files import read_json, write_json
 from boostdiff.engine.generate import draw
 from boostdiff.engine.guidance_input import make_adapter
 from boostdiff.engine.manifest import read_manifest
-from boostdiff.engine.model import Model, ModelFiles, load
+from boostdiff.engine.model import Model, ModelFiles, load, locate
 from boostdiff.engine.schedulers import make_scheduler
 from boostdiff.engine.student import INFO_FILE, StudentInfo, read_student
 from boostdiff.export.export import export
@@ -42,7 +42,7 @@ from safetensors.torch import load_file
 from tiny import CPU, ONNX_FROM_PART, PROMPTS, graphs_of, save_images
 
 SILENT = Observers(preview=False)
-SETTINGS: dict[str, Any] = {"updates": 6, "stage_updates": 6, "batch_size": 4, "learning_rate": 0.01}
+SETTINGS: dict[str, Any] = {"updates": 3, "stage_updates": 3, "batch_size": 4, "learning_rate": 0.1}
 
 
 def few_step_copy(student: Path, folder: Path, steps: int) -> Path:
@@ -197,7 +197,7 @@ def test_the_teacher_of_a_stage_is_the_student_before_as_it_was(
     config = DistillConfig(prompts=prompt_file, few_steps="4:1", **SETTINGS)
     info = distill(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
     assert [frozen.stage.steps for frozen in made] == [2, 1]
-    assert len(seen) == 2 * 2 * 6, "a target costs two passes"
+    assert len(seen) == 2 * 2 * 3, "a target costs two passes"
     output = tmp_path / "s"
     for number, (frozen, folder) in enumerate(
         zip(made, (output / "stages/guidance", output / "stages/2"), strict=True)
@@ -205,7 +205,7 @@ def test_the_teacher_of_a_stage_is_the_student_before_as_it_was(
         adapter = make_adapter("lora", load(tiny_files, device=CPU).unet)
         adapter.read(folder)
         before = list(adapter.parameters().values())
-        for weights in [*seen[12 * number : 12 * number + 12], list(frozen.weights.values())]:
+        for weights in [*seen[6 * number : 6 * number + 6], list(frozen.weights.values())]:
             assert all(map(torch.equal, weights, before))
     saved = [load_file(folder / LORA_FILE) for folder in (output / "stages/guidance", output / "stages/2", output)]
     assert all(saved[0].keys() == tensors.keys() for tensors in saved)
@@ -217,11 +217,11 @@ def test_the_teacher_of_a_stage_is_the_student_before_as_it_was(
     assert read_student(output / "stages/guidance").steps is None
     assert one == info
     assert [(each["steps"], each["updates"], each["teacher_evaluations"]) for each in info.result["stages"]] == [
-        (None, 6, 24),
-        (2, 6, 24),
-        (1, 6, 24),
+        (None, 3, 12),
+        (2, 3, 12),
+        (1, 3, 12),
     ]
-    assert info.result["forward_passes"] == 72
+    assert info.result["forward_passes"] == 36
     assert sorted(path.name for path in (output / "stages").iterdir()) == ["2", "guidance"]
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     assert lines[0]["loss"] == pytest.approx(lines[0]["before_loss"]), "a stage begins as the student before"
@@ -235,24 +235,22 @@ def test_a_stage_brings_the_student_to_two_steps_of_the_one_before(
         prompts=prompt_file,
         start_from=students["lora"],
         few_steps="4:2",
-        stage_updates=60,
+        stage_updates=40,
         batch_size=8,
-        learning_rate=0.01,
+        learning_rate=0.1,
     )
     info = distill(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
-    assert info.result["stage_r2"] > 0.3
+    assert info.result["stage_r2"] > 0.15
     assert "guidance_r2" not in info.result
     assert [each["steps"] for each in info.result["stages"]] == [None, 2]
     assert not (tmp_path / "s/stages/guidance").exists()
 
 
-@pytest.mark.parametrize("kind", ["dora", "bitfit", "range", "live", "images"])
+@pytest.mark.parametrize("kind", ["bitfit", "live range", "images"])
 def test_stages_of_other_students(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, kind: str) -> None:
     options: dict[str, Any] = {
-        "dora": {"method": "dora"},
         "bitfit": {"method": "bitfit"},
-        "range": {"guidance": 2.0, "guidance_max": 5.0},
-        "live": {"negative_prompt": "live"},
+        "live range": {"negative_prompt": "live", "guidance": 2.0, "guidance_max": 5.0},
         "images": {"images": str(tmp_path / "images")},
     }[kind]
     if kind == "images":
@@ -261,25 +259,28 @@ def test_stages_of_other_students(tiny_files: ModelFiles, prompt_file: Path, tmp
         options["prompts"] = prompt_file
     few = {"updates": 2, "stage_updates": 2, "batch_size": 2, "learning_rate": 1e-3, "few_steps": "2:1"}
     info = distill(tiny_files, DistillConfig(**few, **options), output=tmp_path / "s", device="cpu", observers=SILENT)
-    assert (info.steps, info.live_negative_prompt, info.guidance_range is not None) == (
-        1,
-        kind == "live",
-        kind == "range",
-    )
+    live = kind == "live range"
+    assert (info.steps, info.live_negative_prompt, info.guidance_range is not None) == (1, live, live)
     drawing = GenerateConfig(prompts=["a red cat"], student=tmp_path / "s")
     (path,) = draw(tiny_files, drawing, output=tmp_path / "o", device="cpu")
     assert Image.open(path).text["sampler"] == "ddim, 1 steps"
 
 
-@pytest.mark.parametrize("stop_at", [3, 6, 7, 9, 12, 16])
+@pytest.fixture(scope="module")
+def unbroken(tiny_folder: Path, prompt_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two stages that was not stopped."""
+    output = tmp_path_factory.mktemp("unbroken") / "s"
+    config = DistillConfig(prompts=prompt_file, few_steps="2:1", **SETTINGS)
+    distill(locate(str(tiny_folder)), config, output=output, device="cpu", observers=SILENT)
+    return output
+
+
+@pytest.mark.parametrize("stop_at", [3, 4, 6])
 def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(
-    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, stop_at: int
+    tiny_files: ModelFiles, prompt_file: Path, unbroken: Path, tmp_path: Path, stop_at: int
 ) -> None:
-    """Within stage 0 and the others, at the last update of one, and at the first of the next, before its checkpoint."""
-    config = DistillConfig(prompts=prompt_file, few_steps="4:1", **SETTINGS)
-    whole = tmp_path.parent / "whole-run"
-    if not whole.exists():
-        distill(tiny_files, config, output=whole, device="cpu", observers=SILENT)
+    """At the last update of stage 0, at the first of the next before its checkpoint, and after that one."""
+    config = DistillConfig(prompts=prompt_file, few_steps="2:1", **SETTINGS)
     count = 0
 
     def stop(report: UpdateReport) -> None:
@@ -289,25 +290,23 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(
             raise KeyboardInterrupt
 
     execution, cut = RunConfig(checkpoint_every=2), tmp_path / "cut"
+    stopped = Observers(on_update=stop, preview=False)
     with pytest.raises(KeyboardInterrupt):
-        distill(
-            tiny_files, config, execution, output=cut, device="cpu", observers=Observers(on_update=stop, preview=False)
-        )
+        distill(tiny_files, config, execution, output=cut, device="cpu", observers=stopped)
     assert not cut.exists()
-    skipped: list[int] = []
-    resume = replace(execution, resume=True)
-    with pytest.raises(InputError, match="few_steps was 4:1, is 4:2"):
-        distill(tiny_files, replace(config, few_steps="4:2"), resume, output=cut, device="cpu", observers=SILENT)
-    observers = Observers(on_start=skipped.append, preview=False)
+    resume, started = replace(execution, resume=True), list[int]()
+    with pytest.raises(InputError, match=r"few_steps was 2:1, is 4:1"):
+        distill(tiny_files, replace(config, few_steps="4:1"), resume, output=cut, device="cpu", observers=SILENT)
+    observers = Observers(on_start=started.append, preview=False)
     distill(tiny_files, config, resume, output=cut, device="cpu", observers=observers)
-    assert 0 < sum(skipped) + (stop_at < 3) <= stop_at or stop_at < 3
+    assert started == {3: [2, 0], 4: [3, 0], 6: [3, 2]}[stop_at]
     for name in (LORA_FILE, "log.jsonl"):
-        for part in (".", "stages/guidance", "stages/2"):
-            assert (cut / part / name).read_bytes() == (whole / part / name).read_bytes(), (part, name)
-    again: list[str] = []
-    ended = Observers(on_note=again.append, preview=False)
+        for part in (".", "stages/guidance"):
+            assert (cut / part / name).read_bytes() == (unbroken / part / name).read_bytes(), (part, name)
+    notes: list[str] = []
+    ended = Observers(on_note=notes.append, preview=False)
     assert distill(tiny_files, config, resume, output=cut, device="cpu", observers=ended) == read_student(cut)
-    assert "has ended" in again[0]
+    assert "has ended" in notes[0]
 
 
 def test_a_run_killed_while_its_folder_is_named(
@@ -400,7 +399,7 @@ def stock_images(folder: Path, student: Path, steps: int) -> np.ndarray:
     return np.stack([np.asarray(image).astype(int) for image in images])
 
 
-@pytest.mark.parametrize("steps", [4, 8, 16])
+@pytest.mark.parametrize("steps", [4, 16])
 def test_stock_diffusers_draws_the_same(
     tiny_files: ModelFiles, students: dict[str, Path], tmp_path: Path, steps: int
 ) -> None:
