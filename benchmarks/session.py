@@ -87,12 +87,12 @@ def with_sampling(config: Settings, students: Sequence[Path]) -> Settings:
                 )
         return config
     assert isinstance(config, BenchConfig | SweepConfig)
-    sampler, steps = config.sampler, config.steps
-    for info in few_step[:1]:
-        sampler, steps = info.choose_sampling(sampler, steps)
-    for info in infos:
-        sampler, steps = info.choose_sampling(sampler, steps)
-    return replace(config, sampler=sampler or SAMPLER, steps=steps or STEPS)  # type: ignore[return-value]
+    chosen: tuple[Any, Any] = (config.sampler, config.steps)
+    # A few-step student first: what the others would take by default is not its own.
+    for info in (*few_step, *infos):
+        chosen = info.choose_sampling(*chosen)
+    values: dict[str, Any] = {"sampler": chosen[0] or SAMPLER, "steps": chosen[1] or STEPS}
+    return replace(config, **values)
 
 
 def identity_of(model: Model) -> dict[str, Any]:

@@ -38,7 +38,7 @@ LIVE = "live"
 RANGE_UPDATES = 4
 """Factor of the updates of a guidance-conditioned student: it learns many scales; figures in docs/distillation.md."""
 
-STAGE_LOSS_WEIGHT = "truncated-snr"
+STAGE_LOSS_WEIGHT: Literal["truncated-snr"] = "truncated-snr"
 """Of the stages of `--few-steps`. "snr" would give the first step, which has almost no signal, almost no weight, and at
 few steps all later ones depend on what it decides (Salimans & Ho 2022, §4)."""
 

@@ -21,6 +21,7 @@ from ..engine.errors import InputError, one_line
 from ..engine.files import publish, read_json, write_json
 from ..engine.guiders import GUIDERS
 from ..engine.model import Model, ModelFiles
+from ..engine.options import UNRESOLVED
 from ..engine.schedulers import check_steps, make_scheduler
 from ..engine.student import INFO_FILE, StudentInfo, read_student
 from .config import STAGE_LOSS_WEIGHT, STAGE_RATE, STUDENTS_OWN, DistillConfig
@@ -51,10 +52,13 @@ class Stage:
 
     def config(self, config: DistillConfig) -> DistillConfig:
         """The settings of this stage, from those of the whole run."""
-        whole = dict.fromkeys(("few_steps", "stage_updates", "start_from", "preset"))
-        rate = config.learning_rate * STAGE_RATE
-        changes = {"updates": config.stage_updates, "learning_rate": rate, "loss_weight": STAGE_LOSS_WEIGHT}
-        return replace(config, **whole, **changes)
+        return replace(
+            config,
+            updates=config.stage_updates,
+            learning_rate=config.learning_rate * STAGE_RATE,
+            loss_weight=STAGE_LOSS_WEIGHT,
+            **dict.fromkeys(("few_steps", "stage_updates", "start_from", "preset"), UNRESOLVED),
+        )
 
     def identity(self, whole: dict[str, Any]) -> dict[str, Any]:
         """What a resumed stage must share with its beginning, beside what the whole run must."""
@@ -130,7 +134,7 @@ def adopted(config: DistillConfig) -> DistillConfig:
             f"the student in {config.start_from} takes {info.steps} steps: pass --few-steps {info.steps}:END"
         )
     known, plain = info.settings, DistillConfig()
-    settings = {}
+    settings: dict[str, Any] = {}
     for name in (*STUDENTS_OWN, *(each for names in GUIDERS.values() for each in names)):
         own, asked = known.get(name), getattr(config, name)
         settings[name] = tuple(own) if isinstance(own, list) else own

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -67,9 +68,8 @@ def resolve(files: ModelFiles | None, config: GenerateConfig) -> GenerateConfig:
         if not config.teacher:
             distilled = read_student(config.student or Path("outputs/student"), files)
     spacing = distilled.timestep_spacing if distilled else None
-    sampler, steps = config.sampler or SAMPLER, config.steps or STEPS
-    if distilled:
-        sampler, steps = distilled.choose_sampling(config.sampler, config.steps)
+    chosen: tuple[Any, int] = (config.sampler or SAMPLER, config.steps or STEPS)
+    sampler, steps = distilled.choose_sampling(config.sampler, config.steps) if distilled else chosen
     check_steps(schedule, [sampler], [steps], spacing=spacing)
     return replace(config, sampler=sampler, steps=steps)
 

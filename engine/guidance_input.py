@@ -66,7 +66,8 @@ class GuidanceConditioned(Adapter):
     def read(self, folder: Path) -> None:
         self.inner.read(folder)
         weights = load_file(folder / GUIDANCE_FILE)
-        copy_by_name({"time_embedding.cond_proj.weight": self.projection.weight}, weights)
+        name = "time_embedding.cond_proj.weight"
+        copy_by_name({name: self.unet.get_parameter(name)}, weights)
 
 
 def add_guidance_embedding(unet: UNet2DConditionModel, width: int = GUIDANCE_WIDTH) -> torch.nn.Linear:

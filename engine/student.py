@@ -125,7 +125,7 @@ class Distilled:
             )
         return None
 
-    def choose_sampling(self, sampler: str | None, steps: int | None) -> tuple[str, int]:
+    def choose_sampling(self, sampler: str | None, steps: int | None) -> tuple[Any, int]:
         """Sampler and steps: what was asked for, else a few-step student's own, else the defaults.
 
         Raises:
@@ -139,7 +139,7 @@ class Distilled:
                 f"this few-step student was distilled for {self.steps} steps of {self.sampler} and can't make {asked}: "
                 "leave --steps and --sampler out, distill another, or pass --teacher"
             )
-        return str(self.sampler), self.steps
+        return self.sampler, self.steps
 
     def check_guider(self, options: GuiderOptions) -> None:
         """Refuse a guider, or a setting of it, that the student was not distilled with; what is left out is its own.

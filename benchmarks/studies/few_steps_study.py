@@ -44,7 +44,7 @@ def stages_of(student: Path) -> dict[int | None, Path]:
 
 
 def _value(figure: Statistic | None) -> str:
-    return formatted(figure and figure.interval)
+    return formatted(figure.interval if figure else None)
 
 
 def _delta(figure: Statistic | None, other: Statistic | None) -> str:
