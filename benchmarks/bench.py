@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..engine.exported import Engine
 from ..engine.manifest import read_manifest
 from ..engine.memory import give_back_memory
 from ..engine.model import Model, ModelFiles, resolve_device
+from ..engine.options import STEPS
 from ..engine.runners import EXPORTED, Runner, TorchRunner, available_runners
 from ..engine.schedulers import check_steps
 from ..engine.student import read_student
@@ -26,7 +26,7 @@ from .fastest import pays_to_compile
 from .quality.alternatives import candidates
 from .quality.quality import Quality, evaluate
 from .quality.samples import SamplingVariant, bounded_memory
-from .session import Session
+from .session import Session, with_sampling
 from .speed.random_weights import random_model
 from .speed.stock import StockVariant, stock_pipeline
 from .speed.throughput import MODES, Speed, SpeedRatio, TimedVariant, measure
@@ -146,15 +146,17 @@ def bench(
 
     An InputError where a student, the engine, the prompts or the reference can't be used.
     """
-    check_steps(files.scheduler_config, [config.sampler], [config.steps])
-    manifest = read_manifest(engine)
+    config = with_sampling(config, students)
+    sampler, steps = str(config.sampler), config.steps or STEPS
     info = read_student(students[0])
+    check_steps(files.scheduler_config, [sampler], [steps], spacing=info.timestep_spacing)
+    manifest = read_manifest(engine)
     manifest.check_student(info, engine=engine)
     if config.alternatives and info.guider != "cfg":
         raise InputError(f"--alternatives is for teachers with plain guidance, not with the guider {info.guider}")
     opened = Session.open(files, config, students=students, guidance=config.guidance, prompts=prompts, device=device)
     with opened as session:
-        session = session.at(config.sampler, config.steps)
+        session = session.at(sampler, steps)
         guided, unguided, *others = _quality_variants(session, config)
         samples = None
         if config.samples:
@@ -184,7 +186,7 @@ def bench(
 def _quality_variants(session: Session, config: BenchConfig) -> list[SamplingVariant]:
     """Guided teacher, unguided teacher, and what is compared with them."""
     guidance = session.guidance
-    settings = candidates(steps=config.steps, guidance=guidance) if config.alternatives else []
+    settings = candidates(steps=session.steps, guidance=guidance) if config.alternatives else []
     return [
         session.teacher(guidance),
         session.teacher(1.0),
@@ -202,10 +204,14 @@ def bench_random(
     report: Callable[[str], None] = lambda message: None,
 ) -> BenchResult:
     """Measure the speed of a model from what `locate_configs` finds, with random weights, in torch."""
-    check_steps(files.scheduler_config, [config.sampler], [config.steps])
+    config = with_sampling(config, [])
+    sampler, steps = str(config.sampler), config.steps or STEPS
+    check_steps(files.scheduler_config, [sampler], [steps])
     report("initializing random weights")
     model = random_model(files, device=resolve_device(device), seed=config.seed)
-    session = Session(model=model, config=config, prompts=["a photograph of an astronaut"])
+    session = Session(
+        model=model, sampler=sampler, steps=steps, config=config, prompts=["a photograph of an astronaut"]
+    )
     speed, skipped = _measure_speed(session, config, report)
     return BenchResult(
         speed=speed,
@@ -248,8 +254,8 @@ def _measure_speed(
             prompts=session.prompts,
             guidance=session.guidance,
             guider=session.guider,
-            make_scheduler=partial(model.make_scheduler, config.sampler),
-            steps=config.steps,
+            make_scheduler=session.make_scheduler,
+            steps=session.steps,
             batch_sizes=config.batch_sizes_on(device),
             runs=config.runs,
             on_progress=report,

@@ -58,8 +58,10 @@ def _measure(
     """Call `bench` or `measure_grid` under a progress bar."""
     from ..engine.model import locate
     from ..engine.prompts import read_prompts
+    from .session import with_sampling
 
     students = students or [Path("outputs/student")]
+    config = with_sampling(config, students)
     with progress_bar("measuring", config.image_steps(len(students)) or 1) as advance:
         files = locate(model)
         if prompts is None and model != embedded.MODEL_NAME:

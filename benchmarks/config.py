@@ -15,7 +15,7 @@ import typer
 
 from ..engine import embedded
 from ..engine.errors import InputError
-from ..engine.options import SamplerOption, SeedOption, StepsOption, check_options
+from ..engine.options import STEPS, SeedOption, StudentsSamplerOption, StudentsStepsOption, check_options
 
 if TYPE_CHECKING:
     import torch
@@ -76,8 +76,8 @@ class SamplingConfig(ABC):
 class BenchConfig(SamplingConfig):
     """`boostdiff bench`: speed, and quality at one setting of the sampler."""
 
-    steps: StepsOption = 20
-    sampler: SamplerOption = "ddim"
+    steps: StudentsStepsOption = None
+    sampler: StudentsSamplerOption = None
     guidance: GuidanceOption = None
     batch_sizes: Annotated[
         Sequence[int] | None,
@@ -108,14 +108,15 @@ class BenchConfig(SamplingConfig):
             raise InputError("--batch-sizes must be at least 1, as in --batch-sizes 1,2,4")
         if self.alternatives and not self.samples:
             raise InputError("--alternatives evaluates quality: leave --speed-only out")
-        if self.alternatives and self.steps < 2:
+        if self.alternatives and self.steps == 1:
             raise InputError("--alternatives needs --steps of at least 2: with one, no pass can be saved")
 
     def image_steps(self, students: int) -> int:
         from .quality.alternatives import candidates
 
-        swept = candidates(steps=self.steps, guidance=1.0) if self.alternatives else []
-        return self.samples * ((students + 3) * self.steps + sum(one.steps for one in swept))
+        steps = self.steps or STEPS
+        swept = candidates(steps=steps, guidance=1.0) if self.alternatives else []
+        return self.samples * ((students + 3) * steps + sum(one.steps for one in swept))
 
     def batch_sizes_on(self, device: torch.device) -> tuple[int, ...]:
         """The batch sizes to measure on a device, ascending."""
@@ -167,8 +168,8 @@ class SweepConfig(SamplingConfig):
             parser=comma_separated("--guidance", float, "1,2,3,5"), metavar="W,W,…", help="Guidance scales w, from 1."
         ),
     ] = (1.0, 2.0, 3.0, 5.0)
-    steps: StepsOption = 20
-    sampler: SamplerOption = "ddim"
+    steps: StudentsStepsOption = None
+    sampler: StudentsSamplerOption = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -177,7 +178,7 @@ class SweepConfig(SamplingConfig):
                 raise InputError(f"--guidance {scale:g} can't be used: guidance must be at least 1")
 
     def image_steps(self, students: int) -> int:
-        return self.samples * len(self.guidance) * (students + 1) * self.steps
+        return self.samples * len(self.guidance) * (students + 1) * (self.steps or STEPS)
 
 
 @dataclass(frozen=True, kw_only=True)

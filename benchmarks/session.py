@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -19,12 +19,13 @@ from ..engine.guidance import teacher_denoiser
 from ..engine.guiders import Guider
 from ..engine.merge import merge
 from ..engine.model import Model, ModelFiles, load, resolve_device
+from ..engine.options import SAMPLER, STEPS
 from ..engine.prompts import cut_note
 from ..engine.runners import Runner, TorchRunner
 from ..engine.sampling import default_batch_size
 from ..engine.student import StudentInfo, read_student
 from ..engine.versions import source_commit, versions
-from .config import BenchConfig, Metrics, SamplingConfig
+from .config import BenchConfig, Metrics, SamplingConfig, SweepConfig, Table1Config
 from .fastest import FastestRunners
 from .quality.alternatives import Alternative
 from .quality.clip_score import ClipScorer
@@ -62,6 +63,35 @@ def read_students(
     if len(scales) > 1:
         raise InputError("the students were distilled at different guidance: compare them one at a time")
     return infos, scales.pop()
+
+
+Settings = TypeVar("Settings", bound=SamplingConfig)
+
+
+def with_sampling(config: Settings, students: Sequence[Path]) -> Settings:
+    """The configuration with sampler and steps filled in: the few-step students' own, or the defaults.
+
+    Raises:
+        InputError: a few-step student can't take them; of a table of several settings, none of them.
+    """
+    infos = [read_student(folder) for folder in students]
+    few_step = [info for info in infos if info.steps is not None]
+    if isinstance(config, Table1Config):
+        columns = {(sampler, steps) for sampler in config.samplers for steps in config.steps}
+        for info in few_step:
+            if (info.sampler, info.steps) not in columns:
+                raise InputError(
+                    f"a few-step student was distilled for {info.steps} steps of {info.sampler}, which no column has: "
+                    f"pass --samplers {info.sampler} and --steps with {info.steps}"
+                )
+        return config
+    assert isinstance(config, BenchConfig | SweepConfig)
+    chosen: tuple[Any, Any] = (config.sampler, config.steps)
+    # A few-step student first: what the others would take by default is not its own.
+    for info in (*few_step, *infos):
+        chosen = info.choose_sampling(*chosen)
+    values: dict[str, Any] = {"sampler": chosen[0] or SAMPLER, "steps": chosen[1] or STEPS}
+    return replace(config, **values)
 
 
 def identity_of(model: Model) -> dict[str, Any]:
@@ -120,6 +150,7 @@ class Session:
         `guidance` is the scale for guidance-conditioned students, None for their default. An InputError where a
         student, the prompts (at least `config.samples`) or the device can't be used.
         """
+        config = with_sampling(config, students)
         infos, scale = read_students(students, files, guidance)
         if len(prompts) < config.samples:
             raise InputError(f"--samples {config.samples} needs as many prompts: there are {len(prompts)}")
@@ -128,7 +159,11 @@ class Session:
         # Under a launcher each process has its own accelerator.
         model = load(files, device=processes.device if processes else target)
         batch_size = config.sampling_batch_size or default_batch_size(model)
-        names = [f"student {info.method}{', live' * info.live_negative_prompt}" for info in infos]
+        names = [
+            f"student {info.method}{', live' * info.live_negative_prompt}"
+            + (f", {info.steps} steps" if info.steps else "")
+            for info in infos
+        ]
         passes, compiles = config.image_steps(len(students)), getattr(config, "compile", None) is not False
         with FastestRunners(model, passes=passes, compiles=compiles, batch_size=batch_size) as runners:
             yield cls(
@@ -152,8 +187,14 @@ class Session:
             )
 
     def at(self, sampler: str, steps: int) -> Session:
-        """The same at another setting of the sampler."""
-        return replace(self, sampler=sampler, steps=steps)
+        """The same at another setting of the sampler, without the few-step students of others."""
+        able = [s for s in self.students if s.info.steps is None or (s.info.sampler, s.info.steps) == (sampler, steps)]
+        return replace(self, sampler=sampler, steps=steps, students=able)
+
+    @property
+    def spacing(self) -> str | None:
+        """Timestep spacing of few-step students, and so of all rows beside them; None is the model's own."""
+        return next((each.info.timestep_spacing for each in self.students if each.info.steps is not None), None)
 
     @property
     def guider(self) -> Guider:
@@ -164,7 +205,7 @@ class Session:
     @property
     def make_scheduler(self) -> Callable[[], SchedulerMixin]:
         """Gives a fresh scheduler."""
-        return partial(self.model.make_scheduler, self.sampler)
+        return partial(self.model.make_scheduler, self.sampler, spacing=self.spacing)
 
     def _variant(self, **values: Any) -> SamplingVariant:
         shared: dict[str, Any] = {"sampler": self.sampler, "steps": self.steps, "make_scheduler": self.make_scheduler}

@@ -9,11 +9,12 @@ from typing import Any
 
 from ..engine.errors import InputError
 from ..engine.model import ModelFiles
+from ..engine.options import STEPS
 from ..engine.schedulers import check_steps
 from .config import SAMPLER_NAMES, Metrics, SweepConfig, Table1Config
 from .quality.quality import Figures
 from .quality.samples import SampleCache, SamplingVariant, bounded_memory
-from .session import Session, Student
+from .session import Session, Student, with_sampling
 from .stats import Estimate
 
 SCHEMA_VERSION = 4
@@ -114,7 +115,7 @@ def table1_places(session: Session, config: Table1Config) -> Places:
 
 def sweep_places(session: Session, config: SweepConfig) -> Places:
     """The teacher at every scale; students only at scales that they were distilled for."""
-    session, places = session.at(config.sampler, config.steps), []
+    session, places = session.at(str(config.sampler), config.steps or STEPS), []
     for scale in config.guidance:
         variants = [replace(session.teacher(scale), name="teacher")]
         for student in session.students:
@@ -187,12 +188,13 @@ def measure_grid(
     if isinstance(config, Table1Config):
         check_steps(files.scheduler_config, config.samplers, config.steps)
     else:
-        check_steps(files.scheduler_config, [config.sampler], [config.steps])
+        config = with_sampling(config, students)
+        check_steps(files.scheduler_config, [str(config.sampler)], [config.steps or STEPS])
     with Session.open(files, config, students=students, guidance=scale, prompts=prompts, device=device) as session:
         if isinstance(config, Table1Config):
             name, title, places = "table1", "Table 1", table1_places(session, config)
         else:
-            name, title = "sweep", f"Guidance sweep, {SAMPLER_NAMES[config.sampler]}, {config.steps} steps"
+            name, title = "sweep", f"Guidance sweep, {SAMPLER_NAMES[str(config.sampler)]}, {config.steps} steps"
             places = sweep_places(session, config)
         opened = session.sample_cache(metrics, folder=cache, on_images=on_images)
         report(f"sampling {config.samples} images per cell")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -37,9 +38,12 @@ class CaptionedImages(Source):
         guidance: tuple[float, float],
         negatives: NegativePrompts | None = None,
         max_bad_samples: int = 0,
+        timesteps: Sequence[int] | None = None,
     ) -> None:
+        """Open the data; images are diffused to one of the timesteps, by default of all."""
         self.model, self.schedule, self.share, self.seed = model, schedule, share, seed
         self.guidance_bounds = guidance
+        self.timesteps = range(len(schedule)) if timesteps is None else timesteps
         self.embed = TextCache(model)
         self.negatives = negatives or NegativePrompts(model)
         height, width = image_size(model)
@@ -71,7 +75,7 @@ class CaptionedImages(Source):
         for member in self.share.members:
             number = update * self.share.batch_size + member
             random = np.random.default_rng([self.seed, number])
-            timesteps.append(int(random.integers(len(self.schedule))))
+            timesteps.append(self.timesteps[int(random.integers(len(self.timesteps)))])
             scales.append(draw_guidance(random, self.guidance_bounds))
             negatives.append(self.negatives.draw(random, self.other_captions))
             noise.append(noise_of(x.shape[1:], self.seed, number))

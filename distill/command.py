@@ -51,11 +51,13 @@ def distill(
         check_output(output, replaces=INFO_FILE)
         print_json({"model": model, "output": str(output), **dry(files, config, execution, target)})
         return
-    with progress_bar(f"distilling {config.method}", config.updates) as advance:
+    updates = (config.updates or 0) + len(config.stages) * (config.stage_updates or 0)
+    with progress_bar(f"distilling {config.method}", updates) as advance:
 
         def show(done: UpdateReport) -> None:
             pace = f"{done.images_per_second:.1f} images/s, {done.peak_memory / 2**30:.1f} GB"
-            advance(note=f"loss {done.loss:.3g}, {_explained(done.guidance_r2)}{pace}")
+            stage = f"{done.steps} steps: " if done.steps else ""
+            advance(note=f"{stage}loss {done.loss:.3g}, {_explained(done.guidance_r2)}{pace}")
 
         observers = Observers(
             # Wrong data shows in the first update: no bar before it.
@@ -72,7 +74,7 @@ def distill(
     preview = f"; preview: {output / 'grid.png'}" if (output / "grid.png").exists() else ""
     console.print(
         f"Student of {info.trainable_parameters:,} parameters in [bold]{output}[/] "
-        f"({_explained(info.result['guidance_r2'])}{info.result['seconds']:.0f} s){preview}\n"
+        f"({_explained(info.result.get('guidance_r2'))}{info.result['seconds']:.0f} s){preview}\n"
         "Next: [bold]boostdiff export --trt[/]"
     )
 

@@ -38,6 +38,17 @@ LIVE = "live"
 RANGE_UPDATES = 4
 """Factor of the updates of a guidance-conditioned student: it learns many scales; figures in docs/distillation.md."""
 
+STAGE_LOSS_WEIGHT: Literal["truncated-snr"] = "truncated-snr"
+"""Of the stages of `--few-steps`. "snr" would give the first step, which has almost no signal, almost no weight, and at
+few steps all later ones depend on what it decides (Salimans & Ho 2022, §4)."""
+
+STAGE_RATE = 1 / 10
+"""Factor of the learning rate in these stages. Two steps of a student differ little from one: at the full rate the
+first updates undo more than a short stage learns (docs/experiments.md, "Few steps")."""
+
+STUDENTS_OWN = ("method", "rank", "alpha", "targets", "tokens", "guidance", "guidance_max", "negative_prompt", "guider")
+"""What a run with `--start-from` takes from its student, beside the guider's settings."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(GuiderOptions):
@@ -113,6 +124,21 @@ class DistillConfig(GuiderOptions):
             help="Weight of the x-space loss over noise levels; the paper's is constant.",
         ),
     ] = UNRESOLVED
+    few_steps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="START:END",
+            show_default="none",
+            help="Then distill the student progressively, from START DDIM steps to END, halving: 32:4 is 16, 8, 4.",
+        ),
+    ] = None
+    stage_updates: Annotated[
+        int, typer.Option(min=1, show_default="520; guidance-conditioned 4 times as many", help="Updates per halving.")
+    ] = UNRESOLVED
+    start_from: Annotated[
+        Path | None,
+        typer.Option(show_default="none: one is trained first", help="Student that --few-steps begins with."),
+    ] = None
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"],
         typer.Option(show_default="bf16 where the device has it, else fp32", help="Precision of the forward passes."),
@@ -148,6 +174,11 @@ class DistillConfig(GuiderOptions):
             )
         if self.method != "soft-prompt":
             refuse_unused(self, f"with --method {self.method}", "tokens")
+        if self.few_steps is None:
+            refuse_unused(self, "without --few-steps", "stage_updates", "start_from")
+        if self.start_from:
+            refuse_unused(self, "with --start-from, which has been trained", "updates", "loss_weight", "preset")
+        _ = self.stages
 
     @property
     def guidance_bounds(self) -> tuple[float, float]:
@@ -165,6 +196,28 @@ class DistillConfig(GuiderOptions):
         return "" if self.live_negative_prompt else self.negative_prompt
 
     @property
+    def stages(self) -> list[int]:
+        """Numbers of steps of the few-step students, the last one's last; none without `few_steps`.
+
+        Raises:
+            InputError: `few_steps` is no START:END.
+        """
+        if self.few_steps is None:
+            return []
+        start, _, end = self.few_steps.partition(":")
+        steps, last = (int(part) if part.isdecimal() else 0 for part in (start, end))
+        stages = []
+        while steps > last > 0 and steps % 2 == 0:
+            steps //= 2
+            stages.append(steps)
+        if not stages or steps != last:
+            raise InputError(
+                f"--few-steps {self.few_steps} can't be used: write START:END, where START is END doubled once or more "
+                "often, such as 32:4"
+            )
+        return stages
+
+    @property
     def guidance_conditioned(self) -> bool:
         """Whether the student has guidance as an input (w-conditioned, Meng et al. 2023)."""
         return self.guidance_max is not None
@@ -177,11 +230,13 @@ class DistillConfig(GuiderOptions):
             embedded: whether the model is the one that ships with prompts.
             flow: whether the model is one of flow matching.
         """
+        updates = UPDATES * (RANGE_UPDATES if self.guidance_conditioned else 1)
         defaults: dict[str, Any] = {
-            "updates": UPDATES * (RANGE_UPDATES if self.guidance_conditioned else 1),
+            "updates": None if self.start_from else updates,
+            "stage_updates": updates if self.few_steps else None,
             "batch_size": BATCH_SIZE,
             "learning_rate": LEARNING_RATES[self.method] * (1 if embedded else OTHER_MODELS),
-            "loss_weight": "flow" if flow else LOSS_WEIGHT,
+            "loss_weight": None if self.start_from else "flow" if flow else LOSS_WEIGHT,
             "precision": "bf16" if in_bfloat16 else "fp32",
             "guider": "cfg",
             **self.guider_settings,

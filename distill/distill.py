@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,15 +28,18 @@ from ..engine.prompts import cut_note, read_prompts
 from ..engine.student import INFO_FILE, StudentInfo
 from .captioned_images import CaptionedImages
 from .config import DistillConfig, RunConfig
+from .few_steps import FrozenStudent, Stage, adopted, check_stages, train_in_stages
 from .images import ImageData
 from .loop import Observers, Run
 from .negatives import NegativePrompts
 from .objective import NoiseSchedule
 from .order import Share
-from .preview import PREVIEW_STEPS, Preview
+from .preview import Preview
 from .run_folder import (
+    CONFIG_FILE,
     at_work_in,
     begin,
+    exclusive_lock,
     finished_run,
     identity,
     resumable_state,
@@ -43,14 +48,14 @@ from .run_folder import (
 )
 from .source import Source, TextCache
 from .text_store import TextStore
-from .trajectories import Trajectories
+from .trajectories import GridTrajectories, Trajectories
 
 PREVIEW_ROWS = 6
 
 
 def resolve(config: DistillConfig, files: ModelFiles, device: torch.device) -> DistillConfig:
     """The configuration with what was left out filled in for a model and a device."""
-    return config.resolved(
+    return adopted(config).resolved(
         in_bfloat16=has_bfloat16(device), embedded=files.folder == embedded.MODEL_DIR, flow=files.family.flow
     )
 
@@ -129,11 +134,46 @@ def distill(
     if execution.resume and (ended := finished_run(output, same)):
         observers.note(f"the run in {output} has ended: there is nothing left to resume")
         return ended
+    data = prompts, images
+    if not config.stages:
+        return _train(files, config, execution, target, data, same, output, observers)
+
+    def train(student: Path, stage: Stage | None) -> StudentInfo:
+        # A stage of a resumed run may have been begun, or not.
+        begun = execution.resume and (work_folder(student) / CONFIG_FILE).is_file()
+        how, whose = replace(execution, resume=begun), stage.identity(same) if stage else same
+        return _train(files, config, how, target, data, whose, student, observers, stage)
+
+    if execution.resume:
+        resumable_state(folder, same)
+    else:
+        begin(folder, same, observers)
+    with exclusive_lock(folder):
+        finished = observers.on_start or (lambda updates: None)
+        return train_in_stages(config, train, folder=folder, output=output, finished=finished)
+
+
+def _train(
+    files: ModelFiles,
+    config: DistillConfig,
+    execution: RunConfig,
+    target: torch.device,
+    data: tuple[list[str], ImageData | None],
+    same: dict[str, Any],
+    output: Path,
+    observers: Observers,
+    stage: Stage | None = None,
+) -> StudentInfo:
+    """Train one student, of guidance or of a stage: open the run folder, train, publish."""
+    prepare_output(output, replaces=INFO_FILE)
+    folder = work_folder(output)
     state = resumable_state(folder, same) if execution.resume else None
+    if stage:
+        config = stage.config(config)
 
     # Open the run folder.
     accelerator = _accelerator(config, target, folder, execution.log_with)
-    run, preview = _run(files, config, execution, accelerator, target, prompts, images, folder, observers)
+    run, preview = _run(files, config, execution, accelerator, target, *data, folder, observers, stage)
     if state is not None:
         run.restore(state)
     elif accelerator.is_main_process:
@@ -181,6 +221,8 @@ def plan(
     if config.images is not None or config.live_negative_prompt:
         what = "--images" if config.images is not None else "--negative-prompt live"
         refuse_unused(execution, f"with {what}, whose texts are not known before", "cache_text")
+    if config.stages:
+        check_stages(config, files, reads_weights=needs_data)
     if config.live_negative_prompt:
         refuse_unused(execution, "with --negative-prompt live, which other programs do not know", "format")
     if execution.log_with and not find_spec(execution.log_with):
@@ -211,6 +253,7 @@ def _run(
     images: ImageData | None,
     folder: Path,
     observers: Observers,
+    stage: Stage | None,
 ) -> tuple[Run, Preview]:
     """The run's moving parts, with the weights read, and what draws its previews."""
     # Under a launcher each process has its accelerator.
@@ -225,6 +268,8 @@ def _run(
         observers.note(f"{encoded} texts encoded into {execution.cache_text}")
     model, adapter = _load(files, config, execution, device)
     schedule = NoiseSchedule.of(model.make_scheduler("euler" if model.family.flow else "ddim"), device)
+    frozen = FrozenStudent(model, adapter, stage, device) if stage else None
+    schedule = frozen.schedule if frozen else schedule
     common: dict[str, Any] = {
         "share": Share(batch_size=config.batch_size, index=accelerator.process_index, count=accelerator.num_processes),
         "seed": config.seed,
@@ -235,20 +280,36 @@ def _run(
     notes = [cut_note(model.pipeline, [negative], "negative prompts")]
     if images is not None:
         source = CaptionedImages(
-            model, images, schedule, negatives=negatives, max_bad_samples=execution.max_bad_samples, **common
+            model,
+            images,
+            schedule,
+            negatives=negatives,
+            max_bad_samples=execution.max_bad_samples,
+            timesteps=frozen.timesteps if frozen else None,
+            **common,
         )
         shown = source.stream.captions(PREVIEW_ROWS)
         notes += images.notes
     else:
-        source = Trajectories(model, prompts, schedule, negatives=negatives, store=store, **common)
+        trajectories = partial(GridTrajectories, timesteps=frozen.timesteps) if frozen else Trajectories
+        source = trajectories(model, prompts, schedule, negatives=negatives, store=store, **common)
         notes.append(cut_note(model.pipeline, prompts))
-    run = Run(accelerator, model, adapter, source, schedule, config, execution, folder)
+    run = Run(accelerator, model, adapter, source, schedule, config, execution, folder, frozen=frozen)
     run.notes = [note for note in notes if note]
     text = None
     if store is not None:
         conditional, unconditional = TextCache(model, store=store)(shown), negatives.embeddings([negative])
         text = TextEmbeddings(conditional=conditional, unconditional=unconditional).to(model.denoiser.dtype)
-    preview = Preview(model, adapter, shown, config, autocast=accelerator.autocast, note=observers.note, text=text)
+    preview = Preview(
+        model,
+        adapter,
+        shown,
+        config,
+        steps=stage.steps if stage else None,
+        autocast=accelerator.autocast,
+        note=observers.note,
+        text=text,
+    )
     return run, preview
 
 
@@ -308,7 +369,7 @@ def _affordable(
 ) -> bool:
     """Whether the picture of a large model on a CPU takes less than half of the training's time; others always may."""
     # A training sample takes two passes of the teacher, and one forward and backward of the student.
-    passes = PREVIEW_STEPS * len(preview.prompts) * (1 + 3 * len(preview.scales))
+    passes = preview.steps * len(preview.prompts) * (1 + 3 * len(preview.scales))
     seconds = passes / 5 / (result["images_per_second"] or math.inf)
     small = preview.model.denoiser.num_parameters() < LARGE_PARAMETERS
     if small or device.type != "cpu" or seconds < max(60, result["seconds"] / 2):

@@ -30,6 +30,7 @@ from ..engine.model import Model
 from ..engine.runners import TorchRunner
 from .checkpoint import TrainingState, save_training_state
 from .config import DistillConfig, RunConfig, learning_rate_at
+from .few_steps import FrozenStudent
 from .images import in_words
 from .monitoring import LossWatch, Pace, StopRequest, peak_memory, stop_request
 from .objective import NoiseSchedule, distillation_loss, guidance_weight, x_from_prediction
@@ -47,6 +48,7 @@ class UpdateReport:
         update: number of updates done.
         loss: loss of this one, over all processes.
         guidance_r2: see `LossWatch.guidance_r2`.
+        steps: number of steps of the student that a stage trains; None for guidance.
         images_per_second: samples per second over all processes, as `Pace` counts them.
         peak_memory: bytes, of this process.
     """
@@ -56,6 +58,7 @@ class UpdateReport:
     guidance_r2: float | None
     images_per_second: float
     peak_memory: int
+    steps: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +99,7 @@ class Run:
         done: number of updates done.
         watch: all losses so far.
         notes: what of the data is not used, in words.
+        frozen: student of the stage before, of a stage of few steps.
         parts: passes per update; more than configured where memory does not suffice.
     """
 
@@ -110,6 +114,7 @@ class Run:
     done: int = 0
     watch: LossWatch = field(default_factory=LossWatch)
     notes: list[str] = field(default_factory=list)
+    frozen: FrozenStudent | None = None
     parts: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -122,16 +127,20 @@ class Run:
             device_placement=[False],
         )
         self.good = [parameter.detach().clone() for parameter in self.parameters]
+        # What R² compares with, and is called: who has learned nothing is the unguided teacher, or of the stage before.
+        self.untrained, self.r2 = (
+            ("unguided_loss", "guidance_r2") if self.frozen is None else ("before_loss", "stage_r2")
+        )
 
     def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The teacher's x̂_w `(B, C, H, W)`, and for each sample, `(B,)`, equation (4) and the unguided loss.
 
-        The latter is that of the teacher's conditional pass, which x̂_w needs anyway.
+        The latter is that of the teacher's conditional pass, which x̂_w needs anyway. In a stage of few steps x̃ takes
+        the place of x̂_w, and the frozen student's first step that of the conditional pass.
         """
         dtype = self.model.denoiser.dtype
         alpha, sigma = self.schedule.at(batch.t)
-        timesteps = self.schedule.timesteps[batch.t]
-        z_t, text = batch.z_t.to(dtype), batch.text.to(dtype)
+        text = batch.text.to(dtype)
         guidance = batch.guidance if self.config.guidance_conditioned else None
         teacher = GuidedDenoiser(self.runner, self.config.guidance if guidance is None else guidance, self.guider)
         student = SinglePassDenoiser(self.runner, guidance, live_negative_prompt=self.config.live_negative_prompt)
@@ -140,17 +149,25 @@ class Run:
         def x_of(prediction: torch.Tensor) -> torch.Tensor:
             return x_from_prediction(prediction.float(), batch.z_t, alpha, sigma, self.schedule.prediction_type)
 
+        def student_x(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            with autocast():
+                prediction = student(z_t.to(dtype), self.schedule.timesteps[t], text)
+            return x_from_prediction(prediction.float(), z_t, *self.schedule.at(t), self.schedule.prediction_type)
+
         def loss_of(x: torch.Tensor) -> torch.Tensor:
             losses = distillation_loss(x, teacher_x, alpha, sigma, self.config.loss_weight)
-            return losses if guidance is None else losses * guidance_weight(guidance)
+            return losses if guidance is None or self.frozen else losses * guidance_weight(guidance)
 
-        with torch.no_grad(), self.adapter.disabled(), autocast():
-            unconditional, conditional = teacher.passes(z_t, timesteps, text)
-        # In float32: guidance multiplies what half precision rounds.
-        teacher_x = x_of(teacher.combined(unconditional.float(), conditional.float(), timesteps))
-        with autocast():
-            prediction = student(z_t, timesteps, text)
-        return teacher_x, loss_of(x_of(prediction)), loss_of(x_of(conditional))
+        if self.frozen:
+            teacher_x, untrained_x = self.frozen.targets(batch.z_t, batch.t, student_x)
+        else:
+            timesteps = self.schedule.timesteps[batch.t]
+            with torch.no_grad(), self.adapter.disabled(), autocast():
+                unconditional, conditional = teacher.passes(batch.z_t.to(dtype), timesteps, text)
+            # In float32: guidance multiplies what half precision rounds.
+            teacher_x = x_of(teacher.combined(unconditional.float(), conditional.float(), timesteps))
+            untrained_x = x_of(conditional)
+        return teacher_x, loss_of(student_x(batch.z_t, batch.t)), loss_of(untrained_x)
 
     def gradients(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute this process's gradients of the mean loss, in `parts` passes.
@@ -250,7 +267,7 @@ class Run:
         try:
             for line in _log_lines(self.folder / LOG_FILE, self.done):
                 logged = json.loads(line)
-                self.watch.add(logged["loss"], logged["unguided_loss"])
+                self.watch.add(logged["loss"], logged[self.untrained])
         except (ValueError, KeyError, TypeError):
             raise InputError(f"can't resume: {self.folder / LOG_FILE} is damaged; run without --resume") from None
         self.good = [parameter.detach().clone() for parameter in self.parameters]
@@ -285,7 +302,7 @@ class Run:
                 stop = self.update(update, request, observers.note)
                 loss, unguided = self.watch.losses[-1], self.watch.unguided[-1]
                 r2 = self.watch.guidance_r2()
-                values = {"loss": loss, "unguided_loss": unguided, "guidance_r2": r2}
+                values = {"loss": loss, self.untrained: unguided, self.r2: r2}
                 values["teacher_evaluations"] = self.done * self.config.batch_size
                 values["lr"] = learning_rate_at(update, self.config)
                 log.write(json.dumps({"update": update, **values}) + "\n")
@@ -304,6 +321,7 @@ class Run:
                         guidance_r2=r2,
                         images_per_second=images_per_second,
                         peak_memory=peak_memory(self.model.device),
+                        steps=self.frozen.stage.steps if self.frozen else None,
                     )
                     observers.on_update(report)
                 if self.execution.preview_every and self.done % self.execution.preview_every == 0 and main:
@@ -324,7 +342,7 @@ class Run:
             "seconds": round(time.monotonic() - began, 1),
             "images_per_second": pace.images_per_second,
             "final_loss": self.watch.mean_loss(),
-            "guidance_r2": self.watch.guidance_r2(),
+            self.r2: self.watch.guidance_r2(),
             "gradient_accumulation_steps": self.parts,
             "processes": self.accelerator.num_processes,
             "peak_memory": peak_memory(self.model.device),

@@ -6,10 +6,10 @@ Legend: z_t latents (B, C, H, W), α and σ the noise schedule at t as (B, 1, 1,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import DDIMScheduler, SchedulerMixin
 
 from ..engine.schedulers import is_flow
 
@@ -40,12 +40,14 @@ class NoiseSchedule:
         sigmas: `(T,)` float32.
         timesteps: `(T,)`, as the denoiser takes them.
         prediction_type: see `x_from_prediction`.
+        end: α and σ at t = −1, the clean end.
     """
 
     alphas: torch.Tensor
     sigmas: torch.Tensor
     timesteps: torch.Tensor
     prediction_type: str
+    end: tuple[float, float] = (1.0, 0.0)
 
     @classmethod
     def of(cls, scheduler: SchedulerMixin, device: torch.device) -> NoiseSchedule:
@@ -74,13 +76,18 @@ class NoiseSchedule:
     def __len__(self) -> int:
         return len(self.alphas)
 
+    def ending_as(self, scheduler: DDIMScheduler) -> NoiseSchedule:
+        """The same with the end of a sampler's last step: of many models it is a little noise (`set_alpha_to_one`)."""
+        squared = float(scheduler.final_alpha_cumprod)
+        return replace(self, end=(squared**0.5, (1 - squared) ** 0.5))
+
     def at(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """α and σ at timesteps `(B,)`, each `(B, 1, 1, 1)`; t = −1 is the clean end, α = 1 and σ = 0."""
+        """α and σ at timesteps `(B,)`, each `(B, 1, 1, 1)`; at t = −1 those of `end`."""
         clean = (t < 0)[:, None, None, None]
         alpha, sigma = self.alphas[t.clamp(min=0)], self.sigmas[t.clamp(min=0)]
         return (
-            torch.where(clean, 1.0, alpha[:, None, None, None]),
-            torch.where(clean, 0.0, sigma[:, None, None, None]),
+            torch.where(clean, self.end[0], alpha[:, None, None, None]),
+            torch.where(clean, self.end[1], sigma[:, None, None, None]),
         )
 
     def log_snr(self, *timesteps: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -167,6 +174,23 @@ def ddim_step(
         z at the next timestep: α' x̂ + σ' ε̂ with ε̂ = (z_t − α x̂) / σ.
     """
     return alpha_next * x + sigma_next * (z_t - alpha * x) / sigma
+
+
+def x_of_ddim_step(
+    z_t: torch.Tensor,
+    z_next: torch.Tensor,
+    alpha: torch.Tensor,
+    sigma: torch.Tensor,
+    alpha_next: torch.Tensor,
+    sigma_next: torch.Tensor,
+) -> torch.Tensor:
+    """The x̂ with which one `ddim_step` leads from z_t to z_next.
+
+    x̃ = (z'' − (σ''/σ) z) / (α'' − (σ''/σ) α): the target of progressive distillation (Salimans & Ho 2022, algorithm 2),
+    where z'' is two steps of the teacher away.
+    """
+    ratio = sigma_next / sigma
+    return (z_next - ratio * z_t) / (alpha_next - ratio * alpha)
 
 
 def dpm_solver_2m(

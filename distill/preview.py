@@ -17,6 +17,7 @@ from ..engine.pictures import labelled_grid
 from ..engine.runners import TorchRunner
 from ..engine.sampling import default_batch_size, generate, to_uint8
 from .config import DistillConfig
+from .few_steps import SAMPLER, SPACING
 
 PREVIEW_STEPS = 20
 
@@ -35,7 +36,10 @@ class AutocastRunner(TorchRunner):
 
 
 class Preview:
-    """Draws a grid of one row per prompt, by DDIM in `PREVIEW_STEPS` steps; the teacher's columns are drawn once."""
+    """Draws a grid of one row per prompt, by DDIM in `PREVIEW_STEPS` steps or as many as a few-step student takes.
+
+    The teacher's columns are drawn once.
+    """
 
     def __init__(
         self,
@@ -44,6 +48,7 @@ class Preview:
         prompts: list[str],
         config: DistillConfig,
         *,
+        steps: int | None = None,
         autocast: Callable[[], AbstractContextManager[None]],
         note: Callable[[str], None],
         text: TextEmbeddings | None = None,
@@ -55,11 +60,13 @@ class Preview:
             adapter: switched off for the teacher's columns.
             prompts: a handful.
             config: names the method and the guidance; both ends of a range are drawn.
+            steps: of a few-step student, for all columns.
             autocast: the run's precision.
             note: callback for warnings.
             text: embeddings of the prompts, where the model has no text encoders.
         """
         self.note, self.text = note, text
+        self.steps, self.spacing = steps or PREVIEW_STEPS, SPACING if steps else None
         self.model, self.adapter, self.prompts, self.config = model, adapter, prompts, config
         self.scales = sorted(set(config.guidance_bounds))
         self.runner = AutocastRunner(model, autocast)
@@ -82,8 +89,8 @@ class Preview:
             generate,
             self.model,
             text=text,
-            make_scheduler=partial(self.model.make_scheduler, "ddim"),
-            steps=PREVIEW_STEPS,
+            make_scheduler=partial(self.model.make_scheduler, SAMPLER, spacing=self.spacing),
+            steps=self.steps,
             seed=0,
             batch_size=default_batch_size(self.model),
         )

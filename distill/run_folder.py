@@ -18,6 +18,7 @@ from ..engine.student import INFO_FILE, StudentInfo, read_student
 from ..engine.versions import versions
 from .checkpoint import CheckpointError, TrainingState, load_training_state
 from .config import DistillConfig
+from .few_steps import SAMPLER, SPACING, STAGES
 from .images import ImageData
 from .loop import CHECKPOINT_FILE, Observers, Run
 
@@ -65,6 +66,8 @@ def identity(files: ModelFiles, config: DistillConfig, images: ImageData | None)
         parts["prompts"] = sha256_of(config.prompts)
     if images is not None and images.files:
         parts["images"] = hashlib.sha256(json.dumps(images.content()).encode()).hexdigest()
+    if config.start_from:
+        parts["start_from"] = read_student(config.start_from).adapter_sha256
     return config.as_json() | {f"{name}_sha256": value for name, value in parts.items()}
 
 
@@ -75,7 +78,9 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
         # Runs from before there were guiders are of plain classifier-free guidance.
         values = values | {"guider": values.get("guider") or "cfg"}
         # Of files the content counts; a dataset on the hub has its name alone.
-        return values | {"prompts": None} | ({"images": None} if values.get("images_sha256") else {})
+        return (
+            values | {"prompts": None, "start_from": None} | ({"images": None} if values.get("images_sha256") else {})
+        )
 
     old, new = comparable(before), comparable(now)
     changed = sorted(key for key in new.keys() | old.keys() if old.get(key) != new.get(key))
@@ -91,7 +96,7 @@ def begin(folder: Path, identity: dict[str, Any], observers: Observers) -> None:
     """An empty work folder with the run's settings; an earlier run that could be resumed is set aside, not lost."""
     if folder.exists():
         with exclusive_lock(folder):
-            if (folder / CHECKPOINT_FILE).exists():
+            if (folder / CHECKPOINT_FILE).exists() or any(folder.glob(f"{STAGES}/*")):
                 aside = folder.with_suffix(".abandoned")
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.replace(aside)
@@ -140,6 +145,11 @@ def write_student(run: Run, *, identity: dict[str, Any], result: dict[str, Any])
         assert isinstance(inner, Lora)
         inner.save_kohya(folder)
     low, high = config.guidance_bounds
+    sampling: dict[str, Any] = {}
+    if run.frozen:
+        stage = run.frozen.stage
+        sampling = {"sampler": SAMPLER, "steps": stage.steps, "timestep_spacing": SPACING}
+        result = stage.with_budgets(result)
     info = StudentInfo(
         method=config.method,
         guidance=(low + high) / 2,
@@ -148,6 +158,7 @@ def write_student(run: Run, *, identity: dict[str, Any], result: dict[str, Any])
         live_negative_prompt=config.live_negative_prompt,
         guider=run.guider.name,
         guider_settings=run.guider.settings,
+        **sampling,
         model=run.model.files.name,
         denoiser_sha256=identity["denoiser_sha256"],
         adapter_files={path.name: sha256_of(path) for path in paths},

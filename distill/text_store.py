@@ -89,7 +89,7 @@ class TextStore:
         """A stock pipeline of tokenizers and text encoders; of the other parts it has the configurations."""
         files, family = self.files, self.files.family
         index = read_json(files.folder / "model_index.json")
-        stand_in = {"dtype": self.dtype, "device": device}
+        stand_in: dict[str, Any] = {"dtype": self.dtype, "device": device}
         components: dict[str, Any] = {
             family.denoiser: _StandIn(config=FrozenDict(files.denoiser_config), **stand_in),
             "vae": _StandIn(config=FrozenDict(read_json(files.folder / "vae" / "config.json")), **stand_in),

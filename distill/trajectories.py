@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,7 +90,7 @@ class Trajectories(Source):
         """See `Source.batch`: this process's part of the pool."""
         own, where = self.share.members, self.z_t.device
         rows = slice(own.start, own.stop)
-        self.t = self.position.round().long()
+        self.t = self._timesteps(self.position)
         return Batch(
             z_t=self.z_t,
             t=self.t[rows].to(where),
@@ -100,13 +101,17 @@ class Trajectories(Source):
             guidance=self.guidance[rows].to(where),
         )
 
+    def _timesteps(self, position: torch.Tensor) -> torch.Tensor:
+        """The pool's timesteps at positions; −1 at the end."""
+        return position.round().long().clamp(min=-1)
+
     @torch.no_grad()
     def advance(self, teacher_x: torch.Tensor) -> None:
         """Step every member with the teacher; replace those that have arrived."""
         own = self.share.members
         rows = slice(own.start, own.stop)
         self.position = self.position - torch.where(self.t_previous < 0, self.first_stride, self.stride)
-        t_next = self.position.round().long().clamp(min=-1)
+        t_next = self._timesteps(self.position)
         t, before, after, multistep = (
             x[rows].to(self.z_t.device) for x in (self.t, self.t_previous, t_next, self.multistep)
         )
@@ -142,3 +147,25 @@ class Trajectories(Source):
         self.z_t, self.x_previous = state["z_t"][rows].to(where), state["x_previous"][rows].to(where)
         self.position, self.t_previous = state["position"], state["t_previous"]
         self.started = int(state["started"])
+
+
+class GridTrajectories(Trajectories):
+    """Trajectories by DDIM on one grid of timesteps: what a few-step student is trained on.
+
+    Positions are indices of the grid. The pool's first trajectories are given up after 1, 2, … steps, so that from then
+    on a batch has all timesteps of the grid.
+    """
+
+    def __init__(self, *args: Any, timesteps: Sequence[int], **options: Any) -> None:
+        self.grid = torch.tensor([*timesteps, -1])
+        super().__init__(*args, **options)
+
+    def _begin(self, member: int, number: int) -> None:
+        super()._begin(member, number)
+        self.position[member], self.stride[member], self.multistep[member] = 0, -1, False
+
+    def _timesteps(self, position: torch.Tensor) -> torch.Tensor:
+        steps = len(self.grid) - 1
+        first = self.number < self.share.batch_size
+        given_up = first & (position > self.number % steps)
+        return torch.where(given_up, -1, self.grid[position.long().clamp(max=steps)])

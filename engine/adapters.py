@@ -69,6 +69,14 @@ class Adapter(ABC):
             SafetensorError, RuntimeError, ValueError, KeyError: it does not fit.
         """
 
+    @abstractmethod
+    def read(self, folder: Path) -> None:
+        """Take over what `save` wrote, to be trained further.
+
+        Raises:
+            SafetensorError, RuntimeError, ValueError, KeyError: it does not fit.
+        """
+
     @staticmethod
     def merge(denoiser: Any) -> None:
         """Fold what `load` put onto a denoiser into its weights; nothing where it is there already, or stays as a hook.
@@ -79,17 +87,38 @@ class Adapter(ABC):
 
     def restore(self, weights: dict[str, torch.Tensor]) -> None:
         """Take over trained parameters by name; a ValueError where names or shapes are not this adapter's."""
-        _copy_by_name(self.parameters(), weights)
+        copy_by_name(self.parameters(), weights)
+
+    @contextmanager
+    def swapped(self, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+        """A context in which the UNet has other trained parameters, by name: those of a frozen student."""
+        own = {name: parameter.data for name, parameter in self.parameters().items()}
+        try:
+            for name, parameter in self.parameters().items():
+                parameter.data = weights[name]
+            yield
+        finally:
+            for name, parameter in self.parameters().items():
+                parameter.data = own[name]
 
 
 @torch.no_grad()
-def _copy_by_name(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor]) -> None:
+def copy_by_name(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor]) -> None:
+    """Fill parameters with tensors of the same names and shapes; a ValueError where they are others."""
     if weights.keys() != parameters.keys():
         raise ValueError(f"its {len(weights)} tensors are of another adapter, not the {len(parameters)} of this one")
     for name, parameter in parameters.items():
         if weights[name].shape != parameter.shape:
             raise ValueError(f"{name} has shape {tuple(weights[name].shape)}, not {tuple(parameter.shape)}")
         parameter.copy_(weights[name])
+
+
+def _lora_tensors(folder: str | Path, prefix: str) -> dict[str, torch.Tensor]:
+    """A LoRA file's tensors, whose names begin with a prefix."""
+    tensors = load_file(Path(folder) / LORA_FILE)
+    if not tensors or not all(name.startswith(f"{prefix}.") for name in tensors):
+        raise ValueError(f"{LORA_FILE} is no LoRA of a {prefix}")
+    return tensors
 
 
 def _biases(denoiser: Any) -> dict[str, torch.nn.Parameter]:
@@ -156,11 +185,17 @@ class Lora(Adapter):
 
     @staticmethod
     def load(denoiser: Any, folder: str | Path) -> None:
-        tensors = load_file(Path(folder) / LORA_FILE)
         prefix = _prefix(denoiser)
-        if not tensors or not all(name.startswith(f"{prefix}.") for name in tensors):
-            raise ValueError(f"{LORA_FILE} is no LoRA of a {type(denoiser).__name__}")
-        denoiser.load_lora_adapter(tensors, prefix=prefix, adapter_name=ADAPTER_NAME)
+        denoiser.load_lora_adapter(_lora_tensors(folder, prefix), prefix=prefix, adapter_name=ADAPTER_NAME)
+
+    def read(self, folder: Path) -> None:
+        prefix = _prefix(self.denoiser)
+        saved = {name.removeprefix(f"{prefix}."): tensor for name, tensor in _lora_tensors(folder, prefix).items()}
+        # By peft's names, as `state_dict` has them, where peft has the adapter's name in between.
+        ours = {name.replace(f".{ADAPTER_NAME}", ""): name for name in self._names}
+        named = {ours.get(name, ours.get(f"{name}.weight", name)): tensor for name, tensor in saved.items()}
+        scale = self.config.lora_alpha / self.config.r
+        self.restore({name: tensor / scale if ".lora_B." in name else tensor for name, tensor in named.items()})
 
     @staticmethod
     @torch.no_grad()
@@ -232,7 +267,10 @@ class BitFit(Adapter):
     @staticmethod
     def load(denoiser: Any, folder: str | Path) -> None:
         """See `Adapter.load`: every bias of the denoiser is replaced."""
-        _copy_by_name(_biases(denoiser), load_file(Path(folder) / BITFIT_FILE))
+        copy_by_name(_biases(denoiser), load_file(Path(folder) / BITFIT_FILE))
+
+    def read(self, folder: Path) -> None:
+        self.load(self.denoiser, folder)
 
 
 class SoftPromptHook(torch.nn.Module):
@@ -287,6 +325,9 @@ class SoftPrompt(Adapter):
                 f"its tokens have shape {tuple(tokens.shape)}, not (k, {denoiser.config.cross_attention_dim})"
             )
         SoftPromptHook(denoiser, tokens).requires_grad_(False)
+
+    def read(self, folder: Path) -> None:
+        self.restore({"soft_prompt.tokens": load_file(folder / SOFT_PROMPT_FILE)["tokens"]})
 
 
 def adapter_class(method: str) -> type[Adapter]:

@@ -26,11 +26,12 @@ def generate(
 ) -> None:
     """Draw images with the student in one pass per step; with [bold]--teacher[/], in two."""
     quiet_libraries()
-    from .generate import draw
+    from .generate import draw, resolve
     from .model import locate
 
     config = config_from(GenerateConfig, options, prompts=[prompt for prompt in prompts for _ in range(count)])
     files = None if config.on_engine else locate(embedded.MODEL_NAME if config.model is None else config.model)
+    config = resolve(files, config)
     action = "compiling, then drawing" if config.runner == "compiled" else "drawing"
     notes: list[str] = []
     with progress_bar(action, config.total_steps) as advance:

@@ -13,7 +13,7 @@ import typer
 
 from .errors import InputError
 from .guiders import GuiderOptions
-from .options import SamplerOption, SeedOption, StepsOption, check_text, refuse_unused
+from .options import STEPS, SeedOption, StudentsSamplerOption, StudentsStepsOption, check_text, refuse_unused
 
 EXPORTED = ("onnx", "tensorrt")
 """Runners that execute an exported engine."""
@@ -82,8 +82,8 @@ class GenerateConfig(GuiderOptions):
         Literal["fp32", "fp16"] | None,
         typer.Option(show_default="what the device is faster at", help="Precision of the onnx runner."),
     ] = None
-    sampler: SamplerOption = "ddim"
-    steps: StepsOption = 20
+    sampler: StudentsSamplerOption = None
+    steps: StudentsStepsOption = None
     batch_size: Annotated[
         int | None,
         typer.Option(min=1, show_default="8, fewer above 512 pixels", help="Images denoised together."),
@@ -129,4 +129,4 @@ class GenerateConfig(GuiderOptions):
     @property
     def total_steps(self) -> int:
         """Denoising steps over all images."""
-        return len(self.prompts) * self.steps
+        return len(self.prompts) * (self.steps or STEPS)

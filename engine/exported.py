@@ -189,14 +189,21 @@ class Engine(AbstractContextManager["Engine"]):
         text = model.family.encode(model.pipeline, prompts, negative_prompt=negatives or None)
         return text.to(model.denoiser.dtype)
 
+    def _sampling(self, sampler: str | None, steps: int | None) -> tuple[str, int]:
+        """The sampler and the number of steps; an InputError where the student takes others."""
+        distilled, schedule = self.manifest.distilled, self.model.pipeline.scheduler.config
+        sampler, steps = distilled.choose_sampling(sampler, steps)
+        check_steps(schedule, [sampler], [steps], spacing=distilled.timestep_spacing)
+        return sampler, steps
+
     def __call__(
         self,
         prompts: str | Sequence[str],
         *,
         negative_prompt: str | Sequence[str] | None = None,
-        steps: int = 20,
+        steps: int | None = None,
         seed: int = 0,
-        sampler: str = "ddim",
+        sampler: str | None = None,
         guidance: float | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -209,14 +216,13 @@ class Engine(AbstractContextManager["Engine"]):
         """
         if batch_size is not None and batch_size < 1:
             raise InputError(f"the batch size {batch_size} can't be used: it must be at least 1")
-        schedule = self.model.pipeline.scheduler.config
-        check_steps(schedule, [sampler], [steps])
+        sampler, steps = self._sampling(sampler, steps)
         model = self.sized(height, width)
         drawn = batches(
             model,
             self.denoiser(guidance),
             text=self.encode(prompts, negative_prompt=negative_prompt, model=model),
-            make_scheduler=partial(model.make_scheduler, sampler),
+            make_scheduler=partial(model.make_scheduler, sampler, spacing=self.manifest.distilled.timestep_spacing),
             steps=steps,
             seed=seed,
             batch_size=batch_size or default_batch_size(model),
@@ -228,9 +234,9 @@ class Engine(AbstractContextManager["Engine"]):
         prompts: str | Sequence[str],
         *,
         negative_prompt: str | Sequence[str] | None = None,
-        steps: int = 20,
+        steps: int | None = None,
         seed: int = 0,
-        sampler: str = "ddim",
+        sampler: str | None = None,
         guidance: float | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -240,9 +246,9 @@ class Engine(AbstractContextManager["Engine"]):
         Args:
             prompts: one image each; image i starts from the noise of `seed + i`.
             negative_prompt: for a student of live negative prompts: one for all, or one per image.
-            steps: sampling steps.
+            steps: sampling steps; None takes a few-step student's own, else 20.
             seed: see `prompts`.
-            sampler: a name in `schedulers.SAMPLERS`.
+            sampler: a name in `schedulers.SAMPLERS`; None takes a few-step student's own, else "ddim".
             guidance: scale for a guidance-conditioned student; None takes its default.
             height: height of the images in pixels, within what the engine was exported for; None takes the engine's.
             width: likewise.
@@ -250,8 +256,7 @@ class Engine(AbstractContextManager["Engine"]):
         Raises:
             InputError: a prompt is empty, the sampler is unknown, or the student or the engine is not made for this.
         """
-        schedule = self.model.pipeline.scheduler.config
-        check_steps(schedule, [sampler], [steps])
+        sampler, steps = self._sampling(sampler, steps)
         model = self.sized(height, width)
         text = self.encode(prompts, negative_prompt=negative_prompt, model=model)
         noise = initial_noise(model.latent_shape, count=len(text), seed=seed)
@@ -259,7 +264,7 @@ class Engine(AbstractContextManager["Engine"]):
             self.denoiser(guidance),
             text=text,
             noise=noise.to(model.device, text.conditional.dtype),
-            scheduler=model.make_scheduler(sampler),
+            scheduler=model.make_scheduler(sampler, spacing=self.manifest.distilled.timestep_spacing),
             steps=steps,
         )
         finite = []

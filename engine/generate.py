@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from .guidance import Denoiser, GuidedDenoiser, teacher_denoiser
 from .manifest import read_manifest
 from .merge import fold_student
 from .model import Model, ModelFiles, load, resolve_device
+from .options import SAMPLER, STEPS
 from .prompts import cut_note
 from .runners import Runner, TorchRunner
 from .sampling import batches, default_batch_size, to_pil
@@ -46,6 +47,30 @@ class Sampling:
     model: Model
     denoiser: Denoiser
     text: TextEmbeddings
+    spacing: str | None = None
+
+
+def resolve(files: ModelFiles | None, config: GenerateConfig) -> GenerateConfig:
+    """With sampler and steps filled in: a few-step student's own, or the defaults.
+
+    Raises:
+        InputError: student or engine can't be read, or can't take them; or the model's schedule has too few timesteps.
+    """
+    distilled = None
+    if config.on_engine:
+        folder = config.engine or Path("outputs/engine")
+        distilled, schedule = read_manifest(folder).distilled, scheduler_of(folder).config
+    elif files is None:
+        raise InputError(f"the runner {config.runner} needs a model")
+    else:
+        schedule = files.scheduler_config
+        if not config.teacher:
+            distilled = read_student(config.student or Path("outputs/student"), files)
+    spacing = distilled.timestep_spacing if distilled else None
+    chosen: tuple[Any, int] = (config.sampler or SAMPLER, config.steps or STEPS)
+    sampler, steps = distilled.choose_sampling(config.sampler, config.steps) if distilled else chosen
+    check_steps(schedule, [sampler], [steps], spacing=spacing)
+    return replace(config, sampler=sampler, steps=steps)
 
 
 @contextmanager
@@ -57,14 +82,12 @@ def open_engine(config: GenerateConfig, device: str) -> Iterator[Sampling]:
         manifest.check_student(read_student(config.student), engine=folder)
     negative_prompt = manifest.distilled.choose_negative_prompt(config.negative_prompt)
     manifest.distilled.check_guider(config)
-    check_steps(scheduler_of(folder).config, [config.sampler], [config.steps])
     with Engine.load(folder, runner=config.runner, device=device, precision=config.precision) as engine:
         model = engine.sized(config.height, config.width)
         # `draw` says what is cut, where `Engine.encode` would warn.
-        text = model.family.encode(model.pipeline, config.prompts, negative_prompt=negative_prompt).to(
-            model.denoiser.dtype
-        )
-        yield Sampling(model=model, denoiser=engine.denoiser(config.guidance), text=text)
+        text = model.family.encode(model.pipeline, config.prompts, negative_prompt=negative_prompt)
+        spacing, dtype = manifest.distilled.timestep_spacing, model.denoiser.dtype
+        yield Sampling(model=model, denoiser=engine.denoiser(config.guidance), text=text.to(dtype), spacing=spacing)
 
 
 def load_sized(files: ModelFiles, config: GenerateConfig, device: torch.device) -> Model:
@@ -118,7 +141,7 @@ def open_student(files: ModelFiles, config: GenerateConfig, device: torch.device
         model.denoiser.set_adapters(ADAPTER_NAME, config.lora_scale)
     denoiser = info.denoiser(IN_TORCH[config.runner](model.denoiser), config.guidance)
     text = model.family.encode(model.pipeline, config.prompts, negative_prompt=negative_prompt)
-    return Sampling(model=model, denoiser=denoiser, text=text)
+    return Sampling(model=model, denoiser=denoiser, text=text, spacing=info.timestep_spacing)
 
 
 def draw(
@@ -145,19 +168,19 @@ def draw(
     Raises:
         InputError: the student, the engine or the output can't be used.
     """
-    if files is not None:
-        check_steps(files.scheduler_config, [config.sampler], [config.steps])
+    config = resolve(files, config)
+    assert config.sampler is not None
+    assert config.steps is not None
     check_output(output)
     opened: AbstractContextManager[Sampling]
     if config.on_engine:
         opened = open_engine(config, device)
-    elif files is not None:
+    else:
+        assert files is not None
         target = resolve_device(device)
         if config.runner == "compiled" and (reason := missing_compiler(target)):
             raise BoostDiffError(reason)
         opened = nullcontext((open_teacher if config.teacher else open_student)(files, config, target))
-    else:
-        raise InputError(f"the runner {config.runner} needs a model")
     paths: list[Path] = []
     with opened as sampling:
         prepare_output(output)
@@ -168,7 +191,7 @@ def draw(
             sampling.model,
             sampling.denoiser,
             text=sampling.text,
-            make_scheduler=partial(sampling.model.make_scheduler, config.sampler),
+            make_scheduler=partial(sampling.model.make_scheduler, config.sampler, spacing=sampling.spacing),
             steps=config.steps,
             seed=config.seed,
             batch_size=config.batch_size or default_batch_size(sampling.model),

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from .adapters import Adapter, BitFit, Lora, SoftPrompt
+from .adapters import Adapter, BitFit, Lora, SoftPrompt, copy_by_name
 from .errors import InputError
 from .families import family_of_denoiser
 from .guidance import smooth_columns
@@ -65,6 +65,12 @@ class GuidanceConditioned(Adapter):
         if weight.shape != projection.weight.shape:
             raise ValueError(f"its guidance embedding has shape {tuple(weight.shape)}")
         projection.weight.copy_(weight)
+
+    def read(self, folder: Path) -> None:
+        self.inner.read(folder)
+        weights = load_file(folder / GUIDANCE_FILE)
+        name = "time_embedding.cond_proj.weight"
+        copy_by_name({name: self.denoiser.get_parameter(name)}, weights)
 
 
 def add_guidance_embedding(unet: UNet2DConditionModel, width: int = GUIDANCE_WIDTH) -> torch.nn.Linear:

@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from safetensors.torch import load_file, save_file
 
-from .adapters import Adapter
+from .adapters import Adapter, copy_by_name
 from .conditions import BOTH_TEXTS
 from .errors import InputError
 
@@ -169,17 +169,14 @@ class LiveNegative(Adapter):
     @torch.no_grad()
     def load(unet: UNet2DConditionModel, folder: str | Path) -> None:
         """See `Adapter.load`, of the scales; the other adapter has a file of its own."""
-        tensors = load_file(Path(folder) / LIVE_FILE)
         processors = attach(unet)
-        parameters = _scales(processors)
-        if tensors.keys() != parameters.keys():
-            raise KeyError(f"its {len(tensors)} attention scales are not the {len(parameters)} of the UNet")
-        for name, parameter in parameters.items():
-            if parameter.shape != tensors[name].shape:
-                raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}")
-            parameter.copy_(tensors[name])
+        copy_by_name(_scales(processors), load_file(Path(folder) / LIVE_FILE))
         for processor in processors.values():
             processor.to(unet.dtype).requires_grad_(False)
+
+    def read(self, folder: Path) -> None:
+        self.inner.read(folder)
+        copy_by_name(_scales(self.processors), load_file(folder / LIVE_FILE))
 
 
 def _scales(processors: dict[str, LiveNegativeAttention]) -> dict[str, torch.nn.Parameter]:

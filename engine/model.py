@@ -154,10 +154,10 @@ class Model:
         """(channels, height, width) of one image's latents."""
         return self.family.latent_shape(self.denoiser.config)
 
-    def make_scheduler(self, sampler: str) -> SchedulerMixin:
+    def make_scheduler(self, sampler: str, *, spacing: str | None = None) -> SchedulerMixin:
         """A fresh scheduler for images of the model's size, see `schedulers.make_scheduler`."""
         config = self.pipeline.scheduler.config
-        return make_scheduler(sampler, config, **self.family.timesteps(config, self.latent_shape))
+        return make_scheduler(sampler, config, spacing=spacing, **self.family.timesteps(config, self.latent_shape))
 
 
 def resolve_device(name: str) -> torch.device:

@@ -29,6 +29,16 @@ EngineOption = Annotated[Path, typer.Option("--engine", help="Folder that `boost
 OutputOption = Annotated[Path, typer.Option("--output", help="Folder to write.")]
 SamplerOption = Annotated[Literal["ddim", "dpm++", "unipc", "euler"], typer.Option("--sampler", help="Sampler.")]
 StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Sampling steps.")]
+STEPS, SAMPLER = 20, "ddim"
+"""Where neither the user nor a few-step student says."""
+StudentsSamplerOption = Annotated[
+    Literal["ddim", "dpm++", "unipc", "euler"] | None,
+    typer.Option("--sampler", show_default=f"{SAMPLER}; a few-step student's own", help="Sampler."),
+]
+StudentsStepsOption = Annotated[
+    int | None,
+    typer.Option("--steps", min=1, show_default=f"{STEPS}; a few-step student's own", help="Sampling steps."),
+]
 # The number of an image, and bench's distance to other seeds, are added to it within 64 bits.
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of everything random.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")]

@@ -173,6 +173,7 @@ def make_scheduler(
     *,
     mu: float | None = None,
     sigmas: Callable[[int], Sequence[float]] | None = None,
+    spacing: str | None = None,
 ) -> SchedulerMixin:
     """A scheduler of `SAMPLERS` with the noise schedule and timesteps of the model's scheduler configuration.
 
@@ -181,6 +182,7 @@ def make_scheduler(
         config: configuration of the model's scheduler.
         mu: dynamic shift of a flow-matching model, which depends on the image size; see `Family.timesteps`.
         sigmas: gives the noise levels that a stock pipeline passes for a number of steps, if it passes any.
+        spacing: timestep spacing of a few-step student, whatever the configuration says.
 
     Raises:
         InputError: the name is unknown.
@@ -197,6 +199,8 @@ def make_scheduler(
     if name == "ddim" and taken.get("timestep_spacing") == "linspace":
         # Its last timestep is 0, from where DDIM has nowhere to go.
         del taken["timestep_spacing"]
+    if spacing is not None:
+        taken["timestep_spacing"] = spacing
     parameters = inspect.signature(scheduler_class).parameters
     return scheduler_class(**{key: value for key, value in taken.items() if key in parameters}, **settings)
 
@@ -290,13 +294,16 @@ def _check_flow_schedule(class_name: str, config: Mapping[str, Any]) -> None:
         raise InputError(f"shift {config.get('shift', config.get('flow_shift'))!r} can't be used: it must be above 0")
 
 
-def check_steps(config: Mapping[str, Any], samplers: Iterable[str], steps: Iterable[int]) -> None:
+def check_steps(
+    config: Mapping[str, Any], samplers: Iterable[str], steps: Iterable[int], *, spacing: str | None = None
+) -> None:
     """Refuse, by an InputError, numbers of steps for which one of the samplers has no timesteps in a model's schedule.
 
-    `config` is the configuration of the model's scheduler.
+    `config` is the configuration of the model's scheduler, `spacing` a few-step student's.
     """
     for name in samplers:
-        scheduler = make_scheduler(name, config, mu=1.0 if config.get("use_dynamic_shifting") else None)
+        mu = 1.0 if config.get("use_dynamic_shifting") else None
+        scheduler = make_scheduler(name, config, mu=mu, spacing=spacing)
         for number in steps:
             if not _fits(scheduler, number):
                 count = scheduler.config.num_train_timesteps

@@ -17,8 +17,13 @@ from .guidance_input import GuidanceConditioned
 from .guiders import Guider, GuiderOptions, check_guider
 from .live_negative import LiveNegative
 from .model import ModelFiles
+from .options import SAMPLER, STEPS
+from .schedulers import SAMPLERS, SPACINGS
 
 INFO_FILE = "student.json"
+
+FEW_STEPS = ("sampler", "steps", "timestep_spacing")
+"""What `student.json` says of a few-step student's sampling; null of others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,9 @@ class Distilled:
         live_negative_prompt: whether the student takes any negative prompt, at each image.
         guider: the teacher's, a key of `guiders.GUIDERS`.
         guider_settings: its settings.
+        sampler: the only sampler of a few-step student, else None, as for `steps` and `timestep_spacing`.
+        steps: the only number of sampling steps.
+        timestep_spacing: spacing of these steps' timesteps, whatever the model's scheduler says.
     """
 
     method: str
@@ -42,13 +50,20 @@ class Distilled:
     live_negative_prompt: bool = False
     guider: str = "cfg"
     guider_settings: dict[str, Any] = field(default_factory=dict)
+    sampler: str | None = None
+    steps: int | None = None
+    timestep_spacing: str | None = None
 
     @property
     def more_than_lora(self) -> str:
-        """What makes a student at LoRA scale 0 another model than the base, in a word; "" where nothing does."""
+        """What makes a student at LoRA scale 0 another model than the base, in a word; "" where nothing does.
+
+        Of a few-step student it is the base, but with too few steps.
+        """
         found = {
             "guidance-conditioned": self.guidance_range is not None,
             "live negative prompt": self.live_negative_prompt,
+            "few-step": self.steps is not None,
             # A DoRA's magnitudes stay.
             self.method: self.method != "lora",
         }
@@ -109,6 +124,22 @@ class Distilled:
             )
         return None
 
+    def choose_sampling(self, sampler: str | None, steps: int | None) -> tuple[Any, int]:
+        """Sampler and steps: what was asked for, else a few-step student's own, else the defaults.
+
+        Raises:
+            InputError: a few-step student is asked for others.
+        """
+        if self.steps is None:
+            return sampler or SAMPLER, steps or STEPS
+        if sampler not in (None, self.sampler) or steps not in (None, self.steps):
+            asked = f"{steps or self.steps} steps of {sampler or self.sampler}"
+            raise InputError(
+                f"this few-step student was distilled for {self.steps} steps of {self.sampler} and can't make {asked}: "
+                "leave --steps and --sampler out, distill another, or pass --teacher"
+            )
+        return self.sampler, self.steps
+
     def check_guider(self, options: GuiderOptions) -> None:
         """Refuse a guider, or a setting of it, that the student was not distilled with; what is left out is its own.
 
@@ -166,8 +197,13 @@ def _usable(values: dict[str, Any]) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value < math.inf
 
     scales, files, settings = values["guidance_range"], values["adapter_files"], values["guider_settings"]
+    sampler, steps, spacing = (values[name] for name in FEW_STEPS)
     return (
-        all(
+        (
+            (sampler, steps, spacing) == (None, None, None)
+            or (sampler in SAMPLERS and type(steps) is int and steps >= 1 and spacing in SPACINGS)
+        )
+        and all(
             isinstance(values[name], str)
             for name in ("method", "negative_prompt", "guider", "model", "denoiser_sha256")
         )
@@ -196,8 +232,9 @@ def read_student(folder: Path, files: ModelFiles | None = None) -> StudentInfo:
     # Students of earlier versions have no hash.
     if (digest := values.pop("sha256", None)) and hash_of(values) != digest:
         raise InputError(f"{folder / INFO_FILE} is damaged (its own SHA-256 differs): distill again")
-    # Nor have those from before live negative prompts and guiders, which are of plain classifier-free guidance.
+    # Nor have those from before live negative prompts, guiders (they are of plain guidance) and few steps all names.
     earlier: dict[str, Any] = {"live_negative_prompt": False, "guider": "cfg", "guider_settings": {}}
+    earlier |= dict.fromkeys(FEW_STEPS)
     values = earlier | values
     if "unet_sha256" in values:
         values["denoiser_sha256"] = values.pop("unet_sha256")

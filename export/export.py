@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from ..engine.memory import give_back_memory
 from ..engine.merge import TIMESTEPS, merge_in_place
 from ..engine.model import Model, ModelFiles, keep_attention_in_fp32, load, resolve_device
 from ..engine.sessions import OnnxSession
-from ..engine.student import StudentInfo, read_student
+from ..engine.student import Distilled, StudentInfo, read_student
 from ..engine.trt import TensorRTSession, check_plan
 from ..engine.versions import versions
 from .config import ExportConfig
@@ -94,7 +94,7 @@ def export(
             precisions = config.precisions(model.denoiser.num_parameters())
             if flavour is not None:
                 report(f"building with {flavour.name}: {flavour.reason}")
-            reference = draw_reference(model, config, guidance=info.guidance)
+            reference = draw_reference(model, config, info)
             for part in _parts(model, config, precisions):
                 _export_part(part, folder, manifest, precisions, report)
                 if flavour is not None:
@@ -110,15 +110,8 @@ def _intended(files: ModelFiles, info: StudentInfo, config: ExportConfig, flavou
         model=files.name,
         inputs={"denoiser": info.denoiser_sha256, "adapter": info.adapter_sha256, **files.other_sha256()},
         options=config.as_json() | {"flavour": flavour.name if flavour else None},
-        student={
-            "method": info.method,
-            "guidance": info.guidance,
-            "guidance_range": list(info.guidance_range) if info.guidance_range else None,
-            "negative_prompt": info.negative_prompt,
-            "live_negative_prompt": info.live_negative_prompt,
-            "guider": info.guider,
-            "guider_settings": info.guider_settings,
-        },
+        student={field.name: getattr(info, field.name) for field in fields(Distilled)}
+        | {"guidance_range": list(info.guidance_range) if info.guidance_range else None},
         denoiser=files.family.denoiser,
         denoiser_config={},
         versions=versions("tensorrt", "tensorrt_rtx") if flavour else versions(),

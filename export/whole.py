@@ -23,6 +23,7 @@ from ..engine.memory import give_back_memory
 from ..engine.model import LARGE_PARAMETERS, Model
 from ..engine.runners import available_runners
 from ..engine.sampling import decode, initial_noise
+from ..engine.student import Distilled
 from .config import ExportConfig
 from .parts import latent_sizes
 
@@ -53,11 +54,8 @@ class Reference:
 
 
 @torch.inference_mode()
-def draw_reference(model: Model, config: ExportConfig, *, guidance: float) -> Reference | None:
-    """Draw by the stock pipeline of the merged student, in float32; None where it draws no image of the smallest size.
-
-    `guidance` is for a guidance-conditioned student.
-    """
+def draw_reference(model: Model, config: ExportConfig, student: Distilled) -> Reference | None:
+    """Draw by the stock pipeline of the merged student, in float32; None where it can't draw the smallest size."""
     pipeline, size = model.pipeline, latent_sizes(model, config)[0]
     height, width = (side * pipeline.vae_scale_factor for side in size)
     if height % PIXEL_MULTIPLE or width % PIXEL_MULTIPLE:
@@ -68,13 +66,16 @@ def draw_reference(model: Model, config: ExportConfig, *, guidance: float) -> Re
         states.append(tensors["latents"].float().cpu())
         return {}
 
-    scheduler, pipeline.scheduler = pipeline.scheduler, model.make_scheduler(SAMPLER)
+    scheduler, (sampler, steps) = pipeline.scheduler, _sampling(student)
+    pipeline.scheduler = model.make_scheduler(sampler, spacing=student.timestep_spacing)
     image = pipeline(
         **_text(model),
         height=height,
         width=width,
-        num_inference_steps=STEPS,
-        **model.family.stock_guidance(1.0 if model.denoiser.config.get("time_cond_proj_dim") is None else guidance),
+        num_inference_steps=steps,
+        **model.family.stock_guidance(
+            1.0 if model.denoiser.config.get("time_cond_proj_dim") is None else student.guidance
+        ),
         latents=initial_noise((model.latent_shape[0], *size), count=1, seed=SEED).to(model.device),
         output_type="pt",
         callback_on_step_end=keep,
@@ -82,6 +83,11 @@ def draw_reference(model: Model, config: ExportConfig, *, guidance: float) -> Re
     pipeline.scheduler = scheduler
     large = model.denoiser.num_parameters() >= LARGE_PARAMETERS
     return Reference(latents=states[-1], image=image.float().cpu(), lean=large)
+
+
+def _sampling(student: Distilled) -> tuple[str, int]:
+    """Sampler and steps: a few-step student's own."""
+    return student.choose_sampling(student.sampler or SAMPLER, student.steps or STEPS)
 
 
 def _text(model: Model) -> dict[str, Any]:
@@ -125,14 +131,15 @@ def compare_engine(
             height, width = (factor * side for side in reference.latents.shape[2:])
             negative_prompt = NEGATIVE_PROMPT if manifest.distilled.live_negative_prompt else None
             size = {"height": height, "width": width}
+            sampler, steps = _sampling(manifest.distilled)
             *_, last = engine.stream(
-                PROMPT, negative_prompt=negative_prompt, steps=STEPS, seed=SEED, sampler=SAMPLER, **size
+                PROMPT, negative_prompt=negative_prompt, steps=steps, seed=SEED, sampler=sampler, **size
             )
             image = decode(last.model, last.latents)
         give_back_memory()
         manifest.pipeline[name] = check = compare_images(
             name, reference, latents=last.latents.float().cpu(), image=image, precision=precision or "fp16"
-        )
+        ) | {"prompt": PROMPT, "steps": steps, "sampler": sampler}
         report(
             f"pipeline: {name} differs from torch by {check['latents']:.1e} of the latents' norm, "
             f"the image by {255 * check['image']:.2f}/255 (RMS), {255 * check['image_max']:.0f}/255 at most"
@@ -158,4 +165,4 @@ def compare_images(
     if wrong := [key for key in allowed if not check[key] <= allowed[key]]:
         differences = " and ".join(f"{key} by {check[key]:.2e} (allowed: {allowed[key]:.0e})" for key in wrong)
         raise BoostDiffError(f"the engine as a whole ({name}) differs from the torch pipeline: {differences}")
-    return check | {"allowed": allowed, "prompt": PROMPT, "steps": STEPS, "sampler": SAMPLER}
+    return check | {"allowed": allowed}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from ...engine.terminal import quiet_libraries, run
-from . import full_size, guidance_study, profile, recipes, seeds
+from . import few_steps_study, full_size, guidance_study, profile, recipes, seeds
 from .held_out import TAKES_TRAINING_OPTIONS
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.command(context_settings=TAKES_TRAINING_OPTIONS)(seeds.seeds)
 for study in (
     recipes.recipes,
+    few_steps_study.few_steps,
     guidance_study.guidance_r2,
     guidance_study.effective_guidance,
     profile.profile,

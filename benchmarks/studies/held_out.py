@@ -19,10 +19,11 @@ from ...engine import embedded
 from ...engine.errors import InputError
 from ...engine.files import read_json, write_json
 from ...engine.model import locate
+from ...engine.options import STEPS
 from ...engine.prompts import read_prompts
 from ..config import BenchConfig, Metrics, comma_separated
 from ..quality.samples import SampleCache
-from ..session import Session
+from ..session import Session, with_sampling
 
 Work = Annotated[Path, typer.Option("--work", help="Folder for students and sampled features.")]
 Samples = Annotated[int, typer.Option("--samples", min=4, help="Images per row (N).")]
@@ -62,8 +63,9 @@ def held_out(
     students: Sequence[Path], config: BenchConfig, *, work: Path | None = None
 ) -> Iterator[tuple[Session, SampleCache]]:
     """The embedded model and students on the same held-out prompts, seeds and noise, and the cache of their samples."""
+    config = with_sampling(config, students)
     prompts, metrics = read_prompts(embedded.HELD_OUT_PROMPTS), Metrics().for_model(embedded.MODEL_NAME)
     files = locate(embedded.MODEL_NAME)
     with Session.open(files, config, students=students, guidance=None, prompts=prompts, device="auto") as session:
-        session = session.at(config.sampler, config.steps)
+        session = session.at(str(config.sampler), config.steps or STEPS)
         yield session, session.sample_cache(metrics, folder=work and work / "features")

@@ -512,10 +512,9 @@ def test_what_of_the_data_is_not_used_is_said_once_and_recorded(tiny_files: Mode
 
 
 def test_a_picture_that_would_take_longer_than_the_run_is_left_out(tmp_path: Path) -> None:
-    model = SimpleNamespace(
-        files=SimpleNamespace(name="sd"), denoiser=SimpleNamespace(num_parameters=lambda: 860_000_000)
-    )
-    preview = SimpleNamespace(prompts=["a"] * 6, scales=[3.0], model=model)
+    denoiser = SimpleNamespace(num_parameters=lambda: 860_000_000)
+    model = SimpleNamespace(files=SimpleNamespace(name="sd"), denoiser=denoiser)
+    preview = SimpleNamespace(prompts=["a"] * 6, scales=[3.0], steps=20, model=model)
     notes: list[str] = []
 
     def drawn(*, images_per_second: float, seconds: float, device: str = "cpu") -> bool:

@@ -1,0 +1,205 @@
+"""Few-step students: progressive distillation (Salimans & Ho 2022) of the student of guidance, with one adapter.
+
+Each stage halves the number of DDIM steps: one step of the adapter that is trained equals two of the stage before,
+whose weights are frozen. The adapter is trained on from stage to stage, so one file holds guidance and few steps.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from ..engine.adapters import Adapter
+from ..engine.errors import InputError, one_line
+from ..engine.files import publish, read_json, write_json
+from ..engine.guiders import GUIDERS
+from ..engine.model import Model, ModelFiles
+from ..engine.options import UNRESOLVED
+from ..engine.schedulers import check_steps, make_scheduler
+from ..engine.student import INFO_FILE, StudentInfo, read_student
+from .config import STAGE_LOSS_WEIGHT, STAGE_RATE, STUDENTS_OWN, DistillConfig
+from .objective import NoiseSchedule, ddim_step, x_of_ddim_step
+
+SAMPLER, SPACING = "ddim", "trailing"
+"""Trailing timesteps begin at the last one, where there is most noise: with few steps another start is far from it."""
+
+STAGES = "stages"
+"""Folder of the students before the last, in the student's."""
+
+BUDGET = ("updates", "teacher_evaluations", "forward_passes", "backward_passes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What a stage begins with.
+
+    Attributes:
+        steps: number of steps of its student.
+        folder: folder of the student before, which takes twice as many.
+        before: description of that student.
+    """
+
+    steps: int
+    folder: Path
+    before: StudentInfo
+
+    def config(self, config: DistillConfig) -> DistillConfig:
+        """The settings of this stage, from those of the whole run."""
+        return replace(
+            config,
+            updates=config.stage_updates,
+            learning_rate=config.learning_rate * STAGE_RATE,
+            loss_weight=STAGE_LOSS_WEIGHT,
+            **dict.fromkeys(("few_steps", "stage_updates", "start_from", "preset"), UNRESOLVED),
+        )
+
+    def identity(self, whole: dict[str, Any]) -> dict[str, Any]:
+        """What a resumed stage must share with its beginning, beside what the whole run must."""
+        return whole | {"stage": self.steps, "stage_before_sha256": self.before.adapter_sha256}
+
+    def with_budgets(self, result: dict[str, Any]) -> dict[str, Any]:
+        """A stage's result, with the budgets of all stages up to it."""
+        earlier = self.before.result.get(STAGES) or [_budget(self.before.steps, self.before.result)]
+        return result | {STAGES: [*earlier, _budget(self.steps, result)]}
+
+
+def _budget(steps: int | None, result: dict[str, Any]) -> dict[str, Any]:
+    return {"steps": steps, **{name: result.get(name) for name in BUDGET}}
+
+
+class FrozenStudent:
+    """The student of the stage before on the same UNet: its weights are swapped in for as long as it predicts."""
+
+    def __init__(self, model: Model, adapter: Adapter, stage: Stage, device: torch.device) -> None:
+        """Read its weights into the adapter, which is trained on from there.
+
+        Raises:
+            InputError: they don't fit.
+        """
+        try:
+            adapter.read(stage.folder)
+        except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+            raise InputError(f"the adapter in {stage.folder} does not fit: {one_line(error)}") from None
+        self.adapter, self.stage = adapter, stage
+        self.weights = {name: parameter.detach().clone() for name, parameter in adapter.parameters().items()}
+        config = model.pipeline.scheduler.config
+        finer, scheduler = (make_scheduler(SAMPLER, config, spacing=SPACING) for _ in range(2))
+        finer.set_timesteps(2 * stage.steps)
+        scheduler.set_timesteps(stage.steps)
+        self.schedule = NoiseSchedule.of(scheduler, device).ending_as(scheduler)
+        self.timesteps: list[int] = scheduler.timesteps.tolist()
+        middle = finer.timesteps[1::2].tolist()
+        # By timestep: where the two steps meet, and where they end.
+        self._middle, self._end = torch.full((2, len(self.schedule)), -1, device=device)
+        self._middle[self.timesteps] = torch.tensor(middle, device=device)
+        self._end[self.timesteps] = torch.tensor([*self.timesteps[1:], -1], device=device)
+
+    @torch.no_grad()
+    def targets(
+        self, z_t: torch.Tensor, t: torch.Tensor, x_at: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The x̃ with which one step ends where two of the frozen student's end, and the x̂ of its first: `(B, C, H, W)`.
+
+        Args:
+            z_t: `(B, C, H, W)`.
+            t: `(B,)`, on the stage's grid.
+            x_at: the UNet's x̂, with the weights that it has, at latents and timesteps.
+        """
+        at, middle, end = (self.schedule.at(each) for each in (t, self._middle[t], self._end[t]))
+        with self.adapter.swapped(self.weights):
+            x = x_at(z_t, t)
+            halfway = ddim_step(z_t, x, *at, *middle)
+            arrived = ddim_step(halfway, x_at(halfway, self._middle[t]), *middle, *end)
+        return x_of_ddim_step(z_t, arrived, *at, *end), x
+
+
+def adopted(config: DistillConfig) -> DistillConfig:
+    """The configuration with the settings of the student that it starts from.
+
+    Raises:
+        InputError: there is no such student, it takes other steps, or other settings than its own were asked for.
+    """
+    if config.start_from is None:
+        return config
+    info = read_student(config.start_from)
+    if info.steps not in (None, 2 * config.stages[0]):
+        raise InputError(
+            f"the student in {config.start_from} takes {info.steps} steps: pass --few-steps {info.steps}:END"
+        )
+    known, plain = info.settings, DistillConfig()
+    settings: dict[str, Any] = {}
+    for name in (*STUDENTS_OWN, *(each for names in GUIDERS.values() for each in names)):
+        own, asked = known.get(name), getattr(config, name)
+        settings[name] = tuple(own) if isinstance(own, list) else own
+        if name == "guider":
+            settings[name] = own or "cfg"
+        if asked not in (settings[name], getattr(plain, name)):
+            option = name.replace("_", "-")
+            raise InputError(
+                f"--{option} {asked}: the student in {config.start_from} was trained with {own}, leave it out"
+            )
+    return replace(config, **settings)
+
+
+def check_stages(config: DistillConfig, files: ModelFiles, *, reads_weights: bool) -> None:
+    """Refuse, of a run with stages, what can't be trained.
+
+    Raises:
+        InputError: the model is one of flow matching, its schedule has too few timesteps, the student to start from is
+            another model's, or there are several processes.
+    """
+    if files.family.flow:
+        raise InputError("--few-steps is for noise schedules of betas, not for models of flow matching")
+    check_steps(files.scheduler_config, [SAMPLER], [2 * config.stages[0]], spacing=SPACING)
+    if config.start_from and reads_weights:
+        read_student(config.start_from, files)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("--few-steps runs in one process: start it without a launcher")
+
+
+def train_in_stages(
+    config: DistillConfig,
+    train: Callable[[Path, Stage | None], StudentInfo],
+    *,
+    folder: Path,
+    output: Path,
+    finished: Callable[[int], None],
+) -> StudentInfo:
+    """Train stage after stage, those left out that are there, and make the last one's student that of the run.
+
+    Args:
+        config: resolved.
+        train: trains the student of a stage into a folder; without a stage that of guidance.
+        folder: the run's work folder; students of stages are in it, each whole or not there.
+        output: the name that it takes at the end.
+        finished: callback for the updates of a stage that is there.
+    """
+    before = config.start_from or folder / STAGES / "guidance"
+    last = folder / STAGES / str(config.stages[-1])
+    # Where the last student's copy is whole, only the name is left to be given.
+    if not (folder / INFO_FILE).is_file():
+        if config.start_from is None:
+            if (before / INFO_FILE).is_file():
+                finished(config.updates)
+            else:
+                train(before, None)
+        for steps in config.stages:
+            after = folder / STAGES / str(steps)
+            if (after / INFO_FILE).is_file():
+                finished(config.stage_updates)
+            else:
+                train(after, Stage(steps=steps, folder=before, before=read_student(before)))
+            before = after
+        shutil.copytree(last, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(INFO_FILE, "config.json"))
+        write_json(folder / INFO_FILE, read_json(last / INFO_FILE))
+    info = read_student(folder)
+    shutil.rmtree(last, ignore_errors=True)
+    publish(folder, output)
+    return info
