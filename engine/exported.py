@@ -87,7 +87,8 @@ class Engine(AbstractContextManager["Engine"]):
             runner: a name in `runners.EXPORTED`, or "auto": TensorRT where the device can run the plan, else ONNX
                 Runtime.
             device: "auto", "cpu", "cuda", "cuda:1", …; TensorRT runs on no CPU.
-            precision: "fp32" or "fp16" of the ONNX graphs; by default what the device is faster at.
+            precision: "fp32", "fp16" or "int8" of the ONNX graphs; by default which of the first two the device is
+                faster at.
             lean: less memory in ONNX Runtime, but slower.
 
         Raises:
@@ -111,7 +112,7 @@ class Engine(AbstractContextManager["Engine"]):
             session = partial(
                 open_session, runner, folder=folder, manifest=manifest, device=target, precision=precision, lean=lean
             )
-            model = _assemble(folder, manifest, lambda part: stack.enter_context(session(part)))
+            model = _assemble(folder, manifest, lambda part: stack.enter_context(session(part)), precision)
             return cls(manifest=manifest, model=model, opened=stack.pop_all())
 
     def __exit__(self, *raised: object) -> None:
@@ -276,7 +277,9 @@ def _listed(prompts: str | Sequence[str]) -> list[str]:
     return prompts
 
 
-def _assemble(folder: Path, manifest: Manifest, opened: Callable[[str], Session]) -> Model:
+def _assemble(
+    folder: Path, manifest: Manifest, opened: Callable[[str], Session], precision: str | None = None
+) -> Model:
     """A stock pipeline of exported parts; `opened` gives a part's session."""
     index = read_json(folder / "model_index.json")
     family = family_of(index)
@@ -286,7 +289,7 @@ def _assemble(folder: Path, manifest: Manifest, opened: Callable[[str], Session]
         components[tokenizer] = CLIPTokenizer.from_pretrained(folder / tokenizer, local_files_only=True)
     vae_config = read_json(folder / "vae_decoder" / "config.json")
     components["vae"] = ExportedVaeDecoder(opened("vae_decoder"), config=vae_config)
-    components["unet"] = GraphRunner(opened("unet"), unet_config=manifest.unet_config)
+    components["unet"] = GraphRunner(opened("unet"), unet_config=manifest.unet_config, precision=precision)
     components["scheduler"] = scheduler_of(folder)
     pipeline = family.assemble(components)
     pipeline.set_progress_bar_config(disable=True)
