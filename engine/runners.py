@@ -178,14 +178,22 @@ def open_session(
         InputError: a file is missing or was changed, or the engine has no such precision.
         BoostDiffError: this machine can't run it.
     """
-    if precision not in (None, *MADE_BY):
-        raise InputError(f"unknown precision {precision!r}: choose {', '.join(MADE_BY)}")
     if name == "tensorrt":
         if precision:
             raise InputError("a plan has one precision: choose it with the runner onnx alone")
         plan = f"{part}/model.plan"
         path = verified_file(folder, manifest, plan)
         return TensorRTSession(path, artefact=manifest.artefacts[plan], device=device)
+    graph = chosen_graph(part, folder=folder, manifest=manifest, device=device, precision=precision)
+    return OnnxSession(verified_file(folder, manifest, graph), device=device, lean=lean)
+
+
+def chosen_graph(
+    part: str, *, folder: Path, manifest: Manifest, device: torch.device, precision: str | None = None
+) -> str:
+    """The ONNX graph that `open_session` takes, as the manifest names it; an InputError where there is none."""
+    if precision not in (None, *MADE_BY):
+        raise InputError(f"unknown precision {precision!r}: choose {', '.join(MADE_BY)}")
     graphs = {
         artefact["precision"]: path
         for path, artefact in manifest.artefacts.items()
@@ -203,7 +211,7 @@ def open_session(
             f"the engine in {folder} has the {part} in {', '.join(sorted(graphs))} alone: "
             f"`boostdiff export {MADE_BY[precision]}` makes {precision}, too"
         )
-    return OnnxSession(verified_file(folder, manifest, graph), device=device, lean=lean)
+    return graph
 
 
 def available_runners(
