@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -111,7 +112,7 @@ def rows_of(session: Session, engine: Path, teacher: dict[str, Path]) -> list[Ro
 
 
 @contextmanager
-def runner_of(graph: Path, unet_config: dict[str, Any]) -> Iterator[GraphRunner]:
+def runner_of(graph: Path, unet_config: dict[str, Any]) -> Iterator[Runner]:
     """On the CPU."""
     with GraphRunner(OnnxSession(graph, device=torch.device("cpu")), unet_config=unet_config) as runner:
         yield runner
@@ -133,7 +134,7 @@ def quality(
             variant = replace(
                 row.like,
                 name=row.name,
-                open=lambda opened=denoiser: opened,
+                open=partial(row.denoiser, runner),
                 identity={**row.like.identity, "graph": graph},
             )
             measured[row.name] = r2, found = cells(row, denoiser), figures(variant)
@@ -192,13 +193,15 @@ def speed(session: Session, graphs: dict[str, Path], runs: int) -> list[Table]:
         lines.append([str(batch), f"{median_of(ratios):.2fx}", str(runs)])
     feeds = {name: tensor.float().numpy() for name, tensor in inputs.items()}
     spent = {name: seconds_by_operator(path, feeds, 5) for name, path in graphs.items()}
-    whole = sum(spent["fp32"].values())
+    wholes = [sum(of.values()) for of in spent.values()]
     names = sorted(spent["fp32"].keys() | spent["int8"].keys(), key=lambda n: -max(s.get(n, 0) for s in spent.values()))
-    shares = [[name, *(f"{of.get(name, 0) / whole:.1%}" for of in spent.values())] for name in names[:12]]
-    shares.append(["all", *(f"{sum(of.values()) / whole:.1%}" for of in spent.values())])
+    shares = [
+        [name, *(f"{of.get(name, 0) / whole:.1%}" for of, whole in zip(spent.values(), wholes, strict=True))]
+        for name in names[:12]
+    ]
     return [
         Table(headings=["batch", "FP32's time over INT8's", "runs"], cells=lines),
-        Table(headings=["operator, share of FP32's time at batch 8", "FP32", "INT8"], cells=shares),
+        Table(headings=["operator, share of the time at batch 8", "FP32", "INT8"], cells=shares),
     ]
 
 

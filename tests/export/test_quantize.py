@@ -18,11 +18,12 @@ from boostdiff.engine.manifest import Manifest, read_manifest
 from boostdiff.engine.model import Model, ModelFiles, locate
 from boostdiff.engine.runners import GraphRunner
 from boostdiff.engine.sessions import OnnxSession
+from boostdiff.engine.student import read_student
 from boostdiff.export import quantize
-from boostdiff.export.calibration import calibration_prompts
+from boostdiff.export.calibration import Calibration, calibration_prompts
 from boostdiff.export.config import ExportConfig
 from boostdiff.export.export import export
-from boostdiff.export.quantize import groups_of, kept_groups, layers_of
+from boostdiff.export.quantize import groups_of, kept_groups, layers_of, quantize_unet
 from tiny import CPU, PROMPTS, graphs_of, shared
 
 Quantize = Callable[..., Manifest]
@@ -183,9 +184,23 @@ def test_beyond_the_limits_nothing_is_replaced(
     assert failed.value.exit_code == 1
     assert (standing / "manifest.json").read_bytes() == before
     assert not (standing / "unet/model.int8.onnx").exists()
-    with pytest.raises(BoostDiffError, match="no layer of the UNet can be quantized within the limits"):
-        quantized(standing, budget=0.0)
     assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+
+
+def test_where_no_layer_can_be_quantized(
+    engine: Path,
+    tiny: Model,
+    students: dict[str, Path],
+    one_group: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    info, folder = read_student(students["lora"]), shutil.copytree(engine, tmp_path / "engine")
+    calibration = Calibration.of_teacher(tiny, PROMPTS, info)
+    calibration.add_states(tiny, info.denoiser)
+    monkeypatch.setattr(quantize, "BUDGET", 0.0)
+    with pytest.raises(BoostDiffError, match="no layer of the UNet can be quantized within the limits"):
+        quantize_unet(folder, read_manifest(engine), calibration, large=False)
 
 
 def test_other_models_need_calibration_prompts(
