@@ -18,7 +18,7 @@ from ..engine.manifest import read_manifest
 from ..engine.memory import give_back_memory
 from ..engine.model import Model, ModelFiles, resolve_device
 from ..engine.options import STEPS
-from ..engine.runners import EXPORTED, Runner, TorchRunner, available_runners
+from ..engine.runners import EXPORTED, Runner, TorchRunner, available_runners, chosen_graph
 from ..engine.schedulers import check_steps
 from ..engine.student import read_student
 from .config import BenchConfig, Metrics
@@ -152,6 +152,14 @@ def bench(
     check_steps(files.scheduler_config, [sampler], [steps], spacing=info.timestep_spacing)
     manifest = read_manifest(engine)
     manifest.check_student(info, engine=engine)
+    if config.precision:
+        chosen_graph(
+            manifest.denoiser,
+            folder=engine,
+            manifest=manifest,
+            device=resolve_device(device),
+            precision=config.precision,
+        )
     if config.alternatives and info.guider != "cfg":
         raise InputError(f"--alternatives is for teachers with plain guidance, not with the guider {info.guider}")
     opened = Session.open(files, config, students=students, guidance=config.guidance, prompts=prompts, device=device)
@@ -239,7 +247,9 @@ def _measure_speed(
                 skipped[name] = str(reason)
                 continue
             try:
-                exported = opened.enter_context(Engine.load(engine, runner=name, device=str(device))).model
+                precision = config.precision if name == "onnx" else None
+                loaded = Engine.load(engine, runner=name, device=str(device), precision=precision)
+                exported = opened.enter_context(loaded).model
                 variants += [TimedVariant(mode=mode, runner=exported.denoiser, parts=exported) for mode in MODES]
             except InputError:
                 raise

@@ -33,7 +33,7 @@ OUTPUT = Path("outputs/bench")
 QUALITY = ("samples", "sampling_batch_size", "alternatives", *(field.name for field in fields(Metrics)))
 """Options that speed alone does not use."""
 
-TRAINED = ("student", "engine", "prompts", "guidance")
+TRAINED = ("student", "engine", "precision", "prompts", "guidance")
 """Options that random weights do not use."""
 
 

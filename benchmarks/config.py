@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -96,6 +96,12 @@ class BenchConfig(SamplingConfig):
         typer.Option(
             help="Also time torch.compile. On a GPU it takes minutes per batch size.",
             show_default="for small models on CPUs with bfloat16; never on a GPU",
+        ),
+    ] = None
+    precision: Annotated[
+        Literal["fp32", "fp16", "int8"] | None,
+        typer.Option(
+            show_default="fp32 or fp16, what the device is faster at", help="Precision of the onnx runner's UNet."
         ),
     ] = None
     alternatives: Annotated[

@@ -79,8 +79,10 @@ class GenerateConfig(GuiderOptions):
         ),
     ] = "torch"
     precision: Annotated[
-        Literal["fp32", "fp16"] | None,
-        typer.Option(show_default="what the device is faster at", help="Precision of the onnx runner."),
+        Literal["fp32", "fp16", "int8"] | None,
+        typer.Option(
+            show_default="fp32 or fp16, what the device is faster at", help="Precision of the onnx runner's UNet."
+        ),
     ] = None
     sampler: StudentsSamplerOption = None
     steps: StudentsStepsOption = None

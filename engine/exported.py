@@ -88,7 +88,8 @@ class Engine(AbstractContextManager["Engine"]):
             runner: a name in `runners.EXPORTED`, or "auto": TensorRT where the device can run the plan, else ONNX
                 Runtime.
             device: "auto", "cpu", "cuda", "cuda:1", …; TensorRT runs on no CPU.
-            precision: "fp32" or "fp16" of the ONNX graphs; by default what the device is faster at.
+            precision: "fp32", "fp16" or "int8" of the ONNX graphs; by default which of the first two the device is
+                faster at.
             lean: less memory in ONNX Runtime, but slower.
 
         Raises:
@@ -112,7 +113,7 @@ class Engine(AbstractContextManager["Engine"]):
             session = partial(
                 open_session, runner, folder=folder, manifest=manifest, device=target, precision=precision, lean=lean
             )
-            model = _assemble(folder, manifest, lambda part: stack.enter_context(session(part)), target)
+            model = _assemble(folder, manifest, lambda part: stack.enter_context(session(part)), target, precision)
             return cls(manifest=manifest, model=model, opened=stack.pop_all())
 
     def __exit__(self, *raised: object) -> None:
@@ -282,7 +283,13 @@ def _listed(prompts: str | Sequence[str]) -> list[str]:
     return prompts
 
 
-def _assemble(folder: Path, manifest: Manifest, opened: Callable[[str], Session], device: torch.device) -> Model:
+def _assemble(
+    folder: Path,
+    manifest: Manifest,
+    opened: Callable[[str], Session],
+    device: torch.device,
+    precision: str | None = None,
+) -> Model:
     """A stock pipeline of exported parts; `opened` gives a part's session.
 
     Raises:
@@ -301,7 +308,7 @@ def _assemble(folder: Path, manifest: Manifest, opened: Callable[[str], Session]
         opened("vae_decoder"), config=vae_config, pixels_per_latent=family.pixels_per_latent(vae_config)
     )
     components[family.denoiser] = GraphRunner(
-        opened(family.denoiser), family=family, denoiser_config=manifest.denoiser_config
+        opened(family.denoiser), family=family, denoiser_config=manifest.denoiser_config, precision=precision
     )
     components["scheduler"] = scheduler_of(folder)
     pipeline = family.assemble(components)

@@ -140,9 +140,12 @@ class Family(ABC):
         """Arguments of the stock pipeline for guidance scale w of equation (3), where w = 1 is no guidance."""
         return {"guidance_scale": guidance_scale}
 
-    def example_inputs(self, pipeline: DiffusionPipeline, batch: int) -> dict[str, torch.Tensor]:
-        """Random denoiser inputs by name, in the order in which a runner takes them; used to trace and compare."""
-        denoiser = getattr(pipeline, self.denoiser)
+    def example_inputs(self, pipeline: DiffusionPipeline, batch: int, denoiser: Any = None) -> dict[str, torch.Tensor]:
+        """Random denoiser inputs by name, in the order in which a runner takes them; used to trace and compare.
+
+        They are those of a student's denoiser, if one is given, else of the pipeline's.
+        """
+        denoiser = getattr(pipeline, self.denoiser) if denoiser is None else denoiser
         generator = torch.Generator().manual_seed(0)
         shapes = {"sample": self.latent_shape(denoiser.config), **self.prompt_shapes(pipeline)}
         if is_live(denoiser.config):

@@ -29,6 +29,9 @@ from .trt import TensorRTSession, check_plan
 DENOISER_OUTPUT = "out_sample"
 """Name of the prediction in an exported denoiser, as Optimum's pipelines look for a UNet's."""
 
+MADE_BY = {"fp32": "--precision both", "fp16": "--precision both", "int8": "--quantize int8"}
+"""Precisions of ONNX graphs, and the option of `boostdiff export` that makes them."""
+
 
 class Runner(AbstractContextManager["Runner"]):
     """Executes a denoiser.
@@ -132,15 +135,20 @@ class TorchRunner(Runner):
 class GraphRunner(Runner):
     """An exported graph, executed by a session."""
 
-    def __init__(self, session: Session, *, family: Family, denoiser_config: dict[str, Any]) -> None:
-        """Take over the session of a denoiser's graph; it is closed with the runner."""
+    def __init__(
+        self, session: Session, *, family: Family, denoiser_config: dict[str, Any], precision: str | None = None
+    ) -> None:
+        """Take over the session of a denoiser's graph; it is closed with the runner.
+
+        `precision` "int8" is for a graph that computes in another dtype than its inputs'.
+        """
         self.session, self.family = session, family
         self.name, self.device = session.name, session.device
         if width := denoiser_config.get("projection_class_embeddings_input_dim"):
             # Where the stock SDXL pipeline looks for the width of its added conditions.
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
         self.config, self.dtype = FrozenDict(denoiser_config), session.input_types["sample"]
-        self.precision = self.dtype
+        self.precision = torch.int8 if precision == "int8" else self.dtype
 
     def close(self) -> None:
         self.session.close()
@@ -170,22 +178,31 @@ def open_session(
     Args:
         name: a name in `EXPORTED`; TensorRT needs a GPU.
         part: "unet", "transformer", "text_encoder", "text_encoder_2" or "vae_decoder".
-        precision: "fp32" or "fp16", of an ONNX graph; None takes what the device is faster at, if it is there. A part
-            other than the denoiser that has no such graph runs in what it has.
+        precision: "fp32", "fp16" or, if it was quantized, "int8", of an ONNX graph; None takes which of the first two
+            the device is faster at, if it is there. A part other than the denoiser that has no such graph runs in what
+            it has.
         lean: see `OnnxSession`.
 
     Raises:
         InputError: a file is missing or was changed, or the engine has no such precision.
         BoostDiffError: this machine can't run it.
     """
-    if precision not in (None, "fp32", "fp16"):
-        raise InputError(f"unknown precision {precision!r}: choose fp32 or fp16")
     if name == "tensorrt":
         if precision:
             raise InputError("a plan has one precision: choose it with the runner onnx alone")
         plan = f"{part}/model.plan"
         path = verified_file(folder, manifest, plan)
         return TensorRTSession(path, artefact=manifest.artefacts[plan], device=device)
+    graph = chosen_graph(part, folder=folder, manifest=manifest, device=device, precision=precision)
+    return OnnxSession(verified_file(folder, manifest, graph), device=device, lean=lean)
+
+
+def chosen_graph(
+    part: str, *, folder: Path, manifest: Manifest, device: torch.device, precision: str | None = None
+) -> str:
+    """The ONNX graph that `open_session` takes, as the manifest names it; an InputError where there is none."""
+    if precision not in (None, *MADE_BY):
+        raise InputError(f"unknown precision {precision!r}: choose {', '.join(MADE_BY)}")
     graphs = {
         artefact["precision"]: path
         for path, artefact in manifest.artefacts.items()
@@ -201,9 +218,9 @@ def open_session(
             raise InputError(f"the engine in {folder} has no ONNX graph of the {part}: export again")
         raise InputError(
             f"the engine in {folder} has the {part} in {', '.join(sorted(graphs))} alone: "
-            f"`boostdiff export --precision both` makes {precision}, too"
+            f"`boostdiff export {MADE_BY[precision]}` makes {precision}, too"
         )
-    return OnnxSession(verified_file(folder, manifest, graph), device=device, lean=lean)
+    return graph
 
 
 def available_runners(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
@@ -85,8 +86,23 @@ class ExportConfig:
         bool, typer.Option("--diffusers", help="Also write the merged UNet for UNet2DConditionModel.from_pretrained.")
     ] = False
 
+    quantize: Annotated[
+        Literal["int8"] | None,
+        typer.Option(show_default="off", help="Also write the UNet in 8 bits, for `--runner onnx --precision int8`."),
+    ] = None
+    calibration_prompts: Annotated[
+        Path | None,
+        typer.Option(
+            show_default="the training prompts of emoji64", help="Prompts whose trajectories set the 8-bit ranges."
+        ),
+    ] = None
+
     def __post_init__(self) -> None:
         check_options(self)
+        if self.quantize and self.precision == "fp16":
+            raise InputError(f"--quantize {self.quantize} starts from the FP32 graph: pass --precision both")
+        if not self.quantize:
+            refuse_unused(self, "without --quantize", "calibration_prompts")
         if self.trt and self.precision == "fp32":
             raise InputError("--trt builds from FP16 graphs: leave --precision fp32 out, or pass both")
         if not self.trt:
@@ -99,7 +115,7 @@ class ExportConfig:
         """
         chosen = self.precision
         if chosen is None:
-            chosen = ("fp16" if 4 * parameters > LARGE else "both") if self.trt else "fp32"
+            chosen = ("fp16" if 4 * parameters > LARGE and not self.quantize else "both") if self.trt else "fp32"
         return ("fp32", "fp16") if chosen == "both" else (chosen,)
 
     def latent_size(self, *, factor: int, multiple: int, default: tuple[int, int]) -> tuple[tuple[int, int], ...]:
@@ -122,4 +138,7 @@ class ExportConfig:
 
     def as_json(self) -> dict[str, Any]:
         """As the manifest keeps it."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self).items()}
+        values = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self).items()}
+        # Their content is among the inputs.
+        del values["calibration_prompts"]
+        return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import logging
 import warnings
@@ -17,6 +18,9 @@ from ..engine.errors import BoostDiffError, one_line
 from ..engine.files import is_full_disk
 from ..engine.sessions import Session
 from .parts import Case, Part
+
+LAYERS = ("Conv", "Gemm", "MatMul")
+"""Operators of layers with weights."""
 
 FP32_TOLERANCE = 1e-4
 FP16_TOLERANCE = 3e-2
@@ -50,9 +54,15 @@ def quiet_exporter() -> Iterator[None]:
 
 
 def _strip_traces(model: onnx_ir.Model) -> None:
-    """Drop the exporter's notes of which source line made each node: they hold paths, and are most of the file."""
+    """Drop the exporter's notes of which source line made each node: they hold paths, and are most of the file.
+
+    What is kept is each layer's path in the module, before its node's name.
+    """
     for graph in (model.graph, *(function.graph for function in model.functions.values())):
         for node in graph.all_nodes():
+            if node.op_type in LAYERS and (scopes := node.metadata_props.get("pkg.torch.onnx.name_scopes")):
+                # The node's own is the last.
+                node.name = f"{ast.literal_eval(scopes)[-2]}/{node.name}"
             node.metadata_props.clear()
             for value in node.outputs:
                 value.metadata_props.clear()

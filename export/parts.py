@@ -223,7 +223,7 @@ def denoiser_part(
     def noise(batch: int, size: tuple[int, int]) -> torch.Tensor:
         return torch.randn(batch, channels, *size, generator=generator).to(merged.device)
 
-    inputs = model.family.example_inputs(model.pipeline, batch=TRACE_BATCH) | {"sample": noise(TRACE_BATCH, sizes[1])}
+    inputs = model.family.example_inputs(model.pipeline, TRACE_BATCH, merged) | {"sample": noise(TRACE_BATCH, sizes[1])}
     axes: dict[str, dict[int, Axis]] = {name: {0: _batch_axis(config.batch)} for name in inputs}
     if model.family.text_chunks:
         length = inputs["encoder_hidden_states"].shape[1]

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import numpy as np
 import torch
 import typer
 
-from ...engine.conditions import TextEmbeddings
-from ...engine.guidance import Denoiser, GuidedDenoiser
-from ...engine.guiders import Guider
-from ...engine.model import Model
+from ...engine.guidance_term import r2_of, trajectory
 from ...engine.options import SamplerOption
 from ...engine.runners import TorchRunner
-from ...engine.sampling import initial_noise, sample
 from ..config import BenchConfig
 from ..quality.distances import same_seed_distance
 from ..report.tables import Table
@@ -24,49 +20,6 @@ from ..session import Student
 from .held_out import Samples, Scales, Steps, Work, held_out, scales_of
 
 Students = Annotated[list[Path], typer.Argument(help="Students of the embedded model.")]
-
-TRAJECTORY_STEPS, EVERY = 16, 4
-"""DDIM steps of the trajectories whose predictions are compared, at every fourth."""
-
-
-class State(NamedTuple):
-    """Timestep, latents `(B, C, H, W)`, and the teacher's predictions with guidance and without."""
-
-    t: torch.Tensor
-    z_t: torch.Tensor
-    guided: torch.Tensor
-    unguided: torch.Tensor
-
-
-def trajectory(model: Model, text: TextEmbeddings, scale: float, guider: Guider | None = None) -> list[State]:
-    """The teacher's states at one guidance scale above 1, image i from the noise of seed i."""
-    teacher, states = GuidedDenoiser(TorchRunner(model.denoiser), scale, guider), []
-
-    def recording(z_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
-        unconditional, conditional = teacher.passes(z_t, t, text)
-        guided = teacher.combined(unconditional, conditional, t)
-        states.append(State(t=t, z_t=z_t, guided=guided, unguided=conditional))
-        return guided
-
-    sample(
-        recording,
-        text=text,
-        noise=initial_noise(model.latent_shape, count=len(text), seed=0).to(model.device, model.denoiser.dtype),
-        scheduler=model.make_scheduler("ddim"),
-        steps=TRAJECTORY_STEPS,
-    )
-    return states[1::EVERY]
-
-
-@torch.inference_mode()
-def r2_of(denoiser: Denoiser, states: Sequence[State], text: TextEmbeddings) -> float:
-    """R² of the guidance term, 1 − Σ‖ε̂ − ε̂_w‖² / Σ‖ε̂_1 − ε̂_w‖²: 1 is the guided teacher, 0 the unguided one."""
-    error = whole = 0.0
-    for state in states:
-        guided = state.guided.double()
-        error += (denoiser(state.z_t, state.t, text).double() - guided).square().sum().item()
-        whole += (state.unguided.double() - guided).square().sum().item()
-    return 1 - error / whole
 
 
 def scales_for(student: Student, asked: Sequence[float]) -> list[float]:

@@ -11,13 +11,13 @@ import typer
 
 from ...distill.config import BATCH_SIZE, UPDATES
 from ...engine.errors import InputError
+from ...engine.guidance_term import r2_of, trajectory
 from ...engine.options import SamplerOption
 from ...engine.runners import TorchRunner
 from ..config import BenchConfig, comma_separated
 from ..quality.quality import QualityRow, evaluate
 from ..report.tables import Table
 from ..session import Session
-from .guidance_study import r2_of, trajectory
 from .held_out import Steps, Work, held_out, trained
 from .seeds import over_seeds
 

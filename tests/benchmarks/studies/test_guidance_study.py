@@ -5,12 +5,13 @@ import pytest
 import torch
 from boostdiff.benchmarks.studies import recipes
 from boostdiff.benchmarks.studies.__main__ import app
-from boostdiff.benchmarks.studies.guidance_study import nearest_scale, r2_of, trajectory
+from boostdiff.benchmarks.studies.guidance_study import nearest_scale
 from boostdiff.distill.config import DistillConfig
 from boostdiff.distill.distill import distill
 from boostdiff.distill.loop import Observers
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.guidance import GuidedDenoiser, SinglePassDenoiser
+from boostdiff.engine.guidance_term import r2_of, trajectory
 from boostdiff.engine.model import Model, locate
 from boostdiff.engine.runners import TorchRunner
 from tiny import PROMPTS

@@ -1,0 +1,242 @@
+"""What 8 bits cost and gain: student and teacher in FP32 and INT8 on ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from ...engine.conditions import TextEmbeddings
+from ...engine.errors import InputError
+from ...engine.files import read_json, sha256_of, write_json
+from ...engine.guidance import Denoiser, GuidedDenoiser
+from ...engine.guidance_term import State, r2_of, trajectory
+from ...engine.manifest import Manifest, read_manifest
+from ...engine.merge import TIMESTEPS
+from ...engine.model import Model
+from ...engine.options import EngineOption, SamplerOption, SeedOption
+from ...engine.runners import GraphRunner, Runner
+from ...engine.sampling import initial_noise
+from ...engine.sessions import OnnxSession
+from ...export.calibration import Calibration, calibration_prompts
+from ...export.config import ExportConfig
+from ...export.graph import onnx_from_part
+from ...export.parts import denoiser_part
+from ...export.quantize import groups_of, layers_of, quantized
+from ..config import BenchConfig
+from ..quality.distances import same_seed_distance
+from ..quality.quality import Figures
+from ..quality.samples import SamplingVariant
+from ..report.tables import NOTHING, Table, formatted
+from ..session import Session
+from ..stats import median_of
+from .held_out import Runs, Samples, Steps, Work, held_out
+
+R2_PROMPTS = 24
+"""Held-out prompts that R² is measured on."""
+INT8_GRAPH = "unet/model.int8.onnx"
+
+
+def teacher_graphs(session: Session, manifest: Manifest, folder: Path) -> dict[str, Path]:
+    """The teacher's UNet in FP32 and INT8, made by the student's recipe: its layers, prompts and number of states."""
+    graphs = {"fp32": folder / "model.onnx", "int8": folder / "model.int8.onnx"}
+    record, entry = folder / "made.json", manifest.artefacts[INT8_GRAPH]
+    made = {"inputs": manifest.inputs, "kept": sorted(entry["kept"])}
+    if record.exists() and read_json(record) == made:
+        return graphs
+    folder.mkdir(parents=True, exist_ok=True)
+    model, (student,), config = session.model, session.students, ExportConfig(quantize="int8")
+    text = model.family.encode(model.pipeline, session.prompts[:2]).conditional
+    onnx_from_part(denoiser_part(model, model.denoiser, text, config, TIMESTEPS), graphs["fp32"])
+    calibration = Calibration.of_teacher(model, calibration_prompts(config, model.files), student.info)
+    calibration.add_states(
+        model, lambda runner: GuidedDenoiser(runner, session.guidance, session.guider), student.info.negative_prompt
+    )
+    layers = layers_of(graphs["fp32"])
+    chosen = [group for name, group in groups_of(layers).items() if name not in entry["kept"]]
+    nodes = [node for group in chosen for layer in group for node in layers[layer]]
+    with tempfile.TemporaryDirectory() as scratch:
+        quantized(graphs["fp32"], graphs["int8"], nodes, calibration.states, ranges=Path(scratch) / "ranges.json")
+    write_json(record, made)
+    return graphs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One UNet in one precision.
+
+    Attributes:
+        name: label.
+        graph: path.
+        denoiser: of a runner.
+        like: the session's variant of the same UNet.
+        baseline: name of the row in FP32 that it is compared with; None for that row.
+    """
+
+    name: str
+    graph: Path
+    denoiser: Callable[[Runner], Denoiser]
+    like: SamplingVariant
+    baseline: str | None = None
+
+
+def rows_of(session: Session, engine: Path, teacher: dict[str, Path]) -> list[Row]:
+    """Teacher and student in FP32, then in INT8."""
+    (student,), scale = session.students, session.guidance
+
+    def guided(runner: Runner) -> Denoiser:
+        return GuidedDenoiser(runner, scale, session.guider)
+
+    graphs = {"fp32": engine / "unet/model.onnx", "int8": engine / INT8_GRAPH}
+    of_teacher, of_student = session.teacher(scale), session.student(student, scale)
+    rows = []
+    for precision, like in (("fp32", None), ("int8", "fp32")):
+        label = precision.upper()
+        for name, of, denoiser, variant in (
+            ("teacher, two passes", teacher, guided, of_teacher),
+            ("student, one pass", graphs, student.info.denoiser, of_student),
+        ):
+            baseline = f"{name}, {like.upper()}" if like else None
+            rows.append(
+                Row(name=f"{name}, {label}", graph=of[precision], denoiser=denoiser, like=variant, baseline=baseline)
+            )
+    return rows
+
+
+@contextmanager
+def runner_of(graph: Path, model: Model) -> Iterator[Runner]:
+    """On the CPU."""
+    session = OnnxSession(graph, device=torch.device("cpu"))
+    with GraphRunner(session, family=model.family, denoiser_config=dict(model.denoiser.config)) as runner:
+        yield runner
+
+
+def quality(
+    session: Session,
+    rows: list[Row],
+    cells: Callable[[Row, Denoiser], float],
+    figures: Callable[[SamplingVariant], Figures],
+) -> Table:
+    """R², distance, caption score, and what each loses to its own FP32 graph."""
+    measured: dict[str, tuple[float, Figures]] = {}
+    lines = []
+    for row in rows:
+        with runner_of(row.graph, session.model) as runner:
+            denoiser = row.denoiser(runner)
+            graph = [sha256_of(path) for path in (row.graph, row.graph.with_name(f"{row.graph.name}.data"))]
+            variant = replace(
+                row.like,
+                name=row.name,
+                open=partial(row.denoiser, runner),
+                identity={**row.like.identity, "graph": graph},
+            )
+            measured[row.name] = r2, found = cells(row, denoiser), figures(variant)
+        line = [row.name, f"{r2:.3f}", NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING]
+        if found.distance:
+            line[3] = formatted(found.distance.value)
+        if found.caption:
+            line[5] = formatted(found.caption.value)
+        if row.baseline:
+            r2_before, before = measured[row.baseline]
+            line[2] = f"{r2_before - r2:.4f}"
+            if found.distance and before.distance:
+                line[4] = formatted(found.distance.delta_to(before.distance), "+.2f")
+            if found.caption and before.caption:
+                line[6] = formatted(found.caption.delta_to(before.caption), "+.2f")
+            line[7] = f"{same_seed_distance(found.sampled.features, before.sampled.features):.4f}"
+        lines.append(line)
+    headings = ["row", "R²", "loss of R²", "FD-EffNetLite0", "ΔFD to FP32", "caption score", "Δ to FP32"]
+    return Table(headings=[*headings, "feature distance to FP32's image"], cells=lines)
+
+
+def seconds_by_operator(graph: Path, feeds: dict[str, Any], runs: int) -> dict[str, float]:
+    """Seconds of a pass by operator, from ONNX Runtime's profile, which slows it a little."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.enable_profiling, options.profile_file_prefix = True, f"{folder}/profile"
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        for _ in range(runs):
+            session.run(None, feeds)
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    seconds: dict[str, float] = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            name = event["args"]["op_name"]
+            seconds[name] = seconds.get(name, 0.0) + event["dur"] / 1e6 / runs
+    return seconds
+
+
+def speed(session: Session, graphs: dict[str, Path], runs: int) -> list[Table]:
+    """One pass of the student's UNet, FP32 and INT8 in turn, and where its time goes at batch 8."""
+    lines = []
+    for batch in (1, 8):
+        inputs = session.model.family.example_inputs(session.model.pipeline, batch)
+        inputs["sample"] = initial_noise(session.model.latent_shape, count=batch, seed=0)
+        times: dict[str, list[float]] = {name: [] for name in graphs}
+        with runner_of(graphs["fp32"], session.model) as full, runner_of(graphs["int8"], session.model) as small:
+            for _ in range(runs + 2):
+                for name, runner in (("fp32", full), ("int8", small)):
+                    began = time.perf_counter()
+                    runner.predict(inputs)
+                    times[name].append(time.perf_counter() - began)
+        ratios = [a / b for a, b in zip(times["fp32"][2:], times["int8"][2:], strict=True)]
+        lines.append([str(batch), f"{median_of(ratios):.2fx}", str(runs)])
+    feeds = {name: tensor.float().numpy() for name, tensor in inputs.items()}
+    spent = {name: seconds_by_operator(path, feeds, 5) for name, path in graphs.items()}
+    wholes = [sum(of.values()) for of in spent.values()]
+    names = sorted(spent["fp32"].keys() | spent["int8"].keys(), key=lambda n: -max(s.get(n, 0) for s in spent.values()))
+    shares = [
+        [name, *(f"{of.get(name, 0) / whole:.1%}" for of, whole in zip(spent.values(), wholes, strict=True))]
+        for name in names[:12]
+    ]
+    return [
+        Table(headings=["batch", "FP32's time over INT8's", "runs"], cells=lines),
+        Table(headings=["operator, share of the time at batch 8", "FP32", "INT8"], cells=shares),
+    ]
+
+
+def int8(
+    student: Annotated[Path, typer.Argument(help="A student of the embedded model.")],
+    work: Work,
+    engine: EngineOption = Path("outputs/engine"),
+    samples: Samples = 200,
+    sampler: SamplerOption = "ddim",
+    steps: Steps = 20,
+    seed: SeedOption = 0,
+    runs: Runs = 21,
+) -> None:
+    """What 8 bits cost student and teacher, and what they gain, on `emoji64` and its held-out prompts.
+
+    The engine is the student's, exported with --quantize int8. The teacher is quantized by the same recipe: the same
+    layers, calibrated on its own trajectories, both passes. Prints Markdown tables.
+    """
+    manifest = read_manifest(engine)
+    if INT8_GRAPH not in manifest.files:
+        raise InputError(f"the engine in {engine} has no 8-bit UNet: `boostdiff export --quantize int8` makes it")
+    config = BenchConfig(samples=samples, sampler=sampler, steps=steps, seed=seed, compile=False)
+    with held_out([student], config, work=work) as (session, cache):
+        manifest.check_student(session.students[0].info, engine=engine)
+        rows = rows_of(session, engine, teacher_graphs(session, manifest, work / "teacher" / "unet"))
+        model = session.model
+        text = model.family.encode(model.pipeline, session.prompts[:R2_PROMPTS])
+        states: list[State] = trajectory(model, text, session.guidance, session.guider)
+
+        def r2(row: Row, denoiser: Denoiser, text: TextEmbeddings = text) -> float:
+            return r2_of(denoiser, states, text)
+
+        print(f"N = {samples}, {sampler}, {steps} steps\n")
+        print(quality(session, rows, r2, lambda variant: Figures.of(cache, variant)).markdown(), flush=True)
+        for table in speed(session, {"fp32": engine / "unet/model.onnx", "int8": engine / INT8_GRAPH}, runs):
+            print(f"\n{table.markdown()}", flush=True)

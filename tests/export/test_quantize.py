@@ -1,0 +1,242 @@
+"""The UNet in 8 bits: what is written, what it is judged by, and what is refused."""
+
+import shutil
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from boostdiff.engine import embedded
+from boostdiff.engine.config import GenerateConfig
+from boostdiff.engine.errors import BoostDiffError, InputError
+from boostdiff.engine.exported import Engine
+from boostdiff.engine.families import FAMILIES
+from boostdiff.engine.generate import draw
+from boostdiff.engine.manifest import Manifest, read_manifest
+from boostdiff.engine.model import Model, ModelFiles, locate
+from boostdiff.engine.runners import GraphRunner
+from boostdiff.engine.sessions import OnnxSession
+from boostdiff.engine.student import read_student
+from boostdiff.export import quantize
+from boostdiff.export.calibration import Calibration, calibration_prompts
+from boostdiff.export.config import ExportConfig
+from boostdiff.export.export import export
+from boostdiff.export.quantize import groups_of, kept_groups, layers_of, quantize_unet
+from tiny import CPU, PROMPTS, graphs_of, shared
+
+Quantize = Callable[..., Manifest]
+
+SD = FAMILIES["StableDiffusionPipeline"]
+
+
+@pytest.fixture(scope="module")
+def quantized(
+    engines: dict[str, Path],
+    tiny_folder: Path,
+    students: dict[str, Path],
+    prompt_file: Path,
+) -> Quantize:
+    """An export of the LoRA in 8 bits, from the graphs that are there; a random model's guidance term is minute."""
+
+    def run(output: Path, *, budget: float = 1e9, limit: float = 1e9) -> Manifest:
+        config = ExportConfig(quantize="int8", calibration_prompts=prompt_file)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("boostdiff.export.export.onnx_from_part", graphs_of(engines["lora"]))
+            patch.setattr(quantize, "BUDGET", budget)
+            for name in ("ERROR_LIMIT", "R2_LIMIT"):
+                patch.setattr(quantize, name, limit)
+            patch.setattr("boostdiff.export.whole.LATENT_TOLERANCE", {"fp32": 1e-3, "int8": 0.2})
+            return export(locate(str(tiny_folder)), config, student=students["lora"], output=output, device="cpu")
+
+    return run
+
+
+def by_kind(layers: Iterable[str], **options: bool) -> dict[str, list[str]]:
+    """Two groups: to measure all takes many seconds."""
+    groups: dict[str, list[str]] = {"convolutions": [], "others": []}
+    for layer in layers:
+        groups["convolutions" if "conv" in layer else "others"].append(layer)
+    return groups
+
+
+@pytest.fixture(scope="module")
+def engine(quantized: Quantize, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(quantize, "groups_of", by_kind)
+            quantized(folder / "engine")
+
+    return shared(tmp_path_factory, "int8", make) / "engine"
+
+
+@pytest.fixture
+def one_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All layers at once: the measurement of each takes seconds."""
+    monkeypatch.setattr(quantize, "groups_of", lambda layers, **options: {"all": list(layers)})
+
+
+def test_the_manifest_says_what_was_kept_and_on_what_it_was_calibrated(engine: Path) -> None:
+    manifest = read_manifest(engine)
+    entry, files = manifest.artefacts["unet/model.int8.onnx"], manifest.files
+    assert {"unet/model.onnx", "unet/model.int8.onnx", "unet/model.int8.onnx.data"} <= files.keys()
+    assert entry["precision"] == "int8"
+    assert not entry["kept"]
+    assert all(error >= 0 for error in entry["quantized"].values())
+    # Two prompts of four are left to calibrate on, at 16 steps.
+    assert entry["calibration"]["states"] >= 16
+    assert entry["check"]["error"] > 0
+    assert entry["check"]["r2_fp32"] - entry["check"]["r2"] == pytest.approx(entry["check"]["r2_loss"])
+    assert entry["inputs"] == manifest.artefacts["unet/model.onnx"]["inputs"]
+    assert "calibration_prompts" in manifest.inputs
+    assert "calibration_prompts" not in manifest.options
+    assert manifest.pipeline["onnx int8"]["latents"] > manifest.pipeline["onnx fp32"]["latents"]
+
+
+def test_weights_are_8_bit_numbers_per_channel(engine: Path) -> None:
+    graph = onnx.load(engine / "unet/model.int8.onnx").graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    conv = next(node for node in graph.node if node.op_type == "Conv" and "conv_in" in node.name)
+    source = next(node for node in graph.node if conv.input[1] in node.output)
+    weight, scale = (onnx.numpy_helper.to_array(weights[name]) for name in source.input[:2])
+    assert source.op_type == "DequantizeLinear"
+    assert weight.dtype == np.int8
+    assert scale.shape == (len(weight),)
+    assert 32 < np.abs(weight).max() <= 64
+    assert (engine / "unet/model.int8.onnx.data").stat().st_size < (engine / "unet/model.onnx.data").stat().st_size / 2
+
+
+def test_it_takes_batches_of_any_size(engine: Path, tiny: Model) -> None:
+    inputs = tiny.family.example_inputs(tiny.pipeline, 3)
+    config = read_manifest(engine).denoiser_config
+    session = partial(OnnxSession, device=CPU)
+    with (
+        GraphRunner(session(engine / "unet/model.onnx"), family=SD, denoiser_config=config) as full,
+        GraphRunner(session(engine / "unet/model.int8.onnx"), family=SD, denoiser_config=config) as small,
+    ):
+        whole = small.predict(inputs)
+        rows = [small.predict({name: tensor[i : i + 1] for name, tensor in inputs.items()}) for i in range(3)]
+        expected = full.predict(inputs)
+    assert (whole - torch.cat(rows)).norm() < 0.05 * whole.norm()
+    # All layers are in 8 bits here, the first and the last, too.
+    assert 0 < (whole - expected).norm() < 0.4 * expected.norm()
+
+
+def test_images_are_drawn_in_8_bits(engine: Path, tmp_path: Path) -> None:
+    with Engine.load(engine, precision="int8", device="cpu") as opened:
+        assert opened.model.denoiser.precision == torch.int8
+        assert opened.model.denoiser.dtype == torch.float32
+        (image,) = opened(PROMPTS[0], steps=2)
+    (path,) = draw(
+        None,
+        GenerateConfig(prompts=[PROMPTS[0]], runner="onnx", precision="int8", engine=engine, steps=2),
+        output=tmp_path / "images",
+        device="cpu",
+    )
+    assert path.exists()
+    assert image.size == (16, 16)
+
+
+def test_an_engine_without_8_bits_says_how_to_make_them(engines: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match=r"the unet in fp16, fp32 alone: `boostdiff export --quantize int8` makes"):
+        Engine.load(engines["lora"], runner="onnx", precision="int8", device="cpu")
+
+
+def test_layers_are_named_after_their_modules(engine: Path, tiny: Model) -> None:
+    layers = layers_of(engine / "unet/model.onnx")
+    modules = {name for name, module in tiny.denoiser.named_modules() if getattr(module, "weight", None) is not None}
+    assert layers.keys() <= modules
+    assert {"conv_in", "conv_out", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"} <= layers.keys()
+    # Attention's products have no weights, and norms are no layers here.
+    assert not any("norm" in name or name.endswith(("attn1", "attn2")) for name in layers)
+
+
+def test_groups_of_layers() -> None:
+    block = "down_blocks.0.attentions.1.transformer_blocks.0"
+    layers = ["time_embedding.linear_1", "up_blocks.0.resnets.0.time_emb_proj", f"{block}.attn2.to_k"]
+    layers += [f"{block}.attn2.to_q", f"{block}.attn2.to_out.0", f"{block}.ff.net.0.proj", "conv_in"]
+    groups = groups_of(layers)
+    assert groups["time embeddings"] == layers[:2]
+    assert groups[f"{block}.attn2"] == [f"{block}.attn2.to_q", f"{block}.attn2.to_out.0"]
+    assert set(groups) - {"time embeddings", f"{block}.attn2"} == {
+        f"{block}.attn2.to_k, to_v",
+        f"{block}.ff",
+        "conv_in",
+    }
+    assert "down_blocks.0.ff" in groups_of(layers, coarse=True)
+    assert sorted(layer for group in groups.values() for layer in group) == sorted(layers)
+
+
+def test_the_worst_are_kept_until_the_rest_is_within_the_budget() -> None:
+    errors = {"a": 0.5, "b": 0.001, "c": 0.02, "d": 0.004, "e": 0.0}
+    assert kept_groups(errors, 0.01) == ["a", "c"]
+    assert kept_groups(errors, 0.004) == ["a", "c", "d"]
+    assert kept_groups(errors, 1.0) == []
+    assert kept_groups({"a": float("inf"), "b": 0.0}, 1.0) == ["a"]
+
+
+def test_beyond_the_limits_nothing_is_replaced(
+    quantized: Quantize, engines: dict[str, Path], one_group: None, tmp_path: Path
+) -> None:
+    standing = shutil.copytree(engines["lora"], tmp_path / "engine")
+    before = (standing / "manifest.json").read_bytes()
+    with pytest.raises(BoostDiffError, match=r"outside of its limits.*error [\d.]+ \(allowed: 1e-06\)") as failed:
+        quantized(standing, limit=1e-6)
+    assert failed.value.exit_code == 1
+    assert (standing / "manifest.json").read_bytes() == before
+    assert not (standing / "unet/model.int8.onnx").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+
+
+def test_where_no_layer_can_be_quantized(
+    engine: Path,
+    tiny: Model,
+    students: dict[str, Path],
+    one_group: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    info, folder = read_student(students["lora"]), shutil.copytree(engine, tmp_path / "engine")
+    calibration = Calibration.of_teacher(tiny, PROMPTS, info)
+    calibration.add_states(tiny, info.denoiser)
+    monkeypatch.setattr(quantize, "BUDGET", 0.0)
+    with pytest.raises(BoostDiffError, match="no layer of the UNet can be quantized within the limits"):
+        quantize_unet(folder, read_manifest(engine), calibration, large=False)
+
+
+def test_other_models_need_calibration_prompts(
+    tiny_files: ModelFiles, students: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loads(*args: object, **options: object) -> None:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr("boostdiff.export.export.load", loads)
+    with pytest.raises(InputError, match="pass --calibration-prompts FILE"):
+        export(
+            tiny_files,
+            ExportConfig(quantize="int8"),
+            student=students["lora"],
+            output=tmp_path / "engine",
+            device="cpu",
+        )
+    with pytest.raises(InputError, match=r"missing\.txt"):
+        export(
+            tiny_files,
+            ExportConfig(quantize="int8", calibration_prompts=tmp_path / "missing.txt"),
+            student=students["lora"],
+            output=tmp_path / "engine",
+            device="cpu",
+        )
+    assert len(calibration_prompts(ExportConfig(quantize="int8"), locate(embedded.MODEL_NAME))) > 100
+
+
+def test_options_that_contradict_each_other() -> None:
+    with pytest.raises(InputError, match="starts from the FP32 graph"):
+        ExportConfig(quantize="int8", precision="fp16")
+    with pytest.raises(InputError, match="calibration-prompts is not used without --quantize"):
+        ExportConfig(calibration_prompts=Path("prompts.txt"))
+    with pytest.raises(InputError, match="unknown quantize"):
+        ExportConfig(quantize="int4")
+    assert ExportConfig(quantize="int8", trt=True).precisions(10**9) == ("fp32", "fp16")
