@@ -182,7 +182,7 @@ def speed(session: Session, graphs: dict[str, Path], runs: int) -> list[Table]:
     """One pass of the student's UNet, FP32 and INT8 in turn, and where its time goes at batch 8."""
     lines = []
     for batch in (1, 8):
-        inputs = session.model.family.example_inputs(session.model.pipeline, batch)
+        inputs = session.model.family.example_inputs(session.model.pipeline, batch, session.students[0].denoiser)
         inputs["sample"] = initial_noise(session.model.latent_shape, count=batch, seed=0)
         times: dict[str, list[float]] = {name: [] for name in graphs}
         with runner_of(graphs["fp32"], session.model) as full, runner_of(graphs["int8"], session.model) as small:

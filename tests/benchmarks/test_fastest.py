@@ -1,8 +1,11 @@
+import copy
+
 import pytest
 import torch
 from boostdiff.benchmarks import fastest
 from boostdiff.benchmarks.fastest import MANY_PASSES, FastestRunners
 from boostdiff.engine.compiled import CompiledRunner
+from boostdiff.engine.guidance_input import add_guidance_embedding
 from boostdiff.engine.model import Model
 from boostdiff.engine.runners import GraphRunner, TorchRunner
 
@@ -45,3 +48,17 @@ def test_the_fastest_runner_is_opened_once_and_predicts_the_same(
                 torch.testing.assert_close(
                     runner.predict(inputs), TorchRunner(tiny.denoiser).predict(inputs), atol=1e-3, rtol=1e-3
                 )
+
+
+def test_a_guidance_conditioned_students_graph_takes_the_scale(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastest, "has_bfloat16", lambda device: False)
+    student = copy.deepcopy(tiny.denoiser)
+    torch.nn.init.normal_(add_guidance_embedding(student).weight)
+    inputs = tiny.family.example_inputs(tiny.pipeline, 2, student)
+    with FastestRunners(tiny, passes=MANY_PASSES) as runners, torch.inference_mode():
+        got, expected = runners(student).predict(inputs), TorchRunner(student).predict(inputs)
+        assert type(runners(student)) is GraphRunner
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
+    with torch.inference_mode():
+        other = TorchRunner(student).predict(inputs | {"timestep_cond": -inputs["timestep_cond"]})
+    assert not torch.allclose(other, expected, atol=1e-3)
