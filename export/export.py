@@ -21,6 +21,7 @@ from ..engine.student import StudentInfo, read_student
 from ..engine.trt import TensorRTSession, check_plan
 from ..engine.versions import versions
 from .config import ExportConfig
+from .diffusers_folder import FOLDER, write_diffusers_folder
 from .graph import FP16_TOLERANCE, FP32_TOLERANCE, compare, exact_float32, graph_signature, onnx_from_part
 from .parts import Part, latent_sizes, text_encoder_part, unet_part, vae_decoder_part
 from .plan import Flavour, choose_flavour, plan_from_onnx, plan_in_a_process
@@ -137,7 +138,7 @@ def up_to_date_engine(output: Path, intended: Manifest) -> Manifest | None:
 
 
 def write_configs_and_tokenizers(model: Model, manifest: Manifest, folder: Path, *, diffusers: bool) -> None:
-    """Everything that is no graph: configurations, tokenizers, scheduler, and on request the merged weights."""
+    """Everything that is no graph: configurations, tokenizers, scheduler, and on request a whole diffusers folder."""
     pipeline = model.pipeline
     index = read_json(model.files.folder / "model_index.json")
     absent = dict.fromkeys(index.keys() & {"safety_checker", "feature_extractor", "image_encoder"}, (None, None))
@@ -146,9 +147,8 @@ def write_configs_and_tokenizers(model: Model, manifest: Manifest, folder: Path,
         getattr(pipeline, tokenizer).save_pretrained(folder / tokenizer)
         getattr(pipeline, name).config.save_pretrained(folder / name)
     if diffusers:
-        model.unet.save_pretrained(folder / "unet", safe_serialization=True)
-        for path in (folder / "unet").glob("*.safetensors*"):
-            manifest.artefacts[f"unet/{path.name}"] = {"precision": "fp32"}
+        for name in write_diffusers_folder(model, manifest.distilled, folder / FOLDER):
+            manifest.artefacts[f"{FOLDER}/{name}"] = {"precision": "fp32"}
     configs = {"scheduler/scheduler_config": pipeline.scheduler, "vae_decoder/config": pipeline.vae}
     for name, component in (configs | {"unet/config": model.unet}).items():
         path = folder / f"{name}.json"

@@ -134,17 +134,16 @@ class ImageModel:
         self._runner = TorchRunner(model.unet) if engine is None else model.unet
         _, height, width = model.latent_shape
         factor = model.pipeline.vae_scale_factor
-        guided = distilled is None
         self.description = Description(
             id=name,
-            role="teacher" if guided else "student",
+            role="student" if distilled else "teacher",
             runner=self._runner.name,
-            passes_per_step=2 if guided else 1,
+            passes_per_step=1 if distilled else 2,
             size=(factor * width, factor * height),
             samplers=tuple(SAMPLERS),
             guidance=distilled.guidance if distilled else DEFAULT_GUIDANCE,
             guidance_range=distilled.guidance_range if distilled else (1.0, 1e4),
-            negative_prompt=guided or distilled.live_negative_prompt,
+            negative_prompt=distilled is None or distilled.live_negative_prompt,
             max_batch=max_batch or default_batch_size(model),
         )
 
@@ -164,7 +163,7 @@ class ImageModel:
             raise InputError(said.replace("--", "")) from None
 
     def draw(self, jobs: Sequence[Job]) -> list[Drawn | BoostDiffError]:
-        """Draw jobs that passed `check`, those of equal steps, sampler and size together; errors stand in their places."""
+        """Draw jobs that passed `check`; those of equal steps, sampler and size together. An error takes its place."""
         results: dict[int, Drawn | BoostDiffError] = {}
         groups: dict[tuple[Any, ...], list[int]] = {}
         for index, job in enumerate(jobs):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -67,12 +67,12 @@ class Limits(_Settings):
         waiting: images being drawn or waited for, over all requests that one API replica holds.
     """
 
-    prompt: int = Field(1000, ge=1)
-    images: int = Field(8, ge=1)
-    steps: int = Field(100, ge=1)
-    body: int = Field(2**16, ge=1024)
-    seconds: float = Field(120, gt=0)
-    waiting: int = Field(64, ge=1)
+    prompt: Annotated[int, Field(ge=1)] = 1000
+    images: Annotated[int, Field(ge=1)] = 8
+    steps: Annotated[int, Field(ge=1)] = 100
+    body: Annotated[int, Field(ge=1024)] = 2**16
+    seconds: Annotated[float, Field(gt=0)] = 120
+    waiting: Annotated[int, Field(ge=1)] = 64
 
 
 class ServerSettings(_Settings):
