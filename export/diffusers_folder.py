@@ -60,8 +60,8 @@ image = pipe("a lighthouse at dusk", num_inference_steps=20{call}).images[0]
 GUARDED = (
     "Any value gives the same image: the guidance is in the weights. The UNet's configuration names a guidance input "
     f"(`time_cond_proj_dim` {GUARD_WIDTH}) whose weights are zeros, so that stock diffusers makes one pass a step at "
-    "its default scale, too. A server that ignores `time_cond_proj_dim` must be given `guidance_scale=1.0`: above it, it "
-    "would make two passes and burn the image."
+    "its default scale, too. A server that ignores `time_cond_proj_dim` must be given `guidance_scale=1.0`: above it, "
+    "it would make two passes and burn the image."
 )
 CONDITIONED = (
     "Pass any from {low:g} to {high:g}: the student takes it as an input, in one pass. Stock diffusers' default may "

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from ..engine.errors import BoostDiffError, InputError
+from ..engine.errors import BoostDiffError, InputError, one_line
 from ..engine.files import read_text
 from ..engine.options import config_from, options_of
 from ..engine.terminal import console, quiet_libraries
@@ -32,10 +34,8 @@ def serve(**options: Any) -> None:
     if config.config is not None:
         try:
             values = yaml.safe_load(read_text(config.config))
-        except yaml.YAMLError:
-            values = None
-        if not isinstance(values, dict):
-            raise InputError(f"{config.config} is no YAML of Ray Serve")
+        except yaml.YAMLError as error:
+            raise InputError(f"{config.config} is no YAML: {one_line(error)}") from None
         args, host, port = read_config(values, config.config)
     else:
         count = config.replicas * (1 + config.teacher)
@@ -46,6 +46,13 @@ def serve(**options: Any) -> None:
     # What can't be used is said before Ray starts, which takes seconds.
     api_key(loopback=settings.loopback)
     names = [name_of(each) for each in settings.models]
+    if config.address is None:
+        _check_port(host, port)
+        # Replicas run in folders of their own.
+        for each in settings.models:
+            each.engine, each.student = (
+                folder and str(Path(folder).resolve()) for folder in (each.engine, each.student)
+            )
     from . import deployment
 
     stopped = threading.Event()
@@ -57,4 +64,15 @@ def serve(**options: Any) -> None:
     console.print(f"Serving {', '.join(names)} at [bold]http://{host}:{port}[/]; Ctrl-C stops")
     stopped.wait()
     with console.status("finishing what is being drawn"):
-        deployment.stop()
+        deployment.stop(address=config.address)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Refuse, by an InputError, an address that can't be listened on."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind((host, port))
+    except OSError as error:
+        raise InputError(f"can't listen on {host}:{port}: {error.strerror or one_line(error)}; pass another") from None

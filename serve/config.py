@@ -14,6 +14,8 @@ import typer
 from ..engine.errors import InputError
 from ..engine.options import check_options, refuse_unused
 
+IMPORT_PATH = "boostdiff.serve.deployment:build"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
@@ -92,31 +94,27 @@ class ServeConfig:
         return {"models": [*models, *([in_torch] if self.teacher else [])], "limits": limits}
 
 
-def read_config(values: dict[str, Any], path: Path) -> tuple[dict[str, Any], str, int]:
+def read_config(values: Any, path: Path) -> tuple[dict[str, Any], str, int]:
     """The settings of a configuration of Ray Serve, its host and its port.
 
     Raises:
         InputError: it holds another application, or what is not read here.
     """
-    applications = values.get("applications")
+    applications = values.get("applications") if isinstance(values, dict) else None
     if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
-        raise InputError(f"{path} must have one application, of import_path {IMPORT_PATH}")
-    application, http = applications[0], values.get("http_options") or {}
-    if application.get("import_path") != IMPORT_PATH:
-        raise InputError(f"the application in {path} must be of import_path {IMPORT_PATH}")
-    if unread := sorted(
-        (values.keys() - {"applications", "http_options", "proxy_location"})
-        | (application.keys() - {"import_path", "name", "route_prefix", "args", "runtime_env"})
-        | ({f"http_options.{name}" for name in http.keys() - {"host", "port"}} if isinstance(http, dict) else set())
-    ):
+        raise InputError(f"{path} is no configuration of Ray Serve with one application")
+    application, http = applications[0], values.get("http_options", {})
+    args = application.get("args")
+    if application.get("import_path") != IMPORT_PATH or not isinstance(args, dict) or not isinstance(http, dict):
+        raise InputError(f"{path} must have an application of import_path {IMPORT_PATH} with args")
+    unread = (values.keys() - {"applications", "http_options"}) | (application.keys() - {"import_path", "name", "args"})
+    unread |= {f"http_options.{name}" for name in http.keys() - {"host", "port"}}
+    if unread:
         raise InputError(
-            f"{path} has {', '.join(unread)}, which is not read here: leave it out (options of deployments belong to "
-            "args.models), or pass the file to Ray's `serve deploy`"
+            f"{path} has {', '.join(sorted(unread))}, which is not read here: leave it out (options of deployments "
+            "belong to args.models), or pass the file to Ray's `serve deploy`"
         )
-    host, port = (http.get("host", "127.0.0.1"), http.get("port", 8000)) if isinstance(http, dict) else (None, None)
-    if not isinstance(host, str) or not isinstance(port, int) or not 1 <= port <= 65535:
+    host, port = http.get("host", "127.0.0.1"), http.get("port", 8000)
+    if not isinstance(host, str) or type(port) is not int or not 1 <= port <= 65535:
         raise InputError(f"the http_options in {path} can't be used: pass a host and a port")
-    return application.get("args") or {}, host, port
-
-
-IMPORT_PATH = "boostdiff.serve.deployment:build"
+    return args, host, port

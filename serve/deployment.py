@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve import Application
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from ..engine.errors import BoostDiffError, InputError
@@ -30,10 +30,12 @@ from .local import LocalBackend, one_of
 from .settings import ModelSettings, ServerSettings, api_key
 from .url_files import UrlFiles
 
+APPLICATION = "boostdiff"
+
 GATHERED = 0.01
 """Seconds that a batch waits for others once its first image is there; while a batch is drawn, the next one fills."""
 
-DEPLOYMENT = {"max_ongoing_requests": 64, "max_queued_requests": 256}
+DEPLOYMENT = {"max_ongoing_requests": 1000, "max_queued_requests": 1000}
 """Options of a model's deployment where the settings have no others."""
 
 
@@ -85,22 +87,22 @@ class RayBackend:
         try:
             async for drawn in self._handle.options(stream=True).stream.remote(job, previews):
                 yield drawn
-        except (BackPressureError, DeploymentUnavailableError, RayActorError):
-            raise OverloadedError from None
         except RayTaskError as error:
             raise _cause(error) from None
+        except (RayActorError, RayServeException):
+            raise OverloadedError from None
 
     async def _answer(self, method: Any, *arguments: Any) -> Any:
         for _ in range(3):
             try:
                 return await method.remote(*arguments)
-            except (BackPressureError, DeploymentUnavailableError):
-                break
-            except RayActorError:
-                # The replica died. An image has no effect but itself: ask another one.
-                await asyncio.sleep(0.5)
             except RayTaskError as error:
                 raise _cause(error) from None
+            except BackPressureError:
+                break
+            except (RayActorError, RayServeException):
+                # The replica died. An image has no effect but itself: ask another one.
+                await asyncio.sleep(0.5)
         raise OverloadedError
 
 
@@ -183,16 +185,17 @@ def run(settings: ServerSettings, *, host: str, port: int, address: str | None, 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(http_options={"host": host, "port": port, "request_timeout_s": settings.limits.seconds + 30})
-        serve.run(application, name="boostdiff")
+        serve.run(application, name=APPLICATION)
     except BaseException:
-        stop()
+        stop(address=address)
         raise
 
 
-def stop() -> None:
+def stop(*, address: str | None) -> None:
     """Let replicas finish what they draw, and end what `run` started."""
     # Replicas finish what they have; `shutdown` alone would take the proxy from under them.
     with suppress(Exception):
-        serve.delete("boostdiff")
-    serve.shutdown()
+        serve.delete(APPLICATION)
+    if address is None:
+        serve.shutdown()
     ray.shutdown()
