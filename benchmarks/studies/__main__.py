@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from ...engine.terminal import quiet_libraries, run
-from . import full_size, guidance_study, profile, recipes, seeds
+from . import full_size, guidance_study, profile, recipes, seeds, serving
 from .held_out import TAKES_TRAINING_OPTIONS
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ for study in (
     profile.training_memory,
     full_size.random_folder,
     full_size.full_size,
+    serving.serve,
 ):
     app.command()(study)
 
