@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 import urllib.request
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,50 +22,28 @@ from ray.serve import Application
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from ..engine.errors import BoostDiffError, InputError
+from ..engine.errors import InputError
 from ..engine.terminal import quiet_libraries
 from .api import OverloadedError, make_app
 from .image_model import Description, Drawn, Job, name_of, open_model
-from .local import LocalBackend, one_of
+from .local import LocalBackend
 from .settings import ModelSettings, ServerSettings, api_key
 from .url_files import UrlFiles
 
 APPLICATION = "boostdiff"
 
-GATHERED = 0.01
-"""Seconds that a batch waits for others once its first image is there; while a batch is drawn, the next one fills."""
-
 DEPLOYMENT = {"max_ongoing_requests": 1000, "max_queued_requests": 1000}
 """Options of a model's deployment where the settings have no others."""
 
 
-class Replica:
+class Replica(LocalBackend):
     """One model. It can be asked once it has drawn images alone and together and compared them."""
 
     def __init__(self, settings: ModelSettings) -> None:
         quiet_libraries()
         model = open_model(settings)
         model.check_itself()
-        self._backend = LocalBackend(model)
-        self._together.set_max_batch_size(model.description.max_batch)
-
-    async def describe(self) -> Description:
-        """See `api.Backend`."""
-        return await self._backend.describe()
-
-    async def draw(self, job: Job) -> Drawn:
-        """See `api.Backend`."""
-        self._backend.check(job)
-        return one_of([await self._together(job)])
-
-    @serve.batch(max_batch_size=8, batch_wait_timeout_s=GATHERED)
-    async def _together(self, jobs: Sequence[Job]) -> list[Drawn | BoostDiffError]:
-        return await self._backend.draw_together(jobs)
-
-    async def stream(self, job: Job, previews: int) -> AsyncIterator[Drawn]:
-        """See `api.Backend`."""
-        async for drawn in self._backend.stream(job, previews):
-            yield drawn
+        super().__init__(model)
 
 
 class RayBackend:

@@ -60,6 +60,11 @@ class Job:
     height: int | None = None
     width: int | None = None
 
+    @property
+    def alike(self) -> tuple[Any, ...]:
+        """What jobs of one batch have in common."""
+        return (self.steps, self.sampler, self.height, self.width)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
@@ -162,24 +167,13 @@ class ImageModel:
             said = str(error).replace(f" in {self._model.files.folder}", "").partition(": ")[0]
             raise InputError(said.replace("--", "")) from None
 
-    def draw(self, jobs: Sequence[Job]) -> list[Drawn | BoostDiffError]:
-        """Draw jobs that passed `check`; those of equal steps, sampler and size together. An error takes its place."""
-        results: dict[int, Drawn | BoostDiffError] = {}
-        groups: dict[tuple[Any, ...], list[int]] = {}
-        for index, job in enumerate(jobs):
-            groups.setdefault((job.steps, job.sampler, job.height, job.width), []).append(index)
-        for group in groups.values():
-            for start in range(0, len(group), self.description.max_batch):
-                chunk = group[start : start + self.description.max_batch]
-                try:
-                    (drawn,) = self.stream([jobs[index] for index in chunk])
-                    results |= dict(zip(chunk, drawn, strict=True))
-                except BoostDiffError as error:
-                    results |= dict.fromkeys(chunk, error)
-        return [results[index] for index in range(len(jobs))]
+    def draw(self, jobs: Sequence[Job]) -> list[Drawn]:
+        """Draw one batch of jobs that passed `check` and are `alike`. Raises as `stream`."""
+        (drawn,) = self.stream(jobs)
+        return drawn
 
     def stream(self, jobs: Sequence[Job], previews: int = 0) -> Iterator[list[Drawn]]:
-        """Draw one batch of equal steps, sampler and size: so many previews of it, evenly spaced, then the images.
+        """Draw one batch of jobs that are `alike`: so many previews of it, evenly spaced, then the images.
 
         Raises:
             BoostDiffError: latents or images hold NaN or Inf.
@@ -331,10 +325,7 @@ def _png(image: Image.Image) -> bytes:
     return content.getvalue()
 
 
-def _pixels(drawn: Sequence[Drawn | BoostDiffError]) -> np.ndarray:
+def _pixels(drawn: Sequence[Drawn]) -> np.ndarray:
     """`(B, H, W, 3)` in [0, 1]."""
-    for each in drawn:
-        if isinstance(each, BoostDiffError):
-            raise each
-    images = [Image.open(io.BytesIO(each.png)) for each in drawn if isinstance(each, Drawn)]
+    images = [Image.open(io.BytesIO(each.png)) for each in drawn]
     return np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])

@@ -1,5 +1,6 @@
 """The API over an engine in this process: what Ray's replicas run, but for the batches."""
 
+import asyncio
 import base64
 import io
 import json
@@ -63,14 +64,41 @@ def test_an_image_is_the_engines_own(client: TestClient, engines: dict[str, Path
 
 
 def test_images_do_not_depend_on_their_batch(model: ImageModel) -> None:
+    """What waits is drawn together if it is alike, and is what it would be alone."""
     jobs = [Job(prompt=f"a red cat {i}", seed=9 * i, steps=2 + i % 2) for i in range(11)]
-    together = model.draw(jobs)
-    assert {image.batch for image in together} == {5, 6}
-    for job, image in zip(jobs, together, strict=True):
+    backend = LocalBackend(model)
+
+    async def together() -> list[Drawn]:
+        given_up = asyncio.ensure_future(backend.draw(jobs[0]))
+        await asyncio.sleep(0)
+        given_up.cancel()
+        return await asyncio.gather(*map(backend.draw, jobs))
+
+    images = asyncio.run(together())
+    assert [image.batch for image in images] == [6, 5] * 5 + [6]
+    for job, image in zip(jobs, images, strict=True):
         (alone,) = model.draw([job])
         assert np.abs(pixels(alone.png) - pixels(image.png)).max() <= 1
         assert image.seed == job.seed
     assert "4 images drawn alone and together differ by 0/255" in model.description.checked
+
+
+def test_a_batch_that_fails_is_not_the_end(model: ImageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, draw = LocalBackend(model), model.draw
+
+    def fails_at_first(jobs: list[Job]) -> list[Drawn]:
+        monkeypatch.setattr(model, "draw", draw)
+        raise RuntimeError("out of memory")
+
+    async def three() -> list[Any]:
+        job = Job(prompt="a", seed=0, steps=1)
+        first = await asyncio.gather(backend.draw(job), backend.draw(job), return_exceptions=True)
+        return [*first, await backend.draw(job)]
+
+    monkeypatch.setattr(model, "draw", fails_at_first)
+    failed, also, image = asyncio.run(three())
+    assert "out of memory" in str(failed) == str(also)
+    assert image.step == 1
 
 
 def test_the_teacher_makes_two_passes_and_takes_more(client: TestClient) -> None:
