@@ -5,10 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRA := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
-.PHONY: help install demo test test-slow lint types unit wheel clean
+.PHONY: help install demo serve test test-slow lint types unit wheel clean
 
 help:
 	@echo "make demo   install into $(VENV) and run distill, export and bench on the embedded model"
+	@echo "make serve  after make demo: student and teacher behind OpenAI's images API, and a page to try them"
 	@echo "make test   install into $(VENV), lint, type-check and run the tests"
 	@echo "make test-slow  proofs that take minutes: kills and damages at random, every runner against torch"
 	@echo "make clean  remove $(VENV), outputs and caches"
@@ -24,6 +25,10 @@ demo: install
 	$(BIN)/boostdiff distill
 	$(BIN)/boostdiff export --trt
 	$(BIN)/boostdiff bench --steps 20
+
+serve: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRA),dev,serve]"
+	$(BIN)/boostdiff serve --teacher
 
 test: lint types unit
 

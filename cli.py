@@ -12,6 +12,7 @@ from .distill.command import distill
 from .engine.command import doctor, generate
 from .engine.terminal import run
 from .export.command import export
+from .serve.command import serve
 
 app = typer.Typer(
     name="boostdiff",
@@ -43,6 +44,7 @@ app.command()(distill)
 app.command()(export)
 app.add_typer(bench.app, name="bench")
 app.command()(generate)
+app.command()(serve)
 app.command()(doctor)
 
 

@@ -83,7 +83,7 @@ class ExportConfig:
         typer.Option(show_default="the model's", help="Height and width in pixels; a range lets them vary.", **RANGE),
     ] = None
     diffusers: Annotated[
-        bool, typer.Option("--diffusers", help="Also write the merged UNet for UNet2DConditionModel.from_pretrained.")
+        bool, typer.Option("--diffusers", help="Also write a whole pipeline for stock diffusers, OUTPUT/diffusers.")
     ] = False
 
     quantize: Annotated[

@@ -22,6 +22,7 @@ from ..engine.trt import TensorRTSession, check_plan
 from ..engine.versions import versions
 from .calibration import Calibration, calibration_prompts
 from .config import ExportConfig
+from .diffusers_folder import FOLDER, write_diffusers_folder
 from .graph import FP16_TOLERANCE, FP32_TOLERANCE, compare, exact_float32, graph_signature, onnx_from_part
 from .parts import Part, denoiser_part, latent_sizes, text_encoder_part, vae_decoder_part
 from .plan import Flavour, choose_flavour, plan_from_onnx, plan_in_a_process
@@ -146,7 +147,7 @@ def up_to_date_engine(output: Path, intended: Manifest) -> Manifest | None:
 
 
 def write_configs_and_tokenizers(model: Model, manifest: Manifest, folder: Path, *, diffusers: bool) -> None:
-    """Everything that is no graph: configurations, tokenizers, scheduler, and on request the merged weights."""
+    """Everything that is no graph: configurations, tokenizers, scheduler, and on request a whole diffusers folder."""
     pipeline = model.pipeline
     index = read_json(model.files.folder / "model_index.json")
     absent = dict.fromkeys(index.keys() & {"safety_checker", "feature_extractor", "image_encoder"}, (None, None))
@@ -157,9 +158,8 @@ def write_configs_and_tokenizers(model: Model, manifest: Manifest, folder: Path,
         getattr(pipeline, name).config.save_pretrained(folder / name)
     denoiser = model.family.denoiser
     if diffusers:
-        model.denoiser.save_pretrained(folder / denoiser, safe_serialization=True)
-        for path in (folder / denoiser).glob("*.safetensors*"):
-            manifest.artefacts[f"{denoiser}/{path.name}"] = {"precision": "fp32"}
+        for name in write_diffusers_folder(model, manifest.distilled, folder / FOLDER):
+            manifest.artefacts[f"{FOLDER}/{name}"] = {"precision": "fp32"}
     configs = {"scheduler/scheduler_config": pipeline.scheduler, "vae_decoder/config": pipeline.vae}
     for name, component in (configs | {f"{denoiser}/config": model.denoiser}).items():
         path = folder / f"{name}.json"

@@ -71,6 +71,7 @@ def test_help_names_every_command_and_option(boostdiff: Command) -> None:
         "export": ("--model", "--student", "--output", "--trt", "--json"),
         "bench": ("--steps", "--engine", "--samples", "--batch-sizes", "--reference", "table1", "compare", "--json"),
         "generate": ("--teacher", "--runner", "--sampler", "--seed", "--batch-size"),
+        "serve": ("--engine", "--config", "--teacher", "--host"),
         "doctor": ("--json",),
     }.items():
         assert command in shown

@@ -15,7 +15,7 @@ from typer.main import get_command
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("benchmarks/speed", "benchmarks/quality", "benchmarks/report", "benchmarks/studies")
-FOLDERS = ("engine", "engine/embedded", "distill", "export", "benchmarks", *PARTS, "teacher")
+FOLDERS = ("engine", "engine/embedded", "distill", "export", "serve", "benchmarks", *PARTS, "teacher")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_the_wheel_holds_every_module_and_the_embedded_model(wheel: Path) -> Non
     assert "boostdiff/engine/embedded/emoji64-clip/model.safetensors" in data
     assert modules | data <= names
     extra = {name for name in names - modules - data if ".dist-info/" not in name}
-    assert extra <= {"boostdiff/teacher/README.md"}
+    assert extra == {"boostdiff/teacher/README.md", "boostdiff/serve/page.html"}
 
 
 @pytest.fixture(scope="module")
@@ -165,5 +165,6 @@ def test_no_pickles_and_no_remote_code() -> None:
 
 
 def test_help_waits_for_no_library() -> None:
-    code = "import sys, boostdiff.cli; sys.exit(bool({'torch', 'diffusers', 'peft'} & sys.modules.keys()))"
+    libraries = "{'torch', 'diffusers', 'peft', 'ray', 'fastapi'}"
+    code = f"import sys, boostdiff.cli; sys.exit(bool({libraries} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

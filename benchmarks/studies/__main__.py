@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from ...engine.terminal import quiet_libraries, run
-from . import few_steps_study, full_size, guidance_study, int8, profile, recipes, seeds
+from . import few_steps_study, full_size, guidance_study, int8, profile, recipes, seeds, serving
 from .held_out import TAKES_TRAINING_OPTIONS
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ for study in (
     profile.training_memory,
     full_size.random_folder,
     full_size.full_size,
+    serving.serve,
 ):
     app.command()(study)
 

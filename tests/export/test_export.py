@@ -271,8 +271,8 @@ def test_onnx_runtime_may_not_go_on_without_the_gpu(engine: Path, monkeypatch: p
 
 
 def test_a_merged_unet_for_stock_diffusers(tiny: Model, students: dict[str, Path], engines: dict[str, Path]) -> None:
-    assert "unet/diffusion_pytorch_model.safetensors" in read_manifest(engines["bitfit"]).files
-    stock = UNet2DConditionModel.from_pretrained(engines["bitfit"], subfolder="unet")
+    assert "diffusers/unet/diffusion_pytorch_model.safetensors" in read_manifest(engines["bitfit"]).files
+    stock = UNet2DConditionModel.from_pretrained(engines["bitfit"] / "diffusers", subfolder="unet")
     apply_student(tiny.denoiser, students["bitfit"], read_student(students["bitfit"]))
     inputs = tiny.family.example_inputs(tiny.pipeline, 2)
     with torch.no_grad():

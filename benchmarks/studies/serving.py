@@ -1,0 +1,168 @@
+"""`boostdiff serve` under load, against the engine called directly: images per second, latency, and wrong images."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from PIL import Image
+
+from ...engine import embedded
+from ...engine.errors import BoostDiffError
+from ...engine.exported import Engine
+from ...engine.prompts import read_prompts
+from ..config import comma_separated
+from ..report.tables import Table
+from .held_out import Device, Steps
+
+clients_of = comma_separated("--clients", int, "1,4,16")
+PATIENCE = 600
+"""Seconds for a server to start or stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One image that was asked for.
+
+    Attributes:
+        status: HTTP status; 0 where the connection broke.
+        seconds: from the request to its answer.
+        batch: images that it was drawn with.
+        pixels: the image, `(H, W, 3)`; None where there is none.
+    """
+
+    status: int
+    seconds: float
+    batch: int = 0
+    pixels: np.ndarray | None = None
+
+
+@contextmanager
+def served(*options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """`boostdiff serve` with these options on a free port: the process and its URL, once it is ready.
+
+    Raises:
+        BoostDiffError: it ended, or was not ready in time.
+    """
+    with socket.socket() as tried:
+        tried.bind(("127.0.0.1", 0))
+        port = tried.getsockname()[1]
+    server = subprocess.Popen([sys.executable, "-m", "boostdiff", "serve", "--port", str(port), *options])  # noqa: S603
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_ready(server, url)
+        yield server, url
+    finally:
+        server.terminate()
+        try:
+            server.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> None:
+    """Wait until `/health` says so."""
+    for _ in range(PATIENCE):
+        if server.poll() is not None:
+            raise BoostDiffError("the server ended before it was ready")
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=30):  # noqa: S310
+                return
+        except OSError:
+            time.sleep(1)
+    raise BoostDiffError(f"the server was not ready within {PATIENCE} seconds")
+
+
+def ask(url: str, **fields: Any) -> Answer:
+    """Ask for one image."""
+    started = time.monotonic()
+    request = urllib.request.Request(  # noqa: S310
+        f"{url}/v1/images/generations", json.dumps(fields).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:  # noqa: S310
+            (image,) = json.load(answer)["data"]
+            status = answer.status
+    except urllib.error.HTTPError as error:
+        error.read()
+        return Answer(status=error.code, seconds=time.monotonic() - started)
+    except OSError:
+        return Answer(status=0, seconds=time.monotonic() - started)
+    seconds = time.monotonic() - started
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(image["b64_json"]))))
+    return Answer(status=status, seconds=seconds, batch=image["batch"], pixels=pixels)
+
+
+def load(url: str, prompts: Sequence[str], *, clients: int, steps: int) -> tuple[list[Answer], float]:
+    """The answers to all prompts, image i of seed i, by so many clients that each wait for theirs; and the seconds."""
+    started = time.monotonic()
+    with ThreadPoolExecutor(clients) as pool:
+        numbered = enumerate(prompts)
+        answers = list(pool.map(lambda item: ask(url, prompt=item[1], seed=item[0], steps=steps), numbered))
+    return answers, time.monotonic() - started
+
+
+def is_right(answer: Answer, expected: Image.Image) -> bool:
+    """Whether an answer is the engine's own image, but for one level of 255."""
+    if answer.pixels is None:
+        return False
+    return bool(np.abs(answer.pixels.astype(int) - np.asarray(expected).astype(int)).max() <= 1)
+
+
+def serve(
+    engine: Annotated[Path, typer.Option("--engine", help="Folder that `boostdiff export` wrote.")] = Path(
+        "outputs/engine"
+    ),
+    clients: Annotated[str, typer.Option(help="Clients that ask at once.")] = "1,4,16",
+    requests: Annotated[int, typer.Option(min=1, help="Images asked for by each number of clients.")] = 64,
+    steps: Steps = 20,
+    device: Device = "auto",
+) -> None:
+    """`boostdiff serve` under load, against the engine called directly in batches."""
+    numbers = clients_of(clients)
+    prompts = list(islice(cycle(read_prompts(embedded.HELD_OUT_PROMPTS)), requests))
+    with Engine.load(engine, device=device) as opened:
+        opened(prompts[:8], steps=steps)
+        started = time.monotonic()
+        expected = opened(prompts, steps=steps, seed=0)
+        direct = requests / (time.monotonic() - started)
+    rows = [["the engine, directly", f"{direct:.2f}", "100%", "", "", "", "", ""]]
+    with served("--engine", str(engine)) as (_, url):
+        load(url, prompts[:8], clients=8, steps=steps)
+        for number in numbers:
+            answers, seconds = load(url, prompts, clients=number, steps=steps)
+            times = sorted(answer.seconds for answer in answers)
+            right = [is_right(answer, image) for answer, image in zip(answers, expected, strict=True)]
+            wrong = sum(answer.status == 200 and not good for answer, good in zip(answers, right, strict=True))
+            rate = sum(right) / seconds
+            rows.append(
+                [
+                    f"{number} clients",
+                    f"{rate:.2f}",
+                    f"{rate / direct:.0%}",
+                    f"{statistics.median(times):.2f}",
+                    f"{times[int(0.95 * len(times))]:.2f}",
+                    f"{statistics.mean(answer.batch for answer in answers):.1f}",
+                    str(wrong),
+                    str(sum(answer.status != 200 for answer in answers)),
+                ]
+            )
+    headings = ["", "images per second", "of direct", "p50 s", "p95 s", "batch", "wrong images", "errors"]
+    print(Table(headings=headings, cells=rows).markdown())

@@ -1,0 +1,329 @@
+"""OpenAI's images API as an ASGI application, over models in this process or in Ray Serve's replicas.
+
+Sources: https://platform.openai.com/docs/api-reference/images/create and …/images-streaming
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import json
+import logging
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+
+from ..engine.errors import InputError
+from .image_model import Description, Drawn, Job
+from .settings import Limits
+from .url_files import UrlFiles
+
+PAGE = Path(__file__).with_name("page.html")
+OPEN_PATHS = re.compile(r"/|/health|/v1/images/files/[\w-]+\.png")
+"""What needs no key: the page, the health, and images under names that can't be guessed."""
+
+POLICY = (
+    "default-src 'none'; img-src data: 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""The page asks nobody but this server."""
+
+log = logging.getLogger(__name__)
+
+
+class OverloadedError(Exception):
+    """Too many wait for a model."""
+
+
+class Backend(Protocol):
+    """What draws for the API, in this process or another."""
+
+    async def describe(self) -> Description:
+        """What the model is and takes; answered once it can draw."""
+
+    async def draw(self, job: Job) -> Drawn:
+        """Draw, together with others if they are there.
+
+        Raises:
+            InputError: the model can't draw it.
+            OverloadedError: too many wait.
+        """
+
+    def stream(self, job: Job, previews: int) -> AsyncIterator[Drawn]:
+        """Draw with previews; the last is the image. Raises as `draw`."""
+
+
+class ImagesRequest(BaseModel):
+    """The body of `POST /v1/images/generations`; below `user`, what is not OpenAI's."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    prompt: str = Field(min_length=1)
+    model: str | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    size: Annotated[str, Field(pattern=r"^([1-9]\d{0,4}x[1-9]\d{0,4}|auto)$")] | None = None
+    response_format: Literal["b64_json", "url"] | None = None
+    output_format: Literal["png"] | None = None
+    quality: Literal["auto", "standard"] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    stream: bool | None = None
+    partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
+    user: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**62)] | None = None
+    steps: Annotated[int, Field(ge=1)] | None = None
+    sampler: str | None = None
+    negative_prompt: str | None = None
+    guidance: Annotated[float, Field(allow_inf_nan=False)] | None = None
+
+    def jobs(self) -> list[Job]:
+        """One job an image, of seeds that follow one another."""
+        seed = secrets.randbelow(2**32) if self.seed is None else self.seed
+        width, height = map(int, self.size.split("x")) if self.size not in (None, "auto") else (None, None)
+        job = Job(
+            prompt=self.prompt,
+            seed=seed,
+            steps=self.steps,
+            sampler=self.sampler,
+            negative_prompt=self.negative_prompt,
+            guidance=self.guidance,
+            height=height,
+            width=width,
+        )
+        return [Job(**{**asdict(job), "seed": seed + i}) for i in range(self.n or 1)]
+
+
+def error_answer(status: int, message: str, *, code: str | None = None, param: str | None = None) -> JSONResponse:
+    """An error in OpenAI's form."""
+    kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
+    headers = {"Retry-After": "1"} if status in (429, 503) else {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return JSONResponse(body, status_code=status, headers=headers)
+
+
+class Guard:
+    """Around the application: the key, the size of bodies, and on the loopback the name that was asked for."""
+
+    def __init__(self, app: Any, *, key: str | None, body: int, loopback: bool) -> None:
+        self.app, self.key, self.body, self.loopback = app, key, body, loopback
+
+    def _refusal(self, scope: Any) -> JSONResponse | None:
+        headers = dict(scope["headers"])
+        host = re.sub(rb":\d*$", b"", headers.get(b"host", b"localhost"))
+        if self.loopback and self.key is None and host not in {b"localhost", b"127.0.0.1", b"[::1]"}:
+            # Another site's name that leads to this machine: its scripts may not draw here (DNS rebinding).
+            return error_answer(403, "this server answers requests to localhost only", code="forbidden_host")
+        if self.key is not None and not OPEN_PATHS.fullmatch(scope["path"]):
+            shown = headers.get(b"authorization", b"")
+            if not hmac.compare_digest(shown, b"Bearer " + self.key.encode()):
+                return error_answer(401, "the API key is missing or wrong", code="invalid_api_key")
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit():
+            return error_answer(400, "Content-Length is not a number")
+        return self._too_large() if len(length) > 18 or int(length) > self.body else None
+
+    def _too_large(self) -> JSONResponse:
+        return error_answer(413, f"the request has more than {self.body} bytes", code="request_too_large")
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """See the ASGI specification."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if refusal := self._refusal(scope):
+            await refusal(scope, receive, send)
+            return
+        received = 0
+
+        async def limited() -> Any:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.body:
+                raise HTTPException(413, f"the request has more than {self.body} bytes")
+            return message
+
+        await self.app(scope, limited, send)
+
+
+def make_app(
+    backends: Mapping[str, Backend],
+    *,
+    limits: Limits,
+    files: UrlFiles,
+    key: str | None = None,
+    loopback: bool = True,
+    metrics: Callable[[], Awaitable[str]] | None = None,
+) -> FastAPI:
+    """The application.
+
+    Args:
+        backends: models by name; the first is the default.
+        limits: what a request may ask for.
+        files: where images lie that are answered as a URL.
+        key: what requests must show as a bearer token, if anything.
+        loopback: whether this machine alone may ask.
+        metrics: gives the text of `GET /metrics` in Prometheus' format.
+    """
+    # Its pages of documentation would ask a server far away.
+    app = FastAPI(title="BoostDiff", docs_url=None, redoc_url=None)
+    app.add_middleware(Guard, key=key, body=limits.body, loopback=loopback)
+    started, default, page = int(time.time()), next(iter(backends)), PAGE.read_text(encoding="utf-8")
+    waiting = 0
+
+    @contextmanager
+    def place(count: int) -> Any:
+        """Room for so many images among those that wait."""
+        nonlocal waiting
+        if waiting + count > limits.waiting:
+            raise OverloadedError
+        waiting += count
+        try:
+            yield
+        finally:
+            waiting -= count
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"][1:]) or None
+        # A name of the client's own, which may hold anything.
+        param = param if param in ImagesRequest.model_fields else None
+        hint = "" if param else " (the body is a JSON object, with Content-Type: application/json)"
+        return error_answer(400, f"{param or 'the request'}: {first['msg']}{hint}", param=param, code=first["type"])
+
+    @app.exception_handler(InputError)
+    async def refused(request: Request, error: InputError) -> Response:
+        return error_answer(400, str(error), code="unsupported")
+
+    @app.exception_handler(OverloadedError)
+    async def overloaded(request: Request, error: OverloadedError) -> Response:
+        return error_answer(503, "too many images are waiting: try again later", code="overloaded")
+
+    @app.exception_handler(TimeoutError)
+    async def late(request: Request, error: TimeoutError) -> Response:
+        return error_answer(503, f"no image within {limits.seconds:g} seconds: try again later", code="timeout")
+
+    @app.exception_handler(HTTPException)
+    async def known(request: Request, error: HTTPException) -> Response:
+        return error_answer(error.status_code, str(error.detail))
+
+    @app.exception_handler(Exception)
+    async def unknown(request: Request, error: Exception) -> Response:
+        return error_answer(500, "the image could not be drawn", code="internal_error")
+
+    @app.get("/", include_in_schema=False)
+    async def show_page() -> Response:
+        return HTMLResponse(page, headers={"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"})
+
+    @app.get("/health")
+    async def health() -> Any:
+        """200 once every model has drawn and compared images, which `models` tells."""
+        try:
+            async with asyncio.timeout(10):
+                found = {name: (await backend.describe()).checked for name, backend in backends.items()}
+        except (TimeoutError, OverloadedError):
+            return error_answer(503, "a model is not ready", code="not_ready")
+        return {"status": "ok", "models": found}
+
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        """Ray's metrics of this node, in Prometheus' format."""
+        if metrics is None:
+            raise HTTPException(404, "this server keeps no metrics")
+        return PlainTextResponse(await metrics(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models")
+    async def models() -> Any:
+        """OpenAI's list, with what each model takes."""
+        common = {"object": "model", "created": started, "owned_by": "boostdiff"}
+        async with asyncio.timeout(10):
+            data = [asdict(await backend.describe()) | common for backend in backends.values()]
+        return {"object": "list", "data": data, "limits": limits.model_dump()}
+
+    @app.get("/v1/images/files/{name}")
+    async def image_file(name: str) -> Response:
+        """An image that was answered as a URL, for as long as it is kept."""
+        content = files.read(name)
+        if content is None:
+            raise HTTPException(404, "there is no such image, or no longer")
+        return Response(content, media_type="image/png", headers={"Cache-Control": "private, max-age=60"})
+
+    @app.post("/v1/images/generations")
+    async def generations(body: ImagesRequest, request: Request) -> Response:
+        """Draw images."""
+        name = default if body.model is None else body.model
+        if name not in backends:
+            return error_answer(404, "there is no such model", param="model", code="model_not_found")
+        for value, most, param in (
+            (len(body.prompt), limits.prompt, "prompt"),
+            (len(body.negative_prompt or ""), limits.prompt, "negative_prompt"),
+            (body.n or 1, limits.images, "n"),
+            (body.steps or 1, limits.steps, "steps"),
+            (body.n or 1 if body.stream else 1, 1, "n"),
+        ):
+            if value > most:
+                return error_answer(400, f"{param} is {value} and may be {most} at most", param=param, code="too_large")
+        jobs, backend = body.jobs(), backends[name]
+        if body.stream:
+            states = backend.stream(jobs[0], body.partial_images or 0)
+            with place(1):
+                # What is refused is refused before the answer begins.
+                first = await asyncio.wait_for(anext(states), limits.seconds)
+            return StreamingResponse(events(first, states), media_type="text/event-stream")
+        with place(len(jobs)):
+            async with asyncio.timeout(limits.seconds):
+                drawn = await asyncio.gather(*(backend.draw(job) for job in jobs))
+        answer: dict[str, Any] = {"created": int(time.time()), "output_format": "png", "data": []}
+        for image in drawn:
+            if body.response_format == "url":
+                if (kept := files.write(image.png)) is None:
+                    return error_answer(503, "no room for files: ask for b64_json", code="no_room")
+                shown = {"url": str(request.base_url.replace(path=f"/v1/images/files/{kept}"))}
+            else:
+                shown = {"b64_json": base64.b64encode(image.png).decode()}
+            answer["data"].append(shown | _said(image))
+        return JSONResponse(answer)
+
+    async def events(first: Drawn, states: AsyncIterator[Drawn]) -> AsyncIterator[str]:
+        """OpenAI's events of a stream: previews, then the image."""
+        shown, index = first, 0
+        try:
+            with place(1):
+                async with asyncio.timeout(limits.seconds):
+                    async for following in states:
+                        yield _event("image_generation.partial_image", shown, partial_image_index=index)
+                        shown, index = following, index + 1
+                    yield _event("image_generation.completed", shown)
+        except Exception as error:
+            if not isinstance(error, (OverloadedError, TimeoutError)):
+                log.exception("a stream failed")
+            failed = {"message": "the image could not be drawn", "type": "server_error", "param": None, "code": None}
+            yield f"event: error\ndata: {json.dumps({'type': 'error', 'error': failed})}\n\n"
+
+    return app
+
+
+def _said(image: Drawn) -> dict[str, Any]:
+    """What is told of an image beside its content."""
+    return {key: value for key, value in asdict(image).items() if key != "png"} | {
+        "size": f"{image.width}x{image.height}"
+    }
+
+
+def _event(kind: str, image: Drawn, **more: Any) -> str:
+    said = {"type": kind, "b64_json": base64.b64encode(image.png).decode(), "created_at": int(time.time())}
+    said |= _said(image) | {"output_format": "png", "quality": "auto", "background": "opaque"} | more
+    return f"event: {kind}\ndata: {json.dumps(said)}\n\n"

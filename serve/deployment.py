@@ -1,0 +1,179 @@
+"""The server on Ray Serve: an API that answers, and for each model replicas that draw batches.
+
+`build` is what a configuration of Ray Serve names as `import_path: boostdiff.serve.deployment:build`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import urllib.request
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve import Application
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from ..engine.errors import InputError
+from ..engine.terminal import quiet_libraries
+from .api import OverloadedError, make_app
+from .image_model import Description, Drawn, Job, name_of, open_model
+from .local import LocalBackend
+from .settings import ModelSettings, ServerSettings, api_key
+from .url_files import UrlFiles
+
+APPLICATION = "boostdiff"
+
+DEPLOYMENT = {"max_ongoing_requests": 1000, "max_queued_requests": 1000}
+"""Options of a model's deployment where the settings have no others."""
+
+
+class Replica(LocalBackend):
+    """One model. It can be asked once it has drawn images alone and together and compared them."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        quiet_libraries()
+        model = open_model(settings)
+        model.check_itself()
+        super().__init__(model)
+
+
+class RayBackend:
+    """Replicas of one model as the API's backend. What a lost replica was drawing is drawn by another."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def describe(self) -> Description:
+        """See `api.Backend`."""
+        return await self._answer(self._handle.describe)
+
+    async def draw(self, job: Job) -> Drawn:
+        """See `api.Backend`."""
+        return await self._answer(self._handle.draw, job)
+
+    async def stream(self, job: Job, previews: int) -> AsyncIterator[Drawn]:
+        """See `api.Backend`."""
+        try:
+            async for drawn in self._handle.options(stream=True).stream.remote(job, previews):
+                yield drawn
+        except RayTaskError as error:
+            raise _cause(error) from None
+        except (RayActorError, RayServeException):
+            raise OverloadedError from None
+
+    async def _answer(self, method: Any, *arguments: Any) -> Any:
+        for _ in range(3):
+            try:
+                return await method.remote(*arguments)
+            except RayTaskError as error:
+                raise _cause(error) from None
+            except BackPressureError:
+                break
+            except (RayActorError, RayServeException):
+                # The replica died. An image has no effect but itself: ask another one.
+                await asyncio.sleep(0.5)
+        raise OverloadedError
+
+
+def _cause(error: RayTaskError) -> Exception:
+    """What was raised in the replica, without Ray's account of where."""
+    return InputError(str(error.cause)) if isinstance(error.cause, InputError) else RuntimeError(str(error.cause))
+
+
+async def node_metrics() -> str:
+    """What Ray measures on this node, in Prometheus' format."""
+    here = ray.get_runtime_context().get_node_id()
+    (node,) = (node for node in ray.nodes() if node["NodeID"] == here)
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+    def fetch() -> str:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return answer.read().decode()
+
+    return await asyncio.to_thread(fetch)
+
+
+def build(settings: ServerSettings) -> Application:
+    """The application of a server's settings.
+
+    Raises:
+        InputError: a model can't be used, two have one name, or a key is needed and not there.
+    """
+    api_key(loopback=settings.loopback)
+    names = [name_of(each) for each in settings.models]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"two models are called {twice!r}: give each a name of its own")
+    deployments = {name: f"model-{index}" for index, name in enumerate(names)}
+    # On a stop all that runs is finished, as long as a request may take.
+    patient = {"graceful_shutdown_timeout_s": settings.limits.seconds + 10}
+    models = [
+        serve.deployment(Replica)
+        .options(**DEPLOYMENT | patient | each.deployment, name=deployment)
+        .bind(each.model_copy(update={"name": name}))
+        for each, (name, deployment) in zip(settings.models, deployments.items(), strict=True)
+    ]
+
+    def app() -> FastAPI:
+        name = serve.get_replica_context().app_name
+        storage = Path(settings.storage) if settings.storage else None
+        return make_app(
+            {
+                model: RayBackend(serve.get_deployment_handle(deployment, name))
+                for model, deployment in deployments.items()
+            },
+            limits=settings.limits,
+            files=UrlFiles(storage, seconds=settings.url_seconds),
+            key=api_key(loopback=settings.loopback),
+            loopback=settings.loopback,
+            metrics=node_metrics,
+        )
+
+    api = serve.deployment(serve.ingress(app)())
+    options = {"num_replicas": settings.api_replicas, "ray_actor_options": {"num_cpus": 0}}
+    return api.options(name="api", max_ongoing_requests=1000, **patient, **options).bind(*models)
+
+
+def run(settings: ServerSettings, *, host: str, port: int, address: str | None, cpus: int) -> None:
+    """Serve until interrupted; what is being drawn then is finished.
+
+    Args:
+        settings: models and limits.
+        host: address to listen on.
+        port: its port.
+        address: of a running Ray cluster; None starts Ray here, for this machine alone.
+        cpus: CPUs that Ray counts on here, where it is started.
+    """
+    application = build(settings)
+    # Ray would send its statistics of use to its makers.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    started: dict[str, Any] = {"address": address}
+    if address is None:
+        started = {"num_cpus": cpus, "include_dashboard": False}
+    ray.init(log_to_driver=False, configure_logging=False, **started)
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        serve.start(http_options={"host": host, "port": port, "request_timeout_s": settings.limits.seconds + 30})
+        serve.run(application, name=APPLICATION)
+    except BaseException:
+        stop(address=address)
+        raise
+
+
+def stop(*, address: str | None) -> None:
+    """Let replicas finish what they draw, and end what `run` started."""
+    # Replicas finish what they have; `shutdown` alone would take the proxy from under them.
+    with suppress(Exception):
+        serve.delete(APPLICATION)
+    if address is None:
+        serve.shutdown()
+    ray.shutdown()

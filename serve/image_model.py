@@ -1,0 +1,344 @@
+"""A model that draws for many: batches of prompts with a seed each, checked before the first answer.
+
+An image's noise comes from its seed alone, so it does not depend on the images that it was drawn together with.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..engine.errors import BoostDiffError, InputError
+from ..engine.exported import Engine
+from ..engine.generate import DEFAULT_GUIDANCE
+from ..engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
+from ..engine.manifest import read_manifest
+from ..engine.model import Model, load, locate, resolve_device
+from ..engine.options import SAMPLER, STEPS
+from ..engine.prompts import cut_note
+from ..engine.runners import TorchRunner
+from ..engine.sampling import decode, default_batch_size, initial_noise, sampling, to_pil
+from ..engine.schedulers import SAMPLERS, check_steps
+from ..engine.student import Distilled, apply_student, read_student
+from .settings import ModelSettings
+
+CHECK_PROMPTS = ("a photo of a red apple on a table", "a lighthouse at dusk", "two green birds", "a white fish")
+CHECK_STEPS = 2
+CHECK_TOLERANCE = 1 / 255
+"""What an image may differ by from the same image drawn alone, in [0, 1]: one level of 255."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One image to draw.
+
+    Attributes:
+        prompt: what to draw.
+        seed: seed of its noise.
+        steps: sampling steps; None takes a few-step student's own, else 20.
+        sampler: a name in `schedulers.SAMPLERS`; None takes a few-step student's own, else "ddim".
+        negative_prompt: for a teacher, or a student of live negative prompts; None takes the model's.
+        guidance: for a teacher, or a guidance-conditioned student; None takes the model's.
+        height: height in pixels; None takes the model's.
+        width: likewise.
+    """
+
+    prompt: str
+    seed: int
+    steps: int | None = None
+    sampler: str | None = None
+    negative_prompt: str | None = None
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+
+    @property
+    def alike(self) -> tuple[Any, ...]:
+        """What jobs of one batch have in common."""
+        return (self.steps, self.sampler, self.height, self.width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """An image, or a preview of it.
+
+    Attributes:
+        png: the file's content.
+        seed: seed of its noise.
+        step: steps taken.
+        passes: passes of the UNet for this image.
+        seconds: from the start of its batch to its end, decoding included.
+        batch: images drawn together.
+        width: width in pixels.
+        height: height in pixels.
+        note: what of its texts was cut, or "".
+    """
+
+    png: bytes
+    seed: int
+    step: int
+    passes: int
+    seconds: float
+    batch: int
+    width: int
+    height: int
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a model is and what it takes, as `GET /v1/models` shows it.
+
+    Attributes:
+        id: name in the API.
+        role: "student" or "teacher".
+        runner: what executes the UNet: "onnx", "tensorrt" or "torch".
+        passes_per_step: passes of the UNet for each step.
+        size: width and height of its images.
+        samplers: names that `sampler` takes.
+        guidance: guidance scale that it draws at by default.
+        guidance_range: smallest and largest `guidance`; None where it takes one alone.
+        negative_prompt: whether it takes a negative prompt.
+        max_batch: images that are drawn together at most.
+        checked: what was compared before the first answer, in words.
+    """
+
+    id: str
+    role: str
+    runner: str
+    passes_per_step: int
+    size: tuple[int, int]
+    samplers: tuple[str, ...]
+    guidance: float
+    guidance_range: tuple[float, float] | None
+    negative_prompt: bool
+    max_batch: int
+    checked: str = ""
+
+
+class ImageModel:
+    """An engine, or a student or a teacher in torch, ready to draw.
+
+    Attributes:
+        description: what it is and takes.
+    """
+
+    def __init__(
+        self, *, name: str, model: Model, distilled: Distilled | None, engine: Engine | None, max_batch: int | None
+    ) -> None:
+        """Not to be called: see `open_model`."""
+        self._model, self._distilled, self._engine = model, distilled, engine
+        self._runner = TorchRunner(model.denoiser) if engine is None else model.denoiser
+        _, height, width = model.latent_shape
+        factor = model.pipeline.vae_scale_factor
+        self.description = Description(
+            id=name,
+            role="student" if distilled else "teacher",
+            runner=self._runner.name,
+            passes_per_step=1 if distilled else 2,
+            size=(factor * width, factor * height),
+            samplers=tuple(SAMPLERS),
+            guidance=distilled.guidance if distilled else DEFAULT_GUIDANCE,
+            guidance_range=distilled.guidance_range if distilled else (1.0, 1e4),
+            negative_prompt=distilled is None or distilled.live_negative_prompt,
+            max_batch=max_batch or default_batch_size(model),
+        )
+
+    def check(self, job: Job) -> None:
+        """Refuse, by an InputError that names no path, what the model can't draw."""
+        try:
+            if not job.prompt.strip():
+                raise InputError("the prompt is empty")
+            sampler, steps = self._sampling(job)
+            check_steps(self._model.pipeline.scheduler.config, [sampler], [steps], spacing=self._spacing)
+            initial_noise((1, 1, 1), count=1, seed=job.seed)
+            self._sized(job)
+            self._guidance(job)
+            self._negative_prompt(job)
+        except InputError as error:
+            # What follows says what to type on the command line; folders are nobody's business here.
+            said = str(error).replace(f" in {self._model.files.folder}", "").partition(": ")[0]
+            raise InputError(said.replace("--", "")) from None
+
+    def draw(self, jobs: Sequence[Job]) -> list[Drawn]:
+        """Draw one batch of jobs that passed `check` and are `alike`. Raises as `stream`."""
+        (drawn,) = self.stream(jobs)
+        return drawn
+
+    def stream(self, jobs: Sequence[Job], previews: int = 0) -> Iterator[list[Drawn]]:
+        """Draw one batch of jobs that are `alike`: so many previews of it, evenly spaced, then the images.
+
+        Raises:
+            BoostDiffError: latents or images hold NaN or Inf.
+        """
+        started, first = time.monotonic(), jobs[0]
+        model, (sampler, steps) = self._sized(first), self._sampling(first)
+        negatives = [negative for job in jobs if (negative := self._negative_prompt(job)) is not None]
+        prompts = [job.prompt for job in jobs]
+        text = model.family.encode(model.pipeline, prompts, negative_prompt=negatives or None).to(model.denoiser.dtype)
+        noise = torch.cat([initial_noise(model.latent_shape, count=1, seed=job.seed) for job in jobs])
+        states = sampling(
+            self._denoiser(jobs, model),
+            text=text,
+            noise=noise.to(model.device, text.conditional.dtype),
+            scheduler=model.make_scheduler(sampler, spacing=self._spacing),
+            steps=steps,
+        )
+        shown = {round(steps * (i + 1) / (previews + 1)) for i in range(previews)} - {0, steps}
+        finite = []
+        for step, latents in enumerate(states, start=1):
+            finite.append(latents.isfinite().all())
+            if step not in shown and step < steps:
+                continue
+            images = to_pil(decode(model, latents, finite))
+            yield [
+                Drawn(
+                    png=_png(image),
+                    seed=job.seed,
+                    step=step,
+                    passes=step * self.description.passes_per_step,
+                    seconds=time.monotonic() - started,
+                    batch=len(jobs),
+                    width=image.width,
+                    height=image.height,
+                    note=cut_note(model.pipeline, [job.prompt], "prompts") or "",
+                )
+                for job, image in zip(jobs, images, strict=True)
+            ]
+
+    def check_itself(self) -> None:
+        """Draw a few images alone and together and compare them; `description.checked` says what was found.
+
+        Raises:
+            BoostDiffError: an image depends on its batch, is not finite or shows nothing.
+        """
+        steps = None if self._spacing else CHECK_STEPS
+        jobs = [Job(prompt=prompt, seed=seed, steps=steps) for seed, prompt in enumerate(CHECK_PROMPTS)]
+        jobs = jobs[: self.description.max_batch]
+        together = _pixels(self.draw(jobs))
+        alone = np.concatenate([_pixels(self.draw([job])) for job in jobs])
+        difference = float(np.abs(together - alone).max())
+        if together.std() == 0:
+            raise BoostDiffError(f"{self.description.id} draws images of one color")
+        if difference > CHECK_TOLERANCE:
+            raise BoostDiffError(
+                f"images of {self.description.id} depend on the batch that they are drawn in, by "
+                f"{255 * difference:.0f}/255: serve it with a batch of 1"
+            )
+        said = f"{len(jobs)} images drawn alone and together differ by {255 * difference:.0f}/255 at most"
+        self.description = replace(self.description, checked=said)
+
+    @property
+    def _spacing(self) -> str | None:
+        """Timestep spacing of a few-step student."""
+        return self._distilled.timestep_spacing if self._distilled else None
+
+    def _sampling(self, job: Job) -> tuple[str, int]:
+        if self._distilled is None:
+            return job.sampler or SAMPLER, job.steps or STEPS
+        return self._distilled.choose_sampling(job.sampler, job.steps)
+
+    def _sized(self, job: Job) -> Model:
+        width, height = self.description.size
+        if self._engine is not None:
+            return self._engine.sized(job.height, job.width)
+        if (job.width or width, job.height or height) != (width, height):
+            raise InputError(f"{self.description.id} draws {width}x{height} pixels alone")
+        return self._model
+
+    def _guidance(self, job: Job) -> float | None:
+        """The scale of one image; None where the student takes none."""
+        if self._distilled is not None:
+            return self._distilled.choose_guidance(job.guidance)
+        scale = DEFAULT_GUIDANCE if job.guidance is None else job.guidance
+        if not 1 <= scale <= 1e4:
+            raise InputError(f"guidance {scale:g} can't be used, only 1 to 10000")
+        return scale
+
+    def _negative_prompt(self, job: Job) -> str | None:
+        """The negative prompt of one image; None where the student takes none."""
+        return (
+            self._distilled.choose_negative_prompt(job.negative_prompt)
+            if self._distilled
+            else job.negative_prompt or ""
+        )
+
+    def _denoiser(self, jobs: Sequence[Job], model: Model) -> Denoiser:
+        """One for a batch of images, each at its own scale."""
+        scales = [scale for job in jobs if (scale := self._guidance(job)) is not None]
+        guidance = torch.tensor(scales, device=model.device) if scales else None
+        runner = self._runner if self._engine is None else model.denoiser
+        if self._distilled is None:
+            assert guidance is not None
+            return GuidedDenoiser(runner, guidance)
+        return SinglePassDenoiser(runner, guidance, live_negative_prompt=self._distilled.live_negative_prompt)
+
+
+def open_model(settings: ModelSettings) -> ImageModel:
+    """Open what the settings name.
+
+    Raises:
+        InputError: the engine, the student or the model can't be used.
+        BoostDiffError: this machine can't run it.
+    """
+    if settings.engine is not None:
+        runner, device = settings.runner, settings.device
+        engine = Engine.load(settings.engine, runner=runner, device=device, precision=settings.precision)
+        return ImageModel(
+            name=name_of(settings),
+            model=engine.model,
+            distilled=engine.manifest.distilled,
+            engine=engine,
+            max_batch=settings.max_batch,
+        )
+    files = locate(settings.model)
+    info = None if settings.student is None else read_student(Path(settings.student), files)
+    model = load(files, device=resolve_device(settings.device))
+    if info is not None:
+        apply_student(model.denoiser, Path(settings.student or ""), info)
+    return ImageModel(
+        name=name_of(settings),
+        model=model,
+        distilled=info,
+        engine=None,
+        max_batch=settings.max_batch,
+    )
+
+
+def name_of(settings: ModelSettings) -> str:
+    """The name that a model will have, once its folders were seen to be there; no weights are read.
+
+    Raises:
+        InputError: they can't be used.
+    """
+    if settings.engine is not None:
+        named = read_manifest(Path(settings.engine)).model
+    else:
+        named = locate(settings.model, weights=False).name
+        if settings.student is not None:
+            read_student(Path(settings.student))
+    # Without the folders above it, which are nobody's business.
+    name = re.split(r"[/\\]", named.rstrip("/\\"))[-1] or "model"
+    teacher = settings.engine is None and settings.student is None
+    return settings.name or name + ("-teacher" if teacher else "")
+
+
+def _png(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.save(content, format="PNG")
+    return content.getvalue()
+
+
+def _pixels(drawn: Sequence[Drawn]) -> np.ndarray:
+    """`(B, H, W, 3)` in [0, 1]."""
+    images = [Image.open(io.BytesIO(each.png)) for each in drawn]
+    return np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])

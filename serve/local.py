@@ -1,0 +1,71 @@
+"""A model in this process as the API's backend: one thread draws, one batch after another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from .image_model import Description, Drawn, ImageModel, Job
+
+GATHERING, LONGEST = 0.02, 0.1
+"""A batch waits for others for this share of what the last one took, and for so many seconds at most."""
+
+
+class LocalBackend:
+    """See `api.Backend`.
+
+    A batch is put together when it can be drawn, of all that wait by then. Ray's `serve.batch` would cut it as soon as
+    its first image has waited, however long the batch before it takes: four clients would get batches of one.
+    """
+
+    def __init__(self, model: ImageModel) -> None:
+        self._model, self._thread, self._seconds = model, ThreadPoolExecutor(1), 0.0
+        self._waiting: list[tuple[Job, asyncio.Future[Drawn]]] = []
+        self._worker: asyncio.Task[None] | None = None
+
+    async def describe(self) -> Description:
+        """See `api.Backend`."""
+        return self._model.description
+
+    async def draw(self, job: Job) -> Drawn:
+        """See `api.Backend`."""
+        self._model.check(job)
+        loop = asyncio.get_running_loop()
+        self._waiting.append((job, loop.create_future()))
+        drawn = self._waiting[-1][1]
+        if self._worker is None or self._worker.done():
+            self._worker = loop.create_task(self._draw_all())
+        return await drawn
+
+    async def stream(self, job: Job, previews: int) -> AsyncIterator[Drawn]:
+        """See `api.Backend`; batches of others are drawn between the previews."""
+        self._model.check(job)
+        states = self._model.stream([job], previews)
+        while drawn := await asyncio.get_running_loop().run_in_executor(self._thread, next, states, None):
+            yield drawn[0]
+
+    async def _draw_all(self) -> None:
+        """Draw until nothing waits, always together with what waits longest."""
+        while self._waiting:
+            await asyncio.sleep(min(LONGEST, GATHERING * self._seconds))
+            # Whoever was given up on is not drawn for.
+            self._waiting = [each for each in self._waiting if not each[1].done()]
+            alike = [each for each in self._waiting if each[0].alike == self._waiting[0][0].alike]
+            batch = alike[: self._model.description.max_batch]
+            self._waiting = [each for each in self._waiting if each not in batch]
+            if batch:
+                await self._draw(*zip(*batch, strict=True))
+
+    async def _draw(self, jobs: Sequence[Job], futures: Sequence[asyncio.Future[Drawn]]) -> None:
+        try:
+            images = await asyncio.get_running_loop().run_in_executor(self._thread, self._model.draw, jobs)
+        except Exception as error:
+            for future in futures:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        self._seconds = images[0].seconds
+        for future, image in zip(futures, images, strict=True):
+            if not future.done():
+                future.set_result(image)

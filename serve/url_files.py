@@ -1,0 +1,49 @@
+"""Images that are answered as a URL: files under names that can't be guessed, for a while."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import tempfile
+import time
+from pathlib import Path
+
+from ..engine.files import write_whole
+
+NAME = re.compile(r"[\w-]{32}\.png")
+
+
+class UrlFiles:
+    """A folder of images that go away after a lifetime."""
+
+    def __init__(self, folder: Path | None, *, seconds: float) -> None:
+        """Keep images for so many seconds in a folder, or in a temporary one that goes with this object."""
+        if folder is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="boostdiff-images-")
+            folder = Path(self._temporary.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._seconds = folder, seconds
+
+    def write(self, content: bytes) -> str | None:
+        """The name of a new file; None where the disk takes no more. What is too old goes."""
+        name = f"{secrets.token_urlsafe(24)}.png"
+        try:
+            for path in self._folder.glob("*.png"):
+                if NAME.fullmatch(path.name) and self._is_old(path):
+                    path.unlink(missing_ok=True)
+            write_whole(self._folder / name, content)
+        except OSError:
+            (self._folder / f".{name}.partial").unlink(missing_ok=True)
+            return None
+        return name
+
+    def read(self, name: str) -> bytes | None:
+        """A file's content; None where there is none, or it is too old."""
+        path = self._folder / name
+        try:
+            return path.read_bytes() if NAME.fullmatch(name) and not self._is_old(path) else None
+        except OSError:
+            return None
+
+    def _is_old(self, path: Path) -> bool:
+        return time.time() - path.stat().st_mtime > self._seconds

@@ -1,0 +1,284 @@
+"""The API over an engine in this process: what Ray's replicas run, but for the batches."""
+
+import asyncio
+import base64
+import io
+import json
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from boostdiff.engine.errors import InputError
+from boostdiff.engine.exported import Engine
+from PIL import Image
+
+pytest.importorskip("fastapi", reason="the extra dev has it")
+
+from boostdiff.serve.api import ImagesRequest, OverloadedError, make_app
+from boostdiff.serve.image_model import Description, Drawn, ImageModel, Job, open_model
+from boostdiff.serve.local import LocalBackend
+from boostdiff.serve.settings import Limits, ModelSettings
+from boostdiff.serve.url_files import UrlFiles
+from fastapi.testclient import TestClient
+
+URL = "/v1/images/generations"
+LIMITS = Limits(prompt=200, images=4, steps=30, body=2000)
+
+
+@pytest.fixture(scope="module")
+def model(engines: dict[str, Path]) -> ImageModel:
+    opened = open_model(ModelSettings(engine=str(engines["lora"]), runner="onnx", device="cpu", name="tiny"))
+    opened.check_itself()
+    return opened
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_folder: Path) -> ImageModel:
+    return open_model(ModelSettings(model=str(tiny_folder), device="cpu"))
+
+
+@pytest.fixture
+def client(model: ImageModel, teacher: ImageModel, tmp_path: Path) -> Iterator[TestClient]:
+    backends = {each.description.id: LocalBackend(each) for each in (model, teacher)}
+    app = make_app(backends, limits=LIMITS, files=UrlFiles(tmp_path, seconds=60))
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as opened:
+        yield opened
+
+
+def pixels(content: bytes | str) -> np.ndarray:
+    raw = base64.b64decode(content) if isinstance(content, str) else content
+    return np.asarray(Image.open(io.BytesIO(raw))).astype(int)
+
+
+def test_an_image_is_the_engines_own(client: TestClient, engines: dict[str, Path]) -> None:
+    asked = {"prompt": "a red cat", "seed": 5, "steps": 3, "n": 2, "sampler": "euler", "size": "16x16", "user": "x"}
+    answer = client.post(URL, json=asked | {"model": "tiny"}).json()
+    with Engine.load(engines["lora"], runner="onnx", device="cpu") as engine:
+        expected = engine(["a red cat"] * 2, steps=3, seed=5, sampler="euler")
+    assert [image["seed"] for image in answer["data"]] == [5, 6]
+    for image, other in zip(answer["data"], expected, strict=True):
+        assert np.abs(pixels(image["b64_json"]) - np.asarray(other)).max() <= 1
+        assert (image["passes"], image["size"]) == (3, "16x16")
+
+
+def test_images_do_not_depend_on_their_batch(model: ImageModel) -> None:
+    """What waits is drawn together if it is alike, and is what it would be alone."""
+    jobs = [Job(prompt=f"a red cat {i}", seed=9 * i, steps=2 + i % 2) for i in range(11)]
+    backend = LocalBackend(model)
+
+    async def together() -> list[Drawn]:
+        given_up = asyncio.ensure_future(backend.draw(jobs[0]))
+        await asyncio.sleep(0)
+        given_up.cancel()
+        return await asyncio.gather(*map(backend.draw, jobs))
+
+    images = asyncio.run(together())
+    assert [image.batch for image in images] == [6, 5] * 5 + [6]
+    for job, image in zip(jobs, images, strict=True):
+        (alone,) = model.draw([job])
+        assert np.abs(pixels(alone.png) - pixels(image.png)).max() <= 1
+        assert image.seed == job.seed
+    assert "4 images drawn alone and together differ by 0/255" in model.description.checked
+
+
+def test_a_batch_that_fails_is_not_the_end(model: ImageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, draw = LocalBackend(model), model.draw
+
+    def fails_at_first(jobs: list[Job]) -> list[Drawn]:
+        monkeypatch.setattr(model, "draw", draw)
+        raise RuntimeError("out of memory")
+
+    async def three() -> list[Any]:
+        job = Job(prompt="a", seed=0, steps=1)
+        first = await asyncio.gather(backend.draw(job), backend.draw(job), return_exceptions=True)
+        return [*first, await backend.draw(job)]
+
+    monkeypatch.setattr(model, "draw", fails_at_first)
+    failed, also, image = asyncio.run(three())
+    assert "out of memory" in str(failed) == str(also)
+    assert image.step == 1
+
+
+def test_the_teacher_makes_two_passes_and_takes_more(client: TestClient) -> None:
+    asked = {"model": "tiny-teacher", "prompt": "a red cat", "seed": 1, "steps": 2}
+    images = [
+        client.post(URL, json=asked | more).json()["data"][0]
+        for more in ({}, {"guidance": 3.0}, {"guidance": 7}, {"negative_prompt": "a blue dog"})
+    ]
+    assert {image["passes"] for image in images} == {4}
+    first, same, *others = (image["b64_json"] for image in images)
+    assert first == same
+    assert first not in others
+
+
+def test_an_image_as_a_url(client: TestClient, tmp_path: Path) -> None:
+    (image,) = client.post(URL, json={"prompt": "a red cat", "steps": 1, "response_format": "url"}).json()["data"]
+    assert image["url"].startswith("http://localhost/v1/images/files/")
+    assert pixels(client.get(image["url"]).content).shape == (16, 16, 3)
+    for other in ("a" * 32 + ".png", "../api.py", "%2e%2e%2fx", "x.png"):
+        assert client.get(f"/v1/images/files/{other}").status_code == 404
+
+
+def test_images_as_files_go_away(tmp_path: Path) -> None:
+    files = UrlFiles(tmp_path, seconds=0)
+    name = files.write(b"1") or ""
+    assert files.read(name) is None
+    files.write(b"2")
+    assert not (tmp_path / name).exists()
+    (tmp_path / "gone").mkdir()
+    broken = UrlFiles(tmp_path / "gone", seconds=60)
+    (tmp_path / "gone").rmdir()
+    assert broken.write(b"3") is None
+
+
+def test_previews_and_the_image_by_events(client: TestClient) -> None:
+    asked = {"prompt": "a red cat", "seed": 2, "steps": 6}
+    streamed = client.post(URL, json=asked | {"stream": True, "partial_images": 2})
+    assert streamed.headers["content-type"].startswith("text/event-stream")
+    events = [dict(line.split(": ", 1) for line in part.split("\n")) for part in streamed.text.strip().split("\n\n")]
+    assert [each["event"].rpartition(".")[2] for each in events] == ["partial_image"] * 2 + ["completed"]
+    data = [json.loads(each["data"]) for each in events]
+    assert [each["step"] for each in data] == [2, 4, 6]
+    whole = client.post(URL, json=asked).json()["data"][0]["b64_json"]
+    assert data[-1]["b64_json"] == whole
+    assert data[0]["b64_json"] != whole
+    assert client.post(URL, json=asked | {"stream": True, "guidance": 9}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "said"),
+    [
+        ({"size": "24x16"}, 400, "the engine can't draw 16x24 pixels"),
+        ({"size": "large"}, 400, "size"),
+        ({"size": "0x0"}, 400, "size"),
+        ({"negative_prompt": "blurry"}, 400, "this student was distilled with no negative prompt"),
+        ({"guidance": 4}, 400, "distilled at guidance 3 and can't give 4"),
+        ({"guidance": "high"}, 400, "guidance"),
+        ({"steps": 31}, 400, "steps is 31 and may be 30 at most"),
+        ({"steps": 0}, 400, "steps"),
+        ({"n": 5}, 400, "n is 5 and may be 4 at most"),
+        ({"n": 2, "stream": True}, 400, "n is 2 and may be 1 at most"),
+        ({"n": True}, 400, "n"),
+        ({"sampler": "lms"}, 400, "unknown sampler 'lms'"),
+        ({"seed": -1}, 400, "seed"),
+        ({"prompt": " "}, 400, "the prompt is empty"),
+        ({"prompt": "x" * 201}, 400, "prompt is 201 and may be 200 at most"),
+        ({"prompt": 7}, 400, "prompt"),
+        ({"lora": "x"}, 400, "Extra inputs"),
+        ({"model": "dall-e-3"}, 404, "no such model"),
+        ({"prompt": "x" * 3000}, 413, "more than 2000 bytes"),
+    ],
+)
+def test_what_can_not_be_drawn(
+    client: TestClient, tmp_path: Path, asked: dict[str, Any], status: int, said: str
+) -> None:
+    answer = client.post(URL, json={"prompt": "a red cat"} | asked)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert said in error["message"]
+    # No path of the machine, no word of the command line.
+    assert not any(word in answer.text for word in (str(tmp_path.parents[1]), "--", "boostdiff"))
+
+
+def test_bodies_that_are_no_request(client: TestClient) -> None:
+    as_json = {"content-type": "application/json"}
+    for content in (b"", b"{", b"[]", b"\xff\xfe", b'{"prompt": "\\ud800"}', b"null", b'{"prompt": 1e999}'):
+        answer = client.post(URL, content=content, headers=as_json)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+    # A form of another site may not draw: only JSON counts, which its browser would ask about first.
+    assert client.post(URL, content=b'{"prompt": "a cat"}', headers={"content-type": "text/plain"}).status_code == 400
+    chunks = (b" " * 500 for _ in range(5))
+    assert client.post(URL, content=chunks, headers=as_json).status_code == 413
+    assert client.get(URL).status_code == 405
+    assert client.get("/docs").status_code == 404
+
+
+def test_models_health_and_the_page(client: TestClient) -> None:
+    first, second = client.get("/v1/models").json()["data"]
+    assert (first["id"], first["role"], first["passes_per_step"], first["size"]) == ("tiny", "student", 1, [16, 16])
+    assert (second["id"], second["role"], second["passes_per_step"]) == ("tiny-teacher", "teacher", 2)
+    assert "drawn alone and together" in client.get("/health").json()["models"]["tiny"]
+    page = client.get("/")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert not any(word in page.text for word in ("http://", "https://", "//cdn", "@import"))
+    assert "access-control-allow-origin" not in client.get("/", headers={"origin": "http://other"}).headers
+    assert client.get("/metrics").status_code == 404
+
+
+class Slow:
+    """A backend that is never done, or has too many waiting, or fails."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    async def describe(self) -> Description:
+        raise self.error
+
+    async def draw(self, job: Job) -> Drawn:
+        raise self.error
+
+    async def stream(self, job: Job, previews: int) -> AsyncIterator[Drawn]:
+        raise self.error
+        yield
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(OverloadedError(), 503), (TimeoutError(), 503), (InputError("no"), 400), (RuntimeError("in /home/me/x.py"), 500)],
+)
+def test_failures_are_told_without_their_traceback(tmp_path: Path, error: Exception, status: int) -> None:
+    app = make_app({"slow": Slow(error)}, limits=LIMITS, files=UrlFiles(tmp_path, seconds=1))
+    client = TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
+    for stream in (False, True):
+        answer = client.post(URL, json={"prompt": "a", "stream": stream})
+        assert answer.status_code == status
+        assert ("retry-after" in answer.headers) == (status == 503)
+        assert "/home" not in answer.text
+    assert client.get("/health").status_code == (503 if status == 503 else status)
+
+
+def test_too_many_images_at_once(client: TestClient, model: ImageModel, tmp_path: Path) -> None:
+    limits = Limits(waiting=2)
+    app = make_app({"tiny": LocalBackend(model)}, limits=limits, files=UrlFiles(tmp_path, seconds=1))
+    client = TestClient(app, base_url="http://localhost")
+    answer = client.post(URL, json={"prompt": "a", "n": 3, "steps": 1})
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    # Places are given back.
+    assert [client.post(URL, json={"prompt": "a", "n": 2, "steps": 1}).status_code for _ in range(3)] == [200] * 3
+
+
+def guarded(tmp_path: Path, **options: Any) -> Callable[..., int]:
+    app = make_app({"slow": Slow(InputError("no"))}, limits=LIMITS, files=UrlFiles(tmp_path, seconds=1), **options)
+    client = TestClient(app, base_url="http://localhost")
+
+    def status(path: str = "/v1/models", **headers: str) -> int:
+        return client.get(path, headers=headers).status_code
+
+    return status
+
+
+def test_a_key(tmp_path: Path) -> None:
+    status = guarded(tmp_path, key="secret", loopback=False)
+    assert status() == 401
+    assert status(authorization="Bearer wrong") == 401
+    assert status(authorization="secret") == 401
+    assert status("/metrics") == 401
+    assert status("/") == 200
+    # With the key it comes as far as the model.
+    assert status(authorization="Bearer secret") == 400
+    assert status(authorization="Bearer secret", host="example.org") == 400
+
+
+def test_other_names_of_this_machine_are_refused(tmp_path: Path) -> None:
+    status = guarded(tmp_path)
+    assert status(host="example.org") == 403
+    assert status(host="localhost:8000") == status(host="[::1]:8000") == status(host="127.0.0.1") == 400
+
+
+def test_a_seed_is_drawn_where_none_is_asked_for() -> None:
+    seeds = {ImagesRequest(prompt="a").jobs()[0].seed for _ in range(5)}
+    assert len(seeds) == 5
