@@ -40,6 +40,8 @@ class Family(ABC):
     """Those that are exported; the others are large, and stay in torch."""
     load_options: ClassVar[dict[str, Any]] = {}
     """Arguments of the pipeline's `from_pretrained` that this class alone takes."""
+    stock_options: ClassVar[dict[str, Any]] = {}
+    """Arguments by which the stock pipeline draws the size that it is asked for, and no other."""
     flow: ClassVar[bool] = False
     """Whether it is a flow-matching model (α = 1 − σ), else variance preserving (α² + σ² = 1)."""
     half: ClassVar[torch.dtype] = torch.float16
@@ -87,6 +89,15 @@ class Family(ABC):
         return tuple(name for name in self.text_encoders if getattr(pipeline, name, None) is not None)
 
     # Text.
+
+    def max_tokens(self, pipeline: DiffusionPipeline, tokenizer: str) -> int:
+        """Tokens of a prompt that the stock pipeline uses, start and end among them; what is beyond is cut."""
+        limit: int = getattr(pipeline, tokenizer).model_max_length
+        return limit
+
+    def encoded_tokens(self, pipeline: DiffusionPipeline, text_encoder: str) -> int:
+        """Tokens that a text encoder runs over for each prompt."""
+        return self.max_tokens(pipeline, text_encoder.replace("text_encoder", "tokenizer"))
 
     @abstractmethod
     def embed(self, pipeline: DiffusionPipeline, prompts: list[str]) -> PromptEmbeds:

@@ -78,6 +78,7 @@ def draw_reference(model: Model, config: ExportConfig, *, guidance: float) -> Re
         latents=initial_noise((model.latent_shape[0], *size), count=1, seed=SEED).to(model.device),
         output_type="pt",
         callback_on_step_end=keep,
+        **model.family.stock_options,
     ).images
     pipeline.scheduler = scheduler
     large = model.denoiser.num_parameters() >= LARGE_PARAMETERS
