@@ -47,6 +47,10 @@ class StockVariant(TimedVariant):
         """See `TimedVariant.time`; of its parts, only the denoiser can be timed from outside."""
         denoiser, device = self.runner.denoiser, self.runner.device
         self.pipeline.scheduler = work.make_scheduler()
+        options = dict(self.runner.family.stock_options)
+        if rescale := work.guider.settings.get("guidance_rescale"):
+            # Pipelines of UNets alone take it.
+            options["guidance_rescale"] = rescale
         watch, forward = Stopwatch(device), denoiser.forward
 
         def timed_forward(*args: Any, **kwargs: Any) -> Any:
@@ -61,9 +65,9 @@ class StockVariant(TimedVariant):
                 list(work.prompts),
                 num_inference_steps=work.steps,
                 guidance_scale=work.guidance,
-                guidance_rescale=work.guider.settings.get("guidance_rescale", 0.0),
                 latents=work.noise.to(device, self.runner.dtype),
                 output_type="pt",
+                **options,
             ).images
             images.float().cpu()
             synchronize(device)
