@@ -71,7 +71,7 @@ def check_vae(vae: dict[str, Any], *, pipeline: str, normalizes: bool = False, s
     scale = vae.get("scaling_factor")
     if not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale == 0:
         raise InputError(f"scaling_factor is {scale!r}: it must be a number other than 0")
-    if vae.get("in_channels") != 3 or vae.get("out_channels") != 3:
+    if vae.get("in_channels") != 3 or vae.get("out_channels", 3) != 3:
         raise InputError("in_channels and out_channels must be 3: images are RGB")
     if not shifts and vae.get("shift_factor"):
         raise InputError(f"shift_factor is {vae['shift_factor']!r}, which {pipeline} ignores")

@@ -88,6 +88,15 @@ class Family(ABC):
 
     # Text.
 
+    def max_tokens(self, pipeline: DiffusionPipeline, tokenizer: str) -> int:
+        """Tokens of a prompt that the stock pipeline uses, start and end among them; what is beyond is cut."""
+        limit: int = getattr(pipeline, tokenizer).model_max_length
+        return limit
+
+    def encoded_tokens(self, pipeline: DiffusionPipeline, text_encoder: str) -> int:
+        """Tokens that a text encoder runs over for each prompt."""
+        return self.max_tokens(pipeline, text_encoder.replace("text_encoder", "tokenizer"))
+
     @abstractmethod
     def embed(self, pipeline: DiffusionPipeline, prompts: list[str]) -> PromptEmbeds:
         """Embeddings of a few prompts, as the stock pipeline computes them."""
@@ -137,7 +146,10 @@ class Family(ABC):
         return combine(unconditional, conditional, guidance_scale)
 
     def stock_guidance(self, guidance_scale: float) -> dict[str, Any]:
-        """Arguments of the stock pipeline for guidance scale w of equation (3), where w = 1 is no guidance."""
+        """Arguments of the stock pipeline by which it draws at guidance scale w of equation (3), 1 being none.
+
+        With them it draws the size that it is asked for, and no other.
+        """
         return {"guidance_scale": guidance_scale}
 
     def example_inputs(self, pipeline: DiffusionPipeline, batch: int, denoiser: Any = None) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, one_line
+from .families import FAMILIES
 from .files import csv_rows, is_unicode, json_lines, lines_of, read_text
 
 TEXT_FIELDS = ("text", "prompt", "caption")
@@ -100,12 +101,12 @@ def _coco_captions(text: str, path: Path) -> list[str]:
 
 def token_limit(pipeline: Any) -> int:
     """Tokens that every text encoder of a pipeline takes, its start and end among them."""
-    return min(tokenizer.model_max_length for tokenizer in _tokenizers(pipeline))
+    return min(limit for _, limit in _tokenizers(pipeline))
 
 
 def is_cut(pipeline: Any, text: str) -> bool:
     """Whether a text has more tokens than a text encoder takes."""
-    return any(len(tokenizer(text)["input_ids"]) > tokenizer.model_max_length for tokenizer in _tokenizers(pipeline))
+    return any(len(tokenizer(text)["input_ids"]) > limit for tokenizer, limit in _tokenizers(pipeline))
 
 
 def cut_note(pipeline: Any, texts: Iterable[str], what: str = "prompts") -> str | None:
@@ -115,6 +116,10 @@ def cut_note(pipeline: Any, texts: Iterable[str], what: str = "prompts") -> str 
     return f"{cut} of {len(distinct)} {what} are cut to {token_limit(pipeline)} tokens" if cut else None
 
 
-def _tokenizers(pipeline: Any) -> list[Any]:
-    found = [getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2")]
-    return [tokenizer for tokenizer in found if tokenizer is not None]
+def _tokenizers(pipeline: Any) -> list[tuple[Any, int]]:
+    """Tokenizers, and the most tokens that they may make."""
+    family = FAMILIES[type(pipeline).__name__]
+    found = {name: getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2")}
+    return [
+        (tokenizer, family.max_tokens(pipeline, name)) for name, tokenizer in found.items() if tokenizer is not None
+    ]

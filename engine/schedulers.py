@@ -62,6 +62,7 @@ FLOW_SCHEDULE = (
 """What makes a flow-matching model's timesteps: taken from the model's folder."""
 
 FLOW_REFUSED = {
+    "prediction_type": (None, "flow_prediction"),
     "invert_sigmas": (None, False),
     "stochastic_sampling": (None, False),
     "use_karras_sigmas": (None, False),
@@ -144,7 +145,7 @@ def _flow_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     """The sampler of this name for flow matching, where the DDIM step is the Euler step."""
     taken = {key: config[key] for key in FLOW_SCHEDULE if config.get(key) is not None}
     # Another class of the folder's, such as Sana's, has the shift by another name.
-    taken.setdefault("shift", config.get("flow_shift") or 1.0)
+    taken.setdefault("shift", config.get("flow_shift", 1.0))
     if name in ("ddim", "euler"):
         return FlowMatchEulerDiscreteScheduler(**taken)
     scheduler_class, settings = SAMPLERS[name]

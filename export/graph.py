@@ -13,6 +13,7 @@ from typing import Any
 import onnx
 import onnx_ir
 import torch
+from onnxscript import rewriter
 
 from ..engine.errors import BoostDiffError, one_line
 from ..engine.files import is_full_disk
@@ -53,6 +54,15 @@ def quiet_exporter() -> Iterator[None]:
             logging.disable(disabled)
 
 
+def _keep_small_terms() -> None:
+    """Let onnxscript drop `x + 0` alone: it takes 1e-8 for 0, and so the ε of `x / (y + ε)`, which then is NaN."""
+    for rule in rewriter._DEFAULT_REWRITE_RULES:
+        for node in rule._target_pattern:
+            for value in node.inputs:
+                if hasattr(value, "_abs_tol"):
+                    value._abs_tol = 0.0
+
+
 def _strip_traces(model: onnx_ir.Model) -> None:
     """Drop the exporter's notes of which source line made each node: they hold paths, and are most of the file.
 
@@ -77,6 +87,7 @@ def onnx_from_part(part: Part, path: Path) -> None:
     """
     try:
         with quiet_exporter():
+            _keep_small_terms()
             program = torch.onnx.export(
                 part.module.eval(),
                 kwargs=part.inputs,

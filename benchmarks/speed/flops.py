@@ -50,9 +50,8 @@ def count_flops(model: Model) -> Flops:
     text_encoder = 0
     with torch.device("meta"):
         for name in model.family.present_text_encoders(pipeline):
-            tokenizer = name.replace("text_encoder", "tokenizer")
             encoder = getattr(pipeline, name)
-            tokens = torch.zeros(1, getattr(pipeline, tokenizer).model_max_length, dtype=torch.int64)
+            tokens = torch.zeros(1, model.family.encoded_tokens(pipeline, name), dtype=torch.int64)
             text_encoder += _counted(partial(type(encoder)(encoder.config), tokens))
         denoiser = type(model.denoiser).from_config(model.denoiser.config)
         vae = type(pipeline.vae).from_config(pipeline.vae.config)

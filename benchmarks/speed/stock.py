@@ -48,6 +48,10 @@ class StockVariant(TimedVariant):
         device = self.runner.device
         denoiser = getattr(self.pipeline, self.runner.family.denoiser)
         self.pipeline.scheduler = work.make_scheduler()
+        options = {}
+        if rescale := work.guider.settings.get("guidance_rescale"):
+            # Pipelines of UNets alone take it.
+            options["guidance_rescale"] = rescale
         watch, forward = Stopwatch(device), denoiser.forward
 
         def timed_forward(*args: Any, **kwargs: Any) -> Any:
@@ -62,9 +66,9 @@ class StockVariant(TimedVariant):
                 list(work.prompts),
                 num_inference_steps=work.steps,
                 **self.runner.family.stock_guidance(work.guidance),
-                **work.guider.settings if work.guider.name == "rescale" else {},
                 latents=work.noise.to(device, self.runner.dtype),
                 output_type="pt",
+                **options,
             ).images
             images.float().cpu()
             synchronize(device)

@@ -26,16 +26,22 @@ from boostdiff.export.export import export
 from diffusers import DiffusionPipeline
 from PIL import Image
 from tiny import CPU, PROMPTS, make_sd3_pipeline
+from tiny_sana import make_sana_pipeline
 
 STEPS, SEED = 4, 5
 
 KINDS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd3": make_sd3_pipeline,
     "sd3-without-t5": lambda: make_sd3_pipeline(t5=False, shift=1.0, use_dynamic_shifting=True),
+    "sana": make_sana_pipeline,
+    "sana-euler": lambda: make_sana_pipeline(euler=True, out_channels=8, timestep_scale=0.5),
 }
 """By name, what makes a tiny model by diffusers' own classes."""
 
-DISTILLED = [kind for kind in KINDS if kind != "sd3-without-t5"]
+SAMPLERS = {"sana": "dpm++"}
+"""By kind, the sampler that is the scheduler of its folder, if not Euler's."""
+
+DISTILLED = [kind for kind in KINDS if kind not in ("sd3-without-t5", "sana-euler")]
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +68,16 @@ def stock_image(folder: Path, *, w: float | None, student: Path | None = None, *
     pipeline.set_progress_bar_config(disable=True)
     if student is not None:
         pipeline.load_lora_weights(student, weight_name=LORA_FILE)
-    guidance = locate(str(folder)).family.stock_guidance(1.0 if w is None else w)
+    files = locate(str(folder))
+    _, *size = files.family.latent_shape(files.denoiser_config)
+    height, width = (pipeline.vae_scale_factor * side for side in size)
+    guidance = files.family.stock_guidance(1.0 if w is None else w)
     (image,) = pipeline(
         PROMPTS[0],
         num_inference_steps=STEPS,
         generator=torch.Generator().manual_seed(SEED),
+        height=height,
+        width=width,
         **guidance,
         **options,
     ).images
@@ -89,7 +100,7 @@ def test_the_teacher_is_the_stock_pipelines_own_guidance(
         model,
         GuidedDenoiser(TorchRunner(model.denoiser), 4.0),
         text=model.family.encode(model.pipeline, PROMPTS[:1], negative_prompt=negative_prompt),
-        make_scheduler=lambda: model.make_scheduler("euler"),
+        make_scheduler=lambda: model.make_scheduler(SAMPLERS.get(kind, "euler")),
         steps=STEPS,
         seed=SEED,
     )
@@ -102,7 +113,8 @@ def test_the_teacher_is_the_stock_pipelines_own_guidance(
 def test_a_student_draws_the_same_in_the_stock_pipeline(
     folders: dict[str, Path], students: dict[str, Path], kind: str, tmp_path: Path
 ) -> None:
-    config = GenerateConfig(prompts=[PROMPTS[0]], student=students[kind], sampler="euler", steps=STEPS, seed=SEED)
+    sampler: Any = SAMPLERS.get(kind, "euler")
+    config = GenerateConfig(prompts=[PROMPTS[0]], student=students[kind], sampler=sampler, steps=STEPS, seed=SEED)
     (path,) = draw(locate(str(folders[kind])), config, output=tmp_path, device="cpu")
     got = np.asarray(Image.open(path)).astype(int)
     assert same(got, stock_image(folders[kind], w=None, student=students[kind]))
@@ -129,7 +141,7 @@ def test_the_engine_draws_what_torch_draws(
     assert manifest.artefacts["transformer/model.onnx"]["check"]["relative"] <= 1e-4
     assert manifest.pipeline["onnx fp32"]["image_max"] <= 1 / 255
     with Engine.load(tmp_path / "engine", runner="onnx", device="cpu") as engine:
-        (image,) = engine(PROMPTS[0], steps=STEPS, sampler="euler", seed=SEED)
+        (image,) = engine(PROMPTS[0], steps=STEPS, sampler=SAMPLERS.get(kind, "euler"), seed=SEED)
     stock = stock_image(folders[kind], w=None, student=students[kind])
     assert same(np.asarray(image).astype(int), stock)
 
