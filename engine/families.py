@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
+from .chroma import Chroma
 from .errors import InputError
 from .family import Family
 from .stable_diffusion import StableDiffusion, StableDiffusionXL
 from .stable_diffusion_3 import StableDiffusion3
 
 FAMILIES: dict[str, Family] = {
-    family.pipeline_class.__name__: family for family in (StableDiffusion(), StableDiffusionXL(), StableDiffusion3())
+    family.pipeline_class.__name__: family
+    for family in (StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Chroma())
 }
 """By the `_class_name` of a folder's `model_index.json`."""
 

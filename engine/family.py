@@ -140,6 +140,14 @@ class Family(ABC):
         """Arguments of the stock pipeline for guidance scale w of equation (3), where w = 1 is no guidance."""
         return {"guidance_scale": guidance_scale}
 
+    def packed(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents `(B, C, H, W)` as the stock pipeline's loop has them."""
+        return latents
+
+    def unpacked(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """The reverse of `packed`."""
+        return latents
+
     def example_inputs(self, pipeline: DiffusionPipeline, batch: int) -> dict[str, torch.Tensor]:
         """Random denoiser inputs by name, in the order in which a runner takes them; used to trace and compare."""
         denoiser = getattr(pipeline, self.denoiser)

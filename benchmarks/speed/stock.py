@@ -63,7 +63,7 @@ class StockVariant(TimedVariant):
                 num_inference_steps=work.steps,
                 **self.runner.family.stock_guidance(work.guidance),
                 **work.guider.settings if work.guider.name == "rescale" else {},
-                latents=work.noise.to(device, self.runner.dtype),
+                latents=self.runner.family.packed(work.noise).to(device, self.runner.dtype),
                 output_type="pt",
             ).images
             images.float().cpu()

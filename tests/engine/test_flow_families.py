@@ -26,16 +26,19 @@ from boostdiff.export.export import export
 from diffusers import DiffusionPipeline
 from PIL import Image
 from tiny import CPU, PROMPTS, make_sd3_pipeline
+from tiny_chroma import make_chroma_pipeline
 
 STEPS, SEED = 4, 5
 
 KINDS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd3": make_sd3_pipeline,
     "sd3-without-t5": lambda: make_sd3_pipeline(t5=False, shift=1.0, use_dynamic_shifting=True),
+    "chroma": make_chroma_pipeline,
+    "chroma-of-beta-sigmas": lambda: make_chroma_pipeline(use_beta_sigmas=True, use_dynamic_shifting=True),
 }
 """By name, what makes a tiny model by diffusers' own classes."""
 
-DISTILLED = [kind for kind in KINDS if kind != "sd3-without-t5"]
+DISTILLED = [kind for kind in KINDS if kind not in ("sd3-without-t5", "chroma-of-beta-sigmas")]
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +65,14 @@ def stock_image(folder: Path, *, w: float | None, student: Path | None = None, *
     pipeline.set_progress_bar_config(disable=True)
     if student is not None:
         pipeline.load_lora_weights(student, weight_name=LORA_FILE)
-    guidance = locate(str(folder)).family.stock_guidance(1.0 if w is None else w)
+    family = locate(str(folder)).family
+    guidance = family.stock_guidance(1.0 if w is None else w)
+    model_size = family.latent_shape(pipeline.transformer.config)[1:]
+    height, width = (side * pipeline.vae_scale_factor for side in model_size)
     (image,) = pipeline(
         PROMPTS[0],
+        height=height,
+        width=width,
         num_inference_steps=STEPS,
         generator=torch.Generator().manual_seed(SEED),
         **guidance,
