@@ -24,8 +24,8 @@ SIZE = 128
 PATCH = 2
 """Side of the squares of latents that make one token."""
 
-# The last layer is a proj_out, too.
 FEED_FORWARD = ("net.0.proj", "net.2", "proj_mlp", "proj_out")
+EMBEDDERS = ("x_embedder", "context_embedder", "in_proj", "linear_1", "linear_2", "out_proj")
 
 
 class Chroma(Family):
@@ -41,10 +41,7 @@ class Chroma(Family):
     targets: ClassVar = {
         "attention": (*ATTENTION, *JOINT_ATTENTION),
         "transformer": (*ATTENTION, *JOINT_ATTENTION, *FEED_FORWARD),
-        "all": (
-            *(*ATTENTION, *JOINT_ATTENTION, *FEED_FORWARD),
-            *("x_embedder", "context_embedder", "in_proj", "linear_1", "linear_2", "out_proj"),
-        ),
+        "all": (*ATTENTION, *JOINT_ATTENTION, *FEED_FORWARD, *EMBEDDERS),
     }
 
     @property
@@ -61,36 +58,29 @@ class Chroma(Family):
         def transformer() -> None:
             config = parts["transformer"]
             inputs, patch = counts(config, "in_channels", "patch_size")
-            outputs = config.get("out_channels") or inputs
-            (latents,) = counts(parts["vae"], "latent_channels")
+            outputs, (latents,) = config.get("out_channels") or inputs, counts(parts["vae"], "latent_channels")
             if patch != 1 or not inputs == outputs == PATCH**2 * latents:
                 raise InputError(
-                    f"patch_size is {patch}, with {inputs} channels in and {outputs} out, where squares of {PATCH} by "
-                    f"{PATCH} latents of the VAE's {latents} channels make 1 and {PATCH**2 * latents}"
+                    f"patch_size is {patch}, with {inputs} in and {outputs} out, not 1 and {PATCH**2 * latents}"
                 )
-            given, width = parts["text_encoder"].get("d_model"), config["joint_attention_dim"]
-            if given != width:
+            if (given := parts["text_encoder"].get("d_model")) != (width := config["joint_attention_dim"]):
                 raise InputError(f"joint_attention_dim is {width!r}, where T5 gives {given!r}")
             axes, (head,) = config["axes_dims_rope"], counts(config, "attention_head_dim")
             if sum(axes) != head:
                 raise InputError(f"axes_dims_rope is {axes!r}, whose sum must be attention_head_dim, {head}")
-            _, *sides = self.latent_shape(config)
-            for side in sides:
-                if counts({"sample_size": side}, "sample_size")[0] % PATCH:
-                    raise InputError(f"sample_size is {config['sample_size']!r}: it must be a multiple of {PATCH}")
+            (size,) = counts({"sample_size": SIZE} | config, "sample_size")
+            if size % PATCH:
+                raise InputError(f"sample_size is {size}: it must be a multiple of {PATCH}")
 
         def vae() -> None:
-            config = parts["vae"]
-            check_vae(config, pipeline="ChromaPipeline", shifts=True)
-            if config.get("shift_factor") is None:
+            check_vae(parts["vae"], pipeline="ChromaPipeline", shifts=True)
+            if parts["vae"].get("shift_factor") is None:
                 raise InputError("there is no shift_factor, which ChromaPipeline needs: it may be 0")
 
         return {"vae": vae, "transformer": transformer}
 
     def embed(self, pipeline: DiffusionPipeline, prompts: list[str]) -> PromptEmbeds:
-        hidden, _, mask, *_ = pipeline.encode_prompt(
-            prompts, device=pipeline.device, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS
-        )
+        hidden, _, mask, *_ = pipeline.encode_prompt(prompts, device=pipeline.device, do_classifier_free_guidance=False)
         return PromptEmbeds(encoder_hidden_states=hidden, encoder_attention_mask=mask.long())
 
     def prompt_shapes(self, pipeline: DiffusionPipeline) -> dict[str, tuple[int, ...]]:
@@ -99,8 +89,7 @@ class Chroma(Family):
 
     def forward(self, denoiser: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         sample, text = inputs["sample"], inputs["encoder_hidden_states"]
-        batch, _, height, width = sample.shape
-        rows, columns = height // PATCH, width // PATCH
+        batch, rows, columns = sample.shape[0], sample.shape[2] // PATCH, sample.shape[3] // PATCH
         # Numbers, as the stock pipeline passes it: what attention adds to its scores, 1 where a token counts.
         mask = inputs["encoder_attention_mask"].to(sample.dtype)
         mask = torch.cat([mask, mask.new_ones(batch, rows * columns)], dim=1)
@@ -114,7 +103,7 @@ class Chroma(Family):
                 attention_mask=mask,
                 return_dict=False,
             )[0]
-        return self.unpacked(prediction, height, width)
+        return self.unpacked(prediction, *sample.shape[2:])
 
     def packed(self, latents: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)
@@ -132,8 +121,7 @@ class Chroma(Family):
         return PATCH
 
     def timesteps(self, scheduler_config: Any, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
-        _, height, width = latent_shape
-        shift = shift_of_size(scheduler_config, (height // PATCH) * (width // PATCH))
+        shift = shift_of_size(scheduler_config, latent_shape[1] * latent_shape[2] // PATCH**2)
         return {**shift, "sigmas": lambda steps: np.linspace(1.0, 1 / steps, steps)}
 
 
@@ -142,8 +130,7 @@ def _mended(denoiser: Any, mask: torch.Tensor) -> Iterator[None]:
     """Around two faults of diffusers 0.42: an exported batch is constant, and checkpointed blocks lose the mask."""
     embedding, checkpoint = denoiser.time_text_embed, denoiser._gradient_checkpointing_func
 
-    def embed(timestep: torch.Tensor) -> torch.Tensor:
-        # As its `forward`, which makes a list as long as the batch.
+    def embed(timestep: torch.Tensor) -> torch.Tensor:  # as its `forward`, which makes a list as long as the batch
         sines = [embedding.time_proj(timestep), embedding.guidance_proj(torch.zeros_like(timestep))]
         layers = embedding.mod_proj.to(timestep.dtype).expand(timestep.shape[0], -1, -1)
         each = torch.cat(sines, dim=1).to(timestep.dtype)[:, None].expand(-1, layers.shape[1], -1)
@@ -155,8 +142,7 @@ def _mended(denoiser: Any, mask: torch.Tensor) -> Iterator[None]:
 
     if torch.compiler.is_exporting():
         embedding.forward = embed
-    if denoiser.gradient_checkpointing:
-        denoiser._gradient_checkpointing_func = with_mask
+    denoiser._gradient_checkpointing_func = with_mask
     try:
         yield
     finally:

@@ -84,7 +84,7 @@ def test_checkpointed_blocks_keep_the_mask(model: Model) -> None:
     ("part", "changes", "complaint"),
     [
         ("transformer", {"joint_attention_dim": 48}, "joint_attention_dim is 48, where T5 gives 32"),
-        ("transformer", {"in_channels": 12}, "patch_size is 1, with 12 channels in and 12 out"),
+        ("transformer", {"in_channels": 12}, "patch_size is 1, with 12 in and 12 out"),
         ("transformer", {"axes_dims_rope": [4, 4, 4]}, "must be attention_head_dim, 16"),
         ("transformer", {"sample_size": 7}, "sample_size is 7: it must be a multiple of 2"),
         ("vae", {"shift_factor": None}, "there is no shift_factor"),
