@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .chroma import Chroma
 from .errors import InputError
 from .family import Family
 from .sana import Sana
@@ -14,7 +15,7 @@ from .stable_diffusion_3 import StableDiffusion3
 
 FAMILIES: dict[str, Family] = {
     family.pipeline_class.__name__: family
-    for family in (StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Sana())
+    for family in (StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Sana(), Chroma())
 }
 """By the `_class_name` of a folder's `model_index.json`."""
 

@@ -152,6 +152,14 @@ class Family(ABC):
         """
         return {"guidance_scale": guidance_scale}
 
+    def packed(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents `(B, C, H, W)` as the stock pipeline's loop has them."""
+        return latents
+
+    def unpacked(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """The reverse of `packed`."""
+        return latents
+
     def example_inputs(self, pipeline: DiffusionPipeline, batch: int, denoiser: Any = None) -> dict[str, torch.Tensor]:
         """Random denoiser inputs by name, in the order in which a runner takes them; used to trace and compare.
 

@@ -58,6 +58,7 @@ FLOW_SCHEDULE = (
     "max_image_seq_len",
     "shift_terminal",
     "time_shift_type",
+    "use_beta_sigmas",
 )
 """What makes a flow-matching model's timesteps: taken from the model's folder."""
 
@@ -67,7 +68,6 @@ FLOW_REFUSED = {
     "stochastic_sampling": (None, False),
     "use_karras_sigmas": (None, False),
     "use_exponential_sigmas": (None, False),
-    "use_beta_sigmas": (None, False),
 }
 
 FEWEST_STEPS = 20
@@ -289,7 +289,7 @@ def _check_flow_schedule(class_name: str, config: Mapping[str, Any]) -> None:
         raise InputError(f"num_train_timesteps {count!r} can't be used: it must be at least {FEWEST_STEPS}")
     try:
         scheduler = _flow_scheduler("euler", config)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise InputError(f"it can't be used: {one_line(error)}") from None
     if not ((scheduler.sigmas > 0) & (scheduler.sigmas <= 1)).all():
         raise InputError(f"shift {config.get('shift', config.get('flow_shift'))!r} can't be used: it must be above 0")

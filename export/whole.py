@@ -63,7 +63,7 @@ def draw_reference(model: Model, config: ExportConfig, student: Distilled) -> Re
     states: list[torch.Tensor] = []
 
     def keep(pipeline: Any, index: int, t: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        states.append(tensors["latents"].float().cpu())
+        states.append(model.family.unpacked(tensors["latents"], *size).float().cpu())
         return {}
 
     scheduler, (sampler, steps) = pipeline.scheduler, _sampling(student)
@@ -76,7 +76,7 @@ def draw_reference(model: Model, config: ExportConfig, student: Distilled) -> Re
         **model.family.stock_guidance(
             1.0 if model.denoiser.config.get("time_cond_proj_dim") is None else student.guidance
         ),
-        latents=initial_noise((model.latent_shape[0], *size), count=1, seed=SEED).to(model.device),
+        latents=model.family.packed(initial_noise((model.latent_shape[0], *size), count=1, seed=SEED)).to(model.device),
         output_type="pt",
         callback_on_step_end=keep,
     ).images

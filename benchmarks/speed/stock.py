@@ -66,7 +66,7 @@ class StockVariant(TimedVariant):
                 list(work.prompts),
                 num_inference_steps=work.steps,
                 **self.runner.family.stock_guidance(work.guidance),
-                latents=work.noise.to(device, self.runner.dtype),
+                latents=self.runner.family.packed(work.noise).to(device, self.runner.dtype),
                 output_type="pt",
                 **options,
             ).images

@@ -26,6 +26,7 @@ from boostdiff.export.export import export
 from diffusers import DiffusionPipeline
 from PIL import Image
 from tiny import CPU, PROMPTS, make_sd3_pipeline
+from tiny_chroma import make_chroma_pipeline
 from tiny_sana import make_sana_pipeline
 
 STEPS, SEED = 4, 5
@@ -35,13 +36,15 @@ KINDS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd3-without-t5": lambda: make_sd3_pipeline(t5=False, shift=1.0, use_dynamic_shifting=True),
     "sana": make_sana_pipeline,
     "sana-euler": lambda: make_sana_pipeline(euler=True, out_channels=8, timestep_scale=0.5),
+    "chroma": make_chroma_pipeline,
+    "chroma-of-beta-sigmas": lambda: make_chroma_pipeline(use_beta_sigmas=True, use_dynamic_shifting=True),
 }
 """By name, what makes a tiny model by diffusers' own classes."""
 
 SAMPLERS = {"sana": "dpm++"}
 """By kind, the sampler that is the scheduler of its folder, if not Euler's."""
 
-DISTILLED = [kind for kind in KINDS if kind not in ("sd3-without-t5", "sana-euler")]
+DISTILLED = ("sd3", "sana", "chroma")
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +77,10 @@ def stock_image(folder: Path, *, w: float | None, student: Path | None = None, *
     guidance = files.family.stock_guidance(1.0 if w is None else w)
     (image,) = pipeline(
         PROMPTS[0],
-        num_inference_steps=STEPS,
-        generator=torch.Generator().manual_seed(SEED),
         height=height,
         width=width,
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(SEED),
         **guidance,
         **options,
     ).images
