@@ -8,11 +8,13 @@ import torch
 
 from .errors import InputError
 from .family import Family
+from .qwen_image import QwenImage
 from .stable_diffusion import StableDiffusion, StableDiffusionXL
 from .stable_diffusion_3 import StableDiffusion3
 
 FAMILIES: dict[str, Family] = {
-    family.pipeline_class.__name__: family for family in (StableDiffusion(), StableDiffusionXL(), StableDiffusion3())
+    family.pipeline_class.__name__: family
+    for family in (StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), QwenImage())
 }
 """By the `_class_name` of a folder's `model_index.json`."""
 

@@ -65,7 +65,7 @@ def draw_reference(model: Model, config: ExportConfig, *, guidance: float) -> Re
     states: list[torch.Tensor] = []
 
     def keep(pipeline: Any, index: int, t: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        states.append(tensors["latents"].float().cpu())
+        states.append(model.family.unpacked(tensors["latents"], *size).float().cpu())
         return {}
 
     scheduler, pipeline.scheduler = pipeline.scheduler, model.make_scheduler(SAMPLER)
@@ -75,7 +75,7 @@ def draw_reference(model: Model, config: ExportConfig, *, guidance: float) -> Re
         width=width,
         num_inference_steps=STEPS,
         guidance_scale=1.0 if model.denoiser.config.get("time_cond_proj_dim") is None else guidance,
-        latents=initial_noise((model.latent_shape[0], *size), count=1, seed=SEED).to(model.device),
+        latents=model.family.packed(initial_noise((model.latent_shape[0], *size), count=1, seed=SEED)).to(model.device),
         output_type="pt",
         callback_on_step_end=keep,
     ).images

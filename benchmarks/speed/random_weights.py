@@ -32,7 +32,7 @@ def locate_configs(model: str) -> ModelFiles:
 def random_model(files: ModelFiles, *, device: torch.device, seed: int = 0) -> Model:
     """Build a pipeline from a model's configuration, with randomly initialized weights; weight files are not read."""
     index = read_json(files.folder / "model_index.json")
-    dtype = default_dtype(device)
+    dtype = default_dtype(device, files.family)
     components: dict[str, Any] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -26,16 +26,20 @@ from boostdiff.export.export import export
 from diffusers import DiffusionPipeline
 from PIL import Image
 from tiny import CPU, PROMPTS, make_sd3_pipeline
+from tiny_qwen_image import make_qwen_image_pipeline
 
 STEPS, SEED = 4, 5
 
 KINDS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd3": make_sd3_pipeline,
     "sd3-without-t5": lambda: make_sd3_pipeline(t5=False, shift=1.0, use_dynamic_shifting=True),
+    "qwen-image": make_qwen_image_pipeline,
 }
 """By name, what makes a tiny model by diffusers' own classes."""
 
-STOCK_GUIDANCE: dict[str, Callable[[float], dict[str, Any]]] = {}
+STOCK_GUIDANCE: dict[str, Callable[[float], dict[str, Any]]] = {
+    "qwen-image": lambda w: {"true_cfg_scale": w},
+}
 """By family, arguments of the stock pipeline for guidance scale w of equation (3), if not `guidance_scale`."""
 
 DISTILLED = [kind for kind in KINDS if kind != "sd3-without-t5"]
@@ -66,9 +70,13 @@ def stock_image(folder: Path, *, w: float | None, student: Path | None = None, *
     if student is not None:
         pipeline.load_lora_weights(student, weight_name=LORA_FILE)
     family = locate(str(folder)).family
+    model_size = family.latent_shape(pipeline.transformer.config)[1:]
+    height, width = (side * pipeline.vae_scale_factor for side in model_size)
     guidance = STOCK_GUIDANCE.get(family.name, lambda w: {"guidance_scale": w})(1.0 if w is None else w)
     (image,) = pipeline(
         PROMPTS[0],
+        height=height,
+        width=width,
         num_inference_steps=STEPS,
         generator=torch.Generator().manual_seed(SEED),
         **guidance,
