@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from functools import partial
 from typing import Any, ClassVar
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, QwenImagePipeline, QwenImageTransformer2DModel
-from diffusers.models.transformers import transformer_qwenimage
 
 from .checks import Parts, check_vae, counts
 from .conditions import PromptEmbeds
 from .errors import InputError
 from .family import ATTENTION, JOINT_ATTENTION, Family
 from .guidance import combine
+from .qwen_rotary import rotary_for_graphs
 from .schedulers import shift_of_size
 
 TEXT_TOKENS = 512
@@ -106,12 +103,7 @@ class QwenImage(Family):
         sample = inputs["sample"]
         height, width = sample.shape[2:]
         arguments = {name: tensor for name, tensor in inputs.items() if name != "sample"}
-        with ExitStack() as stack:
-            if torch.compiler.is_exporting():
-                # A graph has no complex numbers, and diffusers' would have texts of one length alone.
-                lengths = {"compute_text_seq_len_from_mask": lambda text, mask: (text.shape[1], None, mask.bool())}
-                stack.enter_context(patch.multiple(transformer_qwenimage, apply_rotary_emb_qwen=_turned, **lengths))
-                stack.enter_context(patch.object(denoiser.pos_embed, "forward", partial(_angles, denoiser.pos_embed)))
+        with rotary_for_graphs(denoiser):
             prediction = denoiser(
                 **arguments | {"timestep": inputs["timestep"].to(sample.dtype) / 1000},
                 hidden_states=self.packed(sample),
@@ -148,23 +140,3 @@ class QwenImage(Family):
 
     def pixels_per_latent(self, vae_config: dict[str, Any]) -> int:
         return 2 ** len(vae_config["temperal_downsample"])
-
-
-def _angles(rope: Any, shapes: Any, *, max_txt_seq_len: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `QwenEmbedRope.forward`, the angles: of the image's tokens `(HW, D / 2)` and of the text's `(L, D / 2)`."""
-    _, height, width = shapes[0][0]
-    rates = [1 / rope.theta ** (torch.arange(0, d, 2, device=device).float() / d) for d in rope.axes_dim]
-    # Rows and columns are counted from the middle, and the text from the longer one's end.
-    rows = (torch.arange(height, device=device) - (height - height // 2))[:, None, None] * rates[1]
-    columns = (torch.arange(width, device=device) - (width - width // 2))[None, :, None] * rates[2]
-    image = [torch.zeros(1, 1, len(rates[0]), device=device), rows, columns]
-    positions = torch.sym_max(height // 2, width // 2) + torch.arange(max_txt_seq_len, device=device)
-    of_image = torch.cat([angles.expand(height, width, -1) for angles in image], dim=2).flatten(0, 1)
-    return of_image, positions[:, None] * torch.cat(rates)
-
-
-def _turned(x: torch.Tensor, angles: torch.Tensor, use_real: bool = False) -> torch.Tensor:
-    """As `apply_rotary_emb_qwen`: pairs of numbers of x `(B, L, heads, D)` turned by their angles `(L, D / 2)`."""
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(3).type_as(x)
