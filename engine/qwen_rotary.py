@@ -18,7 +18,7 @@ def rotary_for_graphs(denoiser: Any) -> Iterator[None]:
     if not torch.compiler.is_exporting():
         yield
         return
-    functions = {"apply_rotary_emb_qwen": _turned, "compute_text_seq_len_from_mask": _length}
+    functions: dict[str, Any] = {"apply_rotary_emb_qwen": _turned, "compute_text_seq_len_from_mask": _length}
     rope = denoiser.pos_embed
     with patch.multiple(transformer_qwenimage, **functions), patch.object(rope, "forward", partial(_angles, rope)):
         yield
