@@ -65,11 +65,19 @@ class ExportedVaeDecoder(_ExportedPart):
     def __init__(self, session: Session, *, config: dict[str, Any], pixels_per_latent: int) -> None:
         super().__init__(session, config=config)
         self.pixels_per_latent = pixels_per_latent
+        # Pipelines of video VAEs read it off the module.
+        self.temperal_downsample = config.get("temperal_downsample")
 
     def decode(
         self, latents: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[torch.Tensor]:
-        """As `AutoencoderKL.decode`: `(B, C, H, W)` to `(B, 3, f H, f W)`; the generator is not used there either."""
+        """As `AutoencoderKL.decode`: `(B, C, H, W)` to `(B, 3, f H, f W)`; the generator is not used there either.
+
+        Of a video VAE one frame, `(B, C, 1, H, W)` to `(B, 3, 1, f H, f W)`.
+        """
+        if latents.ndim == 5:
+            image = self.decode(latents[:, :, 0], return_dict=False)[0][:, :, None]
+            return DecoderOutput(sample=image) if return_dict else (image,)
         factor = self.pixels_per_latent
         batch, _, height, width = latents.shape
         shape = (batch, 3, factor * height, factor * width)

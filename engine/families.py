@@ -9,13 +9,14 @@ import torch
 from .chroma import Chroma
 from .errors import InputError
 from .family import Family
+from .qwen_image import QwenImage
 from .sana import Sana
 from .stable_diffusion import StableDiffusion, StableDiffusionXL
 from .stable_diffusion_3 import StableDiffusion3
 
 FAMILIES: dict[str, Family] = {
     family.pipeline_class.__name__: family
-    for family in (StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Sana(), Chroma())
+    for family in (StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Sana(), Chroma(), QwenImage())
 }
 """By the `_class_name` of a folder's `model_index.json`."""
 

@@ -50,6 +50,8 @@ class Family(ABC):
     """Endings of the names of the layers that an adapter takes, by `distill --targets`."""
     text_chunks: ClassVar[bool] = False
     """Whether an exported denoiser takes texts of several times the text encoder's length."""
+    text_lengths: ClassVar[tuple[int, int, int] | None] = None
+    """The fewest, usual and most tokens that an exported denoiser takes, where the lengths of texts differ."""
 
     # The folder.
 
@@ -208,6 +210,8 @@ class Family(ABC):
         """Pixels of an image's side for each latent."""
         return 2 ** (len(vae_config.get("block_out_channels", [64])) - 1)
 
+    video_vae: ClassVar[bool] = False
+    """Whether the VAE is one of videos, `(B, C, frames, H, W)`: images are of one frame."""
     normalizes_latents: ClassVar[bool] = False
     """Whether stock diffusers honours the VAE's `latents_mean` and `latents_std`."""
     upcast_vae: ClassVar[bool] = False
@@ -233,11 +237,18 @@ class Family(ABC):
 
     def decode_latents(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
         """Images `(B, 3, …)` in [-1, 1], of what `denormalized` gave."""
+        if self.video_vae:
+            return vae.decode(latents[:, :, None], return_dict=False)[0][:, :, 0]
         return vae.decode(latents, return_dict=False)[0]
 
     def encode_latents(self, vae: Any, images: torch.Tensor) -> torch.Tensor:
         """The latents `(B, C, H, W)`, float32, of images `(B, 3, …)` in [-1, 1]; of a distribution its mode."""
-        encoded = retrieve_latents(vae.encode(images.to(vae.device, vae.dtype)), sample_mode="argmax").float()
+        images = images.to(vae.device, vae.dtype)
+        if self.video_vae:
+            images = images[:, :, None]
+        encoded = retrieve_latents(vae.encode(images), sample_mode="argmax").float()
+        if self.video_vae:
+            encoded = encoded[:, :, 0]
         mean, std = self._statistics(vae, encoded)
         shift = vae.config.get("shift_factor") or 0
         return (encoded - mean - shift) * vae.config.get("scaling_factor", 1) / std

@@ -274,7 +274,7 @@ def _check_special_tokens(pipeline: DiffusionPipeline, files: ModelFiles) -> Non
     for name, encoder in zip(files.family.tokenizers, files.family.text_encoders, strict=True):
         if getattr(pipeline, encoder) is None:
             continue
-        known = getattr(pipeline, encoder).config.vocab_size
+        known = getattr(pipeline, encoder).config.get_text_config().vocab_size
         tokenizer = getattr(pipeline, name)
         if tokenizer.pad_token is None:
             raise InputError(
@@ -294,7 +294,8 @@ def prepare_for_inference(pipeline: DiffusionPipeline, family: Family) -> None:
     """
     pipeline.set_progress_bar_config(disable=True)
     # The VAE is all convolutions, which run faster on this layout (by a third on a CPU).
-    pipeline.vae.to(memory_format=torch.channels_last)
+    if not family.video_vae:
+        pipeline.vae.to(memory_format=torch.channels_last)
     denoiser = getattr(pipeline, family.denoiser)
     for name in (family.denoiser, "vae", *family.present_text_encoders(pipeline)):
         getattr(pipeline, name).requires_grad_(False).eval()

@@ -140,6 +140,7 @@ class _Denoiser(torch.nn.Module):
         time_ids: torch.Tensor | None = None,
         pooled_projections: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states_mask: torch.Tensor | None = None,
         timestep_cond: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor]:
         # Named one by one, as the exporter asks: all that some family has.
@@ -151,6 +152,7 @@ class _Denoiser(torch.nn.Module):
             "time_ids": time_ids,
             "pooled_projections": pooled_projections,
             "encoder_attention_mask": encoder_attention_mask,
+            "encoder_hidden_states_mask": encoder_hidden_states_mask,
             "timestep_cond": timestep_cond,
         }
         given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
@@ -231,6 +233,10 @@ def denoiser_part(
         inputs["encoder_hidden_states"] = torch.cat([inputs["encoder_hidden_states"]] * 2, dim=1)
         chunks = tuple(length * count for count in (1, 1, TEXT_CHUNKS))
         axes["encoder_hidden_states"][1] = (length * torch.export.Dim("chunks", min=1, max=64), chunks)
+    if (lengths := model.family.text_lengths) is not None:
+        tokens = torch.export.Dim("tokens", min=lengths[0], max=lengths[2]), lengths
+        for name in inputs.keys() & {"encoder_hidden_states", "encoder_hidden_states_mask", "encoder_attention_mask"}:
+            axes[name][1] = tokens
     if sizes[0] != sizes[2]:
         multiple = model.family.latent_multiple(merged.config, exported=True)
         axes["sample"] |= _size_axes(sizes, lambda side: multiple * torch.export.Dim(side, min=1, max=1024))

@@ -48,7 +48,10 @@ class StockVariant(TimedVariant):
         device = self.runner.device
         denoiser = getattr(self.pipeline, self.runner.family.denoiser)
         self.pipeline.scheduler = work.make_scheduler()
-        options = {}
+        options = self.runner.family.stock_guidance(work.guidance)
+        if "negative_prompt" in options:
+            # One each, as pipelines that need them don't repeat one for all.
+            options["negative_prompt"] = [options["negative_prompt"]] * len(work.prompts)
         if rescale := work.guider.settings.get("guidance_rescale"):
             # Pipelines of UNets alone take it.
             options["guidance_rescale"] = rescale
@@ -65,7 +68,6 @@ class StockVariant(TimedVariant):
             images = self.pipeline(
                 list(work.prompts),
                 num_inference_steps=work.steps,
-                **self.runner.family.stock_guidance(work.guidance),
                 latents=self.runner.family.packed(work.noise).to(device, self.runner.dtype),
                 output_type="pt",
                 **options,

@@ -27,6 +27,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tiny import CPU, PROMPTS, make_sd3_pipeline
 from tiny_chroma import make_chroma_pipeline
+from tiny_qwen_image import make_qwen_image_pipeline
 from tiny_sana import make_sana_pipeline
 
 STEPS, SEED = 4, 5
@@ -38,13 +39,14 @@ KINDS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sana-euler": lambda: make_sana_pipeline(euler=True, out_channels=8, timestep_scale=0.5),
     "chroma": make_chroma_pipeline,
     "chroma-of-beta-sigmas": lambda: make_chroma_pipeline(use_beta_sigmas=True, use_dynamic_shifting=True),
+    "qwen-image": make_qwen_image_pipeline,
 }
 """By name, what makes a tiny model by diffusers' own classes."""
 
 SAMPLERS = {"sana": "dpm++"}
 """By kind, the sampler that is the scheduler of its folder, if not Euler's."""
 
-DISTILLED = ("sd3", "sana", "chroma")
+DISTILLED = ("sd3", "sana", "chroma", "qwen-image")
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +83,7 @@ def stock_image(folder: Path, *, w: float | None, student: Path | None = None, *
         width=width,
         num_inference_steps=STEPS,
         generator=torch.Generator().manual_seed(SEED),
-        **guidance,
-        **options,
+        **guidance | options,
     ).images
     return np.asarray(image).astype(int)
 

@@ -1,0 +1,146 @@
+"""Qwen-Image: MMDiT on packed latents, flow matching, a language model as text encoder, norm-preserving guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, QwenImagePipeline, QwenImageTransformer2DModel
+
+from .checks import Parts, check_vae, counts
+from .conditions import PromptEmbeds
+from .errors import InputError
+from .family import ATTENTION, JOINT_ATTENTION, Family
+from .guidance import combine
+from .qwen_rotary import rotary_for_graphs
+from .schedulers import shift_of_size
+
+TEXT_TOKENS = 512
+"""Tokens of a prompt that the stock pipeline takes by default."""
+SIZE = 128
+"""Side of the latents that the stock pipeline takes by default, as the transformer has no size of its own."""
+PATCH = 2
+"""Side of the squares of latents that make one token, whatever the configuration says."""
+
+FEED_FORWARD = ("net.0.proj", "net.2")
+PLAIN = {"guidance_embeds": False, "zero_cond_t": False, "use_additional_t_cond": False, "use_layer3d_rope": False}
+"""Settings of transformers that take more than this pipeline gives: of distilled, of editing and of layered models."""
+
+
+class QwenImage(Family):
+    """Qwen-Image."""
+
+    name = "qwen-image"
+    pipeline_class = QwenImagePipeline
+    denoiser = "transformer"
+    denoiser_class = QwenImageTransformer2DModel
+    text_encoders = ("text_encoder",)
+    flow = True
+    half = torch.bfloat16
+    video_vae = True
+    text_lengths = (4, 128, TEXT_TOKENS)
+    targets: ClassVar = {
+        "attention": (*ATTENTION, *JOINT_ATTENTION),
+        "transformer": (*ATTENTION, *JOINT_ATTENTION, *FEED_FORWARD),
+        "all": (
+            *(*ATTENTION, *JOINT_ATTENTION, *FEED_FORWARD),
+            *("img_mod.1", "txt_mod.1", "img_in", "txt_in", "linear", "linear_1", "linear_2", "proj_out"),
+        ),
+    }
+
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        return {
+            "transformer": ("QwenImageTransformer2DModel",),
+            "vae": ("AutoencoderKLQwenImage",),
+            "text_encoder": ("Qwen2_5_VLForConditionalGeneration",),
+            "tokenizer": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
+            "scheduler": (),
+        }
+
+    def checks(self, parts: Parts) -> dict[str, Callable[[], None]]:
+        def transformer() -> None:
+            config = parts["transformer"]
+            for name, value in PLAIN.items():
+                if config.get(name) != value:
+                    raise InputError(f"{name} is {config[name]!r}: distilled, editing and layered models can't be used")
+            inputs, outputs, patch = counts(config, "in_channels", "out_channels", "patch_size")
+            (latents,) = counts(parts["vae"], "z_dim")
+            if patch != PATCH or inputs != PATCH**2 * latents or outputs != latents:
+                raise InputError(
+                    f"in_channels, out_channels and patch_size are {inputs}, {outputs} and {patch}, where squares of "
+                    f"{PATCH} by {PATCH} latents of {latents} channels make {PATCH**2 * latents}, {latents} and {PATCH}"
+                )
+            text = parts["text_encoder"]
+            given, width = (text.get("text_config") or text).get("hidden_size"), config["joint_attention_dim"]
+            if given != width:
+                raise InputError(f"joint_attention_dim is {width!r}, where the text encoder gives {given!r}")
+            counts({"sample_size": SIZE} | config, "sample_size")
+
+        def vae() -> None:
+            config = parts["vae"]
+            if not config.get("latents_mean") or not config.get("latents_std"):
+                raise InputError("latents_mean and latents_std must be one number per channel")
+            counts(config, "z_dim")
+            same = {"scaling_factor": 1, "in_channels": config["input_channels"], "out_channels": 3}
+            check_vae(config | same | {"latent_channels": config["z_dim"]}, pipeline=self.name, normalizes=True)
+
+        return {"vae": vae, "transformer": transformer}
+
+    def embed(self, pipeline: DiffusionPipeline, prompts: list[str]) -> PromptEmbeds:
+        hidden, mask = pipeline.encode_prompt(prompts, device=pipeline.device, max_sequence_length=TEXT_TOKENS)
+        if mask is None:
+            mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        return PromptEmbeds(encoder_hidden_states=hidden, encoder_hidden_states_mask=mask)
+
+    def prompt_shapes(self, pipeline: DiffusionPipeline) -> dict[str, tuple[int, ...]]:
+        width = pipeline.transformer.config["joint_attention_dim"]
+        return {"encoder_hidden_states": (TEXT_TOKENS, width), "encoder_hidden_states_mask": (TEXT_TOKENS,)}
+
+    def forward(self, denoiser: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        sample = inputs["sample"]
+        height, width = sample.shape[2:]
+        arguments = {name: tensor for name, tensor in inputs.items() if name != "sample"}
+        with rotary_for_graphs(denoiser):
+            prediction = denoiser(
+                **arguments | {"timestep": inputs["timestep"].to(sample.dtype) / 1000},
+                hidden_states=self.packed(sample),
+                img_shapes=[[(1, height // PATCH, width // PATCH)]],
+                return_dict=False,
+            )[0]
+        return self.unpacked(prediction, height, width)
+
+    def guide(
+        self, unconditional: torch.Tensor, conditional: torch.Tensor, guidance_scale: float | torch.Tensor
+    ) -> torch.Tensor:
+        """See `Family.guide`: equation (3), each token of it scaled to the norm that the conditional one has."""
+        combined = self.packed(combine(unconditional, conditional, guidance_scale))
+        norm = torch.norm(self.packed(conditional), dim=-1, keepdim=True)
+        guided = combined * (norm / torch.norm(combined, dim=-1, keepdim=True))
+        return self.unpacked(guided, *unconditional.shape[2:])
+
+    def stock_guidance(self, guidance_scale: float) -> dict[str, Any]:
+        """See `Family.stock_guidance`; without a negative prompt the stock pipeline guides at no scale."""
+        return {"true_cfg_scale": guidance_scale, "negative_prompt": ""}
+
+    def packed(self, latents: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)
+
+    def unpacked(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        squares = latents.transpose(1, 2).unflatten(2, (height // PATCH, width // PATCH))
+        return torch.nn.functional.pixel_shuffle(squares, PATCH)
+
+    def latent_shape(self, denoiser_config: dict[str, Any]) -> tuple[int, int, int]:
+        size = denoiser_config.get("sample_size", SIZE)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return denoiser_config["in_channels"] // PATCH**2, height, width
+
+    def timesteps(self, scheduler_config: Any, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
+        _, height, width = latent_shape
+        shift = shift_of_size(scheduler_config, (height // PATCH) * (width // PATCH))
+        return {**shift, "sigmas": lambda steps: np.linspace(1.0, 1 / steps, steps)}
+
+    def pixels_per_latent(self, vae_config: dict[str, Any]) -> int:
+        return 2 ** len(vae_config["temperal_downsample"])
