@@ -58,7 +58,8 @@ def _keep_small_terms() -> None:
     """Let onnxscript drop `x + 0` alone: it takes 1e-8 for 0, and so the ε of `x / (y + ε)`, which then is NaN."""
     for rule in rewriter._DEFAULT_REWRITE_RULES:
         for node in rule._target_pattern:
-            for value in node.inputs:
+            inputs: Sequence[Any] = node.inputs
+            for value in inputs:
                 if hasattr(value, "_abs_tol"):
                     value._abs_tol = 0.0
 
