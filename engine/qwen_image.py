@@ -89,6 +89,10 @@ class QwenImage(Family):
 
         return {"vae": vae, "transformer": transformer}
 
+    def max_tokens(self, pipeline: DiffusionPipeline, tokenizer: str) -> int:
+        """See `Family.max_tokens`; the tokenizer's own length is the language model's."""
+        return TEXT_TOKENS
+
     def embed(self, pipeline: DiffusionPipeline, prompts: list[str]) -> PromptEmbeds:
         hidden, mask = pipeline.encode_prompt(prompts, device=pipeline.device, max_sequence_length=TEXT_TOKENS)
         if mask is None:

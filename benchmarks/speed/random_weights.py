@@ -57,5 +57,6 @@ def _tokenizer(folder: Path, class_name: str) -> Any:
     if (folder / "vocab.json").is_file() or (folder / "tokenizer.json").is_file():
         return getattr(transformers, class_name).from_pretrained(folder, local_files_only=True)
     encoder = read_json(folder.with_name(folder.name.replace("tokenizer", "text_encoder")) / "config.json")
+    encoder = encoder.get("text_config", encoder)
     stand_in = transformers.CLIPTokenizer(model_max_length=encoder.get("max_position_embeddings", 512))
     return stand_in.train_new_from_iterator(["a stand-in"], vocab_size=encoder["vocab_size"])
