@@ -55,7 +55,7 @@ def _keep_small_terms() -> None:
     for rule in rewriter._DEFAULT_REWRITE_RULES:
         for node in rule._target_pattern:
             for value in node.inputs:
-                if hasattr(value, "_abs_tol"):
+                if value is not None and hasattr(value, "_abs_tol"):
                     value._abs_tol = 0.0
 
 
