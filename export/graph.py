@@ -56,11 +56,17 @@ def quiet_exporter() -> Iterator[None]:
 
 def _keep_small_terms() -> None:
     """Let onnxscript drop `x + 0` alone: it takes 1e-8 for 0, and so the ε of `x / (y + ε)`, which then is NaN."""
-    for rule in rewriter._DEFAULT_REWRITE_RULES:
-        for node in rule._target_pattern:
+    # Private names: where another version has others, a graph of tiny ε shows it at its comparison.
+    for rule in getattr(rewriter, "_DEFAULT_REWRITE_RULES", ()):
+        for node in getattr(rule, "_target_pattern", ()):
+<<<<<<< HEAD
             inputs: Sequence[Any] = node.inputs
             for value in inputs:
                 if hasattr(value, "_abs_tol"):
+=======
+            for value in node.inputs:
+                if value is not None and hasattr(value, "_abs_tol"):
+>>>>>>> wt-f
                     value._abs_tol = 0.0
 
 
