@@ -59,14 +59,8 @@ def _keep_small_terms() -> None:
     # Private names: where another version has others, a graph of tiny ε shows it at its comparison.
     for rule in getattr(rewriter, "_DEFAULT_REWRITE_RULES", ()):
         for node in getattr(rule, "_target_pattern", ()):
-<<<<<<< HEAD
-            inputs: Sequence[Any] = node.inputs
-            for value in inputs:
-                if hasattr(value, "_abs_tol"):
-=======
             for value in node.inputs:
                 if value is not None and hasattr(value, "_abs_tol"):
->>>>>>> wt-f
                     value._abs_tol = 0.0
 
 
