@@ -43,9 +43,11 @@ types: install
 	cd "$$link" && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
 		--cache-dir "$(CURDIR)/.mypy_cache" --exclude '/(tests|build|outputs|\.venv)/' boostdiff
 
-# A file of tests goes to one process, which makes its models once; a process a core, each of one thread.
+# A file of tests goes to one process, which makes its models once; a process a core and one more, as they wait for what
+# another makes for all, each of one thread.
+PROCESSES := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 3 ? n + 1 : 4)))
 unit: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow -s

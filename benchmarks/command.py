@@ -60,14 +60,13 @@ def _measure(
     from ..engine.prompts import read_prompts
     from .session import with_sampling
 
-    students = students or [Path("outputs/student")]
+    students, files = students or [Path("outputs/student")], locate(model)
+    if prompts is None and model != embedded.MODEL_NAME:
+        raise InputError("pass --prompts FILE: only the embedded model comes with prompts")
+    lines = read_prompts(prompts or embedded.HELD_OUT_PROMPTS)
+    check_output(output)
     config = with_sampling(config, students)
     with progress_bar("measuring", config.image_steps(len(students)) or 1) as advance:
-        files = locate(model)
-        if prompts is None and model != embedded.MODEL_NAME:
-            raise InputError("pass --prompts FILE: only the embedded model comes with prompts")
-        lines = read_prompts(prompts or embedded.HELD_OUT_PROMPTS)
-        check_output(output)
         return verb(
             files,
             config,

@@ -162,7 +162,8 @@ class GridTrajectories(Trajectories):
 
     def _begin(self, member: int, number: int) -> None:
         super()._begin(member, number)
-        self.position[member], self.stride[member], self.multistep[member] = 0, -1, False
+        self.position[member], self.multistep[member] = 0, False
+        self.stride[member] = self.first_stride[member] = -1
 
     def _timesteps(self, position: torch.Tensor) -> torch.Tensor:
         steps = len(self.grid) - 1

@@ -131,7 +131,7 @@ class Distilled:
             InputError: a few-step student is asked for others.
         """
         if self.steps is None:
-            return sampler or SAMPLER, steps or STEPS
+            return sampler or SAMPLER, STEPS if steps is None else steps
         if sampler not in (None, self.sampler) or steps not in (None, self.steps):
             asked = f"{steps or self.steps} steps of {sampler or self.sampler}"
             raise InputError(

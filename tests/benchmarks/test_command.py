@@ -50,7 +50,7 @@ def test_random_weights_then_compare(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--random-weights", "--model", "missing"], "also sd15, sd21-base"),
+        (["--random-weights", "--model", "missing"], "also chroma1-hd, "),
         (["--random-weights", "--engine", "x"], "--engine has no use with --random-weights"),
         (["--random-weights", "--inception-weights", "x"], "--inception-weights has no use with"),
         (["--speed-only", "--samples", "9"], "--samples has no use with --speed-only"),

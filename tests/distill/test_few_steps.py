@@ -163,7 +163,7 @@ def test_an_adapter_is_read_from_what_it_saved(
         for parameter in adapter.parameters().values():
             parameter.add_(torch.randn_like(parameter))
     adapter.save(tmp_path, tiny.pipeline)
-    other = make_adapter(method, load(tiny_files, device=CPU).unet, **options)
+    other = make_adapter(method, load(tiny_files, device=CPU).denoiser, **options)
     other.read(tmp_path)
     weights = {name: parameter.detach().clone() for name, parameter in other.parameters().items()}
     for name, parameter in adapter.parameters().items():
@@ -202,7 +202,7 @@ def test_the_teacher_of_a_stage_is_the_student_before_as_it_was(
     for number, (frozen, folder) in enumerate(
         zip(made, (output / "stages/guidance", output / "stages/2"), strict=True)
     ):
-        adapter = make_adapter("lora", load(tiny_files, device=CPU).unet)
+        adapter = make_adapter("lora", load(tiny_files, device=CPU).denoiser)
         adapter.read(folder)
         before = list(adapter.parameters().values())
         for weights in [*seen[6 * number : 6 * number + 6], list(frozen.weights.values())]:
@@ -429,6 +429,7 @@ def test_generate_refuses_other_steps(tiny_files: ModelFiles, four_steps: Path, 
     draw(tiny_files, GenerateConfig(prompts=["a"], teacher=True, steps=2), output=tmp_path / "o", device="cpu")
 
 
+@pytest.mark.slow
 def test_an_engine_of_a_few_step_student(
     tiny_files: ModelFiles,
     four_steps: Path,

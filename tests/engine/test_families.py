@@ -182,7 +182,12 @@ def test_a_size_that_the_model_can_not_draw(folders: dict[str, Path], tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("kind", "trt"), [("sd-v", False), ("sdxl", False), pytest.param("sdxl", True, marks=pytest.mark.slow)]
+    ("kind", "trt"),
+    [
+        pytest.param("sd-v", False, marks=pytest.mark.slow),
+        ("sdxl", False),
+        pytest.param("sdxl", True, marks=pytest.mark.slow),
+    ],
 )
 def test_export_of_every_family(
     folders: dict[str, Path],

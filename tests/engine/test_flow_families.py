@@ -134,7 +134,10 @@ def test_merged_equals_base_and_adapter(folders: dict[str, Path], students: dict
     assert merge_in_place(model, students[kind], info).relative < 1e-4
 
 
-@pytest.mark.parametrize("kind", DISTILLED)
+# Graphs take half a minute each: one family here, the others among the slow proofs.
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "sd3" else pytest.param(kind, marks=pytest.mark.slow) for kind in DISTILLED]
+)
 def test_the_engine_draws_what_torch_draws(
     folders: dict[str, Path], students: dict[str, Path], kind: str, tmp_path: Path
 ) -> None:

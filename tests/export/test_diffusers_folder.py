@@ -43,15 +43,15 @@ def passes_of(folder: Path, **options: Any) -> tuple[Image.Image, list[int]]:
 def test_it_gives_the_image_of_generate(
     merged: Model, tiny_files: ModelFiles, students: dict[str, Path], tmp_path: Path
 ) -> None:
-    before = dict(merged.unet.config)
+    before = dict(merged.denoiser.config)
     weights = write_diffusers_folder(merged, read_student(students["lora"]), tmp_path / "diffusers")
     assert set(weights) == {
         "unet/diffusion_pytorch_model.safetensors",
         "vae/diffusion_pytorch_model.safetensors",
         "text_encoder/model.safetensors",
     }
-    assert dict(merged.unet.config) == before
-    assert merged.unet.time_embedding.cond_proj is None
+    assert dict(merged.denoiser.config) == before
+    assert merged.denoiser.time_embedding.cond_proj is None
     config = GenerateConfig(prompts=["a red cat"], student=students["lora"], seed=3)
     (path,) = draw(tiny_files, config, output=tmp_path / "images", device="cpu")
     # 20 steps, as `generate`; at diffusers' own default scale, which is 7.5.

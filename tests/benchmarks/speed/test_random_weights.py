@@ -53,15 +53,15 @@ def test_speed_from_configurations_alone(configs: Path) -> None:
 def test_random_weights_are_the_seeds(configs: Path) -> None:
     files = locate_configs(str(configs))
     one, same, other = (random_model(files, device=torch.device("cpu"), seed=seed) for seed in (0, 0, 1))
-    assert isinstance(one.unet, UNet2DConditionModel)
-    assert torch.equal(one.unet.conv_in.weight, same.unet.conv_in.weight)
-    assert not torch.equal(one.unet.conv_in.weight, other.unet.conv_in.weight)
+    assert isinstance(one.denoiser, UNet2DConditionModel)
+    assert torch.equal(one.denoiser.conv_in.weight, same.denoiser.conv_in.weight)
+    assert not torch.equal(one.denoiser.conv_in.weight, other.denoiser.conv_in.weight)
     assert one.family.encode(one.pipeline, ["x"]).conditional.encoder_hidden_states.shape == (1, 16, 32)
 
 
 def test_what_overflows_in_half_precision_stays_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_xl_pipeline().save_pretrained(tmp_path)
-    monkeypatch.setattr(random_weights, "default_dtype", lambda device: torch.float16)
+    monkeypatch.setattr(random_weights, "default_dtype", lambda device, family: torch.float16)
     made = random_model(locate(str(tmp_path)), device=CPU)
     loaded = load(locate(str(tmp_path)), device=CPU, dtype=torch.float16)
     for model in (made, loaded):
@@ -70,7 +70,7 @@ def test_what_overflows_in_half_precision_stays_in_full(tmp_path: Path, monkeypa
 
 
 def test_no_such_configuration(configs: Path) -> None:
-    with pytest.raises(InputError, match="with --random-weights also sd15, sd21-base"):
+    with pytest.raises(InputError, match="with --random-weights also chroma1-hd, "):
         locate_configs("sd16")
     (configs / "vae/config.json").unlink()
     with pytest.raises(InputError, match=r"vae/config\.json is missing"):
