@@ -48,7 +48,7 @@ def test_training_brings_the_student_to_the_teacher(
     unguided = logged(tmp_path / "s", "unguided_loss")
     assert seen[0] == pytest.approx(unguided[0]), "an adapter begins as the teacher's conditional pass"
     assert info.result["guidance_r2"] == pytest.approx(1 - sum(seen[-8:]) / sum(unguided[-8:]))
-    assert 0.5 < info.result["guidance_r2"] < 1
+    assert 0.4 < info.result["guidance_r2"] < 1
     assert info == read_student(tmp_path / "s", tiny_files)
     assert {path.name for path in (tmp_path / "s").iterdir()} == {
         *info.adapter_files,
