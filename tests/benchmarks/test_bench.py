@@ -229,7 +229,13 @@ def xl(prompt_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 @pytest.mark.parametrize(
     ("kind", "side", "asked", "together"),
-    [("sd", 8, None, 8), ("sd", 8, 3, 3), ("xl", 8, None, 8), ("xl", 8, 3, 3), ("xl", 128, None, 2)],
+    [
+        ("sd", 8, None, 8),
+        ("sd", 8, 3, 3),
+        ("xl", 8, None, 8),
+        ("xl", 8, 3, 3),
+        pytest.param("xl", 128, None, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_as_many_images_are_denoised_together_as_the_report_says(
     tiny_folder: Path,

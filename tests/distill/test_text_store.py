@@ -8,9 +8,9 @@ from boostdiff.distill.text_store import TextStore
 from boostdiff.engine.adapters import LORA_FILE
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.model import locate
-from tiny import make_pipeline, make_sd3_pipeline, make_xl_pipeline
+from tiny import make_sd3_pipeline, make_xl_pipeline
 
-MAKERS = {"sd": make_pipeline, "sdxl": make_xl_pipeline, "sd3": make_sd3_pipeline}
+MAKERS = {"sdxl": make_xl_pipeline, "sd3": make_sd3_pipeline}
 
 
 def student(folder: Path, prompts: Path, output: Path, *, cache: Path | None, preview: bool = False) -> bytes:

@@ -168,7 +168,9 @@ def test_what_the_engine_can_not_do(folder: Path, engines: dict[str, Path]) -> N
             engine(PROMPTS[0], sampler="magic")
         with pytest.raises(InputError, match=r"can't draw 32x16 pixels: it was exported for 16x16"):
             engine(PROMPTS[0], height=32)
-    with pytest.raises(InputError, match="unknown precision 'int8'"):
+    with pytest.raises(InputError, match="unknown precision 'int4'"):
+        Engine.load(folder, runner="onnx", precision="int4")
+    with pytest.raises(InputError, match="--quantize int8` makes int8"):
         Engine.load(folder, runner="onnx", precision="int8")
     with pytest.raises(InputError, match="no runner 'torch'"):
         Engine.load(folder, runner="torch")

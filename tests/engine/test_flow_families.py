@@ -48,6 +48,9 @@ SAMPLERS = {"sana": "dpm++"}
 
 DISTILLED = ("sd3", "sana", "chroma", "qwen-image")
 
+SLOWER = [kind if kind == "sd3" else pytest.param(kind, marks=pytest.mark.slow) for kind in DISTILLED]
+"""Graphs take half a minute each: one family at once, the others among the slow proofs."""
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -134,10 +137,7 @@ def test_merged_equals_base_and_adapter(folders: dict[str, Path], students: dict
     assert merge_in_place(model, students[kind], info).relative < 1e-4
 
 
-# Graphs take half a minute each: one family here, the others among the slow proofs.
-@pytest.mark.parametrize(
-    "kind", [kind if kind == "sd3" else pytest.param(kind, marks=pytest.mark.slow) for kind in DISTILLED]
-)
+@pytest.mark.parametrize("kind", SLOWER)
 def test_the_engine_draws_what_torch_draws(
     folders: dict[str, Path], students: dict[str, Path], kind: str, tmp_path: Path
 ) -> None:
@@ -153,7 +153,7 @@ def test_the_engine_draws_what_torch_draws(
     assert same(np.asarray(image).astype(int), stock)
 
 
-@pytest.mark.parametrize("kind", DISTILLED)
+@pytest.mark.parametrize("kind", SLOWER)
 def test_a_resumed_run_gives_the_same_bytes(
     folders: dict[str, Path], students: dict[str, Path], prompt_file: Path, kind: str, tmp_path: Path
 ) -> None:

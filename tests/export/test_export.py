@@ -376,6 +376,7 @@ def test_a_size_that_varies(
     assert not (tmp_path / "refused").exists()
 
 
+@pytest.mark.slow
 def test_attention_scores_stay_in_fp32_where_the_model_asks(
     tiny_folder: Path, prompt_file: Path, tmp_path: Path, engine: Path, reuse_graphs: Callable[..., None]
 ) -> None:
@@ -434,6 +435,7 @@ def test_a_size_that_the_model_can_not_make(tiny_files: ModelFiles, students: di
     assert not (tmp_path / "e").exists()
 
 
+@pytest.mark.slow
 def test_a_plan_built_in_a_process_of_its_own(engine: Path, tmp_path: Path) -> None:
     """It equals the one that was built here but for its bytes, and its errors arrive as one line."""
     here = read_manifest(engine).artefacts["text_encoder/model.plan"]

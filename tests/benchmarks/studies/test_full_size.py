@@ -64,6 +64,7 @@ def test_every_stage_is_a_command_with_options_that_exist(tmp_path: Path) -> Non
         assert result.exit_code == 2
 
 
+@pytest.mark.slow
 def test_a_stage_runs_on_a_model_of_its_own(
     tiny_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
