@@ -24,7 +24,7 @@ def export(
     as_json: JsonOption = False,
     **options: Any,
 ) -> None:
-    """Merge the student into the denoiser and export the pipeline to ONNX and TensorRT, compared with torch before use."""
+    """Merge the student into the denoiser; export the pipeline to ONNX and TensorRT, compared with torch before use."""
     quiet_libraries()
     from ..engine.model import locate
     from .export import export as run
