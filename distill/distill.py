@@ -317,12 +317,11 @@ def _load(
     files: ModelFiles, config: DistillConfig, execution: RunConfig, device: torch.device
 ) -> tuple[Model, Adapter]:
     """The model in the run's precision, and a new adapter on its denoiser."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
     model = load(files, device=device, dtype=_dtype(config, device), text_encoders=execution.cache_text is None)
     if device.type == "cuda":
         # Half-precision convolutions run on tensor cores in this order alone.
         model.denoiser.to(memory_format=torch.channels_last)
-    if device.type == "cpu" and dtype != torch.float32:
+    if device.type == "cpu" and config.precision != "fp32":
         use_plain_attention(model.denoiser)
     torch.manual_seed(config.seed)
     adapter = _adapter(model.denoiser, config)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from diffusers.configuration_utils import FrozenDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from ..engine.conditions import PromptEmbeds
 from ..engine.errors import InputError, one_line
 from ..engine.files import read_json
-from ..engine.model import ModelFiles
+from ..engine.model import ModelFiles, load_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,23 +87,12 @@ class TextStore:
     def _text_pipeline(self, device: torch.device) -> Any:
         """A stock pipeline of tokenizers and text encoders; of the other parts it has the configurations."""
         files, family = self.files, self.files.family
-        index = read_json(files.folder / "model_index.json")
         stand_in: dict[str, Any] = {"dtype": self.dtype, "device": device}
         components: dict[str, Any] = {
             family.denoiser: _StandIn(config=FrozenDict(files.denoiser_config), **stand_in),
             "vae": _StandIn(config=FrozenDict(read_json(files.folder / "vae" / "config.json")), **stand_in),
             "scheduler": _StandIn(config=FrozenDict(files.scheduler_config), **stand_in),
         }
-        for name in (*family.tokenizers, *family.text_encoders):
-            if name in files.absent_parts:
-                continue
-            known, folder = getattr(transformers, index[name][1]), files.folder / name
-            try:
-                if "tokenizer" in name:
-                    components[name] = known.from_pretrained(folder, local_files_only=True)
-                    continue
-                encoder = known.from_pretrained(folder, local_files_only=True, dtype=self.dtype, use_safetensors=True)
-            except (OSError, ValueError, SafetensorError) as error:
-                raise InputError(f"can't load {folder}: {one_line(error)}") from None
-            components[name] = encoder.to(device).requires_grad_(False).eval()
+        names = (*family.tokenizers, *family.text_encoders)
+        components |= load_text(files, names, device=device, dtype=self.dtype)
         return family.assemble(components)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers import ChromaPipeline, ChromaTransformer2DModel, DiffusionPipeline
 from diffusers.models.transformers.transformer_chroma import ChromaSingleTransformerBlock
@@ -14,21 +13,17 @@ from diffusers.models.transformers.transformer_chroma import ChromaSingleTransfo
 from .checks import Parts, check_vae, counts
 from .conditions import PromptEmbeds
 from .errors import InputError
-from .family import ATTENTION, JOINT_ATTENTION, Family
-from .schedulers import shift_of_size
+from .family import ATTENTION, JOINT_ATTENTION
+from .packed_latents import PATCH, PackedLatents
 
 TEXT_TOKENS = 512
 """Tokens that the stock pipeline pads every prompt to."""
-SIZE = 128
-"""Side of the latents that the stock pipeline takes by default, as the transformer has no size of its own."""
-PATCH = 2
-"""Side of the squares of latents that make one token."""
 
 FEED_FORWARD = ("net.0.proj", "net.2", "proj_mlp", "proj_out")
 EMBEDDERS = ("x_embedder", "context_embedder", "in_proj", "linear_1", "linear_2", "out_proj")
 
 
-class Chroma(Family):
+class Chroma(PackedLatents):
     """Chroma."""
 
     name = "chroma"
@@ -68,7 +63,7 @@ class Chroma(Family):
             axes, (head,) = config["axes_dims_rope"], counts(config, "attention_head_dim")
             if sum(axes) != head:
                 raise InputError(f"axes_dims_rope is {axes!r}, whose sum must be attention_head_dim, {head}")
-            (size,) = counts({"sample_size": SIZE} | config, "sample_size")
+            (size,) = counts({"sample_size": self.default_side} | config, "sample_size")
             if size % PATCH:
                 raise InputError(f"sample_size is {size}: it must be a multiple of {PATCH}")
 
@@ -104,25 +99,6 @@ class Chroma(Family):
                 return_dict=False,
             )[0]
         return self.unpacked(prediction, *sample.shape[2:])
-
-    def packed(self, latents: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)
-
-    def unpacked(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        squares = latents.transpose(1, 2).unflatten(2, (height // PATCH, width // PATCH))
-        return torch.nn.functional.pixel_shuffle(squares, PATCH)
-
-    def latent_shape(self, denoiser_config: dict[str, Any]) -> tuple[int, int, int]:
-        size = denoiser_config.get("sample_size", SIZE)
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return denoiser_config["in_channels"] // PATCH**2, height, width
-
-    def latent_multiple(self, denoiser_config: dict[str, Any], *, exported: bool = False) -> int:
-        return PATCH
-
-    def timesteps(self, scheduler_config: Any, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
-        shift = shift_of_size(scheduler_config, latent_shape[1] * latent_shape[2] // PATCH**2)
-        return {**shift, "sigmas": lambda steps: np.linspace(1.0, 1 / steps, steps)}
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import transformers
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DecoderOutput
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -13,9 +12,8 @@ from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
 from .errors import InputError
 from .family import Family
-from .files import read_json
 from .manifest import Manifest
-from .model import default_dtype, locate
+from .model import default_dtype, load_text, locate
 from .sessions import Session
 
 HIDDEN_STATES = "hidden_states."
@@ -100,16 +98,9 @@ def text_in_torch(manifest: Manifest, family: Family, *, device: torch.device) -
         files = locate(manifest.model)
     except InputError as error:
         raise InputError(f"the engine has no {missing[0]}, it is taken from the model's folder: {error}") from None
-    index, hashes = read_json(files.folder / "model_index.json"), files.other_sha256()
-    found: dict[str, Any] = {}
-    for name in [each for encoder in missing for each in (encoder, encoder.replace("text_encoder", "tokenizer"))]:
+    names = [each for encoder in missing for each in (encoder, encoder.replace("text_encoder", "tokenizer"))]
+    hashes = files.other_sha256()
+    for name in names:
         if hashes.get(name) != manifest.inputs.get(name):
             raise InputError(f"{files.folder / name} is not what the engine was exported with: export again")
-        known = getattr(transformers, index[name][1])
-        if "tokenizer" in name:
-            found[name] = known.from_pretrained(files.folder / name, local_files_only=True)
-            continue
-        dtype = default_dtype(device, family)
-        encoder = known.from_pretrained(files.folder / name, local_files_only=True, dtype=dtype, use_safetensors=True)
-        found[name] = encoder.to(device).requires_grad_(False).eval()
-    return found
+    return load_text(files, names, device=device, dtype=default_dtype(device, family))

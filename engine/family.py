@@ -186,9 +186,14 @@ class Family(ABC):
                 inputs["timestep"] = torch.full((batch,), 501.0, device=denoiser.device)
         return inputs
 
-    @abstractmethod
+    default_side: ClassVar[int | None] = None
+    """Side of the latents where the denoiser's configuration has no `sample_size`, as the stock pipeline takes it."""
+
     def latent_shape(self, denoiser_config: dict[str, Any]) -> tuple[int, int, int]:
         """(channels, height, width) of one image's latents at the model's size."""
+        size = denoiser_config.get("sample_size", self.default_side)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return denoiser_config["in_channels"], height, width
 
     def latent_multiple(self, denoiser_config: dict[str, Any], *, exported: bool = False) -> int:
         """What height and width of latents must be multiples of, for the network or for a graph of several sizes."""

@@ -7,12 +7,15 @@ steps on. Teacher and student differ in nothing else.
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from .conditions import PromptEmbeds, TextEmbeddings
+from .conditions import TextEmbeddings
 from .guiders import Guider
+
+if TYPE_CHECKING:
+    from .runners import Runner
 
 
 class Denoiser(Protocol):
@@ -42,29 +45,7 @@ def combine(
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
-class Denoises(Protocol):
-    """A denoising network, ready to be called: a `runners.Runner`, or something around one.
-
-    Attributes:
-        family: its family.
-        config: its configuration.
-    """
-
-    family: Any
-    config: Any
-
-    def denoise(
-        self,
-        z_t: torch.Tensor,
-        t: torch.Tensor,
-        embeds: PromptEmbeds,
-        *,
-        timestep_cond: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See `runners.Runner.denoise`."""
-
-
-def teacher_denoiser(runner: Denoises, guidance_scale: float, guider: Guider | None = None) -> Denoiser:
+def teacher_denoiser(runner: Runner, guidance_scale: float, guider: Guider | None = None) -> Denoiser:
     """The teacher at one scale: two passes, or one where w = 1 makes the other idle."""
     return GuidedDenoiser(runner, guidance_scale, guider) if guidance_scale > 1 else SinglePassDenoiser(runner)
 
@@ -102,7 +83,7 @@ class GuidedDenoiser:
     rule equation (3). Sampling makes one pass at a timestep that the guider gives no guidance.
     """
 
-    def __init__(self, runner: Denoises, guidance_scale: float | torch.Tensor, guider: Guider | None = None) -> None:
+    def __init__(self, runner: Runner, guidance_scale: float | torch.Tensor, guider: Guider | None = None) -> None:
         self.runner = runner
         self.guidance_scale = guidance_scale
         self.guider = guider or Guider()
@@ -138,7 +119,7 @@ class SinglePassDenoiser:
 
     def __init__(
         self,
-        runner: Denoises,
+        runner: Runner,
         guidance_scale: float | torch.Tensor | None = None,
         *,
         live_negative_prompt: bool = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,31 @@ def load(
     _check_special_tokens(pipeline, files)
     prepare_for_inference(pipeline, files.family)
     return Model(files=files, pipeline=pipeline.to(device))
+
+
+def load_text(files: ModelFiles, names: Iterable[str], *, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Text encoders and tokenizers of a folder, by their names in a pipeline; those that it leaves out are not there.
+
+    Raises:
+        InputError: a file is missing, damaged or not safetensors.
+    """
+    index, found = read_json(files.folder / "model_index.json"), dict[str, Any]()
+    for name in names:
+        if name in files.absent_parts:
+            continue
+        known, folder = getattr(transformers, index[name][1]), files.folder / name
+        try:
+            if "tokenizer" in name:
+                found[name] = known.from_pretrained(folder, local_files_only=True)
+                continue
+            encoder = known.from_pretrained(folder, local_files_only=True, dtype=dtype, use_safetensors=True)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        # As in `load`.
+        except Exception as error:
+            raise InputError(f"can't load {folder}: {one_line(error)}") from None
+        found[name] = encoder.to(device).requires_grad_(False).eval()
+    return found
 
 
 def _check_special_tokens(pipeline: DiffusionPipeline, files: ModelFiles) -> None:

@@ -5,31 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, QwenImagePipeline, QwenImageTransformer2DModel
 
 from .checks import Parts, check_vae, counts
 from .conditions import PromptEmbeds
 from .errors import InputError
-from .family import ATTENTION, JOINT_ATTENTION, Family
+from .family import ATTENTION, JOINT_ATTENTION
 from .guidance import combine
+from .packed_latents import PATCH, PackedLatents
 from .qwen_rotary import rotary_for_graphs
-from .schedulers import shift_of_size
 
 TEXT_TOKENS = 512
 """Tokens of a prompt that the stock pipeline takes by default."""
-SIZE = 128
-"""Side of the latents that the stock pipeline takes by default, as the transformer has no size of its own."""
-PATCH = 2
-"""Side of the squares of latents that make one token, whatever the configuration says."""
 
 FEED_FORWARD = ("net.0.proj", "net.2")
 PLAIN = {"guidance_embeds": False, "zero_cond_t": False, "use_additional_t_cond": False, "use_layer3d_rope": False}
 """Settings of transformers that take more than this pipeline gives: of distilled, of editing and of layered models."""
 
 
-class QwenImage(Family):
+class QwenImage(PackedLatents):
     """Qwen-Image."""
 
     name = "qwen-image"
@@ -77,7 +72,7 @@ class QwenImage(Family):
             given, width = (text.get("text_config") or text).get("hidden_size"), config["joint_attention_dim"]
             if given != width:
                 raise InputError(f"joint_attention_dim is {width!r}, where the text encoder gives {given!r}")
-            counts({"sample_size": SIZE} | config, "sample_size")
+            counts({"sample_size": self.default_side} | config, "sample_size")
 
         def vae() -> None:
             config = parts["vae"]
@@ -128,23 +123,6 @@ class QwenImage(Family):
     def stock_guidance(self, guidance_scale: float) -> dict[str, Any]:
         """See `Family.stock_guidance`; without a negative prompt the stock pipeline guides at no scale."""
         return {"true_cfg_scale": guidance_scale, "negative_prompt": ""}
-
-    def packed(self, latents: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)
-
-    def unpacked(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        squares = latents.transpose(1, 2).unflatten(2, (height // PATCH, width // PATCH))
-        return torch.nn.functional.pixel_shuffle(squares, PATCH)
-
-    def latent_shape(self, denoiser_config: dict[str, Any]) -> tuple[int, int, int]:
-        size = denoiser_config.get("sample_size", SIZE)
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return denoiser_config["in_channels"] // PATCH**2, height, width
-
-    def timesteps(self, scheduler_config: Any, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
-        _, height, width = latent_shape
-        shift = shift_of_size(scheduler_config, (height // PATCH) * (width // PATCH))
-        return {**shift, "sigmas": lambda steps: np.linspace(1.0, 1 / steps, steps)}
 
     def pixels_per_latent(self, vae_config: dict[str, Any]) -> int:
         return 2 ** len(vae_config["temperal_downsample"])

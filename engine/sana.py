@@ -122,11 +122,6 @@ class Sana(Family):
     def stock_guidance(self, guidance_scale: float) -> dict[str, Any]:
         return super().stock_guidance(guidance_scale) | {"use_resolution_binning": False}
 
-    def latent_shape(self, denoiser_config: dict[str, Any]) -> tuple[int, int, int]:
-        size = denoiser_config["sample_size"]
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return denoiser_config["in_channels"], height, width
-
     def pixels_per_latent(self, vae_config: dict[str, Any]) -> int:
         return 2 ** (len(vae_config.get("encoder_block_out_channels", range(6))) - 1)
 

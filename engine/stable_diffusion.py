@@ -30,6 +30,7 @@ class StableDiffusion(Family):
     denoiser = "unet"
     denoiser_class = UNet2DConditionModel
     text_encoders: tuple[str, ...] = ("text_encoder",)
+    exported_text_encoders = text_encoders
     load_options: ClassVar = {"safety_checker": None, "requires_safety_checker": False}
     takes_more = True
     text_chunks = True
@@ -38,10 +39,6 @@ class StableDiffusion(Family):
         "transformer": (*ATTENTION, *FEED_FORWARD),
         "all": (*ATTENTION, *FEED_FORWARD, *RESIDUAL),
     }
-
-    @property
-    def exported_text_encoders(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self.text_encoders
 
     @property
     def parts(self) -> dict[str, tuple[str, ...]]:
@@ -103,11 +100,6 @@ class StableDiffusion(Family):
         prediction: torch.Tensor = denoiser(**arguments, added_cond_kwargs=added or None, return_dict=False)[0]
         return prediction
 
-    def latent_shape(self, denoiser_config: dict[str, Any]) -> tuple[int, int, int]:
-        size = denoiser_config["sample_size"]
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return denoiser_config["in_channels"], height, width
-
     def latent_multiple(self, denoiser_config: dict[str, Any], *, exported: bool = False) -> int:
         """See `Family.latent_multiple`; each block of a UNet but the last halves them."""
         return 2 ** (len(denoiser_config["block_out_channels"]) - 1) if exported else 1
@@ -119,6 +111,7 @@ class StableDiffusionXL(StableDiffusion):
     name = "stable-diffusion-xl"
     pipeline_class = StableDiffusionXLPipeline
     text_encoders = ("text_encoder", "text_encoder_2")
+    exported_text_encoders = text_encoders
     upcast_vae = True
     normalizes_latents = True
     load_options: ClassVar = {"add_watermarker": False}

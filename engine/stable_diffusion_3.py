@@ -94,11 +94,6 @@ class StableDiffusion3(Family):
         prediction: torch.Tensor = denoiser(**arguments, return_dict=False)[0]
         return prediction
 
-    def latent_shape(self, denoiser_config: dict[str, Any]) -> tuple[int, int, int]:
-        size = denoiser_config["sample_size"]
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return denoiser_config["in_channels"], height, width
-
     def timesteps(self, scheduler_config: Any, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
         """See `Family.timesteps`; patches are of 2 by 2 latents."""
         _, height, width = latent_shape

@@ -15,7 +15,8 @@ import torch
 from diffusers import SchedulerMixin
 
 from ...engine.conditions import TextEmbeddings
-from ...engine.guidance import Denoiser, Denoises, GuidedDenoiser, SinglePassDenoiser
+from ...engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
+from ...engine.runners import Runner
 
 CUT_OFF, INTERVAL, FEWER = "guidance cut off", "guidance in an interval", "fewer steps"
 SHARES = (0.25, 0.5)
@@ -60,7 +61,7 @@ class Alternative:
         """Row label: "CFG w=3 at steps 1-5 of 15"."""
         return f"CFG w={self.guidance:g} at steps {self.first + 1}-{self.last} of {self.steps}"
 
-    def denoiser(self, runner: Denoises, make_scheduler: Callable[[], SchedulerMixin]) -> Denoiser:
+    def denoiser(self, runner: Runner, make_scheduler: Callable[[], SchedulerMixin]) -> Denoiser:
         """The denoiser for the schedulers that `make_scheduler` gives."""
         guided, single = GuidedDenoiser(runner, self.guidance), SinglePassDenoiser(runner)
         scheduler = make_scheduler()

@@ -106,15 +106,16 @@ class TimedVariant:
         device, width = runner.device, runner.config.get("time_cond_proj_dim")
         watch = Stopwatch(device)
 
-        class TimedRunner:
-            family, config = runner.family, runner.config
+        class TimedRunner(Runner):
+            family, config, device = runner.family, runner.config, runner.device
 
-            def denoise(self, z_t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
                 # The graph of a guidance-conditioned student wants the scale in every row; its value changes no time.
                 if width is not None:
-                    kwargs["timestep_cond"] = z_t.new_zeros(len(z_t), width)
+                    z_t = inputs["sample"]
+                    inputs = inputs | {"timestep_cond": z_t.new_zeros(len(z_t), width)}
                 with watch.part("denoiser"):
-                    return runner.denoise(z_t, *args, **kwargs)
+                    return runner.predict(inputs)
 
         live = is_live(runner.config)
         denoiser: Denoiser = SinglePassDenoiser(TimedRunner(), live_negative_prompt=live)
