@@ -137,7 +137,7 @@ def _scale(model: Model, low_high: tuple[float, float] | None) -> str:
         return CONDITIONED.format(low=low_high[0], high=low_high[1])
     if model.family.denoiser == "unet":
         return GUARDED
-    one = ", ".join(f"`{name}={value:g}`" for name, value in model.family.stock_guidance(1.0).items())
+    one = ", ".join(f"`{name}={value!r}`" for name, value in model.family.stock_guidance(1.0).items())
     return f"Pass {one}: the guidance is in the weights, and with more the pipeline would make two passes and burn it."
 
 

@@ -55,6 +55,8 @@ class StockVariant(TimedVariant):
         if rescale := work.guider.settings.get("guidance_rescale"):
             # Pipelines of UNets alone take it.
             options["guidance_rescale"] = rescale
+        _, *sides = work.model.latent_shape
+        options["height"], options["width"] = (self.pipeline.vae_scale_factor * side for side in sides)
         watch, forward = Stopwatch(device), denoiser.forward
 
         def timed_forward(*args: Any, **kwargs: Any) -> Any:

@@ -16,12 +16,13 @@ from boostdiff.engine.errors import BoostDiffError
 from boostdiff.engine.exported import Engine
 from boostdiff.engine.generate import draw
 from boostdiff.engine.guidance import GuidedDenoiser
-from boostdiff.engine.merge import merge, merge_in_place
+from boostdiff.engine.merge import fold_student, merge, merge_in_place
 from boostdiff.engine.model import load, locate
 from boostdiff.engine.runners import TorchRunner
 from boostdiff.engine.sampling import generate, to_uint8
 from boostdiff.engine.student import read_student
 from boostdiff.export.config import ExportConfig
+from boostdiff.export.diffusers_folder import write_diffusers_folder
 from boostdiff.export.export import export
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -135,6 +136,19 @@ def test_merged_equals_base_and_adapter(folders: dict[str, Path], students: dict
     merged = merge(model, students[kind], info)
     assert not any("lora" in name for name, _ in merged.named_modules())
     assert merge_in_place(model, students[kind], info).relative < 1e-4
+
+
+@pytest.mark.parametrize("kind", DISTILLED)
+def test_a_pipeline_folder_draws_the_students_image(
+    folders: dict[str, Path], students: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
+    model = load(locate(str(folders[kind])), device=CPU)
+    info = read_student(students[kind], model.files)
+    fold_student(model.denoiser, students[kind], info)
+    write_diffusers_folder(model, info, tmp_path / "pipeline")
+    (one_pass,) = (name for name in model.family.stock_guidance(1.0) if name.endswith(("guidance_scale", "cfg_scale")))
+    assert f"`{one_pass}=1.0`" in (tmp_path / "pipeline/README.md").read_text(encoding="utf-8")
+    assert same(stock_image(tmp_path / "pipeline", w=None), stock_image(folders[kind], w=None, student=students[kind]))
 
 
 @pytest.mark.parametrize("kind", SLOWER)
