@@ -6,11 +6,13 @@ import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..engine.captured import CapturedRunner
 from ..engine.compiled import CompiledRunner, missing_compiler
 from ..engine.errors import BoostDiffError, InputError
 from ..engine.exported import Engine
@@ -280,21 +282,24 @@ def _in_torch(model: Model, student: Any, config: BenchConfig) -> tuple[list[Tim
     if denoiser.config.get("time_cond_proj_dim") is None:
         # Else the stock pipeline makes one pass at any guidance.
         variants.append(StockVariant(mode="teacher", runner=TorchRunner(denoiser), pipeline=stock_pipeline(model)))
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
+        variants += _modes(partial(_copied, CapturedRunner), denoiser, student)
     if not (pays_to_compile(denoiser) if config.compile is None else config.compile):
         return variants, {}
     if reason := missing_compiler(model.device):
         return variants, {"compiled": reason}
     try:
-        compiled = _modes(_compiled_copy if model.device.type == "cuda" else CompiledRunner, denoiser, student)
+        compiled = _modes(partial(_copied, CompiledRunner) if on_gpu else CompiledRunner, denoiser, student)
     except torch.OutOfMemoryError:
         return variants, {"compiled": "out of memory"}
     batch_sizes = config.compiled_batch_sizes()
     return [*variants, *(replace(variant, batch_sizes=batch_sizes) for variant in compiled)], {}
 
 
-def _compiled_copy(denoiser: Any) -> Runner:
-    # On CUDA compiling changes the memory order of the weights, and with it the speed of other rows.
-    return CompiledRunner(copy.deepcopy(denoiser))
+def _copied(runner: Callable[[Any], Runner], denoiser: Any) -> Runner:
+    # It changes the memory order of the weights, and with it the speed of other rows.
+    return runner(copy.deepcopy(denoiser))
 
 
 def _modes(runner: Callable[[Any], Runner], teacher: Any, student: Any) -> list[TimedVariant]:

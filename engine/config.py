@@ -73,9 +73,10 @@ class GenerateConfig(GuiderOptions):
         ),
     ] = None
     runner: Annotated[
-        Literal["torch", "compiled", "onnx", "tensorrt"],
+        Literal["torch", "captured", "compiled", "onnx", "tensorrt"],
         typer.Option(
-            help="torch; compiled: torch.compile, slow to start, pays for many images; or an engine's: onnx, tensorrt."
+            help="torch; captured: a CUDA graph of it; compiled: torch.compile, slow to start, pays for many images; "
+            "or an engine's: onnx, tensorrt."
         ),
     ] = "torch"
     precision: Annotated[

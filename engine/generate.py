@@ -18,6 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .adapters import ADAPTER_NAME
+from .captured import CapturedRunner, missing_cuda
 from .compiled import CompiledRunner, missing_compiler
 from .conditions import TextEmbeddings
 from .config import PIXEL_MULTIPLE, GenerateConfig
@@ -35,7 +36,13 @@ from .sampling import batches, default_batch_size, to_pil
 from .schedulers import check_steps
 from .student import apply_student, read_student
 
-IN_TORCH: dict[str, Callable[[Any], Runner]] = {"torch": TorchRunner, "compiled": CompiledRunner}
+IN_TORCH: dict[str, Callable[[Any], Runner]] = {
+    "torch": TorchRunner,
+    "captured": CapturedRunner,
+    "compiled": CompiledRunner,
+}
+LACKING: dict[str, Callable[[torch.device], str | None]] = {"captured": missing_cuda, "compiled": missing_compiler}
+"""What a runner lacks on a device, or None."""
 
 DEFAULT_GUIDANCE = 3.0
 
@@ -178,7 +185,7 @@ def draw(
     else:
         assert files is not None
         target = resolve_device(device)
-        if config.runner == "compiled" and (reason := missing_compiler(target)):
+        if (lacking := LACKING.get(config.runner)) and (reason := lacking(target)):
             raise BoostDiffError(reason)
         opened = nullcontext((open_teacher if config.teacher else open_student)(files, config, target))
     paths: list[Path] = []

@@ -29,11 +29,15 @@ def locate_configs(model: str) -> ModelFiles:
 
 
 def random_model(files: ModelFiles, *, device: torch.device, seed: int = 0) -> Model:
-    """Build a pipeline from a model's configuration, with randomly initialized weights; weight files are not read."""
+    """Build a pipeline from a model's configuration, with randomly initialized weights; weight files are not read.
+
+    The weights depend on the seed and the kind of device.
+    """
     index = read_json(files.folder / "model_index.json")
     dtype = default_dtype(device, files.family)
     components: dict[str, Any] = {}
-    with torch.random.fork_rng(devices=[]):
+    # On the device: billions of random numbers take a processor minutes.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(seed)
         for name in sorted(files.family.parts.keys() - files.absent_parts.keys()):
             components[name] = _component(files.folder / name, *index[name])

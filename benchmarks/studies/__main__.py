@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from ...engine.terminal import quiet_libraries, run
-from . import few_steps_study, full_size, guidance_study, int8, profile, recipes, seeds, serving
+from . import few_steps_study, full_size, guidance_study, int8, layouts, profile, recipes, seeds, serving
 from .held_out import TAKES_TRAINING_OPTIONS
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ for study in (
     int8.int8,
     profile.profile,
     profile.training_memory,
+    layouts.layouts,
     full_size.random_folder,
     full_size.full_size,
     serving.serve,

@@ -37,12 +37,13 @@ def random_folder(
     output: Annotated[Path, typer.Option(help="Folder for `model` and `student`.")],
     half: Annotated[bool, typer.Option("--half", help="Write FP16 weights.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of all weights.")] = 0,
+    device: Device = "auto",
 ) -> None:
     """A model folder of a public model's size with random weights, and a student for it, a LoRA that was not trained.
 
     For export and speed at full size; nothing is downloaded.
     """
-    made = random_model(locate_configs(model), device=torch.device("cpu"), seed=seed)
+    made = random_model(locate_configs(model), device=resolve_device(device), seed=seed)
     with staged_folder(output / "model", replaces="model_index.json") as folder:
         made.pipeline.to(torch.float16 if half else torch.float32).save_pretrained(folder, safe_serialization=True)
     files = locate(str(output / "model"))
@@ -116,7 +117,16 @@ def stages(
     return {
         "speed": bench("speed", *random, batch_sizes, "--no-compile"),
         "folder": Stage(
-            command=["boostdiff.benchmarks.studies", "random-folder", model, "--half", "--output", f"{folder}"],
+            command=[
+                "boostdiff.benchmarks.studies",
+                "random-folder",
+                model,
+                "--half",
+                "--output",
+                f"{folder}",
+                "--device",
+                device,
+            ],
             done_file=folder / "student" / INFO_FILE,
         ),
         "training": training("training"),

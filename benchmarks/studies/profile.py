@@ -21,6 +21,7 @@ from torch.profiler import profile as profiled
 
 from ...distill.monitoring import peak_memory
 from ...distill.objective import distillation_loss
+from ...engine.captured import CapturedRunner
 from ...engine.compiled import CompiledRunner, missing_compiler
 from ...engine.errors import InputError
 from ...engine.guidance import combine
@@ -138,18 +139,18 @@ def profile(
 ) -> None:
     """Where a batch's time goes: kernels by operation, and the time that the device waits.
 
-    A model of random weights, in eager and compiled torch, the student's single pass. Each batch is timed without the
-    profiler, then run once under it: kernels take as long either way, but launching them does not. For text encoder,
-    UNet step and VAE see `boostdiff bench --random-weights`.
+    A model of random weights, in eager torch, captured on a GPU, and compiled, the student's single pass. Each batch is
+    timed without the profiler, then run once under it: kernels take as long either way, but launching them does not.
+    For text encoder, UNet step and VAE see `boostdiff bench --random-weights`.
     """
     target = resolve_device(device)
     if compile and (reason := missing_compiler(target)):
         raise InputError(reason)
     loaded, rows = random_model(locate_configs(model), device=target), []
     print(hardware(target), flush=True)
-    # A copy, as compiling changes the order of the weights.
-    runners = [TorchRunner(loaded.denoiser), *([CompiledRunner(copy.deepcopy(loaded.denoiser))] if compile else [])]
-    for runner in runners:
+    others = [*([CapturedRunner] if target.type == "cuda" else []), *([CompiledRunner] if compile else [])]
+    # Copies, as these change the order of the weights.
+    for runner in [TorchRunner(loaded.denoiser), *(other(copy.deepcopy(loaded.denoiser)) for other in others)]:
         for size in parse_batch_sizes(batch_sizes):
             work = Workload(
                 model=loaded,
