@@ -308,10 +308,11 @@ def check_steps(
         for number in steps:
             if not _fits(scheduler, number):
                 count = scheduler.config.num_train_timesteps
-                fewer = next((n for n in range(min(number - 1, count), 0, -1) if _fits(scheduler, n)), 1)
+                candidates = [*range(min(number - 1, count), 0, -1), *range(number + 1, count + 1)]
+                other = next((n for n in candidates if _fits(scheduler, n)), 1)
                 raise InputError(
                     f"--steps {number} can't be used with {name} on this model's schedule of {count} timesteps: "
-                    f"pass {fewer}"
+                    f"pass {other}"
                 )
 
 
@@ -320,8 +321,9 @@ def _fits(scheduler: SchedulerMixin, steps: int) -> bool:
     count = scheduler.config.num_train_timesteps
     if not 1 <= steps <= count:
         return False
-    if is_flow(scheduler.config):
-        return True
     scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps
+    if is_flow(scheduler.config):
+        # A single step can't be stretched to the last sigma that a folder may ask for (Qwen-Image's `shift_terminal`).
+        return bool(timesteps.isfinite().all())
     return len(timesteps.unique()) == len(timesteps) == steps and 0 <= timesteps.min() <= timesteps.max() < count

@@ -57,7 +57,7 @@ def count_flops(model: Model) -> Flops:
         vae = type(pipeline.vae).from_config(pipeline.vae.config)
         return Flops(
             denoiser=_counted(lambda: model.family.forward(denoiser, inputs)),
-            vae_decode=_counted(lambda: vae.decode(torch.empty(1, *model.latent_shape))),
+            vae_decode=_counted(lambda: model.family.decode_latents(vae, torch.empty(1, *model.latent_shape))),
             text_encoder=text_encoder,
         )
 

@@ -1,12 +1,15 @@
 """Families of flow matching against their stock pipelines: teacher, student, adapter, merge, engine, resume."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from boostdiff.benchmarks.speed.stock import StockVariant, stock_pipeline
+from boostdiff.benchmarks.speed.throughput import TimedVariant, measure
 from boostdiff.distill.config import DistillConfig, RunConfig
 from boostdiff.distill.distill import distill
 from boostdiff.distill.loop import Observers
@@ -25,6 +28,7 @@ from boostdiff.export.config import ExportConfig
 from boostdiff.export.diffusers_folder import write_diffusers_folder
 from boostdiff.export.export import export
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from PIL import Image
 from tiny import CPU, PROMPTS, make_sd3_pipeline
 from tiny_chroma import make_chroma_pipeline
@@ -149,6 +153,45 @@ def test_a_pipeline_folder_draws_the_students_image(
     (one_pass,) = (name for name in model.family.stock_guidance(1.0) if name.endswith(("guidance_scale", "cfg_scale")))
     assert f"`{one_pass}=1.0`" in (tmp_path / "pipeline/README.md").read_text(encoding="utf-8")
     assert same(stock_image(tmp_path / "pipeline", w=None), stock_image(folders[kind], w=None, student=students[kind]))
+
+
+@pytest.mark.parametrize("kind", DISTILLED)
+def test_speed_has_the_stock_pipelines_row(folders: dict[str, Path], kind: str) -> None:
+    model = load(locate(str(folders[kind])), device=CPU)
+    runner = TorchRunner(model.denoiser)
+    speed = measure(
+        [
+            TimedVariant(mode="student", runner=runner),
+            StockVariant(mode="teacher", runner=runner, pipeline=stock_pipeline(model)),
+        ],
+        model,
+        prompts=PROMPTS[:2],
+        guidance=3.0,
+        make_scheduler=partial(model.make_scheduler, SAMPLERS.get(kind, "euler")),
+        steps=2,
+        batch_sizes=(2,),
+        runs=3,
+    )
+    assert not speed.left_out
+    assert {(row.runner, row.mode) for row in speed.rows} == {("torch", "student"), ("stock diffusers", "teacher")}
+
+
+@pytest.mark.parametrize("kind", DISTILLED)
+@torch.no_grad()
+def test_latents_of_images_are_those_that_the_vae_decodes(folders: dict[str, Path], kind: str) -> None:
+    model = load(locate(str(folders[kind])), device=CPU)
+    vae, family = model.pipeline.vae, model.family
+    channels, height, width = model.latent_shape
+    factor = model.pipeline.vae_scale_factor
+    images = torch.rand(2, 3, factor * height, factor * width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = family.encode_latents(vae, images)
+    assert latents.shape == (2, channels, height, width)
+    encoded = vae.encode(images[:, :, None] if family.video_vae else images)
+    # Sana's has no distribution of latents.
+    raw = encoded.latent if hasattr(encoded, "latent") else retrieve_latents(encoded, sample_mode="argmax")
+    expected = raw[:, :, 0] if family.video_vae else raw
+    torch.testing.assert_close(family.denormalized(latents, vae), expected, atol=1e-5, rtol=1e-4)
+    assert family.decode_latents(vae, expected).shape == images.shape
 
 
 @pytest.mark.parametrize("kind", SLOWER)

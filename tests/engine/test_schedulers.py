@@ -16,7 +16,7 @@ from boostdiff.engine.schedulers import (
     completed,
     make_scheduler,
 )
-from diffusers import DDIMScheduler, HeunDiscreteScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
 
 FOLDER: dict[str, Any] = {
     "beta_start": 0.00085,
@@ -148,6 +148,14 @@ def test_steps_that_the_schedule_has_no_timesteps_for(name: str) -> None:
         check_steps(config, [name], [20, 1001])
     with pytest.raises(InputError, match="--steps 0"):
         check_steps(config, [name], [0])
+
+
+def test_one_step_can_not_be_stretched_to_a_last_sigma() -> None:
+    config = dict(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02).config)
+    check_steps(config, ["euler"], [2, 1000])
+    with pytest.raises(InputError, match=r"--steps 1 can't be used with euler .* pass 2$"):
+        check_steps(config, ["euler"], [20, 1])
+    check_steps({**config, "shift_terminal": None}, ["euler"], [1])
 
 
 def test_zero_terminal_snr_needs_another_prediction_than_the_noise() -> None:
