@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,8 +55,12 @@ def scale_of(states: Sequence[State]) -> float:
 
 @torch.inference_mode()
 def r2_of(denoiser: Denoiser, states: Sequence[State], text: TextEmbeddings) -> float:
-    """R² of the guidance term, 1 − Σ‖ε̂ − ε̂_w‖² / Σ‖ε̂_1 − ε̂_w‖²: 1 is the guided teacher, 0 the unguided one."""
+    """R² of the guidance term, 1 − Σ‖ε̂ − ε̂_w‖² / Σ‖ε̂_1 − ε̂_w‖²: 1 is the guided teacher, 0 the unguided one.
+
+    NaN where guidance changes nothing, as beyond a guider's interval.
+    """
     error = 0.0
     for state in states:
         error += (denoiser(state.z_t, state.t, text).double() - state.guided.double()).square().sum().item()
-    return 1 - error / scale_of(states)
+    scale = scale_of(states)
+    return 1 - error / scale if scale else math.nan

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import torch
 
-from ..engine.errors import BoostDiffError, one_line
+from ..engine.errors import BoostDiffError, InputError, one_line
 from ..engine.family import Family
 from ..engine.files import is_full_disk
 from ..engine.guidance_term import r2_of, scale_of
@@ -154,6 +154,8 @@ class Judge:
             r2=math.nan,
             lean=lean,
         )
+        if not scale_of(calibration.checked):
+            raise InputError("8 bits are judged by what guidance changes, and this student's guidance changes nothing")
         expected, r2 = judge._of(graph)
         return cls(**{**vars(judge), "expected": expected, "r2": r2})
 

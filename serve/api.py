@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -113,13 +113,28 @@ def error_answer(status: int, message: str, *, code: str | None = None, param: s
     return JSONResponse(body, status_code=status, headers=headers)
 
 
+@dataclass
+class Traffic:
+    """Requests of one process.
+
+    Attributes:
+        ongoing: those that have not been answered to the end.
+        closed: whether further ones are refused, as the server stops.
+    """
+
+    ongoing: int = 0
+    closed: bool = False
+
+
 class Guard:
     """Around the application: the key, the size of bodies, and on the loopback the name that was asked for."""
 
-    def __init__(self, app: Any, *, key: str | None, body: int, loopback: bool) -> None:
-        self.app, self.key, self.body, self.loopback = app, key, body, loopback
+    def __init__(self, app: Any, *, key: str | None, body: int, loopback: bool, traffic: Traffic) -> None:
+        self.app, self.key, self.body, self.loopback, self.traffic = app, key, body, loopback, traffic
 
     def _refusal(self, scope: Any) -> JSONResponse | None:
+        if self.traffic.closed:
+            return error_answer(503, "the server is stopping", code="stopping")
         headers = dict(scope["headers"])
         host = re.sub(rb":\d*$", b"", headers.get(b"host", b"localhost"))
         if self.loopback and self.key is None and host not in {b"localhost", b"127.0.0.1", b"[::1]"}:
@@ -155,7 +170,11 @@ class Guard:
                 raise HTTPException(413, f"the request has more than {self.body} bytes")
             return message
 
-        await self.app(scope, limited, send)
+        self.traffic.ongoing += 1
+        try:
+            await self.app(scope, limited, send)
+        finally:
+            self.traffic.ongoing -= 1
 
 
 def make_app(
@@ -166,6 +185,7 @@ def make_app(
     key: str | None = None,
     loopback: bool = True,
     metrics: Callable[[], Awaitable[str]] | None = None,
+    traffic: Traffic | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -176,10 +196,11 @@ def make_app(
         key: what requests must show as a bearer token, if anything.
         loopback: whether this machine alone may ask.
         metrics: gives the text of `GET /metrics` in Prometheus' format.
+        traffic: counts its requests, and closes it.
     """
     # Its pages of documentation would ask a server far away.
     app = FastAPI(title="BoostDiff", docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, key=key, body=limits.body, loopback=loopback)
+    app.add_middleware(Guard, key=key, body=limits.body, loopback=loopback, traffic=traffic or Traffic())
     started, default, page = int(time.time()), next(iter(backends)), PAGE.read_text(encoding="utf-8")
     waiting = 0
 

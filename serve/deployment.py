@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -24,7 +25,7 @@ from ray.serve.handle import DeploymentHandle
 
 from ..engine.errors import InputError
 from ..engine.terminal import quiet_libraries
-from .api import OverloadedError, make_app
+from .api import OverloadedError, Traffic, make_app
 from .image_model import Description, Drawn, Job, name_of, open_model
 from .local import LocalBackend
 from .settings import ModelSettings, ServerSettings, api_key
@@ -44,6 +45,22 @@ class Replica(LocalBackend):
         model = open_model(settings)
         model.check_itself()
         super().__init__(model)
+
+
+TRAFFIC = Traffic()
+"""Of the API's replica that this process is."""
+
+
+class Api:
+    """What stands around the ASGI application in each of the API's replicas."""
+
+    def __init__(self, *models: DeploymentHandle) -> None:
+        """Ray starts the models first, as they are arguments."""
+
+    def close(self) -> tuple[str, int]:
+        """Refuse further requests; the replica's name, and how many requests it still answers."""
+        TRAFFIC.closed = True
+        return serve.get_replica_context().replica_id.unique_id, TRAFFIC.ongoing
 
 
 class RayBackend:
@@ -135,9 +152,10 @@ def build(settings: ServerSettings) -> Application:
             key=api_key(loopback=settings.loopback),
             loopback=settings.loopback,
             metrics=node_metrics,
+            traffic=TRAFFIC,
         )
 
-    api = serve.deployment(serve.ingress(app)())
+    api = serve.deployment(serve.ingress(app)(Api))
     options = {"num_replicas": settings.api_replicas, "ray_actor_options": {"num_cpus": 0}}
     return api.options(name="api", max_ongoing_requests=1000, **patient, **options).bind(*models)
 
@@ -165,15 +183,28 @@ def run(settings: ServerSettings, *, host: str, port: int, address: str | None, 
         serve.start(http_options={"host": host, "port": port, "request_timeout_s": settings.limits.seconds + 30})
         serve.run(application, name=APPLICATION)
     except BaseException:
-        stop(address=address)
+        stop(settings, address=address)
         raise
 
 
-def stop(*, address: str | None) -> None:
-    """Let replicas finish what they draw, and end what `run` started."""
-    # Replicas finish what they have; `shutdown` alone would take the proxy from under them.
+def stop(settings: ServerSettings, *, address: str | None) -> None:
+    """Let the API answer what it has been asked, and end what `run` started."""
+    with suppress(Exception):
+        # Ray ends the models' replicas together with the API's, which still has requests for them.
+        finish(replicas=settings.api_replicas, seconds=settings.limits.seconds + 10)
     with suppress(Exception):
         serve.delete(APPLICATION)
     if address is None:
         serve.shutdown()
     ray.shutdown()
+
+
+def finish(*, replicas: int, seconds: float) -> None:
+    """Close the API, and wait until all of its replicas have answered, or so many seconds have gone by."""
+    handle, deadline, done = serve.get_deployment_handle("api", APPLICATION), time.monotonic() + seconds, set()
+    while len(done) < replicas and time.monotonic() < deadline:
+        # Ray chooses the replica, sooner or later each of them.
+        name, ongoing = handle.close.remote().result(timeout_s=seconds)
+        if ongoing == 0:
+            done.add(name)
+        time.sleep(0.1)

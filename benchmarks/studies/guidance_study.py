@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,7 @@ from ...engine.options import SamplerOption
 from ...engine.runners import TorchRunner
 from ..config import BenchConfig
 from ..quality.distances import same_seed_distance
-from ..report.tables import Table
+from ..report.tables import NOTHING, Table
 from ..session import Student
 from .held_out import Samples, Scales, Steps, Work, held_out, scales_of
 
@@ -36,7 +37,7 @@ def guidance_r2(
     """R² of the guidance term, over all timesteps and at each: quick, as no image is sampled.
 
     On `emoji64`, at every fourth of 16 DDIM steps of the teacher's own trajectories for held-out prompts. Prints a
-    Markdown table: 1 is the guided teacher, 0 the unguided one.
+    Markdown table: 1 is the guided teacher, 0 the unguided one, a dash where guidance changes nothing.
     """
     rows, headings = [], ["student"]
     for folder in students:
@@ -47,7 +48,9 @@ def guidance_r2(
                 states = trajectory(model, text, scale, session.guider)
                 denoiser = student.info.denoiser(TorchRunner(student.denoiser), scale)
                 r2 = [r2_of(denoiser, part, text) for part in (states, *([state] for state in states))]
-                rows.append([f"{folder.name}, w = {scale:g}", *(f"{each:.3f}" for each in r2)])
+                rows.append(
+                    [f"{folder.name}, w = {scale:g}", *(NOTHING if math.isnan(each) else f"{each:.3f}" for each in r2)]
+                )
                 headings = ["student", "all", *(f"t = {int(state.t)}" for state in states)]
     print(Table(headings=headings, cells=rows).markdown())
 

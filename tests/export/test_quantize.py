@@ -206,6 +206,17 @@ def test_where_no_layer_can_be_quantized(
         quantize_unet(folder, read_manifest(engine), calibration, large=False)
 
 
+def test_without_guidance_there_is_nothing_to_measure_by(
+    engine: Path, tiny: Model, students: dict[str, Path], tmp_path: Path
+) -> None:
+    info, folder = read_student(students["lora"]), shutil.copytree(engine, tmp_path / "engine")
+    # Beyond an interval's timesteps the prediction is the unguided one to the last bit.
+    calibration = Calibration.of_teacher(tiny, PROMPTS, info)
+    calibration.checked[:] = [state._replace(guided=state.unguided) for state in calibration.checked]
+    with pytest.raises(InputError, match="this student's guidance changes nothing"):
+        quantize_unet(folder, read_manifest(engine), calibration, large=False)
+
+
 def test_other_models_need_calibration_prompts(
     tiny_files: ModelFiles, students: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

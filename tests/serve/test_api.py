@@ -16,7 +16,7 @@ from PIL import Image
 
 pytest.importorskip("fastapi", reason="the extra dev has it")
 
-from boostdiff.serve.api import ImagesRequest, OverloadedError, make_app
+from boostdiff.serve.api import ImagesRequest, OverloadedError, Traffic, make_app
 from boostdiff.serve.image_model import Description, Drawn, ImageModel, Job, open_model
 from boostdiff.serve.local import LocalBackend
 from boostdiff.serve.settings import Limits, ModelSettings
@@ -249,6 +249,32 @@ def test_too_many_images_at_once(client: TestClient, model: ImageModel, tmp_path
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     # Places are given back.
     assert [client.post(URL, json={"prompt": "a", "n": 2, "steps": 1}).status_code for _ in range(3)] == [200] * 3
+
+
+class Observed(Slow):
+    """Tells what is ongoing while it draws."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        super().__init__(InputError("no"))
+        self.traffic, self.seen = traffic, 0
+
+    async def draw(self, job: Job) -> Drawn:
+        self.seen = self.traffic.ongoing
+        return await super().draw(job)
+
+
+def test_a_server_that_stops_takes_no_further_requests(tmp_path: Path) -> None:
+    traffic = Traffic()
+    backend = Observed(traffic)
+    app = make_app({"slow": backend}, limits=LIMITS, files=UrlFiles(tmp_path, seconds=1), traffic=traffic)
+    client = TestClient(app, base_url="http://localhost")
+    assert client.post(URL, json={"prompt": "a"}).status_code == 400
+    assert (backend.seen, traffic.ongoing) == (1, 0)
+    traffic.closed = True
+    answer = client.post(URL, json={"prompt": "a"})
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert answer.json()["error"]["code"] == "stopping"
+    assert traffic.ongoing == 0
 
 
 def guarded(tmp_path: Path, **options: Any) -> Callable[..., int]:

@@ -1,3 +1,4 @@
+import math
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from boostdiff.distill.loop import Observers
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.guidance import GuidedDenoiser, SinglePassDenoiser
 from boostdiff.engine.guidance_term import r2_of, trajectory
+from boostdiff.engine.guiders import Guider
 from boostdiff.engine.model import Model, locate
 from boostdiff.engine.runners import TorchRunner
 from tiny import PROMPTS
@@ -50,6 +52,18 @@ def test_r2_is_one_for_the_teacher_and_zero_without_guidance(tiny: Model) -> Non
     assert r2_of(SinglePassDenoiser(runner), states, text) == pytest.approx(0, abs=1e-6)
     # Half of the guidance leaves a quarter of the squared error.
     assert r2_of(GuidedDenoiser(runner, 2.0), states, text) == pytest.approx(0.75, abs=1e-3)
+
+
+def test_r2_has_no_value_where_guidance_changes_nothing(tiny: Model) -> None:
+    text = tiny.family.encode(tiny.pipeline, PROMPTS[:2])
+    runner = TorchRunner(tiny.denoiser)
+    # At the first of four timesteps alone.
+    early = Guider("interval", {"guidance_interval": "0:0.25"})
+    states = trajectory(tiny, text, 3.0, early)
+    r2 = [r2_of(SinglePassDenoiser(runner), [state], text) for state in states]
+    assert r2[0] == pytest.approx(0, abs=1e-6)
+    assert all(math.isnan(each) for each in r2[1:])
+    assert r2_of(SinglePassDenoiser(runner), states, text) == pytest.approx(0, abs=1e-6)
 
 
 def test_r2_over_all_timesteps_lies_within_those_of_each(student: Path) -> None:
