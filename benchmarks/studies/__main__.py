@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from ...engine.terminal import quiet_libraries, run
-from . import few_steps_study, full_size, guidance_study, int8, layouts, profile, recipes, seeds, serving
+from . import combined, few_steps_study, full_size, guidance_study, int8, layouts, profile, recipes, seeds, serving
 from .held_out import TAKES_TRAINING_OPTIONS
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ for study in (
     few_steps_study.few_steps,
     guidance_study.guidance_r2,
     guidance_study.effective_guidance,
+    combined.combined,
     int8.int8,
     profile.profile,
     profile.training_memory,

@@ -58,7 +58,7 @@ def test_r2_has_no_value_where_guidance_changes_nothing(tiny: Model) -> None:
     text = tiny.family.encode(tiny.pipeline, PROMPTS[:2])
     runner = TorchRunner(tiny.denoiser)
     # At the first of four timesteps alone.
-    early = Guider("interval", {"guidance_interval": "0:0.25"})
+    early = Guider(name="interval", settings={"guidance_interval": "0:0.25"})
     states = trajectory(tiny, text, 3.0, early)
     r2 = [r2_of(SinglePassDenoiser(runner), [state], text) for state in states]
     assert r2[0] == pytest.approx(0, abs=1e-6)

@@ -1,0 +1,102 @@
+"""What one pass, fewer steps, 8 bits and a runner gain together over stock diffusers with guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ...engine import embedded
+from ...engine.exported import Engine
+from ...engine.model import load, locate, resolve_device
+from ...engine.options import SamplerOption
+from ...engine.prompts import read_prompts
+from ...engine.runners import TorchRunner
+from ..config import parse_batch_sizes
+from ..report.tables import Table, formatted
+from ..speed.stock import StockVariant, stock_pipeline
+from ..speed.throughput import TimedVariant, Workload, interleaved
+from ..stats import median_of
+from .held_out import Device, Runs, Steps
+
+Engines = Annotated[list[Path], typer.Option("--engine", help="Engine folder; repeat it for more.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """What is timed, on a workload of its own.
+
+    Attributes:
+        name: of the engine's folder and its precision, or "stock diffusers with guidance".
+        passes: UNet passes per image.
+    """
+
+    name: str
+    variant: TimedVariant
+    work: Workload
+    passes: int
+
+
+def timed_engines(folders: Sequence[Path], opened: ExitStack, base: dict[str, Any], device: str) -> Iterator[Timed]:
+    """Each engine in each precision of its graphs, at its student's own number of steps."""
+    for folder in folders:
+        with Engine.load(folder, runner="onnx", device=device) as engine:
+            manifest = engine.manifest
+        made = {each["precision"] for path, each in manifest.artefacts.items() if path.startswith(manifest.denoiser)}
+        for precision in sorted(made & {"fp32", "fp16", "int8"}):
+            loaded = opened.enter_context(Engine.load(folder, runner="onnx", device=device, precision=precision))
+            sampler, steps = manifest.distilled.choose_sampling(None, None)
+            spacing = manifest.distilled.timestep_spacing
+            scheduler = partial(loaded.model.make_scheduler, sampler, spacing=spacing)
+            work = Workload(**base, model=loaded.model, make_scheduler=scheduler, steps=steps)
+            variant = TimedVariant(mode="student", runner=loaded.model.denoiser, parts=loaded.model)
+            yield Timed(name=f"{folder.name}, {precision}", variant=variant, work=work, passes=steps)
+
+
+def combined(
+    engines: Engines,
+    sampler: SamplerOption = "ddim",
+    steps: Steps = 20,
+    batch_sizes: Annotated[str, typer.Option(help="Images per batch.")] = "8",
+    runs: Runs = 7,
+    device: Device = "auto",
+) -> None:
+    """Whole images of `emoji64` by each engine, over stock diffusers with guidance.
+
+    An engine makes one pass a step, in its student's own number of steps; stock diffusers, eager, makes two in
+    `--steps` steps. All rows take turns in one run. Prints a Markdown table: medians of the ratios within a round, with
+    their intervals, 95% from six runs on.
+    """
+    target = resolve_device(device)
+    stock_model = load(locate(embedded.MODEL_NAME), device=target)
+    prompts = read_prompts(embedded.HELD_OUT_PROMPTS)
+    rows = []
+    for size in parse_batch_sizes(batch_sizes):
+        with ExitStack() as opened:
+            base = {"prompts": [prompts[i % len(prompts)] for i in range(size)], "guidance": 3.0}
+            scheduler = partial(stock_model.make_scheduler, sampler)
+            stock = Timed(
+                name="stock diffusers with guidance",
+                variant=StockVariant(
+                    mode="teacher", runner=TorchRunner(stock_model.denoiser), pipeline=stock_pipeline(stock_model)
+                ),
+                work=Workload(**base, model=stock_model, make_scheduler=scheduler, steps=steps),
+                passes=2 * steps,
+            )
+            entries = [stock, *timed_engines(engines, opened, base, str(target))]
+            for entry in entries:
+                entry.variant.time(entry.work)
+            times: list[list[float]] = [[] for _ in entries]
+            for _, index in interleaved(len(entries), runs):
+                times[index].append(entries[index].variant.time(entries[index].work)["total"])
+            for entry, seconds in zip(entries, times, strict=True):
+                ratio = median_of([one / other for one, other in zip(times[0], seconds, strict=True)])
+                shown = [entry.name, f"{size}", f"{entry.work.steps}", f"{entry.passes}"]
+                rows.append([*shown, f"{1e3 * median_of(seconds).value / size:.1f}", formatted(ratio, ".2fx")])
+    headings = ["whole images", "batch", "steps", "passes", "ms per image", "times as fast as stock diffusers"]
+    print(Table(headings=headings, cells=rows).markdown())
