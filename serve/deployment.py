@@ -201,7 +201,8 @@ def stop(settings: ServerSettings, *, address: str | None) -> None:
 
 def finish(*, replicas: int, seconds: float) -> None:
     """Close the API, and wait until all of its replicas have answered, or so many seconds have gone by."""
-    handle, deadline, done = serve.get_deployment_handle("api", APPLICATION), time.monotonic() + seconds, set()
+    handle, deadline = serve.get_deployment_handle("api", APPLICATION), time.monotonic() + seconds
+    done: set[str] = set()
     while len(done) < replicas and time.monotonic() < deadline:
         # Ray chooses the replica, sooner or later each of them.
         name, ongoing = handle.close.remote().result(timeout_s=seconds)

@@ -78,7 +78,7 @@ def combined(
     rows = []
     for size in parse_batch_sizes(batch_sizes):
         with ExitStack() as opened:
-            base = {"prompts": [prompts[i % len(prompts)] for i in range(size)], "guidance": 3.0}
+            base: dict[str, Any] = {"prompts": [prompts[i % len(prompts)] for i in range(size)], "guidance": 3.0}
             scheduler = partial(stock_model.make_scheduler, sampler)
             stock = Timed(
                 name="stock diffusers with guidance",
