@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -276,25 +276,26 @@ def _measure_speed(
 
 
 def _in_torch(model: Model, student: Any, config: BenchConfig) -> tuple[list[TimedVariant], dict[str, str]]:
-    """All variants in torch, stock diffusers' too, and the reason why `torch.compile` is unavailable."""
-    denoiser = model.denoiser
+    """All variants in torch, stock diffusers' too, and for each of our runners that is unavailable the reason."""
+    denoiser, on_gpu, skipped = model.denoiser, model.device.type == "cuda", {}
     variants = _modes(TorchRunner, denoiser, student)
     if denoiser.config.get("time_cond_proj_dim") is None:
         # Else the stock pipeline makes one pass at any guidance.
         variants.append(StockVariant(mode="teacher", runner=TorchRunner(denoiser), pipeline=stock_pipeline(model)))
-    on_gpu = model.device.type == "cuda"
-    if on_gpu:
-        variants += _modes(partial(_copied, CapturedRunner), denoiser, student)
-    if not (pays_to_compile(denoiser) if config.compile is None else config.compile):
-        return variants, {}
-    if reason := missing_compiler(model.device):
-        return variants, {"compiled": reason}
-    try:
-        compiled = _modes(partial(_copied, CompiledRunner) if on_gpu else CompiledRunner, denoiser, student)
-    except torch.OutOfMemoryError:
-        return variants, {"compiled": "out of memory"}
-    batch_sizes = config.compiled_batch_sizes()
-    return [*variants, *(replace(variant, batch_sizes=batch_sizes) for variant in compiled)], {}
+    others: list[tuple[Any, Sequence[int] | None]] = [(CapturedRunner, None)] if on_gpu else []
+    if pays_to_compile(denoiser) if config.compile is None else config.compile:
+        others.append((CompiledRunner, config.compiled_batch_sizes()))
+    for runner, batch_sizes in others:
+        if runner is CompiledRunner and (reason := missing_compiler(model.device)):
+            skipped[runner.name] = reason
+            continue
+        try:
+            made = _modes(partial(_copied, runner) if on_gpu else runner, denoiser, student)
+        except torch.OutOfMemoryError:
+            skipped[runner.name] = "out of memory"
+            continue
+        variants += [replace(variant, batch_sizes=batch_sizes) for variant in made]
+    return variants, skipped
 
 
 def _copied(runner: Callable[[Any], Runner], denoiser: Any) -> Runner:

@@ -28,6 +28,7 @@ from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.exported import Engine
 from boostdiff.engine.files import read_json, write_json
 from boostdiff.engine.model import Model, ModelFiles, locate
+from boostdiff.engine.runners import TorchRunner
 from diffusers import UNet2DConditionModel
 from rich.console import Console
 from tiny import CPU, PROMPTS, make_xl_pipeline
@@ -206,6 +207,25 @@ def test_a_runner_that_can_not_start_is_left_out(
     error = InputError("was changed")
     with pytest.raises(InputError, match="was changed"):
         run()
+
+
+@pytest.mark.parametrize(("error", "rows"), [(torch.OutOfMemoryError(), 0), (None, 3)])
+def test_a_copy_that_does_not_fit_takes_no_other_row_along(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch, error: Exception | None, rows: int
+) -> None:
+    class Copying(TorchRunner):
+        name = "compiled"
+
+        def __init__(self, denoiser: object) -> None:
+            if error:
+                raise error
+            super().__init__(denoiser)
+
+    monkeypatch.setattr("boostdiff.benchmarks.bench.CompiledRunner", Copying)
+    monkeypatch.setattr("boostdiff.benchmarks.bench.missing_compiler", lambda device: None)
+    variants, skipped = _in_torch(tiny, tiny.denoiser, BenchConfig(compile=True, batch_sizes=[2], samples=0))
+    assert [variant.key.runner for variant in variants] == ["torch"] * 3 + ["stock diffusers"] + ["compiled"] * rows
+    assert skipped == ({"compiled": "out of memory"} if error else {})
 
 
 def test_memory_that_does_not_suffice_ends_in_advice() -> None:
