@@ -79,14 +79,17 @@ class Stage:
     command: list[str]
     done_file: Path
 
-    def run(self, name: str) -> str | None:
-        """Run it if it is not finished; why it failed, or None."""
+    def run(self, name: str, seconds: float | None = None) -> str | None:
+        """Run it if it is not finished, for so many seconds at most; why it failed, or None."""
         if self.done_file.exists():
             print(f"{name}: finished before", flush=True)
             return None
         began, shown = time.monotonic(), f"`python -m {shlex.join(self.command)}`"
         print(f"{name}: {shown}", flush=True)
-        code = subprocess.run([sys.executable, "-m", *self.command], check=False).returncode  # noqa: S603
+        try:
+            code = subprocess.run([sys.executable, "-m", *self.command], check=False, timeout=seconds).returncode  # noqa: S603
+        except subprocess.TimeoutExpired:
+            return f"longer than {seconds:g} s: {shown}"
         print(f"{name}: exit code {code} after {time.monotonic() - began:.0f} s", flush=True)
         return f"exit code {code} of {shown}" if code else None
 
@@ -95,7 +98,7 @@ def stages(
     *, model: str, work: Path, output: Path, device: str, batch_sizes: str, steps: int, runs: int, updates: int
 ) -> dict[str, Stage]:
     """All of them, by name, in the order in which they can run; for the arguments see `full_size`."""
-    folder, engine = work / "folder", work / "engine"
+    folder, engine, table = work / "folder", work / "engine", output / "layouts.md"
     timed = ["--steps", f"{steps}", "--runs", f"{runs}"]
     inputs = ["--model", f"{folder / 'model'}", "--prompts", f"{embedded.HELD_OUT_PROMPTS}"]
     student = ["--model", f"{folder / 'model'}", "--student", f"{folder / 'student'}"]
@@ -116,6 +119,10 @@ def stages(
     exported = [*inputs, "--student", f"{folder / 'student'}", "--engine", f"{engine}", "--speed-only"]
     return {
         "speed": bench("speed", *random, batch_sizes, "--no-compile"),
+        "layouts": Stage(
+            command=["boostdiff.benchmarks.studies", "layouts", model, "--output", f"{table}", "--device", device],
+            done_file=table,
+        ),
         "folder": Stage(
             command=[
                 "boostdiff.benchmarks.studies",
@@ -133,7 +140,7 @@ def stages(
         "export": verb("export", engine, "manifest.json", *student, *half),
         "engine": bench("engine", *exported, "--batch-sizes", batch_sizes, "--no-compile"),
         "compiled-training": training("compiled-training", "--compile"),
-        "compiled": bench("compiled", *random, "1,8", "--compile"),
+        "compiled": bench("compiled", *random, "8", "--compile"),
     }
 
 
@@ -172,11 +179,12 @@ def full_size(
     steps: Steps = 20,
     runs: Runs = 7,
     updates: Annotated[int, typer.Option(min=2, help="Training updates; the first is not timed.")] = 3,
+    seconds: Annotated[int | None, typer.Option(min=1, help="Time limit per stage.  [default: none]")] = None,
     device: Device = "auto",
 ) -> None:
     """Speed, training and export at a public model's size, on random weights: no download, no network.
 
-    Each stage is a command that is printed and can be run alone: `speed`, `folder` (`random-folder`, which
+    Each stage is a command that is printed and can be run alone: `speed`, `layouts`, `folder` (`random-folder`, which
     the next need), `training` (a few updates of the paper's preset), `export`, `engine`, and last, as `torch.compile`
     takes minutes per graph, `compiled-training` and `compiled`. A stage whose results are there is not run again, and
     one that fails keeps none of the others from running. `summary.md` is written anew after each.
@@ -201,7 +209,7 @@ def full_size(
         folder.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
     for name in (name for name in planned if name in wanted):
-        if reason := planned[name].run(name):
+        if reason := planned[name].run(name, seconds):
             failed[name] = reason
         # After each: what ends the script must not take the results along.
         text = summary(planned, failed, model=model, device=target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -49,6 +50,7 @@ def layouts(
     model: Configuration = "sd21-base",
     rows: Annotated[str, typer.Option(help="Rows per pass: two per image with guidance.")] = "1,2,8,16",
     runs: Runs = 7,
+    output: Annotated[Path | None, typer.Option(help="File to write the table to, too.")] = None,
     device: Device = "auto",
 ) -> None:
     """Time of one pass of a denoiser of random weights, by memory layout and number of rows.
@@ -71,4 +73,7 @@ def layouts(
                     measured.append((layout, runner.name, batch, seconds_per_pass(runner, inputs, runs)))
                     print(*measured[-1], flush=True)
     peak = gemm_peak(target, loaded.denoiser.dtype)
-    print(f"\n{table(measured, flops=count_flops(loaded).denoiser, peak=peak)}")
+    text = table(measured, flops=count_flops(loaded).denoiser, peak=peak)
+    print(f"\n{text}")
+    if output:
+        output.write_text(f"{text}\n", encoding="utf-8")

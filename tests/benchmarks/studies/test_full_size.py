@@ -54,6 +54,13 @@ def test_a_finished_stage_is_not_run_again(tmp_path: Path, capfd: pytest.Capture
     assert "finished before" in capfd.readouterr().out
 
 
+def test_a_stage_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    stage = Stage(command=["timeit", "-n", "1", "-s", "import time", "time.sleep(60)"], done_file=tmp_path / "done")
+    reason = stage.run("engine", seconds=0.5)
+    assert reason is not None
+    assert reason.startswith("longer than 0.5 s: `python -m timeit")
+
+
 def test_every_stage_is_a_command_with_options_that_exist(tmp_path: Path) -> None:
     for stage in planned(tmp_path).values():
         module, *arguments = stage.command

@@ -1,13 +1,17 @@
 import re
+from pathlib import Path
 
 import pytest
 from boostdiff.benchmarks.studies.layouts import layouts, table
 from boostdiff.engine.model import ModelFiles
 
 
-def test_every_layout_and_number_of_rows_is_timed(tiny_files: ModelFiles, capsys: pytest.CaptureFixture[str]) -> None:
-    layouts(str(tiny_files.folder), rows="1,2", runs=3, device="cpu")
+def test_every_layout_and_number_of_rows_is_timed(
+    tiny_files: ModelFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layouts(str(tiny_files.folder), rows="1,2", runs=3, output=tmp_path / "layouts.md", device="cpu")
     printed = capsys.readouterr().out
+    assert printed.endswith((tmp_path / "layouts.md").read_text(encoding="utf-8"))
     timed = re.findall(r"\| (contiguous|channels last) +\| torch +\| +(\d) \| +([\d.]+) \|", printed)
     assert [(layout, rows) for layout, rows, _ in timed] == [
         (layout, rows) for layout in ("contiguous", "channels last") for rows in "12"
