@@ -33,8 +33,9 @@ class _Recording:
 class CapturedRunner(TorchRunner):
     """Eager torch's own kernels in a CUDA graph for each shape of the inputs.
 
-    Starts in a second where `torch.compile` takes minutes. All graphs share one pool of memory, as only one is replayed
-    at a time and predictions are copied out (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
+    A recording takes a few passes, where `torch.compile` takes minutes. All graphs share one pool of memory, as only
+    one is replayed at a time and predictions are copied out
+    (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
     """
 
     name = "captured"

@@ -64,7 +64,8 @@ def serve(**options: Any) -> None:
     console.print(f"Serving {', '.join(names)} at [bold]http://{host}:{port}[/]; Ctrl-C stops")
     stopped.wait()
     with console.status("finishing what is being drawn"):
-        deployment.stop(settings, address=config.address)
+        deployment.finish(settings)
+        deployment.stop(address=config.address)
 
 
 def _check_port(host: str, port: int) -> None:

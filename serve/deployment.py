@@ -183,29 +183,31 @@ def run(settings: ServerSettings, *, host: str, port: int, address: str | None, 
         serve.start(http_options={"host": host, "port": port, "request_timeout_s": settings.limits.seconds + 30})
         serve.run(application, name=APPLICATION)
     except BaseException:
-        stop(settings, address=address)
+        stop(address=address)
         raise
 
 
-def stop(settings: ServerSettings, *, address: str | None) -> None:
-    """Let the API answer what it has been asked, and end what `run` started."""
+def finish(settings: ServerSettings) -> None:
+    """Let the API refuse further requests, and wait until it has answered all that it has, if they end in time.
+
+    Before `stop`, as Ray ends the models' replicas together with the API's, which may still have requests for them.
+    """
+    deadline, done = time.monotonic() + settings.limits.seconds + 10, set[str]()
     with suppress(Exception):
-        # Ray ends the models' replicas together with the API's, which still has requests for them.
-        finish(replicas=settings.api_replicas, seconds=settings.limits.seconds + 10)
+        handle = serve.get_deployment_handle("api", APPLICATION)
+        while len(done) < settings.api_replicas and (left := deadline - time.monotonic()) > 0:
+            # Ray chooses the replica, sooner or later each of them.
+            name, ongoing = handle.close.remote().result(timeout_s=left)
+            if ongoing == 0:
+                done.add(name)
+            time.sleep(0.1)
+
+
+def stop(*, address: str | None) -> None:
+    """End what `run` started."""
+    # Replicas finish what they have; `shutdown` alone would take the proxy from under them.
     with suppress(Exception):
         serve.delete(APPLICATION)
     if address is None:
         serve.shutdown()
     ray.shutdown()
-
-
-def finish(*, replicas: int, seconds: float) -> None:
-    """Close the API, and wait until all of its replicas have answered, or so many seconds have gone by."""
-    handle, deadline = serve.get_deployment_handle("api", APPLICATION), time.monotonic() + seconds
-    done: set[str] = set()
-    while len(done) < replicas and time.monotonic() < deadline:
-        # Ray chooses the replica, sooner or later each of them.
-        name, ongoing = handle.close.remote().result(timeout_s=seconds)
-        if ongoing == 0:
-            done.add(name)
-        time.sleep(0.1)

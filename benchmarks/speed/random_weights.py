@@ -40,11 +40,11 @@ def random_model(files: ModelFiles, *, device: torch.device, seed: int = 0) -> M
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(seed)
         for name in sorted(files.family.parts.keys() - files.absent_parts.keys()):
-            components[name] = _component(files.folder / name, *index[name])
-    for part in components.values():
-        if isinstance(part, torch.nn.Module):
-            # torch's method: that of diffusers warns of float32 layers that these do not have.
-            torch.nn.Module.to(part, dtype)
+            part = components[name] = _component(files.folder / name, *index[name])
+            if isinstance(part, torch.nn.Module):
+                # At once: in float32 all of them may not fit. By torch's method: that of diffusers warns of float32
+                # layers that these do not have.
+                torch.nn.Module.to(part, dtype)
     pipeline = files.family.assemble(components)
     prepare_for_inference(pipeline, files.family)
     return Model(files=files, pipeline=pipeline.to(device))

@@ -13,6 +13,7 @@ import typer
 
 from ...engine import embedded
 from ...engine.exported import Engine
+from ...engine.manifest import read_manifest
 from ...engine.model import load, locate, resolve_device
 from ...engine.options import SamplerOption
 from ...engine.prompts import read_prompts
@@ -45,8 +46,7 @@ class Timed:
 def timed_engines(folders: Sequence[Path], opened: ExitStack, base: dict[str, Any], device: str) -> Iterator[Timed]:
     """Each engine in each precision of its graphs, at its student's own number of steps."""
     for folder in folders:
-        with Engine.load(folder, runner="onnx", device=device) as engine:
-            manifest = engine.manifest
+        manifest = read_manifest(folder)
         made = {each["precision"] for path, each in manifest.artefacts.items() if path.startswith(manifest.denoiser)}
         for precision in sorted(made & {"fp32", "fp16", "int8"}):
             loaded = opened.enter_context(Engine.load(folder, runner="onnx", device=device, precision=precision))
