@@ -56,7 +56,7 @@ PREVIEW_ROWS = 6
 def resolve(config: DistillConfig, files: ModelFiles, device: torch.device) -> DistillConfig:
     """The configuration with what was left out filled in for a model and a device."""
     return adopted(config).resolved(
-        in_bfloat16=has_bfloat16(device), embedded=files.folder == embedded.MODEL_DIR, flow=files.family.flow
+        in_bfloat16=has_bfloat16(device), embedded=files.folder == embedded.MODEL_DIR, flow=files.flow
     )
 
 
@@ -267,7 +267,7 @@ def _run(
             encoded = store.fill(prompts, [negative], device)
         observers.note(f"{encoded} texts encoded into {execution.cache_text}")
     model, adapter = _load(files, config, execution, device)
-    schedule = NoiseSchedule.of(model.make_scheduler("euler" if model.family.flow else "ddim"), device)
+    schedule = NoiseSchedule.of(model.make_scheduler("ddim"), device)
     frozen = FrozenStudent(model, adapter, stage, device) if stage else None
     schedule = frozen.schedule if frozen else schedule
     common: dict[str, Any] = {

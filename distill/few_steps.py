@@ -155,7 +155,7 @@ def check_stages(config: DistillConfig, files: ModelFiles, *, reads_weights: boo
         InputError: the model is one of flow matching, its schedule has too few timesteps, the student to start from is
             another model's, or there are several processes.
     """
-    if files.family.flow:
+    if files.flow:
         raise InputError("--few-steps is for noise schedules of betas, not for models of flow matching")
     check_steps(files.scheduler_config, [SAMPLER], [2 * config.stages[0]], spacing=SPACING)
     if config.start_from and reads_weights:

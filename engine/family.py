@@ -41,7 +41,8 @@ class Family(ABC):
     load_options: ClassVar[dict[str, Any]] = {}
     """Arguments of the pipeline's `from_pretrained` that this class alone takes."""
     flow: ClassVar[bool] = False
-    """Whether it is a flow-matching model (α = 1 − σ), else variance preserving (α² + σ² = 1)."""
+    """Whether it is always of flow matching (α = 1 − σ); others are where their scheduler's `use_flow_sigmas` says so,
+    and else variance preserving (α² + σ² = 1)."""
     half: ClassVar[torch.dtype] = torch.float16
     """Precision on an accelerator."""
     takes_more: ClassVar[bool] = False

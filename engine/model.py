@@ -21,7 +21,7 @@ from .errors import InputError, one_line
 from .families import family_of
 from .family import Family
 from .files import read_json, sha256_of, without_marks
-from .schedulers import make_scheduler
+from .schedulers import is_flow, make_scheduler
 
 HASHED = {".json", ".txt", ".safetensors"}
 """Suffixes of the files that make a model."""
@@ -63,6 +63,11 @@ class ModelFiles:
     family: Family
     denoiser_config: dict[str, Any]
     scheduler_config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def flow(self) -> bool:
+        """Whether it is a flow-matching model."""
+        return is_flow(self.scheduler_config)
 
     @property
     def denoiser_folder(self) -> Path:

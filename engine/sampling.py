@@ -73,11 +73,9 @@ def sampling(
     """
     # Schedulers keep their tables on the CPU: a timestep from the GPU would be waited for in each step.
     scheduler.set_timesteps(steps, device="cpu")
-    # Of flow matching, whose noise has σ = 1, diffusers' schedulers don't scale.
-    z_t = noise * getattr(scheduler, "init_noise_sigma", 1.0)
-    scaled = getattr(scheduler, "scale_model_input", lambda sample, t: sample)
+    z_t = noise * scheduler.init_noise_sigma
     for t, on_device in zip(scheduler.timesteps, scheduler.timesteps.to(noise.device), strict=True):
-        prediction = denoiser(scaled(z_t, t), on_device, text)
+        prediction = denoiser(scheduler.scale_model_input(z_t, t), on_device, text)
         z_t = scheduler.step(prediction, t, z_t, return_dict=False)[0]
         yield z_t
 

@@ -105,6 +105,16 @@ class DDIM(DDIMScheduler):
         return DDIMSchedulerOutput(after, x) if options.get("return_dict", True) else (after, x)
 
 
+class FlowEuler(FlowMatchEulerDiscreteScheduler):
+    """Flow matching's Euler step, which is its DDIM step, with what stock pipelines of UNets ask of a scheduler."""
+
+    init_noise_sigma = 1.0
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+        """The sample as it is."""
+        return sample
+
+
 # A sampler fixes order, solver, spread of the sigmas and the last sigma, whatever a folder's scheduler has.
 # Clipping and thresholding are for pixels: latents lie beyond [-1, 1], and DDIM clips if its configuration is silent.
 SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
@@ -137,17 +147,17 @@ SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
 
 
 def is_flow(config: Mapping[str, Any]) -> bool:
-    """Whether a scheduler's configuration is a flow-matching model's."""
-    return "shift" in config or bool(config.get("use_flow_sigmas"))
+    """Whether a scheduler's configuration is a flow-matching model's: one without betas, or that asks for flow sigmas."""
+    return ("shift" in config and "beta_start" not in config) or bool(config.get("use_flow_sigmas"))
 
 
 def _flow_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
-    """The sampler of this name for flow matching, where the DDIM step is the Euler step."""
+    """The sampler of this name for flow matching."""
     taken = {key: config[key] for key in FLOW_SCHEDULE if config.get(key) is not None}
     # Another class of the folder's, such as Sana's, has the shift by another name.
     taken.setdefault("shift", config.get("flow_shift", 1.0))
     if name in ("ddim", "euler"):
-        return FlowMatchEulerDiscreteScheduler(**taken)
+        return FlowEuler(**taken)
     scheduler_class, settings = SAMPLERS[name]
     parameters = inspect.signature(scheduler_class).parameters
     flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": taken.pop("shift")}
@@ -238,10 +248,25 @@ def completed(class_name: str, config: dict[str, Any]) -> dict[str, Any]:
 def check_schedule(class_name: str, config: Mapping[str, Any], *, flow: bool = False) -> None:
     """Refuse a model's scheduler whose noise schedule or prediction type the samplers don't share, by an InputError.
 
-    The configuration includes the defaults of its class, see `completed`; `flow` says whether the model is one of flow
-    matching.
+    The configuration includes the defaults of its class, see `completed`; `flow` says whether the family is one of flow
+    matching, see `Family.flow`.
     """
     if flow:
+        _check_flow_schedule(class_name, config)
+        return
+    if class_name == "FlowMatchEulerDiscreteScheduler":
+        raise InputError(
+            "stock pipelines of UNets can't draw with a FlowMatchEulerDiscreteScheduler: a model of flow matching has a "
+            "DPMSolverMultistepScheduler with use_flow_sigmas, prediction_type flow_prediction and flow_shift"
+        )
+    if config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction":
+        known = getattr(diffusers, class_name, None)
+        if not inspect.isclass(known) or "use_flow_sigmas" not in inspect.signature(known).parameters:
+            raise InputError(f"{class_name} has no use_flow_sigmas")
+        if config.get("use_dynamic_shifting"):
+            raise InputError(
+                "use_dynamic_shifting True is not supported: pipelines of UNets give no shift by image size"
+            )
         _check_flow_schedule(class_name, config)
         return
     if class_name not in KarrasDiffusionSchedulers.__members__ or "beta_start" not in config:

@@ -19,6 +19,7 @@ from ..engine import embedded
 from ..engine.files import read_json, read_text, write_json
 from ..engine.guidance_input import add_guidance_embedding
 from ..engine.model import Model
+from ..engine.schedulers import is_flow
 from ..engine.student import Distilled
 
 FOLDER = "diffusers"
@@ -84,7 +85,7 @@ def write_diffusers_folder(model: Model, distilled: Distilled, folder: Path) -> 
     settings = model.make_scheduler("ddim", spacing=distilled.timestep_spacing).config
     try:
         # Of flow matching it is the class that stock diffusers has already.
-        pipeline.scheduler = scheduler if model.family.flow else DDIMScheduler.from_config(settings)
+        pipeline.scheduler = scheduler if is_flow(scheduler.config) else DDIMScheduler.from_config(settings)
         with one_pass(model.denoiser):
             pipeline.save_pretrained(folder, safe_serialization=True)
     finally:
@@ -144,7 +145,7 @@ def _scale(model: Model, low_high: tuple[float, float] | None) -> str:
 def _scheduler(model: Model, distilled: Distilled) -> str:
     if distilled.steps:
         return f"DDIM in {distilled.steps} steps of {distilled.timestep_spacing} spacing: the student knows no others."
-    if model.family.flow:
+    if is_flow(model.pipeline.scheduler.config):
         return "The model's own."
     return (
         "DDIM, on which the export compares the student's images. Others of the same noise schedule can be put in its "

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import typer
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.training_utils import compute_snr
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -26,7 +26,7 @@ from ..distill.checkpoint import load_training_state
 from ..engine.compiled import has_bfloat16, missing_compiler
 from ..engine.embedded import MODEL_DIR
 from ..engine.files import staged_folder
-from .architecture import BETAS, make_text_encoder, make_tokenizer, make_unet, make_vae, save_pipeline
+from .architecture import BETAS, TIMESTEPS, make_text_encoder, make_tokenizer, make_unet, make_vae, save_pipeline
 from .caption_model import caption_model
 from .captions import Grammar, caption, draw_captions
 from .dataset import Artworks, load_artworks
@@ -38,6 +38,8 @@ from .palette import BACKGROUNDS, PALETTE
 from .placement import draw_pictures, to_model_range
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+
+Flow = Annotated[bool, typer.Option("--flow", help="Flow matching: predict the velocity.")]
 
 LATENT_BACKGROUNDS = 6
 """Background colours and placements drawn for each artwork when latents are precomputed."""
@@ -155,12 +157,14 @@ def diffusion(
     compiles: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Train through torch.compile, which starts minutes later.")
     ] = True,
+    flow: Flow = False,
 ) -> None:
-    """Train text encoder and UNet together on the precomputed latents (epsilon prediction).
+    """Train text encoder and UNet together on the precomputed latents.
 
     In bf16 autocast where the device multiplies in bfloat16. Each time a latent is met, its caption is drawn anew.
-    Losses are weighted by min(SNR, gamma) / SNR (Hang et al. 2023, eq. 8 for noise prediction): unweighted, most of the
-    gradient is of the finest detail.
+    Noise prediction by default, losses weighted by min(SNR, gamma) / SNR (Hang et al. 2023, eq. 8): unweighted, most of
+    the gradient is of the finest detail. With `--flow` z_t = (1 - sigma) z_0 + sigma noise, sigma logit-normal, and an
+    unweighted loss of the velocity noise - z_0 (Esser et al. 2024, "Scaling Rectified Flow Transformers").
     """
     artworks = load_artworks(work)
     stored = load_file(work / "latents.safetensors")
@@ -176,7 +180,7 @@ def diffusion(
     unet.set_attn_processor(AttnProcessor())
     train_scheduler = DDPMScheduler(**BETAS)
     latents, pairs = stored["latents"], stored["pairs"].numpy()
-    scale = stored["scale"].to(where)
+    scale = stored["scale"]
     names = list(BACKGROUNDS)
     grammar = Grammar(wrong=wrong_captions)
     weights = artworks.weights[pairs[:, 0]]
@@ -188,30 +192,38 @@ def diffusion(
         texts = [text if random.random() >= empty_captions else "" for text in texts]
         return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
-    snr = compute_snr(train_scheduler, torch.arange(train_scheduler.config.num_train_timesteps))
-    loss_weights = (snr.clamp(max=min_snr) / snr).to(where)
+    snr = compute_snr(train_scheduler, torch.arange(TIMESTEPS))
+    loss_weights = snr.clamp(max=min_snr) / snr
 
-    def noise_loss(z_t: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def weighted_loss(
+        z_t: torch.Tensor, target: torch.Tensor, t: torch.Tensor, ids: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
         with torch.autocast(where.type, torch.bfloat16, enabled=has_bfloat16(where)):
             text = text_encoder(ids).last_hidden_state
-            noise_pred = unet(z_t, t, text, return_dict=False)[0]
-        squared_error = F.mse_loss(noise_pred.float(), noise, reduction="none").mean(dim=(1, 2, 3))
-        return (loss_weights[t] * squared_error).mean()
+            prediction = unet(z_t, t, text, return_dict=False)[0]
+        squared_error = F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
+        return (weight * squared_error).mean()
 
     if compiles and missing_compiler(where) is None:
         unet.to(memory_format=torch.channels_last)
-        noise_loss = torch.compile(noise_loss, dynamic=False)
+        weighted_loss = torch.compile(weighted_loss, dynamic=False)
 
     def loss_of(step: int) -> torch.Tensor:
         random = np.random.default_rng([seed, step])
         generator = step_generator(seed, step)
         chosen = random.choice(len(latents), batch, p=weights)
         noise = torch.randn(batch, *latents.shape[1:], generator=generator)
-        t = torch.randint(train_scheduler.config.num_train_timesteps, (batch,), generator=generator)
         ids = token_ids(random, chosen)
-        z_0 = latents[chosen].to(where).float() * scale
-        noise, t = noise.to(where), t.to(where)
-        return noise_loss(train_scheduler.add_noise(z_0, noise, t), noise, t, ids.to(where))
+        z_0 = latents[chosen].float() * scale
+        if flow:
+            sigma = compute_density_for_timestep_sampling("logit_normal", batch, 0.0, 1.0, generator=generator)
+            t, weight, target = sigma * TIMESTEPS, torch.ones(batch), noise - z_0
+            z_t = z_0.lerp(noise, sigma[:, None, None, None])
+        else:
+            t = torch.randint(TIMESTEPS, (batch,), generator=generator)
+            weight, target = loss_weights[t], noise
+            z_t = train_scheduler.add_noise(z_0, noise, t)
+        return weighted_loss(*(tensor.to(where) for tensor in (z_t, target, t, ids, weight)))
 
     optimise(
         name="diffusion",
@@ -227,6 +239,7 @@ def diffusion(
 def save(
     work: Work = Path("teacher-work"),
     output: Annotated[Path, typer.Option(help="Pipeline folder to write.")] = MODEL_DIR,
+    flow: Flow = False,
 ) -> None:
     """Write the pipeline folder from the newest diffusion checkpoint's EMA weights."""
     artworks = load_artworks(work)
@@ -239,7 +252,7 @@ def save(
         module.load_state_dict(weights)
     vae = load_vae(work)
     vae.register_to_config(scaling_factor=float(load_file(work / "latents.safetensors")["scale"]))
-    save_pipeline(output, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet)
+    save_pipeline(output, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, flow=flow)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"save: step {state.step}, {size / 1e6:.1f} MB in {output}")
 

@@ -93,6 +93,8 @@ class Folder:
 
 SCHEDULER, VAE, WORDS = "scheduler/scheduler_config.json", "vae/config.json", "tokenizer/tokenizer_config.json"
 ONE = ("ddim",)
+FLOW = ("dpm++", "unipc")
+FLOW_SIGMAS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 
 def betas(**changes: Any) -> dict[str, dict[str, Any]]:
@@ -106,7 +108,7 @@ FOLDERS = [
     Folder(setting="scheduler `DPMSolverMultistepScheduler`", change=scheduled("DPMSolverMultistepScheduler")),
     Folder(setting="scheduler `UniPCMultistepScheduler`", change=scheduled("UniPCMultistepScheduler")),
     Folder(setting="scheduler `HeunDiscreteScheduler`", change=scheduled("HeunDiscreteScheduler")),
-    Folder(setting="scheduler `FlowMatchEulerDiscreteScheduler`", refused=True,
+    Folder(setting="scheduler `FlowMatchEulerDiscreteScheduler`", refused=True, note="the stock pipeline can't use it",
            files={"model_index.json": {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}}),
     Folder(setting="scheduler `EDMEulerScheduler`", refused=True,
            files={"model_index.json": {"scheduler": ["diffusers", "EDMEulerScheduler"]},
@@ -121,6 +123,13 @@ FOLDERS = [
     Folder(setting="`prediction_type` v_prediction", files=betas(prediction_type="v_prediction")),
     Folder(setting="`prediction_type` sample", files=betas(prediction_type="sample")),
     Folder(setting="`prediction_type` flow_prediction", files=betas(prediction_type="flow_prediction"), refused=True),
+    Folder(setting="flow matching, `DPMSolverMultistepScheduler`", samplers=FLOW,
+           change=scheduled("DPMSolverMultistepScheduler", **FLOW_SIGMAS)),
+    Folder(setting="flow matching, `UniPCMultistepScheduler`, `flow_shift` 3", samplers=FLOW, xl=True,
+           change=scheduled("UniPCMultistepScheduler", **FLOW_SIGMAS, flow_shift=3.0)),
+    Folder(setting="flow matching, `use_dynamic_shifting`", refused=True,
+           change=scheduled("DPMSolverMultistepScheduler", **FLOW_SIGMAS, use_dynamic_shifting=True)),
+    Folder(setting="flow matching, a class without `use_flow_sigmas`", refused=True, files=betas(**FLOW_SIGMAS)),
     Folder(setting="`rescale_betas_zero_snr` with v_prediction",
            files=betas(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")),
     Folder(setting="`rescale_betas_zero_snr` with epsilon", files=betas(rescale_betas_zero_snr=True), refused=True),
