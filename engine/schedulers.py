@@ -147,7 +147,7 @@ SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
 
 
 def is_flow(config: Mapping[str, Any]) -> bool:
-    """Whether a scheduler's configuration is a flow-matching model's: one without betas, or that asks for flow sigmas."""
+    """Whether a scheduler's configuration is a flow-matching model's: it asks for flow sigmas, or has no betas."""
     return ("shift" in config and "beta_start" not in config) or bool(config.get("use_flow_sigmas"))
 
 
@@ -256,8 +256,8 @@ def check_schedule(class_name: str, config: Mapping[str, Any], *, flow: bool = F
         return
     if class_name == "FlowMatchEulerDiscreteScheduler":
         raise InputError(
-            "stock pipelines of UNets can't draw with a FlowMatchEulerDiscreteScheduler: a model of flow matching has a "
-            "DPMSolverMultistepScheduler with use_flow_sigmas, prediction_type flow_prediction and flow_shift"
+            "stock pipelines of UNets can't draw with a FlowMatchEulerDiscreteScheduler: give a model of flow matching "
+            "a DPMSolverMultistepScheduler with use_flow_sigmas, prediction_type flow_prediction and flow_shift"
         )
     if config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction":
         known = getattr(diffusers, class_name, None)

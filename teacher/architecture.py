@@ -93,7 +93,7 @@ def save_pipeline(
     unet: UNet2DConditionModel,
     flow: bool = False,
 ) -> None:
-    """Write a stock `StableDiffusionPipeline` folder in FP16 safetensors; `flow`: the UNet was trained by flow matching."""
+    """Write a stock `StableDiffusionPipeline` folder in FP16 safetensors; `flow`: its UNet is one of flow matching."""
     if flow:
         scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     else:
