@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -49,12 +50,17 @@ DEFAULT_GUIDANCE = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """What draws, ready to run."""
+    """What draws, ready to run; `negative_prompt` is None where one pass needs none."""
 
     model: Model
     denoiser: Denoiser
-    text: TextEmbeddings
+    negative_prompt: str | None
     spacing: str | None = None
+
+    def encode(self, prompts: Sequence[str]) -> TextEmbeddings:
+        """The text embeddings of B prompts, in the denoiser's dtype."""
+        text = self.model.family.encode(self.model.pipeline, prompts, negative_prompt=self.negative_prompt)
+        return text.to(self.model.denoiser.dtype)
 
 
 def resolve(files: ModelFiles | None, config: GenerateConfig) -> GenerateConfig:
@@ -91,10 +97,12 @@ def open_engine(config: GenerateConfig, device: str) -> Iterator[Sampling]:
     manifest.distilled.check_guider(config)
     with Engine.load(folder, runner=config.runner, device=device, precision=config.precision) as engine:
         model = engine.sized(config.height, config.width)
-        # `draw` says what is cut, where `Engine.encode` would warn.
-        text = model.family.encode(model.pipeline, config.prompts, negative_prompt=negative_prompt)
-        spacing, dtype = manifest.distilled.timestep_spacing, model.denoiser.dtype
-        yield Sampling(model=model, denoiser=engine.denoiser(config.guidance), text=text.to(dtype), spacing=spacing)
+        yield Sampling(
+            model=model,
+            denoiser=engine.denoiser(config.guidance),
+            negative_prompt=negative_prompt,
+            spacing=manifest.distilled.timestep_spacing,
+        )
 
 
 def load_sized(files: ModelFiles, config: GenerateConfig, device: torch.device) -> Model:
@@ -124,8 +132,7 @@ def open_teacher(files: ModelFiles, config: GenerateConfig, device: torch.device
     guider = config.chosen_guider.for_schedule(model.pipeline.scheduler.config)
     denoiser = teacher_denoiser(IN_TORCH[config.runner](model.denoiser), scale, guider)
     negative_prompt = (config.negative_prompt or "") if isinstance(denoiser, GuidedDenoiser) else None
-    text = model.family.encode(model.pipeline, config.prompts, negative_prompt=negative_prompt)
-    return Sampling(model=model, denoiser=denoiser, text=text)
+    return Sampling(model=model, denoiser=denoiser, negative_prompt=negative_prompt)
 
 
 def open_student(files: ModelFiles, config: GenerateConfig, device: torch.device) -> Sampling:
@@ -147,8 +154,51 @@ def open_student(files: ModelFiles, config: GenerateConfig, device: torch.device
     if config.lora_scale is not None:
         model.denoiser.set_adapters(ADAPTER_NAME, config.lora_scale)
     denoiser = info.denoiser(IN_TORCH[config.runner](model.denoiser), config.guidance)
-    text = model.family.encode(model.pipeline, config.prompts, negative_prompt=negative_prompt)
-    return Sampling(model=model, denoiser=denoiser, text=text, spacing=info.timestep_spacing)
+    return Sampling(model=model, denoiser=denoiser, negative_prompt=negative_prompt, spacing=info.timestep_spacing)
+
+
+@contextmanager
+def opened(files: ModelFiles | None, config: GenerateConfig, device: str) -> Iterator[Sampling]:
+    """What a resolved configuration draws with.
+
+    Raises:
+        InputError: the student or the engine can't be used.
+        BoostDiffError: this machine can't run it.
+    """
+    if config.on_engine:
+        with open_engine(config, device) as sampling:
+            yield sampling
+        return
+    assert files is not None
+    target = resolve_device(device)
+    if (lacking := LACKING.get(config.runner)) and (reason := lacking(target)):
+        raise BoostDiffError(reason)
+    yield (open_teacher if config.teacher else open_student)(files, config, target)
+
+
+def images_of(
+    sampling: Sampling,
+    config: GenerateConfig,
+    prompts: Sequence[str],
+    *,
+    start: int = 0,
+    on_step: Callable[[int], None] | None = None,
+) -> Iterator[Image.Image]:
+    """Draw some of a resolved configuration's prompts, of which the first is number `start`."""
+    assert config.sampler is not None
+    assert config.steps is not None
+    drawn = batches(
+        sampling.model,
+        sampling.denoiser,
+        text=sampling.encode(prompts),
+        make_scheduler=partial(sampling.model.make_scheduler, config.sampler, spacing=sampling.spacing),
+        steps=config.steps,
+        seed=config.seed + start,
+        batch_size=config.batch_size or default_batch_size(sampling.model),
+        on_step=on_step,
+    )
+    for images in drawn:
+        yield from to_pil(images)
 
 
 def draw(
@@ -176,59 +226,44 @@ def draw(
         InputError: the student, the engine or the output can't be used.
     """
     config = resolve(files, config)
-    assert config.sampler is not None
-    assert config.steps is not None
     check_output(output)
-    opened: AbstractContextManager[Sampling]
-    if config.on_engine:
-        opened = open_engine(config, device)
-    else:
-        assert files is not None
-        target = resolve_device(device)
-        if (lacking := LACKING.get(config.runner)) and (reason := lacking(target)):
-            raise BoostDiffError(reason)
-        opened = nullcontext((open_teacher if config.teacher else open_student)(files, config, target))
     paths: list[Path] = []
-    with opened as sampling:
+    with opened(files, config, device) as sampling:
         prepare_output(output)
         for what, texts in (("prompts", config.prompts), ("negative prompts", [config.negative_prompt or ""])):
             if note := cut_note(sampling.model.pipeline, texts, what):
                 on_note(note)
-        drawn = batches(
-            sampling.model,
-            sampling.denoiser,
-            text=sampling.text,
-            make_scheduler=partial(sampling.model.make_scheduler, config.sampler, spacing=sampling.spacing),
-            steps=config.steps,
-            seed=config.seed,
-            batch_size=config.batch_size or default_batch_size(sampling.model),
-            on_step=on_step,
-        )
-        for images in drawn:
-            for image in to_pil(images):
-                paths.append(_write_png(image, config, len(paths), model=sampling.model.files.name, folder=output))
+        for image in images_of(sampling, config, config.prompts, on_step=on_step):
+            paths.append(_write_png(image, config, len(paths), model=sampling.model.files.name, folder=output))
     return paths
 
 
-def _write_png(image: Image.Image, config: GenerateConfig, index: int, *, model: str, folder: Path) -> Path:
-    """Write the image of one prompt, whole or not at all."""
-    prompt, seed = config.prompts[index], str(config.seed + index)
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
-    if slug.replace("-", " ") != prompt:
-        # Other prompts have the same slug; this one's hash is its alone.
-        slug += f"_{hashlib.sha256(prompt.encode()).hexdigest()[:10]}"
-    role = "teacher" if config.teacher else "student"
+def png_of(image: Image.Image, config: GenerateConfig, prompt: str, *, seed: int, model: str) -> bytes:
+    """A PNG file's content, with prompt and settings in its text chunks."""
     notes = PngInfo()
     for key, value in (
         ("prompt", prompt),
         ("model", model),
         ("sampler", f"{config.sampler}, {config.steps} steps"),
-        ("seed", seed),
+        ("seed", str(seed)),
     ):
         notes.add_itxt(key, value)
+    content = io.BytesIO()
+    image.save(content, format="PNG", pnginfo=notes)
+    return content.getvalue()
+
+
+def _write_png(image: Image.Image, config: GenerateConfig, index: int, *, model: str, folder: Path) -> Path:
+    """Write the image of one prompt, whole or not at all."""
+    prompt, seed = config.prompts[index], config.seed + index
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
+    if slug.replace("-", " ") != prompt:
+        # Other prompts have the same slug; this one's hash is its alone.
+        slug += f"_{hashlib.sha256(prompt.encode()).hexdigest()[:10]}"
+    role = "teacher" if config.teacher else "student"
     folder.mkdir(exist_ok=True)
     path = folder / f"{slug}-{role}-{seed}.png"
     partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    image.save(partial_path, format="PNG", pnginfo=notes)
+    partial_path.write_bytes(png_of(image, config, prompt, seed=seed, model=model))
     partial_path.replace(path)
     return path

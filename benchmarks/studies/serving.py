@@ -14,13 +14,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import psutil
 import typer
 from PIL import Image
 
@@ -32,7 +33,7 @@ from ..config import comma_separated
 from ..report.tables import Table
 from .held_out import Device, Steps
 
-clients_of = comma_separated("--clients", int, "1,4,16")
+clients_of = comma_separated("--clients", int, "1,4,16,64")
 PATIENCE = 600
 """Seconds for a server to start or stop."""
 
@@ -54,17 +55,27 @@ class Answer:
     pixels: np.ndarray | None = None
 
 
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as tried:
+        tried.bind(("127.0.0.1", 0))
+        port: int = tried.getsockname()[1]
+    return port
+
+
 @contextmanager
-def served(*options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def served(*options: str, port: int | None = None) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """`boostdiff serve` with these options on a free port: the process and its URL, once it is ready.
+
+    `port` is that of a configuration file among the options.
 
     Raises:
         BoostDiffError: it ended, or was not ready in time.
     """
-    with socket.socket() as tried:
-        tried.bind(("127.0.0.1", 0))
-        port = tried.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", "boostdiff", "serve", "--port", str(port), *options])  # noqa: S603
+    if port is None:
+        port = free_port()
+        options = ("--port", str(port), *options)
+    server = subprocess.Popen([sys.executable, "-m", "boostdiff", "serve", *options])  # noqa: S603
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until_ready(server, url)
@@ -110,6 +121,16 @@ def ask(url: str, **fields: Any) -> Answer:
     return Answer(status=status, seconds=seconds, batch=image["batch"], pixels=pixels)
 
 
+def memory(server: subprocess.Popen[bytes]) -> float:
+    """MiB that the processes which answer and draw have to themselves."""
+    found = 0
+    for process in psutil.Process(server.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "ServeReplica" in " ".join(process.cmdline()):
+                found += process.memory_full_info().uss
+    return found / 2**20
+
+
 def load(url: str, prompts: Sequence[str], *, clients: int, steps: int) -> tuple[list[Answer], float]:
     """The answers to all prompts, image i of seed i, by so many clients that each wait for theirs; and the seconds."""
     started = time.monotonic()
@@ -130,12 +151,15 @@ def serve(
     engine: Annotated[Path, typer.Option("--engine", help="Folder that `boostdiff export` wrote.")] = Path(
         "outputs/engine"
     ),
-    clients: Annotated[str, typer.Option(help="Clients that ask at once.")] = "1,4,16",
+    clients: Annotated[str, typer.Option(help="Clients that ask at once.")] = "1,4,16,64",
     requests: Annotated[int, typer.Option(min=1, help="Images asked for by each number of clients.")] = 64,
     steps: Steps = 20,
     device: Device = "auto",
 ) -> None:
-    """`boostdiff serve` under load, against the engine called directly in batches."""
+    """`boostdiff serve` under load, against the engine called directly in batches.
+
+    MiB is what the memory of the processes that answer and draw has grown by since the warm-up.
+    """
     numbers = clients_of(clients)
     prompts = list(islice(cycle(read_prompts(embedded.HELD_OUT_PROMPTS)), requests))
     with Engine.load(engine, device=device) as opened:
@@ -143,9 +167,10 @@ def serve(
         started = time.monotonic()
         expected = opened(prompts, steps=steps, seed=0)
         direct = requests / (time.monotonic() - started)
-    rows = [["the engine, directly", f"{direct:.2f}", "100%", "", "", "", "", ""]]
-    with served("--engine", str(engine)) as (_, url):
+    rows = [["the engine, directly", f"{direct:.2f}", "100%", *[""] * 7]]
+    with served("--engine", str(engine)) as (server, url):
         load(url, prompts[:8], clients=8, steps=steps)
+        started_with = memory(server)
         for number in numbers:
             answers, seconds = load(url, prompts, clients=number, steps=steps)
             times = sorted(answer.seconds for answer in answers)
@@ -159,10 +184,23 @@ def serve(
                     f"{rate / direct:.0%}",
                     f"{statistics.median(times):.2f}",
                     f"{times[int(0.95 * len(times))]:.2f}",
+                    f"{times[int(0.99 * len(times))]:.2f}",
                     f"{statistics.mean(answer.batch for answer in answers):.1f}",
                     str(wrong),
                     str(sum(answer.status != 200 for answer in answers)),
+                    f"{memory(server) - started_with:+.0f}",
                 ]
             )
-    headings = ["", "images per second", "of direct", "p50 s", "p95 s", "batch", "wrong images", "errors"]
+    headings = [
+        "",
+        "images per second",
+        "of direct",
+        "p50 s",
+        "p95 s",
+        "p99 s",
+        "batch",
+        "wrong images",
+        "errors",
+        "MiB",
+    ]
     print(Table(headings=headings, cells=rows).markdown())

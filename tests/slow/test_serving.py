@@ -1,5 +1,6 @@
 """`boostdiff serve` on Ray: the official client, a replica killed under load, and a stop while it draws."""
 
+import json
 import os
 import signal
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from boostdiff.benchmarks.studies.serving import ask, is_right, load, served, wait_until_ready
+from boostdiff.benchmarks.studies.serving import ask, free_port, is_right, load, served, wait_until_ready
 from boostdiff.engine.exported import Engine
 from tiny import PROMPTS
 
@@ -18,10 +19,10 @@ STEPS = 60
 """Many, so that there is time to kill."""
 
 
-def replicas(server: psutil.Process) -> list[psutil.Process]:
-    """The processes of this server alone that draw."""
+def replicas(parent: psutil.Process) -> list[psutil.Process]:
+    """The processes that draw, of this server or this machine's raylet alone."""
     found = []
-    for process in server.children(recursive=True):
+    for process in parent.children(recursive=True):
         try:
             if "ServeReplica:boostdiff:model-0" in " ".join(process.cmdline()):
                 found.append(process)
@@ -79,3 +80,51 @@ def test_serving(engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> N
             answers, _ = loaded.result()
         assert all(is_right(answer, image) for answer, image in zip(answers, expected, strict=False))
         assert server.wait(120) == 0
+
+
+def test_two_machines_of_which_one_is_lost(
+    engines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The configuration of a cluster, as docs/serving has it, over two local nodes."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    engine, port = engines["lora"].resolve(), free_port()
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(96)]
+    with Engine.load(engine, runner="onnx", device="cpu") as opened:
+        expected = opened(prompts, steps=STEPS, seed=0)
+    model = {
+        "name": "tiny",
+        "engine": str(engine),
+        "runner": "onnx",
+        "device": "cpu",
+        "deployment": {"num_replicas": 2, "ray_actor_options": {"num_cpus": 1}},
+    }
+    application = {
+        "name": "boostdiff",
+        "import_path": "boostdiff.serve.deployment:build",
+        "args": {"models": [model], "api_replicas": 2},
+    }
+    config = tmp_path / "serve.yaml"
+    # JSON is YAML.
+    config.write_text(json.dumps({"http_options": {"port": port}, "applications": [application]}))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        nodes = [cluster.head_node, cluster.add_node(num_cpus=1)]
+        raylets = [psutil.Process(node.all_processes["raylet"][0].process.pid) for node in nodes]
+        with served("--config", str(config), "--address", cluster.address, port=port) as (server, url):
+            assert [len(replicas(raylet)) for raylet in raylets] == [1, 1], "the replicas are not spread"
+            with ThreadPoolExecutor(1) as pool:
+                loaded = pool.submit(load, url, prompts, clients=8, steps=STEPS)
+                time.sleep(1)
+                cluster.remove_node(nodes[1], allow_graceful=False)
+                answers, _ = loaded.result()
+            lost = [number for number, answer in enumerate(answers) if answer.status != 200]
+            print(f"{len(lost)} of {len(answers)} requests got an error: {sorted({answers[i].status for i in lost})}")
+            assert all(answers[number].status >= 500 for number in lost)
+            assert all(is_right(answers[i], expected[i]) for i in range(len(answers)) if i not in lost)
+            wait_until_ready(server, url)
+            for number in lost:
+                assert is_right(ask(url, prompt=prompts[number], seed=number, steps=STEPS), expected[number])
+    finally:
+        cluster.shutdown()
