@@ -1,8 +1,8 @@
 """Live negative prompts: a student that takes a prompt and a negative prompt in one pass.
 
 Its cross-attention reads both texts, apart: a = a_n + s (a_c − a_n), where a_c attends to the prompt and a_n to the
-negative prompt. The scale s is learned, one per head, and depends on the timestep (and, of a guidance-conditioned
-student, on w), since it is read off the UNet's time embedding.
+negative prompt. The scale s is learned, one per head, and depends on the timestep, since it is read off the UNet's time
+embedding. Of a guidance-conditioned student s − 1 grows as w − 1, as what the student has to learn does.
 
 In a stock diffusers pipeline: `LiveNegative.load(pipe.unet, folder)`, and as `prompt_embeds` the negative prompt's
 embeddings and the prompt's, joined along the tokens in this order, with `guidance_scale=1`.
@@ -27,7 +27,7 @@ from .errors import InputError
 LIVE_FILE = "negative_attention.safetensors"
 
 INITIAL_SCALE = 1.2
-"""s before training: 1 is attention to the prompt alone, more leads away from the negative prompt."""
+"""s before training, of a range at w = 3: 1 is attention to the prompt alone, more leads away from the other text."""
 
 GAIN = 10.0
 """Factor of what is trained in s: a few numbers that must move far at the learning rate of a whole LoRA."""
@@ -39,19 +39,28 @@ class _Shared:
     Attributes:
         enabled: whether the UNet is the student; else it attends as the base does.
         time_embedding: the newest, `(B, E)`: attention processors are not given it.
+        growth: the newest (w − 1) / 2, `(B, 1)`, of a guidance-conditioned student, else None.
     """
 
     def __init__(self) -> None:
         self.enabled = True
         self.time_embedding: torch.Tensor | None = None
+        self.growth: torch.Tensor | None = None
 
     def __call__(self, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
         """As a forward hook of the UNet's `time_embedding`."""
         self.time_embedding = output
+        embedding = inputs[1] if len(inputs) > 1 else None
+        if embedding is None:
+            self.growth = None
+            return
+        # The slowest sine of the guidance embedding, sin((w − 1) / 10).
+        slowest = embedding.shape[1] // 2 - 1
+        self.growth = 5 * embedding[:, slowest : slowest + 1]
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the UNet has no use for another's activations, which torch can't copy while they carry gradients.
-        return {"enabled": self.enabled, "time_embedding": None}
+        return {"enabled": self.enabled, "time_embedding": None, "growth": None}
 
 
 class LiveNegativeAttention(torch.nn.Module):
@@ -59,7 +68,7 @@ class LiveNegativeAttention(torch.nn.Module):
 
     Attributes:
         stock: the processor that was there before; decides how attention is computed.
-        scale: `(heads,)`, what is added to `INITIAL_SCALE`, over `GAIN`.
+        scale: `(heads,)`, what is added to `INITIAL_SCALE`, over `GAIN`; of a range at w = 3.
         slope: `(heads, E)`, the same per column of the time embedding.
     """
 
@@ -99,7 +108,8 @@ class LiveNegativeAttention(torch.nn.Module):
             for key, value in zip(keys, values, strict=True)
         )
         embedding = torch.nn.functional.silu(self.shared.time_embedding)
-        scale = INITIAL_SCALE + GAIN * (self.scale + embedding @ self.slope.T)
+        scale = INITIAL_SCALE - 1 + GAIN * (self.scale + embedding @ self.slope.T)
+        scale = 1 + (scale if self.shared.growth is None else self.shared.growth * scale)
         attended = negative + scale[:, :, None, None].to(prompt.dtype) * (prompt - negative)
         dropout = attn.to_out[1]
         return dropout(attn.to_out[0](attended.transpose(1, 2).flatten(2))) / attn.rescale_output_factor

@@ -1,5 +1,6 @@
 """Students of live negative prompts: from training to a stock pipeline and an exported engine."""
 
+import copy
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from boostdiff.engine.config import GenerateConfig
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.exported import Engine
 from boostdiff.engine.generate import draw
+from boostdiff.engine.guidance import guidance_embedding
 from boostdiff.engine.guidance_input import make_adapter
 from boostdiff.engine.live_negative import INITIAL_SCALE, LIVE_FILE, LiveNegative, LiveNegativeAttention
 from boostdiff.engine.merge import merge, merge_in_place
@@ -96,6 +98,27 @@ def test_without_training_only_the_scale_leads_away(tiny: Model) -> None:
     assert torch.equal(again, both)
     with pytest.raises(ValueError, match=r"takes both texts as one: torch.cat\(\[negative, prompt\], dim=1\)"):
         tiny.denoiser(z_t, 500, encoder_hidden_states=torch.zeros(2, 7, 32))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("w", [1.0, 1.5, 5.0])
+def test_of_a_range_the_scale_grows_as_w_minus_1(tiny: Model, w: float) -> None:
+    """It predicts what a student of one scale does whose s − 1 is (w − 1) / 2 times what it is at w = 3."""
+    text, z_t = encoded(tiny, "two green birds", 2), torch.randn(2, *tiny.latent_shape)
+    fixed, ranged = (copy.deepcopy(tiny.denoiser) for _ in range(2))
+    alone = make_adapter("lora", fixed, live_negative_prompt=True)
+    assert isinstance(alone, LiveNegative)
+    for processor in alone.processors.values():
+        processor.scale.fill_((1 + 0.2 * (w - 1) / 2 - INITIAL_SCALE) / 10)
+    make_adapter("lora", ranged, guidance_input=True, live_negative_prompt=True)
+    embedding = guidance_embedding(torch.tensor([w, w]), ranged.config.time_cond_proj_dim)
+    joined = text.joined().tensors()
+    got = ranged(z_t, 500, timestep_cond=embedding, **joined, return_dict=False)[0]
+    expected = fixed(z_t, 500, **joined, return_dict=False)[0]
+    plain = tiny.denoiser(z_t, 500, **text.conditional.tensors(), return_dict=False)[0]
+    # The sine is below its angle, by 2.6% at w = 5.
+    assert (got - expected).norm() <= 0.03 * (expected - plain).norm() + 1e-5
+    assert torch.allclose(got, plain, atol=1e-5) == (w == 1)
 
 
 @torch.no_grad()
