@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -16,6 +18,9 @@ from .errors import BoostDiffError, InputError, one_line
 from .generate import Sampling, opened
 from .shards import Job, draw_shard
 from .terminal import quiet_libraries
+
+PATIENCE = 10
+"""Seconds for a cluster to take a connection."""
 
 ATTEMPTS = 3
 """Workers that are lost over one shard, or one after the other before they are ready, until it is no accident."""
@@ -35,18 +40,27 @@ class Worker:
         return draw_shard(self._sampling, self._job, shard)
 
 
-def start_ray(address: str) -> None:
-    """Connect to a cluster by its address, "auto" or "local", which starts Ray on this machine alone.
+def start_ray(address: str, *, cpus: int | None = None) -> None:
+    """Connect to a cluster by its address or "auto"; "local" starts Ray on this machine alone.
+
+    Args:
+        address: "auto", "local", HOST:PORT or ray://HOST:PORT.
+        cpus: those that Ray counts on where it is started; None takes all of this process.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such cluster.
     """
     # Ray would send its statistics of use to its makers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    here = {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False} if address == "local" else {}
+    started: dict[str, Any] = {}
+    if address == "local":
+        started = {"num_cpus": cpus or len(os.sched_getaffinity(0)), "include_dashboard": False}
     try:
-        ray.init(address=address, log_to_driver=False, configure_logging=False, **here)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        if found := re.fullmatch(r"(?:ray://)?\[?([^\[\]]+?)\]?:(\d{1,5})", address):
+            # Ray itself tries for minutes.
+            socket.create_connection((found[1], int(found[2])), timeout=PATIENCE).close()
+        ray.init(address=address, log_to_driver=False, configure_logging=False, **started)
+    except (OSError, RuntimeError, ValueError, OverflowError) as error:
         raise InputError(f"can't reach a Ray cluster at {address!r}: {one_line(error)}") from None
     logging.getLogger("ray").setLevel(logging.WARNING)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 import urllib.request
 from collections.abc import AsyncIterator
@@ -24,6 +23,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from ..engine.errors import InputError
+from ..engine.ray_workers import start_ray
 from ..engine.terminal import quiet_libraries
 from .api import OverloadedError, Traffic, make_app
 from .image_model import Description, Drawn, Job, name_of, open_model
@@ -169,15 +169,12 @@ def run(settings: ServerSettings, *, host: str, port: int, address: str | None, 
         port: its port.
         address: of a running Ray cluster; None starts Ray here, for this machine alone.
         cpus: CPUs that Ray counts on here, where it is started.
+
+    Raises:
+        InputError: there is no such cluster, or see `build`.
     """
     application = build(settings)
-    # Ray would send its statistics of use to its makers.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    started: dict[str, Any] = {"address": address}
-    if address is None:
-        started = {"num_cpus": cpus, "include_dashboard": False}
-    ray.init(log_to_driver=False, configure_logging=False, **started)
-    logging.getLogger("ray").setLevel(logging.WARNING)
+    start_ray("local" if address is None else address, cpus=cpus)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(http_options={"host": host, "port": port, "request_timeout_s": settings.limits.seconds + 30})

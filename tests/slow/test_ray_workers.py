@@ -75,13 +75,18 @@ def test_the_same_files_whatever_is_killed(engines: dict[str, Path], tmp_path: P
     assert not list(output.glob(".*partial"))
 
 
-def test_no_cluster_there(engines: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nowhere.invalid:6379", "auto", "127.0.0.1:99999"]
+)
+def test_no_cluster_there(engines: dict[str, Path], tmp_path: Path, address: str) -> None:
     (tmp_path / "prompts.txt").write_text("a red cat")
     ran = subprocess.run(
-        command(engines["lora"], tmp_path / "prompts.txt", tmp_path / "out", "--ray", "127.0.0.1:1"),
+        command(engines["lora"], tmp_path / "prompts.txt", tmp_path / "out", "--ray", address),
         capture_output=True,
         text=True,
+        timeout=120,
     )
     assert ran.returncode == 2
-    assert "can't reach a Ray cluster" in ran.stderr
-    assert "Traceback" not in ran.stderr
+    assert ran.stderr.startswith(f"boostdiff: error: can't reach a Ray cluster at '{address}'")
+    assert ran.stderr.count("\n") == 1
+    assert not ran.stdout
