@@ -93,7 +93,7 @@ class Job:
             "images_per_shard": self.shard_size,
             "prompts": hash_of(self.config.prompts),
             "weights": weights,
-            **{key: str(value) for key, value in options.items()},
+            **options,
         }
 
 
