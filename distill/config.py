@@ -139,6 +139,13 @@ class DistillConfig(GuiderOptions):
         Path | None,
         typer.Option(show_default="none: one is trained first", help="Student that --few-steps begins with."),
     ] = None
+    base_precision: Annotated[
+        Literal["int8"] | None,
+        typer.Option(
+            show_default="that of --precision",
+            help="Precision of the frozen linear layers' weights: int8 takes half of bf16's memory.",
+        ),
+    ] = None
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"],
         typer.Option(show_default="bf16 where the device has it, else fp32", help="Precision of the forward passes."),
@@ -174,6 +181,9 @@ class DistillConfig(GuiderOptions):
             )
         if self.method != "soft-prompt":
             refuse_unused(self, f"with --method {self.method}", "tokens")
+        if self.base_precision and (self.method not in ("lora", "bitfit") or self.few_steps):
+            with_it = "--few-steps" if self.few_steps else f"--method {self.method}"
+            raise InputError(f"--base-precision {self.base_precision} does not go with {with_it}")
         if self.few_steps is None:
             refuse_unused(self, "without --few-steps", "stage_updates", "start_from")
         if self.start_from:

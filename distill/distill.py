@@ -21,13 +21,13 @@ from ..engine.compiled import has_bfloat16, missing_compiler, use_plain_attentio
 from ..engine.conditions import TextEmbeddings
 from ..engine.errors import InputError
 from ..engine.files import prepare_output, publish
-from ..engine.guidance_input import make_adapter
 from ..engine.model import LARGE_PARAMETERS, Model, ModelFiles, load, resolve_device
 from ..engine.options import refuse_unused
 from ..engine.prompts import cut_note, read_prompts
 from ..engine.student import INFO_FILE, StudentInfo
 from .captioned_images import CaptionedImages
 from .config import DistillConfig, RunConfig
+from .counts import adapter_of, base_dtype, count_parameters, memory_needed
 from .few_steps import FrozenStudent, Stage, adopted, check_stages, train_in_stages
 from .images import ImageData
 from .loop import Observers, Run
@@ -70,30 +70,6 @@ def dry(files: ModelFiles, config: DistillConfig, execution: RunConfig, device: 
     counted = count_parameters(files, config)
     memory = memory_needed(files, config, execution, counted["trainable_parameters"], device)
     return config.as_json() | execution.as_json() | counted | {"memory_bytes": memory}
-
-
-TRAINED_BYTES = 16
-"""Per trained parameter: weight, gradient and AdamW's two moments, in float32."""
-
-
-def memory_needed(
-    files: ModelFiles, config: DistillConfig, execution: RunConfig, trained: int, device: torch.device
-) -> dict[str, int]:
-    """Bytes of memory by part, counted from configurations; activations are not in it."""
-    each = torch.finfo(_dtype(config, device)).bits // 8
-    parts = {name: each * count for name, count in files.parameters().items()}
-    if execution.cache_text is not None:
-        parts = {name: size for name, size in parts.items() if name not in files.family.text_encoders}
-    return parts | {"adapter": TRAINED_BYTES * trained}
-
-
-def count_parameters(files: ModelFiles, config: DistillConfig) -> dict[str, int]:
-    """Parameters that would be trained, and those of the denoiser without an adapter; see `dry`."""
-    denoiser = files.empty_denoiser().requires_grad_(False)
-    total = sum(p.numel() for p in denoiser.parameters())
-    with torch.device("meta"):
-        adapter = _adapter(denoiser, config)
-    return {"trainable_parameters": adapter.count(), "total_parameters": total}
 
 
 def distill(
@@ -233,6 +209,8 @@ def plan(
         if files.denoiser_config.get("upcast_attention"):
             # Autocast takes back the upcast.
             raise InputError(f"the attention of {files.name} overflows in fp16: choose --precision bf16 or fp32")
+    if config.base_precision is not None and find_spec("torchao") is None:
+        raise InputError("--base-precision needs torchao: pip install 'boostdiff[quantize]'")
     if execution.compile and (reason := missing_compiler(device)):
         raise InputError(f"--compile: {reason}")
     if config.images is None:
@@ -262,7 +240,7 @@ def _run(
     # Prompts that stand far apart show more than the first few of a sorted list.
     shown = prompts[:: max(1, len(prompts) // PREVIEW_ROWS)][:PREVIEW_ROWS]
     if execution.cache_text is not None:
-        store = TextStore(execution.cache_text, files, _dtype(config, device))
+        store = TextStore(execution.cache_text, files, base_dtype(config, device))
         with accelerator.main_process_first():
             encoded = store.fill(prompts, [negative], device)
         observers.note(f"{encoded} texts encoded into {execution.cache_text}")
@@ -317,36 +295,23 @@ def _load(
     files: ModelFiles, config: DistillConfig, execution: RunConfig, device: torch.device
 ) -> tuple[Model, Adapter]:
     """The model in the run's precision, and a new adapter on its denoiser."""
-    model = load(files, device=device, dtype=_dtype(config, device), text_encoders=execution.cache_text is None)
+    model = load(
+        files,
+        device=device,
+        dtype=base_dtype(config, device),
+        text_encoders=execution.cache_text is None,
+        int8=config.base_precision == "int8",
+    )
     if device.type == "cuda":
         # Half-precision convolutions run on tensor cores in this order alone.
         model.denoiser.to(memory_format=torch.channels_last)
     if device.type == "cpu" and config.precision != "fp32":
         use_plain_attention(model.denoiser)
     torch.manual_seed(config.seed)
-    adapter = _adapter(model.denoiser, config)
+    adapter = adapter_of(model.denoiser, config)
     if execution.gradient_checkpointing:
         model.denoiser.enable_gradient_checkpointing()
     return model, adapter
-
-
-def _dtype(config: DistillConfig, device: torch.device) -> torch.dtype:
-    """The frozen weights' precision."""
-    half = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-    return torch.float32 if device.type == "cpu" else half
-
-
-def _adapter(denoiser: Any, config: DistillConfig) -> Adapter:
-    return make_adapter(
-        config.method,
-        denoiser,
-        rank=config.rank,
-        alpha=config.alpha,
-        targets=config.targets,
-        tokens=config.tokens,
-        guidance_input=config.guidance_conditioned,
-        live_negative_prompt=config.live_negative_prompt,
-    )
 
 
 def _accelerator(config: DistillConfig, target: torch.device, folder: Path, log_with: str | None) -> Accelerator:

@@ -244,9 +244,22 @@ def _download(model: str, *, weights: bool) -> Path:
 
 
 def load(
-    files: ModelFiles, *, device: torch.device, dtype: torch.dtype | None = None, text_encoders: bool = True
+    files: ModelFiles,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    text_encoders: bool = True,
+    int8: bool = False,
 ) -> Model:
-    """Load the whole pipeline from safetensors, in `dtype` or by default `default_dtype`; or without text encoders.
+    """Load the whole pipeline from safetensors.
+
+    Args:
+        files: the model.
+        device: where to.
+        dtype: by default `default_dtype`.
+        text_encoders: whether to load them.
+        int8: whether to hold the weights of the denoiser's linear layers in 8 bits, with a scale per output (torchao's
+            `Int8WeightOnlyConfig`); they are multiplied in `dtype`.
 
     Raises:
         InputError: a file is missing, damaged or not safetensors.
@@ -264,6 +277,7 @@ def load(
                 low_cpu_mem_usage=True,
                 **files.absent_parts,
                 **({} if text_encoders else dict.fromkeys(files.family.text_encoders)),
+                **({"quantization_config": _int8(files.family.denoiser)} if int8 else {}),
                 **files.family.load_options,
             )
     except (torch.OutOfMemoryError, MemoryError):
@@ -274,6 +288,14 @@ def load(
     _check_special_tokens(pipeline, files)
     prepare_for_inference(pipeline, files.family)
     return Model(files=files, pipeline=pipeline.to(device))
+
+
+def _int8(part: str) -> Any:
+    # Slow to import, and an optional dependency.
+    from diffusers import PipelineQuantizationConfig, TorchAoConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return PipelineQuantizationConfig(quant_mapping={part: TorchAoConfig(Int8WeightOnlyConfig())})
 
 
 def load_text(files: ModelFiles, names: Iterable[str], *, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
 import sys
@@ -32,6 +33,9 @@ _UsageError: Any = typer.BadParameter.__base__
 
 def quiet_libraries() -> None:
     """Warnings and progress bars of diffusers and transformers help no user."""
+    # diffusers imports torchao where it is installed, which warns of what this machine lacks.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     import diffusers.utils.logging
     import transformers.utils.logging
 

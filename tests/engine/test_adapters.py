@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 from boostdiff.distill.config import DistillConfig
-from boostdiff.distill.distill import count_parameters, distill
+from boostdiff.distill.counts import count_parameters
+from boostdiff.distill.distill import distill
 from boostdiff.distill.loop import Observers
 from boostdiff.engine.adapters import LORA_METHODS, METHODS, Lora
 from boostdiff.engine.errors import InputError

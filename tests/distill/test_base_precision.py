@@ -1,0 +1,144 @@
+"""Base weights in 8 bits while an adapter is trained."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from boostdiff.distill.config import DistillConfig, RunConfig
+from boostdiff.distill.distill import distill, dry
+from boostdiff.distill.loop import Observers
+from boostdiff.engine.adapters import BITFIT_FILE, LORA_FILE
+from boostdiff.engine.config import GenerateConfig
+from boostdiff.engine.errors import BoostDiffError, InputError
+from boostdiff.engine.generate import draw
+from boostdiff.engine.model import ModelFiles, load, locate
+from boostdiff.engine.student import read_student
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import CPU, PROMPTS, make_pipeline, make_sd3_pipeline
+
+SILENT = Observers(preview=False)
+
+
+@pytest.fixture(scope="module", params=["sd", "sd3"])
+def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    folder = tmp_path_factory.mktemp("base") / request.param
+    (make_sd3_pipeline() if request.param == "sd3" else make_pipeline()).save_pretrained(folder)
+    return locate(str(folder))
+
+
+def config_of(prompt_file: Path, **options: object) -> DistillConfig:
+    settings = {"base_precision": "int8", "updates": 12, "batch_size": 2, "learning_rate": 0.02}
+    return DistillConfig(prompts=prompt_file, **settings | options)
+
+
+def trained(files: ModelFiles, config: DistillConfig, folder: Path) -> dict[str, torch.Tensor]:
+    distill(files, config, output=folder, device="cpu", observers=SILENT)
+    return load_file(folder / (BITFIT_FILE if config.method == "bitfit" else LORA_FILE))
+
+
+def test_the_denoisers_linear_layers_alone_are_in_8_bits(files: ModelFiles) -> None:
+    from torchao.quantization import Int8Tensor
+
+    model, full = load(files, device=CPU, int8=True), load(files, device=CPU)
+    weights = {name: m.weight for name, m in model.denoiser.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert weights
+    assert all(isinstance(weight, Int8Tensor) for weight in weights.values())
+    for name, weight in weights.items():
+        own = full.denoiser.get_submodule(name).weight
+        assert (weight.dequantize() - own).abs().max() <= own.abs().max() / 127
+    others = [p for part in ("vae", *files.family.text_encoders) for p in getattr(model.pipeline, part).parameters()]
+    assert not any(isinstance(parameter, Int8Tensor) for parameter in others)
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_the_student_belongs_to_the_model_in_full(
+    files: ModelFiles, prompt_file: Path, tmp_path: Path, method: str
+) -> None:
+    got = trained(files, config_of(prompt_file, method=method), tmp_path / "int8")
+    full = trained(files, config_of(prompt_file, method=method, base_precision=None), tmp_path / "full")
+    assert got.keys() == full.keys()
+    one, other = (torch.cat([tensors[name].flatten() for name in sorted(tensors)]) for tensors in (got, full))
+    assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.9
+    assert not torch.equal(one, other)
+    info = read_student(tmp_path / "int8", files)
+    assert info.settings["base_precision"] == "int8"
+    images = [
+        np.asarray(Image.open(path)).astype(int)
+        for student in ("int8", "full")
+        for path in draw(
+            files,
+            GenerateConfig(prompts=[PROMPTS[0]], student=tmp_path / student, steps=3),
+            output=tmp_path / f"images-{student}",
+            device="cpu",
+        )
+    ]
+    assert images[0].std() > 1
+    assert np.abs(images[0] - images[1]).mean() < 4
+
+
+def test_a_resumed_run_gives_the_same_bytes(files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
+    trained(files, config_of(prompt_file), tmp_path / "whole")
+
+    def stop(report: object) -> None:
+        if report.update == 7:
+            raise KeyboardInterrupt
+
+    observers = Observers(preview=False, on_update=stop)
+    with pytest.raises((KeyboardInterrupt, BoostDiffError)):
+        distill(
+            files,
+            config_of(prompt_file),
+            RunConfig(checkpoint_every=5),
+            output=tmp_path / "resumed",
+            device="cpu",
+            observers=observers,
+        )
+    execution = RunConfig(resume=True)
+    info = distill(
+        files, config_of(prompt_file), execution, output=tmp_path / "resumed", device="cpu", observers=SILENT
+    )
+    assert info.result["resumed_at"] == 5
+    assert (tmp_path / "resumed" / LORA_FILE).read_bytes() == (tmp_path / "whole" / LORA_FILE).read_bytes()
+
+
+def test_memory_is_counted(files: ModelFiles, prompt_file: Path) -> None:
+    """What a dry run counts is what the weights take."""
+
+    def held(int8: bool) -> int:
+        weights = load(files, device=CPU, int8=int8).denoiser.parameters()
+        # An 8-bit tensor is made of two: its numbers and its scales.
+        made_of = ([getattr(p, name) for name in getattr(p, "tensor_data_names", ())] or [p] for p in weights)
+        return sum(tensor.nbytes for tensors in made_of for tensor in tensors)
+
+    for int8 in (False, True):
+        config = config_of(prompt_file, base_precision="int8" if int8 else None)
+        config = config.resolved(in_bfloat16=False, embedded=False)
+        counted = dry(files, config, RunConfig(), CPU)["memory_bytes"][files.family.denoiser]
+        assert counted == held(int8)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "dora"}, "--base-precision int8 does not go with --method dora"),
+        ({"method": "soft-prompt"}, "--base-precision int8 does not go with --method soft-prompt"),
+        ({"few_steps": "8:4"}, "--base-precision int8 does not go with --few-steps"),
+    ],
+)
+def test_what_does_not_go_with_it(prompt_file: Path, options: dict[str, object], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        config_of(prompt_file, **options)
+
+
+def test_torchao_is_not_there(
+    files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "boostdiff.distill.distill.find_spec", lambda name: None if name == "torchao" else find_spec(name)
+    )
+    with pytest.raises(InputError, match=r"pip install 'boostdiff\[quantize\]'"):
+        distill(files, config_of(prompt_file), output=tmp_path / "student", device="cpu", observers=SILENT)
+    assert not (tmp_path / "student").exists()
