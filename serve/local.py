@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from .image_model import Description, Drawn, ImageModel, Job
 
 GATHERING, LONGEST = 0.02, 0.1
-"""A batch waits for others for this share of what the last one took, and for so many seconds at most."""
+"""A batch that is not full waits for others for this share of what the last one took, for so many seconds at most."""
 
 
 class LocalBackend:
@@ -47,15 +47,19 @@ class LocalBackend:
 
     async def _draw_all(self) -> None:
         """Draw until nothing waits, always together with what waits longest."""
+        most = self._model.description.max_batch
         while self._waiting:
-            await asyncio.sleep(min(LONGEST, GATHERING * self._seconds))
-            # Whoever was given up on is not drawn for.
-            self._waiting = [each for each in self._waiting if not each[1].done()]
-            alike = [each for each in self._waiting if each[0].alike == self._waiting[0][0].alike]
-            batch = alike[: self._model.description.max_batch]
+            if len(self._alike()) < most:
+                await asyncio.sleep(min(LONGEST, GATHERING * self._seconds))
+            batch = self._alike()[:most]
             self._waiting = [each for each in self._waiting if each not in batch]
             if batch:
                 await self._draw(*zip(*batch, strict=True))
+
+    def _alike(self) -> list[tuple[Job, asyncio.Future[Drawn]]]:
+        """What can be drawn together with what waits longest; whoever was given up on is not drawn for."""
+        self._waiting = [each for each in self._waiting if not each[1].done()]
+        return [each for each in self._waiting if each[0].alike == self._waiting[0][0].alike]
 
     async def _draw(self, jobs: Sequence[Job], futures: Sequence[asyncio.Future[Drawn]]) -> None:
         try:
