@@ -33,19 +33,20 @@ def guidance_r2(
     students: Students,
     scales: Scales = "1.5,3,5,7.5",
     prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts.")] = 24,
+    model: Annotated[str, typer.Option(help="emoji64, or a folder of a model of the same captions.")] = "emoji64",
 ) -> None:
     """R² of the guidance term, over all timesteps and at each: quick, as no image is sampled.
 
-    On `emoji64`, at every fourth of 16 DDIM steps of the teacher's own trajectories for held-out prompts. Prints a
+    At every fourth of 16 DDIM steps of the teacher's own trajectories for held-out prompts. Prints a
     Markdown table: 1 is the guided teacher, 0 the unguided one, a dash where guidance changes nothing.
     """
     rows, headings = [], ["student"]
     for folder in students:
-        with held_out([folder], BenchConfig(samples=prompts)) as (session, _):
-            (student,), model = session.students, session.model
-            text = model.family.encode(model.pipeline, session.prompts[:prompts])
+        with held_out([folder], BenchConfig(samples=prompts), model=model) as (session, _):
+            (student,), loaded = session.students, session.model
+            text = loaded.family.encode(loaded.pipeline, session.prompts[:prompts])
             for scale in scales_for(student, scales_of(scales)):
-                states = trajectory(model, text, scale, session.guider)
+                states = trajectory(loaded, text, scale, session.guider)
                 denoiser = student.info.denoiser(TorchRunner(student.denoiser), scale)
                 r2 = [r2_of(denoiser, part, text) for part in (states, *([state] for state in states))]
                 rows.append(

@@ -60,12 +60,15 @@ def trained(folder: Path, options: Sequence[str]) -> Path:
 
 @contextmanager
 def held_out(
-    students: Sequence[Path], config: BenchConfig, *, work: Path | None = None
+    students: Sequence[Path], config: BenchConfig, *, work: Path | None = None, model: str = embedded.MODEL_NAME
 ) -> Iterator[tuple[Session, SampleCache]]:
-    """The embedded model and students on the same held-out prompts, seeds and noise, and the cache of their samples."""
+    """The embedded model and students on the same held-out prompts, seeds and noise, and the cache of their samples.
+
+    `model` is another one in its place, made for the same captions.
+    """
     config = with_sampling(config, students)
     prompts, metrics = read_prompts(embedded.HELD_OUT_PROMPTS), Metrics().for_model(embedded.MODEL_NAME)
-    files = locate(embedded.MODEL_NAME)
+    files = locate(model)
     with Session.open(files, config, students=students, guidance=None, prompts=prompts, device="auto") as session:
         session = session.at(str(config.sampler), config.steps or STEPS)
         yield session, session.sample_cache(metrics, folder=work and work / "features")
