@@ -14,7 +14,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """What every byte of the shards depends on, as far as it does not depend on the machine."""
-        options = {key: value for key, value in asdict(self.config).items() if key not in CONTENT}
+        options = {key: value for key, value in vars(self.config).items() if key not in CONTENT}
         if self.config.on_engine:
             weights = hash_of(read_manifest(self.config.engine or Path("outputs/engine")).files)
         else:

@@ -17,7 +17,7 @@ from ..engine.terminal import console, quiet_libraries
 from .config import ServeConfig, read_config
 
 RAY_SERVE = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1"}
-"""Read when Ray Serve is imported: without, it takes a tenth of two cores beside small images."""
+"""Read when Ray Serve is imported; its own work counts where images are small and cores few."""
 
 
 @options_of(ServeConfig)

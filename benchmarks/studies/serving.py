@@ -55,6 +55,16 @@ class Answer:
     pixels: np.ndarray | None = None
 
 
+@dataclass(frozen=True)
+class Load:
+    """What one number of clients was answered, in how many seconds, and by how many MiB memory had grown then."""
+
+    clients: int
+    answers: list[Answer]
+    seconds: float
+    grown: float
+
+
 def free_port() -> int:
     """A port of the loopback that nobody listens on."""
     with socket.socket() as tried:
@@ -162,51 +172,47 @@ def serve(
     """
     numbers = clients_of(clients)
     prompts = list(islice(cycle(read_prompts(embedded.HELD_OUT_PROMPTS)), requests))
-    rows = []
-    with Engine.load(engine, device=device) as opened, served("--engine", str(engine)) as (server, url):
+    loads: list[Load] = []
+    with Engine.load(engine, device=device) as opened:
 
         def directly() -> tuple[list[Image.Image], float]:
             started = time.monotonic()
             return opened(prompts, steps=steps, seed=0), time.monotonic() - started
 
         opened(prompts[:8], steps=steps)
-        load(url, prompts[:8], clients=8, steps=steps)
-        started_with, (expected, before) = memory(server), directly()
-        for number in numbers:
-            answers, seconds = load(url, prompts, clients=number, steps=steps)
-            # Directly before and after: the pace of a machine that others use, too, changes.
-            _, after = directly()
-            direct, before = 2 * requests / (before + after), after
-            times = sorted(answer.seconds for answer in answers)
-            right = [is_right(answer, image) for answer, image in zip(answers, expected, strict=True)]
-            wrong = sum(answer.status == 200 and not good for answer, good in zip(answers, right, strict=True))
-            rate = sum(right) / seconds
-            rows.append(
-                [
-                    f"{number} clients",
-                    f"{rate:.2f}",
-                    f"{direct:.2f}",
-                    f"{rate / direct:.0%}",
-                    f"{statistics.median(times):.2f}",
-                    f"{times[int(0.95 * len(times))]:.2f}",
-                    f"{times[int(0.99 * len(times))]:.2f}",
-                    f"{statistics.mean(answer.batch for answer in answers):.1f}",
-                    str(wrong),
-                    str(sum(answer.status != 200 for answer in answers)),
-                    f"{memory(server) - started_with:+.0f}",
-                ]
-            )
-    headings = [
-        "",
-        "images per second",
-        "directly",
-        "share",
-        "p50 s",
-        "p95 s",
-        "p99 s",
-        "batch",
-        "wrong images",
-        "errors",
-        "MiB",
-    ]
-    print(Table(headings=headings, cells=rows).markdown())
+        expected, before = directly()
+        with served("--engine", str(engine)) as (server, url):
+            load(url, prompts[:8], clients=8, steps=steps)
+            started_with = memory(server)
+            for number in numbers:
+                answers, seconds = load(url, prompts, clients=number, steps=steps)
+                loads.append(Load(number, answers, seconds, memory(server) - started_with))
+        # Without a server, whose processes take some of the machine when they have nothing to do, too.
+        _, after = directly()
+    direct = 2 * requests / (before + after)
+    print(f"The engine directly, before and after the server: {requests / before:.2f}, {requests / after:.2f}\n")
+    print(_table(loads, expected, direct).markdown())
+
+
+def _table(loads: Sequence[Load], expected: Sequence[Image.Image], direct: float) -> Table:
+    rows = []
+    for each in loads:
+        times = sorted(answer.seconds for answer in each.answers)
+        right = [is_right(answer, image) for answer, image in zip(each.answers, expected, strict=True)]
+        wrong = sum(answer.status == 200 and not good for answer, good in zip(each.answers, right, strict=True))
+        rate = sum(right) / each.seconds
+        rows.append(
+            [
+                f"{each.clients}",
+                f"{rate:.2f}",
+                f"{rate / direct:.0%}",
+                *(f"{times[int(share * len(times))]:.2f}" for share in (0.5, 0.95, 0.99)),
+                f"{statistics.mean(answer.batch for answer in each.answers):.1f}",
+                str(wrong),
+                str(sum(answer.status != 200 for answer in each.answers)),
+                f"{each.grown:+.0f}",
+            ]
+        )
+    latencies = ["p50 s", "p95 s", "p99 s"]
+    headings = ["clients", "images per second", "of directly", *latencies, "batch", "wrong images", "errors", "MiB"]
+    return Table(headings=headings, cells=rows)

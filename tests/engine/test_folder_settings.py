@@ -123,6 +123,7 @@ FOLDERS = [
     Folder(setting="`prediction_type` v_prediction", files=betas(prediction_type="v_prediction")),
     Folder(setting="`prediction_type` sample", files=betas(prediction_type="sample")),
     Folder(setting="`prediction_type` flow_prediction", files=betas(prediction_type="flow_prediction"), refused=True),
+    Folder(setting="`shift` beside betas", files=betas(shift=3.0), plain=True, note="no setting of these schedulers"),
     Folder(setting="flow matching, `DPMSolverMultistepScheduler`", samplers=FLOW,
            change=scheduled("DPMSolverMultistepScheduler", **FLOW_SIGMAS)),
     Folder(setting="flow matching, `UniPCMultistepScheduler`, `flow_shift` 3", samplers=FLOW, xl=True,

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from boostdiff.benchmarks.studies.serving import ask, free_port, is_right, load, served, wait_until_ready
+from boostdiff.benchmarks.studies.serving import Answer, ask, free_port, is_right, load, served, wait_until_ready
 from boostdiff.engine.exported import Engine
+from PIL import Image
 from tiny import PROMPTS
 
 pytest.importorskip("ray", reason="the extra serve has it")
@@ -29,6 +30,15 @@ def replicas(parent: psutil.Process) -> list[psutil.Process]:
         except psutil.NoSuchProcess:
             continue
     return found
+
+
+def lost_of(answers: list[Answer], expected: list[Image.Image]) -> list[int]:
+    """Numbers of the requests that got an error, which says to try again; all others have the engine's own image."""
+    lost = [number for number, answer in enumerate(answers) if answer.status != 200]
+    print(f"{len(lost)} of {len(answers)} requests got an error: {sorted({answers[i].status for i in lost})}")
+    assert all(answers[number].status >= 500 for number in lost)
+    assert all(is_right(answers[i], expected[i]) for i in range(len(answers)) if i not in lost)
+    return lost
 
 
 def test_serving(engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,10 +73,7 @@ def test_serving(engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> N
             time.sleep(1)
             victim.kill()
             answers, _ = loaded.result()
-        lost = [number for number, answer in enumerate(answers) if answer.status != 200]
-        print(f"{len(lost)} of {len(answers)} requests got an error: {sorted({answers[i].status for i in lost})}")
-        assert all(answers[number].status >= 500 for number in lost)
-        assert all(is_right(answers[i], expected[i]) for i in range(len(answers)) if i not in lost)
+        lost = lost_of(answers, expected)
         wait_until_ready(server, url)
         assert replicas(process) != [victim]
         for number in lost:
@@ -119,10 +126,7 @@ def test_two_machines_of_which_one_is_lost(
                 time.sleep(1)
                 cluster.remove_node(nodes[1], allow_graceful=False)
                 answers, _ = loaded.result()
-            lost = [number for number, answer in enumerate(answers) if answer.status != 200]
-            print(f"{len(lost)} of {len(answers)} requests got an error: {sorted({answers[i].status for i in lost})}")
-            assert all(answers[number].status >= 500 for number in lost)
-            assert all(is_right(answers[i], expected[i]) for i in range(len(answers)) if i not in lost)
+            lost = lost_of(answers, expected)
             wait_until_ready(server, url)
             for number in lost:
                 assert is_right(ask(url, prompt=prompts[number], seed=number, steps=STEPS), expected[number])
