@@ -51,7 +51,7 @@ def generate(
             "--ray",
             metavar="ADDRESS",
             show_default="none",
-            help="Draw shards over a Ray cluster: auto, HOST:PORT or ray://…; local starts Ray here.",
+            help="Draw shards over a Ray cluster: auto or HOST:PORT; local starts Ray here.",
         ),
     ] = None,
     workers: Annotated[

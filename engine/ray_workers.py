@@ -44,7 +44,7 @@ def start_ray(address: str, *, cpus: int | None = None) -> None:
     """Connect to a cluster by its address or "auto"; "local" starts Ray on this machine alone.
 
     Args:
-        address: "auto", "local", HOST:PORT or ray://HOST:PORT.
+        address: "auto", "local" or HOST:PORT.
         cpus: those that Ray counts on where it is started; None takes all of this process.
 
     Raises:

@@ -27,7 +27,7 @@ class ServeConfig:
     ] = None
     address: Annotated[
         str | None,
-        typer.Option(show_default="start one here", help="Ray cluster to serve on: auto, HOST:PORT or ray://…"),
+        typer.Option(show_default="start one here", help="Ray cluster to serve on: auto or HOST:PORT."),
     ] = None
     engine: Annotated[
         Path | None, typer.Option(show_default="outputs/engine", help="Folder that `boostdiff export` wrote.")
