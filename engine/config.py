@@ -80,7 +80,7 @@ class GenerateConfig(GuiderOptions):
         ),
     ] = "torch"
     precision: Annotated[
-        Literal["fp32", "fp16", "int8"] | None,
+        Literal["fp32", "fp16", "int8", "fp8"] | None,
         typer.Option(
             show_default="fp32 or fp16, what the device is faster at", help="Precision of the onnx runner's UNet."
         ),

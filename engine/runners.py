@@ -29,8 +29,16 @@ from .trt import TensorRTSession, check_plan
 DENOISER_OUTPUT = "out_sample"
 """Name of the prediction in an exported denoiser, as Optimum's pipelines look for a UNet's."""
 
-MADE_BY = {"fp32": "--precision both", "fp16": "--precision both", "int8": "--quantize int8"}
+MADE_BY = {
+    "fp32": "--precision both",
+    "fp16": "--precision both",
+    "int8": "--quantize int8",
+    "fp8": "--trt --quantize fp8",
+}
 """Precisions of ONNX graphs, and the option of `boostdiff export` that makes them."""
+
+QUANTIZED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+"""What 8-bit graphs compute in."""
 
 
 class Runner(AbstractContextManager["Runner"]):
@@ -140,7 +148,7 @@ class GraphRunner(Runner):
     ) -> None:
         """Take over the session of a denoiser's graph; it is closed with the runner.
 
-        `precision` "int8" is for a graph that computes in another dtype than its inputs'.
+        `precision` "int8" or "fp8" is for a graph that computes in another dtype than its inputs'.
         """
         self.session, self.family = session, family
         self.name, self.device = session.name, session.device
@@ -148,7 +156,7 @@ class GraphRunner(Runner):
             # Where the stock SDXL pipeline looks for the width of its added conditions.
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
         self.config, self.dtype = FrozenDict(denoiser_config), session.input_types["sample"]
-        self.precision = torch.int8 if precision == "int8" else self.dtype
+        self.precision = QUANTIZED.get(precision or "", self.dtype)
 
     def close(self) -> None:
         self.session.close()
@@ -178,9 +186,9 @@ def open_session(
     Args:
         name: a name in `EXPORTED`; TensorRT needs a GPU.
         part: "unet", "transformer", "text_encoder", "text_encoder_2" or "vae_decoder".
-        precision: "fp32", "fp16" or, if it was quantized, "int8", of an ONNX graph; None takes which of the first two
-            the device is faster at, if it is there. A part other than the denoiser that has no such graph runs in what
-            it has.
+        precision: "fp32", "fp16" or, if it was quantized, "int8" or "fp8", of an ONNX graph; None takes which of the
+            first two the device is faster at, if it is there. A part other than the denoiser that has no such graph
+            runs in what it has.
         lean: see `OnnxSession`.
 
     Raises:

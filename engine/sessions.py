@@ -123,6 +123,9 @@ class OnnxSession(Session):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
+        if path.name.endswith(".fp8.onnx"):
+            # It has no kernels to fuse these into, and moves them to where FP8 may not be.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         # Threads of one session that wait busily for its next run would hold up the others, and torch.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         left_out = []

@@ -87,8 +87,12 @@ class ExportConfig:
     ] = False
 
     quantize: Annotated[
-        Literal["int8"] | None,
-        typer.Option(show_default="off", help="Also write the UNet in 8 bits, for `--runner onnx --precision int8`."),
+        Literal["int8", "fp8"] | None,
+        typer.Option(
+            show_default="off",
+            help="Also write the UNet in 8 bits: [bold]int8[/] for `--runner onnx --precision int8` on CPUs, "
+            "[bold]fp8[/] for the TensorRT engine of the UNet.",
+        ),
     ] = None
     calibration_prompts: Annotated[
         Path | None,
@@ -99,8 +103,10 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if self.quantize and self.precision == "fp16":
-            raise InputError(f"--quantize {self.quantize} starts from the FP32 graph: pass --precision both")
+        if self.quantize == "int8" and self.precision == "fp16":
+            raise InputError("--quantize int8 starts from the FP32 graph: pass --precision both")
+        if self.quantize == "fp8" and not self.trt and self.precision not in ("fp16", "both"):
+            raise InputError("--quantize fp8 starts from the FP16 graph: pass --trt, or --precision both")
         if not self.quantize:
             refuse_unused(self, "without --quantize", "calibration_prompts")
         if self.trt and self.precision == "fp32":
@@ -115,7 +121,7 @@ class ExportConfig:
         """
         chosen = self.precision
         if chosen is None:
-            chosen = ("fp16" if 4 * parameters > LARGE and not self.quantize else "both") if self.trt else "fp32"
+            chosen = ("fp16" if 4 * parameters > LARGE and self.quantize != "int8" else "both") if self.trt else "fp32"
         return ("fp32", "fp16") if chosen == "both" else (chosen,)
 
     def latent_size(self, *, factor: int, multiple: int, default: tuple[int, int]) -> tuple[tuple[int, int], ...]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,10 +24,18 @@ from ..engine.versions import versions
 from .calibration import Calibration, calibration_prompts
 from .config import ExportConfig
 from .diffusers_folder import FOLDER, write_diffusers_folder
-from .graph import FP16_TOLERANCE, FP32_TOLERANCE, compare, exact_float32, graph_signature, onnx_from_part
+from .graph import (
+    FP8_TOLERANCE,
+    FP16_TOLERANCE,
+    FP32_TOLERANCE,
+    compare,
+    exact_float32,
+    graph_signature,
+    onnx_from_part,
+)
 from .parts import Part, denoiser_part, latent_sizes, text_encoder_part, vae_decoder_part
 from .plan import Flavour, choose_flavour, plan_from_onnx, plan_in_a_process
-from .quantize import quantize_unet
+from .quantize import FORMS, quantize_unet
 from .whole import PROMPT, compare_engine, draw_reference
 
 CHECK_PROMPTS = (PROMPT, "noto emoji of octopus on a light blue background")
@@ -76,7 +85,7 @@ def export(
         if config.quantize and files.family.denoiser != "unet":
             raise InputError(f"--quantize is for UNets, not for a {files.family.name} model")
         prompts = calibration_prompts(config, files)
-        flavour = choose_flavour(config.trt_flavour) if config.trt else None
+        flavour = choose_flavour(config.trt_flavour, fp8=config.quantize == "fp8") if config.trt else None
         prepare_output(output, replaces=MANIFEST_FILE)
         manifest = _intended(files, info, config, flavour)
         if prompts:
@@ -108,11 +117,11 @@ def export(
             reference = draw_reference(model, config, info)
             for part in _parts(model, config, precisions):
                 _export_part(part, folder, manifest, precisions, report)
+                if calibration and config.quantize and part.name == manifest.denoiser:
+                    _quantize(folder, manifest, calibration, config.quantize, report, large=part.large)
+                    precisions += (config.quantize,)
                 if flavour is not None:
                     _export_plan(part, folder, manifest, flavour, report)
-            if calibration:
-                _quantize(folder, manifest, calibration, report, large=part.large)
-                precisions += ("int8",)
             compare_engine(folder, manifest, reference, precisions=precisions, device=target, report=report)
         return manifest
 
@@ -216,25 +225,44 @@ def _export_part(
 
 
 def _quantize(
-    folder: Path, manifest: Manifest, calibration: Calibration, report: Callable[[str], None], *, large: bool
+    folder: Path,
+    manifest: Manifest,
+    calibration: Calibration,
+    precision: str,
+    report: Callable[[str], None],
+    *,
+    large: bool,
 ) -> None:
     report("unet: each group of layers is measured in 8 bits")
-    manifest.artefacts["unet/model.int8.onnx"] = entry = quantize_unet(folder, manifest, calibration, large=large)
+    form = FORMS[precision]
+    (graph,) = (name for name, entry in manifest.artefacts.items() if _is_graph(name, entry, "unet", form.source))
+    entry = quantize_unet(folder / graph, manifest, calibration, large=large, form=form)
+    manifest.artefacts[f"unet/model.{precision}.onnx"] = entry
     check, kept = entry["check"], entry["kept"]
     report(
-        f"unet: ONNX INT8 takes the guidance term's R² from {check['r2_fp32']:.3f} to {check['r2']:.3f}; "
-        f"{len(kept)} of {len(kept) + len(entry['quantized'])} groups of layers stay in FP32"
+        f"unet: ONNX {precision.upper()} takes the guidance term's R² from {check['r2_before']:.3f} to "
+        f"{check['r2']:.3f}; {len(kept)} of {len(kept) + len(entry['quantized'])} groups of layers stay in "
+        f"{form.source.upper()}"
     )
 
 
+def _is_graph(name: str, entry: Mapping[str, Any], part: str, precision: str) -> bool:
+    return name.startswith(f"{part}/") and name.endswith(".onnx") and entry["precision"] == precision
+
+
 def _export_plan(part: Part, folder: Path, manifest: Manifest, flavour: Flavour, report: Callable[[str], None]) -> None:
-    # The FP16 graph, where there are two.
-    graph = [folder / name for name in manifest.artefacts if name.startswith(f"{part.name}/model.")][-1]
+    graphs = {
+        precision: folder / name
+        for precision in ("fp8", "fp16", "fp32")
+        for name, entry in manifest.artefacts.items()
+        if _is_graph(name, entry, part.name, precision)
+    }
+    precision, graph = next(iter(graphs.items()))
     plan = graph.with_name("model.plan")
     build = plan_in_a_process if part.large else plan_from_onnx
     entry = {
-        "precision": manifest.artefacts[f"{part.name}/{graph.name}"]["precision"],
-        **build(graph, plan, flavour=flavour, profile=part.profile),
+        "precision": precision,
+        **build(graph, plan, flavour=flavour, profile=part.profile, fp8=precision == "fp8"),
     }
     manifest.artefacts[f"{part.name}/{plan.name}"] = entry
     size = f"{part.name}: plan of {plan.stat().st_size / 1e6:.1f} MB"
@@ -245,5 +273,6 @@ def _export_plan(part: Part, folder: Path, manifest: Manifest, flavour: Flavour,
         report(f"{size}, built, not run ({reason})")
     else:
         with TensorRTSession(plan, artefact=entry) as session:
-            entry["check"] = compare(session, part.planned_cases(), what=part.name, tolerance=FP16_TOLERANCE)
+            tolerance = FP8_TOLERANCE if precision == "fp8" else FP16_TOLERANCE
+            entry["check"] = compare(session, part.planned_cases(), what=part.name, tolerance=tolerance)
         report(f"{size}, differs from torch by {entry['check']['relative']:.1e} of the output's scale")

@@ -20,6 +20,9 @@ from ..engine.errors import BoostDiffError, one_line
 from ..engine.trt import RTX_COMPUTE_CAPABILITIES, TENSORRT_FLAVOURS, load_tensorrt
 from .graph import graph_signature
 
+FP8_CAPABILITY = (8, 9)
+"""Smallest compute capability with FP8."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flavour:
@@ -29,12 +32,21 @@ class Flavour:
     reason: str
 
 
-def choose_flavour(forced: str | None = None) -> Flavour:
+def choose_flavour(forced: str | None = None, *, fp8: bool = False) -> Flavour:
     """The one that the user wants; else TensorRT where there is a GPU and it is installed, or TensorRT for RTX.
 
     Raises:
-        BoostDiffError: neither is installed, or the wanted one can't build here.
+        BoostDiffError: neither is installed, or the wanted one can't build here, or not with FP8.
     """
+    flavour = _choose_flavour(forced)
+    if fp8 and flavour.name == "tensorrt" and (here := torch.cuda.get_device_capability()) < FP8_CAPABILITY:
+        raise BoostDiffError(
+            "FP8 needs a GPU of compute capability {}.{} or newer; this one has {}.{}".format(*FP8_CAPABILITY, *here)
+        )
+    return flavour
+
+
+def _choose_flavour(forced: str | None) -> Flavour:
     installed = {name: importlib.util.find_spec(name) is not None for name in TENSORRT_FLAVOURS}
     gpu = torch.cuda.is_available()
     if forced == "tensorrt" and not gpu:
@@ -56,11 +68,11 @@ def choose_flavour(forced: str | None = None) -> Flavour:
 
 
 def plan_from_onnx(
-    graph: Path, plan: Path, *, flavour: Flavour, profile: dict[str, list[tuple[int, ...]]]
+    graph: Path, plan: Path, *, flavour: Flavour, profile: dict[str, list[tuple[int, ...]]], fp8: bool = False
 ) -> dict[str, Any]:
     """Build a strongly typed plan, whose precision is the graph's; gives its entry for the manifest.
 
-    `profile` is the smallest, best and largest shape of each input.
+    `profile` is the smallest, best and largest shape of each input; `fp8`, whether the graph has FP8 layers.
 
     Raises:
         BoostDiffError: the graph can't be parsed, or the build fails.
@@ -75,8 +87,9 @@ def plan_from_onnx(
     if flavour.name == "tensorrt_rtx":
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
-        capabilities = [f"{major}.{minor}" for major, minor in RTX_COMPUTE_CAPABILITIES]
-        config = CreateConfigRTX(use_gpu=False, compute_capabilities=list(RTX_COMPUTE_CAPABILITIES), profiles=[shapes])
+        built_for = [each for each in RTX_COMPUTE_CAPABILITIES if not fp8 or each >= FP8_CAPABILITY]
+        capabilities = [f"{major}.{minor}" for major, minor in built_for]
+        config = CreateConfigRTX(use_gpu=False, compute_capabilities=built_for, profiles=[shapes])
     else:
         capabilities = ["{}.{}".format(*torch.cuda.get_device_capability())]
         config = CreateConfig(profiles=[shapes])

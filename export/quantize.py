@@ -1,6 +1,7 @@
-"""8-bit UNets: the FP32 graph with Q/DQ nodes, by ONNX Runtime, but for layers that a measurement keeps.
+"""8-bit UNets: a graph with Q/DQ nodes, by ONNX Runtime, but for layers that a measurement keeps.
 
-Q/DQ nodes stand around layers, which stay as they are: runtimes fuse both to 8-bit kernels.
+Q/DQ nodes stand around layers, which stay as they are: runtimes fuse both to 8-bit kernels. INT8 is for ONNX Runtime on
+CPUs and starts from the FP32 graph; FP8 is for TensorRT and starts from the FP16 graph.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import math
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ BUDGET = 0.01
 ERROR_LIMIT, R2_LIMIT = 0.02, 0.02
 """Largest error of the whole graph, and largest loss of R² of the guidance term."""
 
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+"""Largest number of each form; of FP8, e4m3's."""
+
 GROUPS = (
     (r"^(time_embedding|add_embedding)\..*|.*\.time_emb_proj$", "time embeddings"),
     (r"\.attn2\.to_[kv]$", ".attn2.to_k, to_v"),
@@ -42,6 +46,52 @@ GROUPS = (
     (r"\.proj_(in|out)$", ".proj"),
 )
 """Layers that are measured together: patterns of their names, and the group's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What 8 bits are.
+
+    Attributes:
+        precision: "int8" or "fp8".
+        source: precision of the graph that it is made from.
+        weights: their numbers, in words.
+        activations: likewise.
+        options: of ONNX Runtime's `quantize_static`.
+    """
+
+    precision: str
+    source: str
+    weights: str
+    activations: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+INT8 = Form(
+    precision="int8",
+    source="fp32",
+    # Without VNNI, a CPU's 8-bit products of 8-bit weights saturate.
+    weights="int8, 7 bits, per channel",
+    activations="uint8, per tensor",
+    options={"reduce_range": True},
+)
+FP8 = Form(
+    precision="fp8",
+    source="fp16",
+    weights="float8 e4m3, per channel",
+    activations="float8 e4m3, per tensor",
+    # Symmetric, as FP8 has no zero point; weights stay as they are, for `_as_fp8`.
+    options={
+        "extra_options": {
+            "ActivationSymmetric": True,
+            "WeightSymmetric": True,
+            "AddQDQPairToWeight": True,
+            "QuantizeBias": False,
+            "OpTypesToExcludeOutputQuantization": list(LAYERS),
+        }
+    },
+)
+FORMS = {form.precision: form for form in (INT8, FP8)}
 
 
 def layers_of(graph: Path) -> dict[str, list[str]]:
@@ -69,23 +119,34 @@ def groups_of(layers: Iterable[str], *, coarse: bool = False) -> dict[str, list[
 
 
 def quantized(
-    graph: Path, output: Path, nodes: Sequence[str], states: Sequence[dict[str, torch.Tensor]], *, ranges: Path
+    graph: Path,
+    output: Path,
+    nodes: Sequence[str],
+    states: Sequence[dict[str, torch.Tensor]],
+    *,
+    ranges: Path,
+    form: Form = INT8,
 ) -> Path:
-    """Write `output` with these nodes in 8 bits: int8 weights per channel, uint8 activations.
-
-    Weights have 7 bits: without VNNI, a CPU's 8-bit products of 8-bit weights saturate.
+    """Write `output` with these nodes in 8 bits.
 
     Args:
-        graph: FP32.
+        graph: in the form's `source`.
         output: the graph; its weights go beside it.
         nodes: names.
         states: inputs to calibrate on.
         ranges: file of the activations' ranges, made if it isn't there.
+        form: what 8 bits are.
 
     Raises:
         BoostDiffError: ONNX Runtime can't.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    types = {
+        value.name: onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        for value in onnx.load(graph, load_external_data=False).graph.input
+    }
+    activations = QuantType.QUInt8 if form is INT8 else QuantType.QInt8
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
@@ -93,7 +154,7 @@ def quantized(
 
         def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
             state = next(self.states, None)
-            return None if state is None else {name: tensor.contiguous().numpy() for name, tensor in state.items()}
+            return state and {name: tensor.contiguous().numpy().astype(types[name]) for name, tensor in state.items()}
 
     try:
         with quiet_exporter():
@@ -105,12 +166,14 @@ def quantized(
                 op_types_to_quantize=list(LAYERS),
                 nodes_to_quantize=list(nodes),
                 per_channel=True,
-                reduce_range=True,
-                activation_type=QuantType.QUInt8,
+                activation_type=activations,
                 weight_type=QuantType.QInt8,
                 use_external_data_format=True,
                 calibration_cache_path=ranges,
+                **form.options,
             )
+        if form is FP8:
+            _as_fp8(output)
         onnx.checker.check_model(output)
     except Exception as error:
         if is_full_disk(error):
@@ -120,17 +183,62 @@ def quantized(
     return output
 
 
+def _as_fp8(path: Path) -> None:
+    """Turn a graph's symmetric int8 Q/DQ nodes into FP8 of the same ranges, which ONNX Runtime's quantizer can't make.
+
+    Weights become FP8 numbers, in place of the node that would make them.
+    """
+    model = onnx.load(path)
+    graph, fp8 = model.graph, onnx.TensorProto.FLOAT8E4M3FN
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    made: dict[str, onnx.TensorProto] = {}
+    weights: dict[str, str] = {}
+    for node in graph.node:
+        if node.op_type not in {"QuantizeLinear", "DequantizeLinear"}:
+            continue
+        source, scale, _ = node.input
+        if scale not in made:
+            of_int8 = onnx.numpy_helper.to_array(constants[scale])
+            converted = of_int8.astype(np.float32) * (LARGEST["int8"] / LARGEST["fp8"])
+            # What is always zero has the smallest scale there is.
+            converted = np.maximum(converted, np.finfo(of_int8.dtype).smallest_subnormal).astype(of_int8.dtype)
+            made[scale] = onnx.numpy_helper.from_array(converted, scale)
+        shape = list(made[scale].dims)
+        node.input[2] = zero = f"fp8_zero_{'x'.join(map(str, shape))}"
+        made[zero] = onnx.helper.make_tensor(zero, fp8, shape, bytes(math.prod(shape)), raw=True)
+        if node.op_type == "QuantizeLinear" and source in constants:
+            weight = torch.tensor(onnx.numpy_helper.to_array(constants[source])).float()
+            scales = torch.tensor(onnx.numpy_helper.to_array(made[scale])).float()
+            axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+            numbers = (weight.movedim(axis, -1) / scales).movedim(-1, axis).clamp(-LARGEST["fp8"], LARGEST["fp8"])
+            content = numbers.to(torch.float8_e4m3fn).contiguous().view(torch.uint8).numpy().tobytes()
+            weights[node.output[0]] = name = f"{node.output[0]}_fp8"
+            made[name] = onnx.helper.make_tensor(name, fp8, list(weight.shape), content, raw=True)
+    nodes = [node for node in graph.node if node.output[0] not in weights]
+    for node in nodes:
+        for index, name in enumerate(node.input):
+            node.input[index] = weights.get(name, name)
+    used = {name for node in nodes for name in node.input}
+    tensors = [tensor for name, tensor in (constants | made).items() if name in used]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(tensors)
+    data = path.with_name(f"{path.name}.data")
+    data.unlink(missing_ok=True)
+    onnx.save(model, path, save_as_external_data=True, location=data.name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """Measures graphs against the FP32 graph, on the scale of the guidance term.
+    """Measures graphs against the graph that they were made from, on the scale of the guidance term.
 
     Attributes:
         calibration: the states.
         student: gives the denoiser.
         family: the model's family.
         denoiser_config: the UNet's configuration.
-        expected: the FP32 graph's predictions.
-        r2: the FP32 graph's R².
+        expected: predictions of the graph before.
+        r2: its R².
         lean: see `OnnxSession`.
     """
 
@@ -144,7 +252,7 @@ class Judge:
 
     @classmethod
     def of(cls, graph: Path, calibration: Calibration, manifest: Manifest, *, lean: bool) -> Judge:
-        """By the FP32 graph."""
+        """By the graph before."""
         judge = cls(
             calibration=calibration,
             student=manifest.distilled,
@@ -170,7 +278,7 @@ class Judge:
         return made, r2
 
     def measured(self, graph: Path) -> tuple[float, float]:
-        """A graph's error, Σ‖ε̂_8 − ε̂_32‖² / Σ‖ε̂_1 − ε̂_w‖², and its R² of the guidance term."""
+        """A graph's error, Σ‖ε̂_8 − ε̂‖² / Σ‖ε̂_1 − ε̂_w‖², and its R² of the guidance term."""
         predictions, r2 = self._of(graph)
         pairs = zip(predictions, self.expected, strict=True)
         error = sum((got.double() - expected.double()).square().sum().item() for got, expected in pairs)
@@ -179,7 +287,7 @@ class Judge:
 
 
 def kept_groups(errors: dict[str, float], budget: float) -> list[str]:
-    """Groups to keep in FP32, the worst first, so that the others' errors add up to at most the budget."""
+    """Groups to keep as they are, the worst first, so that the others' errors add up to at most the budget."""
     kept = sorted(errors, key=lambda name: -errors[name])
     rest = 0.0
     while kept and (rest := rest + errors[kept[-1]]) <= budget:
@@ -187,15 +295,16 @@ def kept_groups(errors: dict[str, float], budget: float) -> list[str]:
     return kept
 
 
-def quantize_unet(folder: Path, manifest: Manifest, calibration: Calibration, *, large: bool) -> dict[str, Any]:
-    """Make `unet/model.int8.onnx` of an engine that has `unet/model.onnx`, and judge it; gives the manifest's entry.
+def quantize_unet(
+    graph: Path, manifest: Manifest, calibration: Calibration, *, large: bool, form: Form = INT8
+) -> dict[str, Any]:
+    """Make `model.int8.onnx` or `model.fp8.onnx` beside the UNet's graph, and judge it; gives the manifest's entry.
 
-    Each group of layers is quantized alone and measured; those that cost most stay in FP32.
+    Each group of layers is quantized alone and measured; those that cost most stay as they are.
 
     Raises:
         BoostDiffError: it can't be made, or is outside of its limits.
     """
-    graph = folder / "unet" / "model.onnx"
     layers = layers_of(graph)
     groups = groups_of(layers, coarse=large)
     judge = Judge.of(graph, calibration, manifest, lean=large)
@@ -203,11 +312,11 @@ def quantize_unet(folder: Path, manifest: Manifest, calibration: Calibration, *,
     def nodes(names: Iterable[str]) -> list[str]:
         return [node for name in names for layer in groups[name] for node in layers[layer]]
 
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        trial, ranges = Path(scratch) / "trial.onnx", Path(scratch) / "ranges.json"
+    with tempfile.TemporaryDirectory(dir=graph.parent) as scratch:
+        trial, ranges = Path(scratch) / f"trial.{form.precision}.onnx", Path(scratch) / "ranges.json"
 
         def alone(name: str) -> float:
-            quantized(graph, trial, nodes([name]), calibration.states, ranges=ranges)
+            quantized(graph, trial, nodes([name]), calibration.states, ranges=ranges, form=form)
             return judge.measured(trial)[0]
 
         errors = {name: alone(name) for name in groups}
@@ -215,18 +324,19 @@ def quantize_unet(folder: Path, manifest: Manifest, calibration: Calibration, *,
         if len(kept) == len(groups):
             raise BoostDiffError("no layer of the UNet can be quantized within the limits: leave --quantize out")
         chosen = [name for name in groups if name not in kept]
-        output = quantized(graph, graph.with_name("model.int8.onnx"), nodes(chosen), calibration.states, ranges=ranges)
+        output = graph.with_name(f"model.{form.precision}.onnx")
+        quantized(graph, output, nodes(chosen), calibration.states, ranges=ranges, form=form)
     give_back_memory()
     error, r2 = judge.measured(output)
-    check = {"error": error, "r2": r2, "r2_fp32": judge.r2, "r2_loss": judge.r2 - r2}
+    check = {"error": error, "r2": r2, "r2_before": judge.r2, "r2_loss": judge.r2 - r2}
     allowed = {"error": ERROR_LIMIT, "r2_loss": R2_LIMIT}
     if wrong := [name for name, limit in allowed.items() if not check[name] <= limit]:
         beyond = " and ".join(f"{name} {check[name]:.3f} (allowed: {allowed[name]:g})" for name in wrong)
         raise BoostDiffError(f"the 8-bit UNet is outside of its limits, on the guidance term's scale: {beyond}")
     return {
-        "precision": "int8",
-        "weights": "int8, 7 bits, per channel",
-        "activations": "uint8, per tensor",
+        "precision": form.precision,
+        "weights": form.weights,
+        "activations": form.activations,
         "kept": {name: errors[name] for name in kept},
         "quantized": {name: errors[name] for name in chosen},
         "calibration": calibration.described(),

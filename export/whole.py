@@ -32,9 +32,9 @@ NEGATIVE_PROMPT = "blurry, a green apple"
 STEPS, SAMPLER, SEED = 2, "ddim", 0
 """Few, as a UNet of Stable Diffusion's size takes ten seconds a pass on a CPU; what is lost shows in the first."""
 
-LATENT_TOLERANCE = {"fp32": 1e-3, "fp16": 3e-2, "int8": 0.1}
+LATENT_TOLERANCE = {"fp32": 1e-3, "fp16": 3e-2, "int8": 0.1, "fp8": 0.1}
 """Largest norm of the latents' difference, relative to their norm."""
-IMAGE_TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "int8": 5e-2}
+IMAGE_TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "int8": 5e-2, "fp8": 5e-2}
 """Largest root mean square of the images' difference, in [0, 1]: 60, 34 and 26 dB."""
 
 
@@ -122,6 +122,7 @@ def compare_engine(
     if available_runners(manifest, device, ["tensorrt"])["tensorrt"] is None:
         runs.append(("tensorrt", None, str(device)))
     for runner, precision, place in runs:
+        tolerated = precision or manifest.artefacts[manifest.plan]["precision"]
         name = f"{runner} {precision}" if precision else runner
         opened = Engine.load(folder, runner=runner, device=place, precision=precision, lean=reference.lean)
         with opened as engine, warnings.catch_warnings():
@@ -138,7 +139,7 @@ def compare_engine(
             image = decode(last.model, last.latents)
         give_back_memory()
         manifest.pipeline[name] = check = compare_images(
-            name, reference, latents=last.latents.float().cpu(), image=image, precision=precision or "fp16"
+            name, reference, latents=last.latents.float().cpu(), image=image, precision=tolerated
         ) | {"prompt": PROMPT, "steps": steps, "sampler": sampler}
         report(
             f"pipeline: {name} differs from torch by {check['latents']:.1e} of the latents' norm, "

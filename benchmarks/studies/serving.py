@@ -163,6 +163,7 @@ def serve(
     ),
     clients: Annotated[str, typer.Option(help="Clients that ask at once.")] = "1,4,16,64",
     requests: Annotated[int, typer.Option(min=1, help="Images asked for by each number of clients.")] = 64,
+    replicas: Annotated[int, typer.Option(min=1, help="Processes that draw.")] = 1,
     steps: Steps = 20,
     device: Device = "auto",
 ) -> None:
@@ -181,8 +182,8 @@ def serve(
 
         opened(prompts[:8], steps=steps)
         expected, before = directly()
-        with served("--engine", str(engine)) as (server, url):
-            load(url, prompts[:8], clients=8, steps=steps)
+        with served("--engine", str(engine), "--replicas", str(replicas)) as (server, url):
+            load(url, prompts[: 8 * replicas], clients=8 * replicas, steps=steps)
             started_with = memory(server)
             for number in numbers:
                 answers, seconds = load(url, prompts, clients=number, steps=steps)

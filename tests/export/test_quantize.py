@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -24,6 +25,7 @@ from boostdiff.export import quantize
 from boostdiff.export.calibration import Calibration, calibration_prompts
 from boostdiff.export.config import ExportConfig
 from boostdiff.export.export import export
+from boostdiff.export.plan import Flavour, choose_flavour
 from boostdiff.export.quantize import groups_of, kept_groups, layers_of, quantize_unet
 from tiny import CPU, PROMPTS, graphs_of, shared
 
@@ -41,14 +43,15 @@ def quantized(
 ) -> Quantize:
     """An export of the LoRA in 8 bits, from the graphs that are there; a random model's guidance term is minute."""
 
-    def run(output: Path, *, budget: float = 1e9, limit: float = 1e9) -> Manifest:
-        config = ExportConfig(quantize="int8", calibration_prompts=prompt_file)
+    def run(output: Path, *, budget: float = 1e9, limit: float = 1e9, precision: str = "int8") -> Manifest:
+        config = ExportConfig(quantize=precision, trt=precision == "fp8", calibration_prompts=prompt_file)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("boostdiff.export.export.onnx_from_part", graphs_of(engines["lora"]))
             patch.setattr(quantize, "BUDGET", budget)
             for name in ("ERROR_LIMIT", "R2_LIMIT"):
                 patch.setattr(quantize, name, limit)
-            patch.setattr("boostdiff.export.whole.LATENT_TOLERANCE", {"fp32": 1e-3, "int8": 0.2})
+            tolerances = {"fp32": 1e-3, "fp16": 3e-2, "int8": 0.2, "fp8": 0.2}
+            patch.setattr("boostdiff.export.whole.LATENT_TOLERANCE", tolerances)
             return export(locate(str(tiny_folder)), config, student=students["lora"], output=output, device="cpu")
 
     return run
@@ -72,6 +75,16 @@ def engine(quantized: Quantize, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return shared(tmp_path_factory, "int8", make) / "engine"
 
 
+@pytest.fixture(scope="module")
+def fp8_engine(quantized: Quantize, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(quantize, "groups_of", by_kind)
+            quantized(folder / "engine", precision="fp8")
+
+    return shared(tmp_path_factory, "fp8", make) / "engine"
+
+
 @pytest.fixture
 def one_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """All layers at once: the measurement of each takes seconds."""
@@ -88,7 +101,7 @@ def test_the_manifest_says_what_was_kept_and_on_what_it_was_calibrated(engine: P
     # Two prompts of four are left to calibrate on, at 16 steps.
     assert entry["calibration"]["states"] >= 16
     assert entry["check"]["error"] > 0
-    assert entry["check"]["r2_fp32"] - entry["check"]["r2"] == pytest.approx(entry["check"]["r2_loss"])
+    assert entry["check"]["r2_before"] - entry["check"]["r2"] == pytest.approx(entry["check"]["r2_loss"])
     assert entry["inputs"] == manifest.artefacts["unet/model.onnx"]["inputs"]
     assert "calibration_prompts" in manifest.inputs
     assert "calibration_prompts" not in manifest.options
@@ -106,6 +119,56 @@ def test_weights_are_8_bit_numbers_per_channel(engine: Path) -> None:
     assert scale.shape == (len(weight),)
     assert 32 < np.abs(weight).max() <= 64
     assert (engine / "unet/model.int8.onnx.data").stat().st_size < (engine / "unet/model.onnx.data").stat().st_size / 2
+
+
+def test_fp8_graphs_hold_fp8_numbers_on_the_scale_of_the_fp16_weights(fp8_engine: Path) -> None:
+    folder = fp8_engine / "unet"
+    graph, before = (onnx.load(folder / f"model.{name}.onnx").graph for name in ("fp8", "fp16"))
+    made_by = {output: node for node in graph.node for output in node.output}
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in (*before.initializer, *graph.initializer)}
+    layers = {node.name: node for node in before.node if node.op_type in ("Conv", "MatMul", "Gemm")}
+    seen = 0
+    for node in graph.node:
+        if node.op_type not in ("Conv", "MatMul", "Gemm") or made_by[node.input[1]].op_type != "DequantizeLinear":
+            continue
+        dequantize = made_by[node.input[1]]
+        numbers, scale, zero = (values[name] for name in dequantize.input)
+        assert numbers.dtype == zero.dtype == ml_dtypes.float8_e4m3fn
+        assert made_by[node.input[0]].op_type == "DequantizeLinear"
+        axis = next(attribute.i for attribute in dequantize.attribute if attribute.name == "axis") % numbers.ndim
+        along = [-1 if each == axis else 1 for each in range(numbers.ndim)]
+        got = numbers.astype(np.float32) * scale.astype(np.float32).reshape(along)
+        weight = values[layers[node.name].input[1]].astype(np.float32)
+        # Three bits of mantissa round by a sixteenth at most; below the smallest normal number, by half of its step.
+        assert (np.abs(got - weight) <= np.abs(weight) / 16 + scale.astype(np.float32).reshape(along) * 2**-9).all()
+        assert np.abs(numbers.astype(np.float32)).max() > 400
+        seen += 1
+    assert seen > 20
+    sizes = {name: (folder / f"model.{name}.onnx.data").stat().st_size for name in ("fp8", "fp16")}
+    assert sizes["fp8"] < 0.75 * sizes["fp16"]
+
+
+def test_fp8_plans_are_for_gpus_that_have_it(fp8_engine: Path) -> None:
+    manifest = read_manifest(fp8_engine)
+    plans = {name: entry for name, entry in manifest.artefacts.items() if name.endswith(".plan")}
+    assert plans["unet/model.plan"]["precision"] == "fp8"
+    assert plans["unet/model.plan"]["compute_capabilities"] == ["8.9", "12.0"]
+    others = {entry["precision"] for name, entry in plans.items() if name != "unet/model.plan"}
+    assert others == {"fp16"}
+    assert manifest.pipeline["onnx fp8"]["latents"] > manifest.pipeline["onnx fp16"]["latents"]
+    with Engine.load(fp8_engine, precision="fp8", runner="onnx", device="cpu") as opened:
+        assert opened.model.denoiser.precision == torch.float8_e4m3fn
+        opened(PROMPTS[0], steps=2)
+
+
+def test_fp8_is_refused_on_older_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("boostdiff.export.plan._choose_flavour", lambda forced: Flavour(name="tensorrt", reason=""))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    with pytest.raises(BoostDiffError, match=r"FP8 needs a GPU of compute capability 8\.9 or newer; this one has 8\.6"):
+        choose_flavour(fp8=True)
+    assert choose_flavour().name == "tensorrt"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert choose_flavour(fp8=True).name == "tensorrt"
 
 
 def test_it_takes_batches_of_any_size(engine: Path, tiny: Model) -> None:
@@ -203,7 +266,7 @@ def test_where_no_layer_can_be_quantized(
     calibration.add_states(tiny, info.denoiser)
     monkeypatch.setattr(quantize, "BUDGET", 0.0)
     with pytest.raises(BoostDiffError, match="no layer of the UNet can be quantized within the limits"):
-        quantize_unet(folder, read_manifest(engine), calibration, large=False)
+        quantize_unet(folder / "unet/model.onnx", read_manifest(engine), calibration, large=False)
 
 
 def test_without_guidance_there_is_nothing_to_measure_by(
@@ -214,7 +277,7 @@ def test_without_guidance_there_is_nothing_to_measure_by(
     calibration = Calibration.of_teacher(tiny, PROMPTS, info)
     calibration.checked[:] = [state._replace(guided=state.unguided) for state in calibration.checked]
     with pytest.raises(InputError, match="this student's guidance changes nothing"):
-        quantize_unet(folder, read_manifest(engine), calibration, large=False)
+        quantize_unet(folder / "unet/model.onnx", read_manifest(engine), calibration, large=False)
 
 
 def test_other_models_need_calibration_prompts(
@@ -248,6 +311,11 @@ def test_options_that_contradict_each_other() -> None:
         ExportConfig(quantize="int8", precision="fp16")
     with pytest.raises(InputError, match="calibration-prompts is not used without --quantize"):
         ExportConfig(calibration_prompts=Path("prompts.txt"))
+    with pytest.raises(InputError, match="starts from the FP16 graph"):
+        ExportConfig(quantize="fp8")
+    with pytest.raises(InputError, match="starts from the FP16 graph"):
+        ExportConfig(quantize="fp8", precision="fp32")
+    assert ExportConfig(quantize="fp8", trt=True).precisions(10**9) == ("fp16",)
     with pytest.raises(InputError, match="unknown quantize"):
         ExportConfig(quantize="int4")
     assert ExportConfig(quantize="int8", trt=True).precisions(10**9) == ("fp32", "fp16")
