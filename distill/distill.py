@@ -28,7 +28,7 @@ from ..engine.student import INFO_FILE, StudentInfo
 from .captioned_images import CaptionedImages
 from .config import DistillConfig, RunConfig
 from .counts import adapter_of, base_dtype, count_parameters, memory_needed
-from .few_steps import FrozenStudent, Stage, adopted, check_stages, train_in_stages
+from .few_steps import FrozenStudent, Stage, adopted, adopted_in_words, check_stages, train_in_stages
 from .images import ImageData
 from .loop import Observers, Run
 from .negatives import NegativePrompts
@@ -106,6 +106,8 @@ def distill(
     config = resolve(config, files, target)
     prompts, images = plan(files, config, execution, target)
     prepare_output(output, replaces=INFO_FILE)
+    if taken := adopted_in_words(config):
+        observers.note(taken)
     folder, same = work_folder(output), identity(files, config, images)
     if execution.resume and (ended := finished_run(output, same)):
         observers.note(f"the run in {output} has ended: there is nothing left to resume")
@@ -201,6 +203,8 @@ def plan(
         check_stages(config, files, reads_weights=needs_data)
     if config.live_negative_prompt:
         refuse_unused(execution, "with --negative-prompt live, which other programs do not know", "format")
+    if config.guidance_conditioned:
+        refuse_unused(execution, "with a range of --guidance, which other programs can't pass", "format")
     if execution.log_with and not find_spec(execution.log_with):
         raise InputError(f"{execution.log_with} is not installed: pip install {execution.log_with}")
     if config.precision == "fp16":

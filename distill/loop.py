@@ -239,13 +239,14 @@ class Run:
         """Sum gradients, losses `(2,)` and requests to stop over all processes, in one exchange."""
         stopped = request.name is not None
         if self.accelerator.num_processes > 1:
-            gradients = [parameter.grad for parameter in self.parameters]
-            assert all(gradient is not None for gradient in gradients)
+            # What the prediction does not depend on, such as the text's way out of Qwen-Image's last block, has no
+            # gradient, in any process.
+            parameters = [parameter for parameter in self.parameters if parameter.grad is not None]
             others = [losses, losses.new_tensor([float(stopped)])]
-            flat = torch.cat([gradient.flatten() for gradient in gradients if gradient is not None] + others)
+            flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None] + others)
             flat = self.accelerator.reduce(flat, reduction="sum")
-            pieces = flat.split([parameter.numel() for parameter in self.parameters] + [2, 1])
-            for parameter, piece in zip(self.parameters, pieces[:-2], strict=True):
+            pieces = flat.split([parameter.numel() for parameter in parameters] + [2, 1])
+            for parameter, piece in zip(parameters, pieces[:-2], strict=True):
                 parameter.grad = piece.view_as(parameter)
             losses, stopped = pieces[-2], pieces[-1].item() > 0
         loss, unguided = losses.tolist()

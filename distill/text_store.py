@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.configuration_utils import FrozenDict
 from safetensors import SafetensorError
@@ -29,6 +30,11 @@ class _StandIn:
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def temperal_downsample(self) -> Any:
+        """Of a video VAE; pipelines read it off the module."""
+        return self.config.get("temperal_downsample")
+
 
 class TextStore:
     """A folder with a file of embeddings for each prompt; several models, sizes and precisions may share it."""
@@ -38,7 +44,15 @@ class TextStore:
         hashes = files.other_sha256()
         names = (*files.family.text_encoders, *files.family.tokenizers)
         size = files.family.latent_shape(files.denoiser_config)
-        self.identity = [files.family.name, {name: hashes.get(name) for name in names}, list(size), str(dtype)]
+        self._index = read_json(files.folder / "model_index.json")
+        settings = files.family.settings(self._index)
+        self.identity = [
+            files.family.name,
+            {name: hashes.get(name) for name in names},
+            list(size),
+            str(dtype),
+            settings,
+        ]
 
     def path(self, prompt: str, *, negative: bool) -> Path:
         """Where a prompt's embeddings lie."""
@@ -91,8 +105,8 @@ class TextStore:
         components: dict[str, Any] = {
             family.denoiser: _StandIn(config=FrozenDict(files.denoiser_config), **stand_in),
             "vae": _StandIn(config=FrozenDict(read_json(files.folder / "vae" / "config.json")), **stand_in),
-            "scheduler": _StandIn(config=FrozenDict(files.scheduler_config), **stand_in),
+            "scheduler": getattr(diffusers, self._index["scheduler"][1]).from_config(dict(files.scheduler_config)),
         }
         names = (*family.tokenizers, *family.text_encoders)
         components |= load_text(files, names, device=device, dtype=self.dtype)
-        return family.assemble(components)
+        return family.assemble(components, self._index)

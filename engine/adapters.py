@@ -273,6 +273,14 @@ class BitFit(Adapter):
         self.load(self.denoiser, folder)
 
 
+def text_width(config: Any) -> int:
+    """Width of the text embeddings that a UNet is given."""
+    if config.get("encoder_hid_dim_type") == "text_proj":
+        return int(config["encoder_hid_dim"])
+    width = config["cross_attention_dim"]
+    return int(width if isinstance(width, int) else width[0])
+
+
 class SoftPromptHook(torch.nn.Module):
     """Appends learned tokens `(k, D)` to the UNet's text embedding as long as it is enabled."""
 
@@ -298,7 +306,7 @@ class SoftPrompt(Adapter):
 
     def __init__(self, denoiser: Any, tokens: int) -> None:
         super().__init__(denoiser)
-        self.prompt = SoftPromptHook(denoiser, 0.02 * torch.randn(tokens, denoiser.config.cross_attention_dim))
+        self.prompt = SoftPromptHook(denoiser, 0.02 * torch.randn(tokens, text_width(denoiser.config)))
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {"soft_prompt.tokens": self.prompt.tokens}
@@ -320,10 +328,8 @@ class SoftPrompt(Adapter):
     def load(denoiser: Any, folder: str | Path) -> None:
         """See `Adapter.load`: a hook, which exported graphs take with them."""
         tokens = load_file(Path(folder) / SOFT_PROMPT_FILE)["tokens"]
-        if tokens.ndim != 2 or tokens.shape[1] != denoiser.config.cross_attention_dim:
-            raise ValueError(
-                f"its tokens have shape {tuple(tokens.shape)}, not (k, {denoiser.config.cross_attention_dim})"
-            )
+        if tokens.ndim != 2 or tokens.shape[1] != text_width(denoiser.config):
+            raise ValueError(f"its tokens have shape {tuple(tokens.shape)}, not (k, {text_width(denoiser.config)})")
         SoftPromptHook(denoiser, tokens).requires_grad_(False)
 
     def read(self, folder: Path) -> None:

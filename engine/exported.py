@@ -109,6 +109,8 @@ class Engine(AbstractContextManager["Engine"]):
             raise fault(f"can't run the engine in {folder} with {runner}: {reason}")
         for name in manifest.configurations():
             verified_file(folder, manifest, name)
+        if unknown := manifest.unknown_files(folder):
+            raise InputError(f"{folder / unknown[0]} is no part of the engine: remove it, or export again")
         with ExitStack() as stack:
             session = partial(
                 open_session, runner, folder=folder, manifest=manifest, device=target, precision=precision, lean=lean
@@ -307,11 +309,14 @@ def _assemble(
     components["vae"] = ExportedVaeDecoder(
         opened("vae_decoder"), config=vae_config, pixels_per_latent=family.pixels_per_latent(vae_config)
     )
+    session = opened(family.denoiser)
+    if session.name == "tensorrt":
+        precision = manifest.artefacts[manifest.plan]["precision"]
     components[family.denoiser] = GraphRunner(
-        opened(family.denoiser), family=family, denoiser_config=manifest.denoiser_config, precision=precision
+        session, family=family, denoiser_config=manifest.denoiser_config, precision=precision
     )
     components["scheduler"] = scheduler_of(folder)
-    pipeline = family.assemble(components)
+    pipeline = family.assemble(components, index)
     pipeline.set_progress_bar_config(disable=True)
     files = ModelFiles(name=manifest.model, folder=folder, family=family, denoiser_config=manifest.denoiser_config)
     return Model(files=files, pipeline=pipeline)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -76,14 +76,20 @@ class Family(ABC):
         `parts` are the configurations of all parts that are there, completed with the defaults of their classes.
         """
 
-    def assemble(self, components: dict[str, Any]) -> DiffusionPipeline:
-        """A pipeline of parts, real or exported, by their names in `model_index.json`; without a safety checker."""
+    def settings(self, index: Mapping[str, Any]) -> dict[str, Any]:
+        """What a `model_index.json` says of the pipeline itself, such as SDXL's `force_zeros_for_empty_prompt`."""
+        parameters = inspect.signature(self.pipeline_class.__init__).parameters
+        names = parameters.keys() & index.keys() - self.load_options.keys()
+        # A list is a part's class, null a part that is left out.
+        return {name: index[name] for name in sorted(names) if isinstance(index[name], bool | int | float | str)}
+
+    def assemble(self, components: dict[str, Any], index: Mapping[str, Any]) -> DiffusionPipeline:
+        """A pipeline of parts, real or exported, by their names in a `model_index.json`; without a safety checker."""
         parameters = inspect.signature(self.pipeline_class.__init__).parameters
         absent = dict.fromkeys(self.optional_parts)
         optional = {"feature_extractor": None, "image_encoder": None, **absent, **self.load_options}
-        return self.pipeline_class(
-            **{name: value for name, value in optional.items() if name in parameters} | components
-        )
+        present = {name: value for name, value in optional.items() if name in parameters}
+        return self.pipeline_class(**present | self.settings(index) | components)
 
     def present_text_encoders(self, pipeline: DiffusionPipeline) -> tuple[str, ...]:
         """Those of `text_encoders` that a pipeline has."""

@@ -133,7 +133,13 @@ def make_adapter(
     elif method == "soft-prompt":
         adapter = SoftPrompt(denoiser, tokens)
     else:
-        modules = list(family.targets.get(targets, tuple(part.strip() for part in targets.split(","))))
+        named = family.targets.get(targets)
+        modules = list(named or (part.strip() for part in targets.split(",")))
+        if named is None:
+            layers = [f".{name}" for name, _ in denoiser.named_modules()]
+            for ending in modules:
+                if not any(layer.endswith(f".{ending}") for layer in layers):
+                    raise InputError(f"no layer's name in the denoiser ends in {ending!r}: check --targets")
         adapter = Lora(denoiser, method, rank=rank, alpha=alpha or rank, targets=modules)
     if live_negative_prompt:
         adapter = LiveNegative(denoiser, adapter)

@@ -91,7 +91,13 @@ class Guider:
 
     def guides(self, t: float | torch.Tensor) -> bool:
         """Whether a timestep has guidance, and so two passes; a tensor on a GPU is waited for by `interval` alone."""
-        return self.name != "interval" or self._at(float(t)).num_conditions > 1
+        if self.name != "interval":
+            return True
+        guider = self._at(float(t))
+        # At 1, which an image before this may have had, it takes one pass anywhere.
+        guider.guidance_scale = 2.0
+        conditions: int = guider.num_conditions
+        return conditions > 1
 
     def passes(self, timesteps: Iterable[float]) -> int:
         """Passes of the UNet over a sampler's timesteps."""

@@ -63,8 +63,17 @@ class Manifest:
         return Distilled(**self.student)
 
     def configurations(self) -> list[str]:
-        """The files that are neither graphs nor plans: what stands around them, down to the tokenizers' words."""
-        return [name for name in self.files if not any(name == a or name.startswith(f"{a}.") for a in self.artefacts)]
+        """The files that are neither graphs nor plans: what stands around them, down to the tokenizers' words.
+
+        Without the folder for stock diffusers, which people move and whose card they edit.
+        """
+        around = [name for name in self.files if not name.startswith("diffusers/")]
+        return [name for name in around if not any(name == a or name.startswith(f"{a}.") for a in self.artefacts)]
+
+    def unknown_files(self, folder: Path) -> list[str]:
+        """Files beside the tokenizers' that an export did not write, and that would be read with them."""
+        found = [path for path in folder.glob("tokenizer*/**/*") if path.is_file() and not path.name.startswith(".")]
+        return sorted({path.relative_to(folder).as_posix() for path in found} - self.files.keys())
 
     def check_student(self, student: StudentInfo, *, engine: Path) -> None:
         """Refuse another student than the one that was exported into the folder `engine`.

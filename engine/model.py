@@ -21,6 +21,7 @@ from .errors import InputError, one_line
 from .families import family_of
 from .family import Family
 from .files import read_json, sha256_of, without_marks
+from .int8 import freeze_int8, int8_weights
 from .schedulers import is_flow, make_scheduler
 
 HASHED = {".json", ".txt", ".safetensors"}
@@ -259,7 +260,7 @@ def load(
         dtype: by default `default_dtype`.
         text_encoders: whether to load them.
         int8: whether to hold the weights of the denoiser's linear layers in 8 bits, with a scale per output (torchao's
-            `Int8WeightOnlyConfig`); they are multiplied in `dtype`.
+            `Int8WeightOnlyConfig`); they are multiplied in `dtype`, see `int8`.
 
     Raises:
         InputError: a file is missing, damaged or not safetensors.
@@ -277,7 +278,7 @@ def load(
                 low_cpu_mem_usage=True,
                 **files.absent_parts,
                 **({} if text_encoders else dict.fromkeys(files.family.text_encoders)),
-                **({"quantization_config": _int8(files.family.denoiser)} if int8 else {}),
+                **({"quantization_config": int8_weights(files.family.denoiser)} if int8 else {}),
                 **files.family.load_options,
             )
     except (torch.OutOfMemoryError, MemoryError):
@@ -286,16 +287,10 @@ def load(
     except Exception as error:
         raise InputError(f"can't load the model in {files.folder}: {one_line(error)}") from None
     _check_special_tokens(pipeline, files)
+    if int8:
+        freeze_int8(getattr(pipeline, files.family.denoiser))
     prepare_for_inference(pipeline, files.family)
     return Model(files=files, pipeline=pipeline.to(device))
-
-
-def _int8(part: str) -> Any:
-    # Slow to import, and an optional dependency.
-    from diffusers import PipelineQuantizationConfig, TorchAoConfig
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return PipelineQuantizationConfig(quant_mapping={part: TorchAoConfig(Int8WeightOnlyConfig())})
 
 
 def load_text(files: ModelFiles, names: Iterable[str], *, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

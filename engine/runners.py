@@ -211,6 +211,9 @@ def chosen_graph(
     """The ONNX graph that `open_session` takes, as the manifest names it; an InputError where there is none."""
     if precision not in (None, *MADE_BY):
         raise InputError(f"unknown precision {precision!r}: choose {', '.join(MADE_BY)}")
+    if precision == "int8" and device.type != "cpu":
+        # There ONNX Runtime computes in floats between the nodes that round.
+        raise InputError("precision int8 is for CPUs: choose fp16, or a TensorRT engine of `--quantize fp8`")
     graphs = {
         artefact["precision"]: path
         for path, artefact in manifest.artefacts.items()

@@ -154,8 +154,12 @@ def is_flow(config: Mapping[str, Any]) -> bool:
 def _flow_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     """The sampler of this name for flow matching."""
     taken = {key: config[key] for key in FLOW_SCHEDULE if config.get(key) is not None}
-    # Another class of the folder's, such as Sana's, has the shift by another name.
-    taken.setdefault("shift", config.get("flow_shift", 1.0))
+    # Another class of the folder's, such as Sana's, has the shift by another name, and files keep what classes before
+    # them had.
+    known = getattr(diffusers, config.get("_class_name") or "", None)
+    names = inspect.signature(known).parameters if inspect.isclass(known) else config
+    shift = "flow_shift" if "flow_shift" in names and "shift" not in names else "shift"
+    taken["shift"] = config.get(shift, config.get("flow_shift", 1.0))
     if name in ("ddim", "euler"):
         return FlowEuler(**taken)
     scheduler_class, settings = SAMPLERS[name]
@@ -328,6 +332,12 @@ def check_steps(
     `config` is the configuration of the model's scheduler, `spacing` a few-step student's.
     """
     for name in samplers:
+        # diffusers would take the sigmas of another noise schedule, or stop at an assertion.
+        if is_flow(config) and name in ("dpm++", "unipc") and config.get("use_beta_sigmas"):
+            raise InputError(f"--sampler {name} can't draw with this model's use_beta_sigmas: pass euler")
+        linear = config.get("use_dynamic_shifting") and config.get("time_shift_type") == "linear"
+        if is_flow(config) and name == "dpm++" and linear:
+            raise InputError("--sampler dpm++ can't draw with this model's time_shift_type linear: pass euler")
         mu = 1.0 if config.get("use_dynamic_shifting") else None
         scheduler = make_scheduler(name, config, mu=mu, spacing=spacing)
         for number in steps:

@@ -84,6 +84,8 @@ def export(
             raise InputError(f"{what} is no part of stock weights: leave --diffusers out, the graphs carry it")
         if config.quantize and files.family.denoiser != "unet":
             raise InputError(f"--quantize is for UNets, not for a {files.family.name} model")
+        if config.quantize and info.guidance_range:
+            raise InputError("8 bits are judged at one guidance scale, and this student takes a range: no --quantize")
         prompts = calibration_prompts(config, files)
         flavour = choose_flavour(config.trt_flavour, fp8=config.quantize == "fp8") if config.trt else None
         prepare_output(output, replaces=MANIFEST_FILE)
@@ -91,6 +93,10 @@ def export(
         if prompts:
             manifest.inputs["calibration_prompts"] = hash_of(prompts)
         if not force and (present := up_to_date_engine(output, manifest)):
+            if present.model != manifest.model:
+                # Moved: what an engine does not hold is read from there.
+                present.model = manifest.model
+                present.write(output)
             report(f"nothing has changed since the export in {output}")
             return present
 

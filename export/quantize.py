@@ -154,7 +154,9 @@ def quantized(
 
         def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
             state = next(self.states, None)
-            return state and {name: tensor.contiguous().numpy().astype(types[name]) for name, tensor in state.items()}
+            if state is None:
+                return None
+            return {name: tensor.contiguous().numpy().astype(types[name]) for name, tensor in state.items()}
 
     try:
         with quiet_exporter():

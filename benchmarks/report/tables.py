@@ -14,7 +14,7 @@ from ..stats import CONFIDENCE, GROUPS, Estimate, Spread
 
 NOTHING = "–"
 MODE_NAMES = {"teacher": "teacher, CFG", "student": "student", "unguided": "teacher, no CFG"}
-_PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float8_e4m3fn": "fp8"}
 
 
 @dataclass(frozen=True, kw_only=True)

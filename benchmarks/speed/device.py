@@ -69,7 +69,8 @@ def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 def gemm_peaks(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[str, float]:
     """`gemm_peak` by the dtype's name: of those that the rows use, and bfloat16 on a CPU that has it."""
-    wanted = {dtype for dtype in dtypes if dtype.is_floating_point}
+    # torch's products take no 8-bit numbers.
+    wanted = {dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1}
     if device.type == "cpu":
         # What a CPU has no instructions for is emulated: it takes many seconds, and is no peak.
         wanted = {torch.float32, *([torch.bfloat16] if has_bfloat16(device) else [])}

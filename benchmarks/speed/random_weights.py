@@ -45,7 +45,7 @@ def random_model(files: ModelFiles, *, device: torch.device, seed: int = 0) -> M
                 # At once: in float32 all of them may not fit. By torch's method: that of diffusers warns of float32
                 # layers that these do not have.
                 torch.nn.Module.to(part, dtype)
-    pipeline = files.family.assemble(components)
+    pipeline = files.family.assemble(components, index)
     prepare_for_inference(pipeline, files.family)
     return Model(files=files, pipeline=pipeline.to(device))
 

@@ -13,6 +13,8 @@ from boostdiff.engine.adapters import BITFIT_FILE, LORA_FILE
 from boostdiff.engine.config import GenerateConfig
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.generate import draw
+from boostdiff.engine.guidance_input import make_adapter
+from boostdiff.engine.int8 import freeze_int8
 from boostdiff.engine.model import ModelFiles, load, locate
 from boostdiff.engine.student import read_student
 from PIL import Image
@@ -51,6 +53,44 @@ def test_the_denoisers_linear_layers_alone_are_in_8_bits(files: ModelFiles) -> N
         assert (weight.dequantize() - own).abs().max() <= own.abs().max() / 127
     others = [p for part in ("vae", *files.family.text_encoders) for p in getattr(model.pipeline, part).parameters()]
     assert not any(isinstance(parameter, Int8Tensor) for parameter in others)
+
+
+def test_no_weight_is_kept_in_full_for_the_backward_pass(files: ModelFiles) -> None:
+    def kept(int8: bool) -> tuple[int, torch.Tensor]:
+        model, storages = load(files, device=CPU, int8=int8), dict[int, int]()
+        model.denoiser.requires_grad_(False)
+        adapter = make_adapter("bitfit", model.denoiser)
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.ndim == 2 and tuple(tensor.shape) in shapes:
+                storages[id(tensor)] = tensor.numel()
+            return tensor
+
+        linear = [m.weight for m in model.denoiser.modules() if isinstance(m, torch.nn.Linear)]
+        shapes = {tuple(w.shape) for w in linear} | {tuple(w.shape)[::-1] for w in linear}
+        inputs = model.family.example_inputs(model.pipeline, 1)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = model.family.forward(model.denoiser, inputs)
+            output.sum().backward()
+        gradient = next(p.grad for name, p in adapter.parameters().items() if p.grad is not None and p.grad.any())
+        return sum(storages.values()), gradient
+
+    (full, expected), (int8, got) = kept(False), kept(True)
+    assert int8 <= full
+    torch.testing.assert_close(got, expected, atol=0.05 * expected.abs().max().item(), rtol=0.1)
+
+
+def test_products_in_fp16_do_not_overflow() -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    layer = torch.nn.Sequential(torch.nn.Linear(1280, 64, bias=False)).half()
+    torch.nn.init.constant_(layer[0].weight, 0.03)
+    quantize_(layer, Int8WeightOnlyConfig())
+    freeze_int8(layer)
+    x = torch.full((2, 1280), 5.0, dtype=torch.float16)
+    # 1280 products of 5 and 127, which are scaled in the end, would be 812,800.
+    assert layer(x).isfinite().all()
+    assert layer(x)[0, 0].item() == pytest.approx(192, rel=0.02)
 
 
 @pytest.mark.parametrize("method", ["lora", "bitfit"])

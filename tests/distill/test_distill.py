@@ -541,6 +541,8 @@ def test_a_picture_that_would_take_longer_than_the_run_is_left_out(tmp_path: Pat
         ({"prompts": Path("missing.txt")}, {}, "can't read the prompt file missing.txt"),
         ({"images": "missing"}, {}, "there is no image folder"),
         ({"prompts": Path("missing.txt"), "method": "bitfit"}, {"format": "kohya"}, "--format is not used with"),
+        ({"guidance": 2.0, "guidance_max": 5.0}, {"format": "kohya"}, "--format is not used with a range"),
+        ({"targets": "to_q,to_vvv"}, {}, "no layer's name in the denoiser ends in 'to_vvv': check --targets"),
     ],
 )
 def test_a_dry_run_refuses_what_the_run_would(

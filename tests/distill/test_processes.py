@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,6 +49,17 @@ def test_shares_make_up_the_batch() -> None:
     for count in (1, 2, 3, 5):
         shares = [Share(batch_size=7, index=i, count=count).members for i in range(count)]
         assert [member for share in shares for member in share] == list(range(7))
+
+
+def test_what_has_no_gradient_is_left_out_of_the_sum() -> None:
+    """As the text's way out of Qwen-Image's last block."""
+    used, unused = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    used.grad = torch.ones(2)
+    accelerator = SimpleNamespace(num_processes=2, reduce=lambda flat, reduction: 2 * flat)
+    run = SimpleNamespace(accelerator=accelerator, parameters=[unused, used])
+    assert loop.Run.reduce(run, torch.tensor([3.0, 4.0]), SimpleNamespace(name=None)) == (6.0, 8.0, False)
+    assert used.grad.tolist() == [2.0, 2.0]
+    assert unused.grad is None
 
 
 def test_a_share_of_the_pool_is_a_slice_of_the_whole(tiny: Model) -> None:

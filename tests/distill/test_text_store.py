@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from boostdiff.distill.config import DistillConfig, RunConfig
 from boostdiff.distill.distill import distill
 from boostdiff.distill.loop import Observers
@@ -8,9 +9,32 @@ from boostdiff.distill.text_store import TextStore
 from boostdiff.engine.adapters import LORA_FILE
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.model import locate
-from tiny import make_sd3_pipeline, make_xl_pipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from tiny import make_pipeline, make_sd3_pipeline, make_xl_pipeline
+from tiny_qwen_image import make_qwen_image_pipeline
 
-MAKERS = {"sdxl": make_xl_pipeline, "sd3": make_sd3_pipeline}
+
+def make_clipping_pipeline() -> StableDiffusionPipeline:
+    """Its pipeline corrects the scheduler's settings as it is made."""
+    pipeline = make_pipeline()
+    pipeline.scheduler = DDIMScheduler.from_config(dict(pipeline.scheduler.config) | {"clip_sample": True})
+    return pipeline
+
+
+def make_xl_pipeline_of_encoded_empty_prompts() -> StableDiffusionXLPipeline:
+    """One whose empty prompt is not zeros, by `model_index.json`."""
+    pipeline = make_xl_pipeline()
+    pipeline.register_to_config(force_zeros_for_empty_prompt=False)
+    return pipeline
+
+
+MAKERS = {
+    "sdxl": make_xl_pipeline,
+    "sdxl, encoded ∅": make_xl_pipeline_of_encoded_empty_prompts,
+    "sd, clip_sample": make_clipping_pipeline,
+    "sd3": make_sd3_pipeline,
+    "qwen-image": make_qwen_image_pipeline,
+}
 
 
 def student(folder: Path, prompts: Path, output: Path, *, cache: Path | None, preview: bool = False) -> bytes:
@@ -42,6 +66,14 @@ def test_a_run_on_stored_text_gives_the_same_student(
         damaged.write_bytes(damaged.read_bytes()[:50])
     with pytest.raises(InputError, match="can't read the text embeddings in"):
         student(tmp_path / "model", prompt_file, tmp_path / "third", cache=tmp_path / "text")
+
+
+def test_folders_of_other_settings_do_not_share_texts(tmp_path: Path) -> None:
+    paths = set()
+    for kind in ("sdxl", "sdxl, encoded ∅"):
+        MAKERS[kind]().save_pretrained(tmp_path / kind)
+        paths.add(TextStore(tmp_path, locate(str(tmp_path / kind)), torch.float32).path("", negative=True))
+    assert len(paths) == 2
 
 
 @pytest.mark.parametrize("options", [{"images": Path("x")}, {"negative_prompt": "live"}])

@@ -145,5 +145,5 @@ def test_a_kohya_file_is_the_same_lora(tiny: Model, tiny_folder: Path, tmp_path:
 
 
 def test_a_target_that_no_layer_has(tiny: Model) -> None:
-    with pytest.raises(InputError, match="lora can't be put on this denoiser"):
+    with pytest.raises(InputError, match="no layer's name in the denoiser ends in 'to_nowhere': check --targets"):
         make_adapter("lora", tiny.denoiser, targets="to_nowhere")

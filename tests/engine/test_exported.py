@@ -226,6 +226,16 @@ def test_a_damaged_engine_is_refused(folder: Path, tmp_path: Path, name: str, da
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "added_tokens.json"])
+def test_files_that_a_tokenizer_would_read_with_its_own_are_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    engine = shutil.copytree(folder, tmp_path / "engine")
+    (engine / "tokenizer" / ".DS_Store").write_bytes(b"")
+    Engine.load(engine, device="cpu").close()
+    (engine / "tokenizer" / name).write_text("{}")
+    with pytest.raises(InputError, match=rf"{name} is no part of the engine: remove it, or export again"):
+        Engine.load(engine, device="cpu")
+
+
 def test_a_manifest_of_another_student_is_refused(
     folder: Path,
     engines: dict[str, Path],

@@ -101,6 +101,16 @@ def test_an_interval_of_timesteps_is_diffusers_interval_of_steps(sampler: str, s
     assert guider.passes(scheduler.timesteps.tolist()) == 20 + 11
 
 
+def test_an_interval_does_not_depend_on_the_scale_before() -> None:
+    guider = ours("interval")
+    inside = torch.tensor(600)
+    assert guider.guides(inside)
+    latents = torch.randn(2, 1, 4, 8, 8)
+    for scale in (1.0, 3.0, 1.0):
+        guider(*latents, scale, inside)
+        assert guider.guides(inside), scale
+
+
 def test_outside_of_the_interval_the_teacher_makes_one_pass(tiny: Model) -> None:
     runner, sizes = TorchRunner(tiny.denoiser), []
 

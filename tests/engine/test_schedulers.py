@@ -1,6 +1,7 @@
 """A name of a sampler stands for one sampler, whatever scheduler a model's folder has."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,15 @@ from boostdiff.engine.schedulers import (
     completed,
     make_scheduler,
 )
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 
 FOLDER: dict[str, Any] = {
     "beta_start": 0.00085,
@@ -148,6 +157,35 @@ def test_steps_that_the_schedule_has_no_timesteps_for(name: str) -> None:
         check_steps(config, [name], [20, 1001])
     with pytest.raises(InputError, match="--steps 0"):
         check_steps(config, [name], [0])
+
+
+@pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_a_shift_that_another_class_left_in_the_file_is_not_taken(kind: type[SchedulerMixin], tmp_path: Path) -> None:
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    for shift in (5.0, 1.0):
+        kind.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config, flow_shift=shift, **flow).save_pretrained(
+            tmp_path
+        )
+        stock = kind.from_pretrained(tmp_path)
+        assert stock.config["shift"] == 3.0
+        ours = make_scheduler("dpm++" if kind is DPMSolverMultistepScheduler else "unipc", stock.config)
+        euler = make_scheduler("euler", stock.config)
+        for scheduler in (stock, ours):
+            scheduler.set_timesteps(4)
+        assert torch.equal(ours.sigmas, stock.sigmas)
+        assert euler.config.shift == shift
+
+
+def test_flow_settings_that_multistep_solvers_do_not_have() -> None:
+    beta = dict(FlowMatchEulerDiscreteScheduler(use_beta_sigmas=True).config)
+    for name in ("dpm++", "unipc"):
+        with pytest.raises(InputError, match="can't draw with this model's use_beta_sigmas: pass euler"):
+            check_steps(beta, [name], [4])
+    linear = dict(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="linear").config)
+    with pytest.raises(InputError, match="can't draw with this model's time_shift_type linear: pass euler"):
+        check_steps(linear, ["dpm++"], [4])
+    check_steps(beta, ["ddim", "euler"], [4])
+    check_steps(linear, ["ddim", "euler"], [4])
 
 
 def test_one_step_can_not_be_stretched_to_a_last_sigma() -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from boostdiff.engine.families import FAMILIES
 from boostdiff.engine.generate import draw
 from boostdiff.engine.manifest import Manifest, read_manifest
 from boostdiff.engine.model import Model, ModelFiles, locate
-from boostdiff.engine.runners import GraphRunner
+from boostdiff.engine.runners import GraphRunner, chosen_graph
 from boostdiff.engine.sessions import OnnxSession
 from boostdiff.engine.student import read_student
 from boostdiff.export import quantize
@@ -304,6 +305,28 @@ def test_other_models_need_calibration_prompts(
             device="cpu",
         )
     assert len(calibration_prompts(ExportConfig(quantize="int8"), locate(embedded.MODEL_NAME))) > 100
+
+
+def test_a_range_of_guidance_is_refused(
+    tiny_files: ModelFiles, students: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = replace(read_student(students["lora"]), guidance_range=(1.5, 5.0))
+    monkeypatch.setattr("boostdiff.export.export.read_student", lambda *arguments: info)
+    with pytest.raises(InputError, match="8 bits are judged at one guidance scale"):
+        export(
+            tiny_files,
+            ExportConfig(quantize="int8"),
+            student=students["lora"],
+            output=tmp_path / "engine",
+            device="cpu",
+        )
+
+
+def test_int8_is_for_cpus(engine: Path) -> None:
+    with pytest.raises(InputError, match="precision int8 is for CPUs"):
+        chosen_graph(
+            "unet", folder=engine, manifest=read_manifest(engine), device=torch.device("cuda"), precision="int8"
+        )
 
 
 def test_options_that_contradict_each_other() -> None:
