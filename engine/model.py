@@ -21,7 +21,7 @@ from .errors import InputError, one_line
 from .families import family_of
 from .family import Family
 from .files import read_json, sha256_of, without_marks
-from .int8 import freeze_int8, int8_weights
+from .int8_weights import freeze_int8, int8_weights
 from .schedulers import is_flow, make_scheduler
 
 HASHED = {".json", ".txt", ".safetensors"}
@@ -260,7 +260,7 @@ def load(
         dtype: by default `default_dtype`.
         text_encoders: whether to load them.
         int8: whether to hold the weights of the denoiser's linear layers in 8 bits, with a scale per output (torchao's
-            `Int8WeightOnlyConfig`); they are multiplied in `dtype`, see `int8`.
+            `Int8WeightOnlyConfig`); they are multiplied in `dtype`, see `int8_weights`.
 
     Raises:
         InputError: a file is missing, damaged or not safetensors.

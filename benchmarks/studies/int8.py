@@ -1,4 +1,4 @@
-"""What 8 bits cost and gain: student and teacher in FP32 and INT8 on ONNX Runtime."""
+"""What 8 bits cost and gain: student and teacher before and in INT8 or FP8, on ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -24,14 +25,14 @@ from ...engine.manifest import Manifest, read_manifest
 from ...engine.merge import TIMESTEPS
 from ...engine.model import Model
 from ...engine.options import EngineOption, SamplerOption, SeedOption
-from ...engine.runners import GraphRunner, Runner
+from ...engine.runners import MADE_BY, GraphRunner, Runner
 from ...engine.sampling import initial_noise
 from ...engine.sessions import OnnxSession
 from ...export.calibration import Calibration, calibration_prompts
 from ...export.config import ExportConfig
 from ...export.graph import onnx_from_part
 from ...export.parts import denoiser_part
-from ...export.quantize import groups_of, layers_of, quantized
+from ...export.quantize import FORMS, Form, groups_of, layers_of, quantized
 from ..config import BenchConfig
 from ..quality.distances import same_seed_distance
 from ..quality.quality import Figures
@@ -43,29 +44,49 @@ from .held_out import Runs, Samples, Steps, Work, held_out
 
 R2_PROMPTS = 24
 """Held-out prompts that R² is measured on."""
-INT8_GRAPH = "unet/model.int8.onnx"
 
 
-def teacher_graphs(session: Session, manifest: Manifest, folder: Path) -> dict[str, Path]:
-    """The teacher's UNet in FP32 and INT8, made by the student's recipe: its layers, prompts and number of states."""
-    graphs = {"fp32": folder / "model.onnx", "int8": folder / "model.int8.onnx"}
-    record, entry = folder / "made.json", manifest.artefacts[INT8_GRAPH]
+def student_graphs(manifest: Manifest, engine: Path, form: Form) -> dict[str, Path]:
+    """The student's UNet before and in 8 bits, by precision.
+
+    Raises:
+        InputError: the engine has none in 8 bits.
+    """
+    graphs = {
+        entry["precision"]: engine / name
+        for name, entry in manifest.artefacts.items()
+        if name.startswith("unet/") and name.endswith(".onnx")
+    }
+    if form.precision not in graphs:
+        made_by = MADE_BY[form.precision]
+        raise InputError(f"the engine in {engine} has no {form.precision} UNet: `boostdiff export {made_by}` makes it")
+    return {precision: graphs[precision] for precision in (form.source, form.precision)}
+
+
+def teacher_graphs(session: Session, manifest: Manifest, folder: Path, form: Form) -> dict[str, Path]:
+    """The teacher's UNet likewise, made by the student's recipe: its layers, prompts and number of states."""
+    graphs = {precision: folder / f"model.{precision}.onnx" for precision in (form.source, form.precision)}
+    record, entry = folder / f"made.{form.precision}.json", manifest.artefacts[f"unet/model.{form.precision}.onnx"]
     made = {"inputs": manifest.inputs, "kept": sorted(entry["kept"])}
     if record.exists() and read_json(record) == made:
         return graphs
     folder.mkdir(parents=True, exist_ok=True)
     model, (student,), config = session.model, session.students, ExportConfig(quantize="int8")
     text = model.family.encode(model.pipeline, session.prompts[:2]).conditional
-    onnx_from_part(denoiser_part(model, model.denoiser, text, config, TIMESTEPS), graphs["fp32"])
+    part = denoiser_part(model, deepcopy(model.denoiser), text, config, TIMESTEPS)
+    if form.source == "fp16":
+        part.to_half()
+    onnx_from_part(part, graphs[form.source])
     calibration = Calibration.of_teacher(model, calibration_prompts(config, model.files), student.info)
     calibration.add_states(
         model, lambda runner: GuidedDenoiser(runner, session.guidance, session.guider), student.info.negative_prompt
     )
-    layers = layers_of(graphs["fp32"])
+    layers = layers_of(graphs[form.source])
     chosen = [group for name, group in groups_of(layers).items() if name not in entry["kept"]]
     nodes = [node for group in chosen for layer in group for node in layers[layer]]
     with tempfile.TemporaryDirectory() as scratch:
-        quantized(graphs["fp32"], graphs["int8"], nodes, calibration.states, ranges=Path(scratch) / "ranges.json")
+        ranges = Path(scratch) / "ranges.json"
+        quantized(graphs[form.source], graphs[form.precision], nodes, calibration.states, ranges=ranges, form=form)
     write_json(record, made)
     return graphs
 
@@ -79,7 +100,7 @@ class Row:
         graph: path.
         denoiser: of a runner.
         like: the session's variant of the same UNet.
-        baseline: name of the row in FP32 that it is compared with; None for that row.
+        baseline: name of the row before 8 bits that it is compared with; None for that row.
     """
 
     name: str
@@ -89,17 +110,16 @@ class Row:
     baseline: str | None = None
 
 
-def rows_of(session: Session, engine: Path, teacher: dict[str, Path]) -> list[Row]:
-    """Teacher and student in FP32, then in INT8."""
+def rows_of(session: Session, graphs: dict[str, Path], teacher: dict[str, Path], form: Form) -> list[Row]:
+    """Teacher and student before, then in 8 bits."""
     (student,), scale = session.students, session.guidance
 
     def guided(runner: Runner) -> Denoiser:
         return GuidedDenoiser(runner, scale, session.guider)
 
-    graphs = {"fp32": engine / "unet/model.onnx", "int8": engine / INT8_GRAPH}
     of_teacher, of_student = session.teacher(scale), session.student(student, scale)
     rows = []
-    for precision, like in (("fp32", None), ("int8", "fp32")):
+    for precision, like in ((form.source, None), (form.precision, form.source)):
         label = precision.upper()
         for name, of, denoiser, variant in (
             ("teacher, two passes", teacher, guided, of_teacher),
@@ -154,8 +174,8 @@ def quality(
                 line[6] = formatted(found.caption.delta_to(before.caption), "+.2f")
             line[7] = f"{same_seed_distance(found.sampled.features, before.sampled.features):.4f}"
         lines.append(line)
-    headings = ["row", "R²", "loss of R²", "FD-EffNetLite0", "ΔFD to FP32", "caption score", "Δ to FP32"]
-    return Table(headings=[*headings, "feature distance to FP32's image"], cells=lines)
+    headings = ["row", "R²", "loss of R²", "FD-EffNetLite0", "ΔFD", "caption score", "Δ", "feature distance"]
+    return Table(headings=headings, cells=lines)
 
 
 def seconds_by_operator(graph: Path, feeds: dict[str, Any], runs: int) -> dict[str, float]:
@@ -211,6 +231,7 @@ def int8(
     student: Annotated[Path, typer.Argument(help="A student of the embedded model.")],
     work: Work,
     engine: EngineOption = Path("outputs/engine"),
+    precision: Annotated[Literal["int8", "fp8"], typer.Option(help="Of the 8-bit UNet.")] = "int8",
     samples: Samples = 200,
     sampler: SamplerOption = "ddim",
     steps: Steps = 20,
@@ -219,16 +240,17 @@ def int8(
 ) -> None:
     """What 8 bits cost student and teacher, and what they gain, on `emoji64` and its held-out prompts.
 
-    The engine is the student's, exported with --quantize int8. The teacher is quantized by the same recipe: the same
-    layers, calibrated on its own trajectories, both passes. Prints Markdown tables.
+    The engine is the student's, exported with --quantize. The teacher is quantized by the same recipe: the same
+    layers, calibrated on its own trajectories, both passes. Prints Markdown tables: differences are those to the same
+    UNet before, FP32 or, of FP8, FP16. FP8 has no speed on a CPU.
     """
-    manifest = read_manifest(engine)
-    if INT8_GRAPH not in manifest.files:
-        raise InputError(f"the engine in {engine} has no 8-bit UNet: `boostdiff export --quantize int8` makes it")
+    manifest, form = read_manifest(engine), FORMS[precision]
+    graphs = student_graphs(manifest, engine, form)
     config = BenchConfig(samples=samples, sampler=sampler, steps=steps, seed=seed, compile=False)
     with held_out([student], config, work=work) as (session, cache):
         manifest.check_student(session.students[0].info, engine=engine)
-        rows = rows_of(session, engine, teacher_graphs(session, manifest, work / "teacher" / "unet"))
+        teacher = teacher_graphs(session, manifest, work / "teacher" / "unet", form)
+        rows = rows_of(session, graphs, teacher, form)
         model = session.model
         text = model.family.encode(model.pipeline, session.prompts[:R2_PROMPTS])
         states: list[State] = trajectory(model, text, session.guidance, session.guider)
@@ -238,5 +260,5 @@ def int8(
 
         print(f"N = {samples}, {sampler}, {steps} steps\n")
         print(quality(session, rows, r2, lambda variant: Figures.of(cache, variant)).markdown(), flush=True)
-        for table in speed(session, {"fp32": engine / "unet/model.onnx", "int8": engine / INT8_GRAPH}, runs):
+        for table in speed(session, graphs, runs) if precision == "int8" else ():
             print(f"\n{table.markdown()}", flush=True)

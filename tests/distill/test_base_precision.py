@@ -14,7 +14,7 @@ from boostdiff.engine.config import GenerateConfig
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.generate import draw
 from boostdiff.engine.guidance_input import make_adapter
-from boostdiff.engine.int8 import freeze_int8
+from boostdiff.engine.int8_weights import freeze_int8
 from boostdiff.engine.model import ModelFiles, load, locate
 from boostdiff.engine.student import read_student
 from PIL import Image

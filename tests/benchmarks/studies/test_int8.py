@@ -23,6 +23,8 @@ def test_an_engine_without_8_bits_is_refused(
     engine, student = engines["lora"], students["lora"]
     with pytest.raises(InputError, match="`boostdiff export --quantize int8` makes it"):
         int8(student, tmp_path, engine=engine)
+    with pytest.raises(InputError, match="has no fp8 UNet: `boostdiff export --trt --quantize fp8` makes it"):
+        int8(student, tmp_path, engine=engine, precision="fp8")
     with pytest.raises(InputError, match="`boostdiff export --quantize int8` makes int8, too"):
         bench(
             tiny_files,
