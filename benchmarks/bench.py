@@ -164,7 +164,9 @@ def bench(
         )
     if config.alternatives and info.guider != "cfg":
         raise InputError(f"--alternatives is for teachers with plain guidance, not with the guider {info.guider}")
-    opened = Session.open(files, config, students=students, guidance=config.guidance, prompts=prompts, device=device)
+    opened = Session.open(
+        files, config, students=students, guidance=config.guidance, prompts=prompts, device=device, guided=True
+    )
     with opened as session:
         session = session.at(sampler, steps)
         guided, unguided, *others = _quality_variants(session, config)

@@ -144,14 +144,18 @@ class Session:
         guidance: float | None,
         prompts: Sequence[str],
         device: str,
+        guided: bool = False,
     ) -> Iterator[Session]:
         """Load the model, merge the students, and close all runners at the end; cheap checks come first.
 
-        `guidance` is the scale for guidance-conditioned students, None for their default. An InputError where a
-        student, the prompts (at least `config.samples`) or the device can't be used.
+        `guidance` is the scale for guidance-conditioned students, None for their default; `guided` says that rows with
+        and without guidance are compared, so that it must be above 1. An InputError where a student, the scale, the
+        prompts (at least `config.samples`) or the device can't be used.
         """
         config = with_sampling(config, students)
         infos, scale = read_students(students, files, guidance)
+        if guided and not scale > 1:
+            raise InputError(f"--guidance {scale:g} is no guidance, there is nothing to compare: it must be above 1")
         if len(prompts) < config.samples:
             raise InputError(f"--samples {config.samples} needs as many prompts: there are {len(prompts)}")
         target = resolve_device(device)

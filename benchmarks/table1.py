@@ -184,21 +184,24 @@ def measure_grid(
         raise InputError("this is a table of distances to real images: pass --reference DIR")
     if not config.samples:
         raise InputError("--samples must be at least 2: this is a table of distances")
-    scale = config.guidance if isinstance(config, Table1Config) else None
+    scale, guided = (config.guidance, True) if isinstance(config, Table1Config) else (None, False)
     if isinstance(config, Table1Config):
         check_steps(files.scheduler_config, config.samplers, config.steps)
     else:
         config = with_sampling(config, students)
         check_steps(files.scheduler_config, [str(config.sampler)], [config.steps or STEPS])
-    with Session.open(files, config, students=students, guidance=scale, prompts=prompts, device=device) as session:
+    opened = Session.open(
+        files, config, students=students, guidance=scale, prompts=prompts, device=device, guided=guided
+    )
+    with opened as session:
         if isinstance(config, Table1Config):
             name, title, places = "table1", "Table 1", table1_places(session, config)
         else:
             name, title = "sweep", f"Guidance sweep, {SAMPLER_NAMES[str(config.sampler)]}, {config.steps} steps"
             places = sweep_places(session, config)
-        opened = session.sample_cache(metrics, folder=cache, on_images=on_images)
+        filled = session.sample_cache(metrics, folder=cache, on_images=on_images)
         report(f"sampling {config.samples} images per cell")
-        samples = session.shared_out(opened, [variant for _, variant in places])
+        samples = session.shared_out(filled, [variant for _, variant in places])
         if samples is None:
             return None
         with bounded_memory(session.batch_size):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from boostdiff.benchmarks import bench as bench_module
 from boostdiff.benchmarks.bench import BenchResult, _compared, _in_torch, bench
-from boostdiff.benchmarks.config import BenchConfig, Metrics, parse_batch_sizes
+from boostdiff.benchmarks.config import BenchConfig, Metrics, Table1Config, parse_batch_sizes
 from boostdiff.benchmarks.quality.samples import COLORS, bounded_memory
 from boostdiff.benchmarks.report.report import terminal_report, write_report
 from boostdiff.benchmarks.report.tables import alternatives_table, quality_table
@@ -20,9 +20,11 @@ from boostdiff.benchmarks.session import Session
 from boostdiff.benchmarks.speed.flops import Flops
 from boostdiff.benchmarks.speed.throughput import RunnerMode, Speed
 from boostdiff.benchmarks.stats import Estimate
+from boostdiff.benchmarks.table1 import measure_grid
 from boostdiff.distill.config import DistillConfig
 from boostdiff.distill.distill import distill
 from boostdiff.distill.loop import Observers
+from boostdiff.engine import embedded
 from boostdiff.engine.compiled import has_bfloat16
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.exported import Engine
@@ -354,7 +356,7 @@ def test_a_guidance_conditioned_student_is_evaluated_at_the_guidance_asked_for(
     monkeypatch.setattr(bench_module, "_measure_speed", lambda *_, **__: (speed, {}))
     manifest = SimpleNamespace(check_student=lambda *_, **__: None, inputs={})
     monkeypatch.setattr(bench_module, "read_manifest", lambda folder: manifest)
-    training = DistillConfig(guidance=2.0, guidance_max=6.0, prompts=prompt_file, updates=4, batch_size=2)
+    training = DistillConfig(guidance=1.0, guidance_max=6.0, prompts=prompt_file, updates=4, batch_size=2)
     distill(tiny_files, training, output=tmp_path / "student", device="cpu", observers=Observers(preview=False))
 
     def run(guidance: float | None) -> BenchResult:
@@ -376,5 +378,18 @@ def test_a_guidance_conditioned_student_is_evaluated_at_the_guidance_asked_for(
         assert f"teacher w={guidance:g}" in [row.name for row in quality.rows]
         shown[guidance] = quality.samples["student lora"]
     assert not torch.equal(shown[3.0], shown[5.0])
-    with pytest.raises(InputError, match="for guidance 2 to 6"):
+    with pytest.raises(InputError, match="for guidance 1 to 6"):
         run(7.0)
+    # It would be measured in full and then compared with itself.
+    monkeypatch.setattr("boostdiff.benchmarks.session.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(InputError, match="--guidance 1 is no guidance, there is nothing to compare"):
+        run(1.0)
+    with pytest.raises(InputError, match="--guidance 1 is no guidance, there is nothing to compare"):
+        measure_grid(
+            tiny_files,
+            Table1Config(samples=4, guidance=1.0),
+            students=[tmp_path / "student"],
+            prompts=list(PROMPTS),
+            metrics=Metrics(reference=embedded.REFERENCE),
+            device="cpu",
+        )
