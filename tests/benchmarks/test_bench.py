@@ -18,8 +18,8 @@ from boostdiff.benchmarks.report.report import terminal_report, write_report
 from boostdiff.benchmarks.report.tables import alternatives_table, quality_table
 from boostdiff.benchmarks.session import Session
 from boostdiff.benchmarks.speed.flops import Flops
-from boostdiff.benchmarks.speed.throughput import RunnerMode, Speed
-from boostdiff.benchmarks.stats import Estimate
+from boostdiff.benchmarks.speed.throughput import RunnerMode, Speed, SpeedRatio, SpeedRow
+from boostdiff.benchmarks.stats import Estimate, Spread
 from boostdiff.benchmarks.table1 import measure_grid
 from boostdiff.distill.config import DistillConfig
 from boostdiff.distill.distill import distill
@@ -95,6 +95,37 @@ def test_a_report_is_written_where_teacher_and_student_were_never_timed_together
         console = Console(width=80, record=True, file=io.StringIO())
         console.print(terminal_report(alone))
         assert "could not be timed" in console.export_text()
+
+
+def test_the_verdict_speaks_of_one_row_of_the_student() -> None:
+    estimate, spread = Estimate(value=2.0, low=2.0, high=2.0, coverage=0.95), Spread.of([0.5])
+
+    def student(runner: str, batch_size: int, rate: float) -> SpeedRow:
+        per_second = replace(estimate, value=rate)
+        values = {"precision": "float32", "latency": spread, "denoiser_step": spread, "tflops": 1.0}
+        return SpeedRow(mode="student", runner=runner, batch_size=batch_size, images_per_second=per_second, **values)
+
+    def ratio(slower: str, faster: str, batch_size: int, value: float) -> SpeedRatio:
+        return SpeedRatio(
+            slower=RunnerMode(slower, "teacher"),
+            faster=RunnerMode(faster, "student"),
+            part="images",
+            batch_size=batch_size,
+            estimate=replace(estimate, value=value),
+            ceiling=2.0,
+        )
+
+    # At batch 16 the two-pass teacher ran out of memory; captured was the fastest student there.
+    rows = [student("captured", 16, 9.0), student("captured", 8, 8.0), student("torch", 8, 7.0)]
+    others = [ratio("stock diffusers", "captured", 16, 9.0), ratio("captured", "captured", 8, 1.8)]
+    for stock, says in (([], None), ([ratio("stock diffusers", "captured", 8, 2.4)], "2.40x")):
+        flops = Flops(denoiser=1, vae_decode=1, text_encoder=1)
+        speed = Speed(rows=rows, ratios=others + stock, flops=flops, peaks={})
+        provenance = {"config": {"steps": 20}}
+        verdict = BenchResult(speed=speed, skipped={}, quality=None, prompts=[], provenance=provenance).verdict()
+        assert verdict.startswith("The student makes images 1.80x ")
+        assert "(captured, batch 8, 20 steps" in verdict
+        assert re.findall(r"(\S+) as fast as stock diffusers", verdict) == ([says] if says else [])
 
 
 def test_rows_share_their_seeds_and_are_compared(result: BenchResult) -> None:
