@@ -74,7 +74,11 @@ class BenchResult:
             f"batch {head.batch_size}, {self.provenance['config']['steps']} steps; counted operations allow "
             f"{head.ceiling:.2f}x)"
         )
-        if stock := self.speed.ratio("images", self.speed.students[0], baseline="stock diffusers"):
+        # Of the same row, which need not be the fastest.
+        of_head = next(
+            row for row in self.speed.students if (row.runner, row.batch_size) == (head.faster.runner, head.batch_size)
+        )
+        if stock := self.speed.ratio("images", of_head, baseline="stock diffusers"):
             words += f", and {stock.estimate.value:.2f}x as fast as stock diffusers with guidance"
         return f"{words}."
 
@@ -164,7 +168,9 @@ def bench(
         )
     if config.alternatives and info.guider != "cfg":
         raise InputError(f"--alternatives is for teachers with plain guidance, not with the guider {info.guider}")
-    opened = Session.open(files, config, students=students, guidance=config.guidance, prompts=prompts, device=device)
+    opened = Session.open(
+        files, config, students=students, guidance=config.guidance, prompts=prompts, device=device, guided=True
+    )
     with opened as session:
         session = session.at(sampler, steps)
         guided, unguided, *others = _quality_variants(session, config)

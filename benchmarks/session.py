@@ -23,7 +23,7 @@ from ..engine.options import SAMPLER, STEPS
 from ..engine.prompts import cut_note
 from ..engine.runners import Runner, TorchRunner
 from ..engine.sampling import default_batch_size
-from ..engine.student import StudentInfo, read_student
+from ..engine.student import Distilled, StudentInfo, read_student
 from ..engine.versions import source_commit, versions
 from .config import BenchConfig, Metrics, SamplingConfig, SweepConfig, Table1Config
 from .fastest import FastestRunners
@@ -65,11 +65,19 @@ def read_students(
     return infos, scales.pop()
 
 
+def scales_for(info: Distilled, asked: Sequence[float]) -> list[float]:
+    """The scales asked for that a student was distilled for; its own where it was distilled for none of them."""
+    low, high = info.guidance_range or (info.guidance, info.guidance)
+    return [scale for scale in asked if low <= scale <= high] or [info.guidance]
+
+
 Settings = TypeVar("Settings", bound=SamplingConfig)
 
 
 def with_sampling(config: Settings, students: Sequence[Path]) -> Settings:
     """The configuration with sampler and steps filled in: the few-step students' own, or the defaults.
+
+    A sweep also gets a student's own guidance scale, where it was distilled for none of the scales.
 
     Raises:
         InputError: a few-step student can't take them; of a table of several settings, none of them.
@@ -91,6 +99,9 @@ def with_sampling(config: Settings, students: Sequence[Path]) -> Settings:
     for info in (*few_step, *infos):
         chosen = info.choose_sampling(*chosen)
     values: dict[str, Any] = {"sampler": chosen[0] or SAMPLER, "steps": chosen[1] or STEPS}
+    if isinstance(config, SweepConfig):
+        added = (scale for info in infos for scale in scales_for(info, config.guidance))
+        values["guidance"] = tuple(sorted({*config.guidance, *added}))
     return replace(config, **values)
 
 
@@ -144,14 +155,18 @@ class Session:
         guidance: float | None,
         prompts: Sequence[str],
         device: str,
+        guided: bool = False,
     ) -> Iterator[Session]:
         """Load the model, merge the students, and close all runners at the end; cheap checks come first.
 
-        `guidance` is the scale for guidance-conditioned students, None for their default. An InputError where a
-        student, the prompts (at least `config.samples`) or the device can't be used.
+        `guidance` is the scale for guidance-conditioned students, None for their default; `guided` says that rows with
+        and without guidance are compared, so that it must be above 1. An InputError where a student, the scale, the
+        prompts (at least `config.samples`) or the device can't be used.
         """
         config = with_sampling(config, students)
         infos, scale = read_students(students, files, guidance)
+        if guided and not scale > 1:
+            raise InputError(f"--guidance {scale:g} is no guidance, there is nothing to compare: it must be above 1")
         if len(prompts) < config.samples:
             raise InputError(f"--samples {config.samples} needs as many prompts: there are {len(prompts)}")
         target = resolve_device(device)

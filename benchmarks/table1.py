@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from ..engine.errors import InputError
 from ..engine.model import ModelFiles
 from ..engine.options import STEPS
 from ..engine.schedulers import check_steps
+from ..engine.student import Distilled, StudentInfo
 from .config import SAMPLER_NAMES, Metrics, SweepConfig, Table1Config
 from .quality.quality import Figures
 from .quality.samples import SampleCache, SamplingVariant, bounded_memory
@@ -114,7 +115,7 @@ def table1_places(session: Session, config: Table1Config) -> Places:
 
 
 def sweep_places(session: Session, config: SweepConfig) -> Places:
-    """The teacher at every scale; students only at scales that they were distilled for."""
+    """The teacher at every scale; students only at scales that they were distilled for, see `with_sampling`."""
     session, places = session.at(str(config.sampler), config.steps or STEPS), []
     for scale in config.guidance:
         variants = [replace(session.teacher(scale), name="teacher")]
@@ -125,18 +126,32 @@ def sweep_places(session: Session, config: SweepConfig) -> Places:
     return places
 
 
-def papers_rows(files: ModelFiles, students: Sequence[Student]) -> set[str]:
-    """Rows that the paper has too: its model, LoRA at rank 8 and BitFit, at w = 3."""
-    if sum(p.numel() for p in files.empty_denoiser().parameters()) != PAPER_PARAMETERS:
-        return set()
-    same = [
-        s for s in students if s.info.guidance == 3 and s.info.settings.get("rank", 8) == 8 and s.info.guider == "cfg"
-    ]
-    return {"teacher w=3", "teacher w=1", *(student.name for student in same)}
+def is_papers(info: StudentInfo) -> bool:
+    """Whether the paper has such a student: plain guidance at w = 3 alone, by LoRA at rank 8 in attention or BitFit."""
+    conditions = Distilled(**{item.name: getattr(info, item.name) for item in fields(Distilled)})
+    if conditions != Distilled(method=info.method, guidance=3.0):
+        return False
+    rank, alpha, targets = (info.settings.get(name) for name in ("rank", "alpha", "targets"))
+    return info.method == "bitfit" or (info.method == "lora" and (rank, alpha or 8, targets) == (8, 8, "attention"))
 
 
-def measured_cells(cache: SampleCache, places: Places, *, paper: set[str]) -> list[Cell]:
-    """Measure the cells, each after the first of its column, a teacher; `paper` are rows that the paper has too."""
+def papers_figures(files: ModelFiles, students: Sequence[Student]) -> dict[tuple[str, str, int], float]:
+    """What of `PAPER` can stand beside this model's rows: that of the paper's model, teacher and kind of student."""
+    # Stable Diffusion 2.1 at 768 pixels has as many parameters.
+    v_prediction = files.scheduler_config.get("prediction_type") == "v_prediction"
+    if v_prediction or sum(p.numel() for p in files.empty_denoiser().parameters()) != PAPER_PARAMETERS:
+        return {}
+    rows = {"teacher w=1", *(student.name for student in students if is_papers(student.info))}
+    if not any(student.info.negative_prompt for student in students):
+        # The guided teacher has the students' negative prompt.
+        rows.add("teacher w=3")
+    # All rows beside a few-step student take its timesteps.
+    others = {(student.info.sampler, student.info.steps) for student in students}
+    return {key: fid for key, fid in PAPER.items() if key[0] in rows and key[1:] not in others}
+
+
+def measured_cells(cache: SampleCache, places: Places, *, paper: Mapping[tuple[str, str, int], float]) -> list[Cell]:
+    """Measure the cells, each after the first of its column, a teacher; `paper` is what `papers_figures` gave."""
     cells = []
     teachers: dict[str, Figures] = {}
     for column, variant in places:
@@ -161,7 +176,7 @@ def measured_cells(cache: SampleCache, places: Places, *, paper: set[str]) -> li
                 delta_to_guided=delta("distance"),
                 caption_score=figures.caption.interval if figures.caption else None,
                 caption_delta_to_guided=delta("caption"),
-                paper=PAPER.get((variant.name, variant.sampler, variant.steps)) if variant.name in paper else None,
+                paper=paper.get((variant.name, variant.sampler, variant.steps)),
             )
         )
     return cells
@@ -184,25 +199,28 @@ def measure_grid(
         raise InputError("this is a table of distances to real images: pass --reference DIR")
     if not config.samples:
         raise InputError("--samples must be at least 2: this is a table of distances")
-    scale = config.guidance if isinstance(config, Table1Config) else None
+    scale, guided = (config.guidance, True) if isinstance(config, Table1Config) else (None, False)
     if isinstance(config, Table1Config):
         check_steps(files.scheduler_config, config.samplers, config.steps)
     else:
         config = with_sampling(config, students)
         check_steps(files.scheduler_config, [str(config.sampler)], [config.steps or STEPS])
-    with Session.open(files, config, students=students, guidance=scale, prompts=prompts, device=device) as session:
+    opened = Session.open(
+        files, config, students=students, guidance=scale, prompts=prompts, device=device, guided=guided
+    )
+    with opened as session:
         if isinstance(config, Table1Config):
             name, title, places = "table1", "Table 1", table1_places(session, config)
         else:
             name, title = "sweep", f"Guidance sweep, {SAMPLER_NAMES[str(config.sampler)]}, {config.steps} steps"
             places = sweep_places(session, config)
-        opened = session.sample_cache(metrics, folder=cache, on_images=on_images)
+        filled = session.sample_cache(metrics, folder=cache, on_images=on_images)
         report(f"sampling {config.samples} images per cell")
-        samples = session.shared_out(opened, [variant for _, variant in places])
+        samples = session.shared_out(filled, [variant for _, variant in places])
         if samples is None:
             return None
         with bounded_memory(session.batch_size):
-            cells = measured_cells(samples, places, paper=papers_rows(files, session.students))
+            cells = measured_cells(samples, places, paper=papers_figures(files, session.students))
         return Grid(
             name=name,
             title=title,

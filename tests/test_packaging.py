@@ -6,11 +6,15 @@ import re
 import subprocess
 import sys
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from boostdiff.cli import app
+from boostdiff.engine.manifest import Manifest
+from boostdiff.engine.model import Model
+from boostdiff.engine.student import StudentInfo
 from typer.main import get_command
 
 ROOT = Path(__file__).parents[1]
@@ -133,6 +137,28 @@ def test_the_modules_that_a_page_runs_exist(page: Path) -> None:
     for module in re.findall(r"python -m boostdiff\.(\w[\w.]*\w)", page.read_text(encoding="utf-8")):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+
+
+@pytest.mark.parametrize(
+    ("page", "begins", "written"),
+    [("export", "`manifest.json`: ", Manifest), ("distillation", "| `student.json` | ", StudentInfo)],
+)
+def test_the_keys_that_a_page_names_are_written(page: str, begins: str, written: type) -> None:
+    (text,) = (part for part in (ROOT / f"docs/{page}.md").read_text().split("\n\n") if begins in part)
+    line = text.partition(begins)[2].partition(" |\n")[0]
+    # What is in brackets is inside of a key.
+    while (shorter := re.sub(r"\([^()]*\)", "", line)) != line:
+        line = shorter
+    names = set(re.findall(r"`(\w+)`", line))
+    assert len(names) > 8
+    assert names <= {item.name for item in fields(written)}
+
+
+def test_the_parts_of_an_engine_that_a_page_uses_exist() -> None:
+    pages = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
+    used = set(re.findall(r"Engine\.load\([^)]*\)\.model\.(\w+)", pages))
+    assert used
+    assert all(hasattr(Model, name) for name in used)
 
 
 def test_no_two_modules_share_a_name() -> None:

@@ -189,8 +189,8 @@ def speed_note(result: BenchResult) -> str:
     peaks = ", ".join(f"{_PRECISIONS.get(name, name)} {peak:.3g} TFLOP/s" for name, peak in speed.peaks.items())
     config = result.provenance["config"]
     return (
-        f"{config['steps']} steps. Medians of {config['runs']} batches per variant, all variants interleaved after a "
-        f"discarded batch, from prompts to pixels. Intervals: order statistics, coverage {_coverage(speed)[1:-1]}. "
+        f"{config['steps']} steps. Medians of {config['runs']} batches per variant, all variants interleaved after "
+        f"discarded batches, from prompts to pixels. Intervals: order statistics, coverage {_coverage(speed)[1:-1]}. "
         'Ratios: of times in the same round. "Teacher, no CFG" is the no-CFG speed bound. Ceiling: counted operations, '
         f"{flops.denoiser / 1e9:.3g} GFLOP per UNet pass, {flops.vae_decode / 1e9:.3g} per VAE decode, "
         f"{flops.text_encoder / 1e9:.2g} per prompt. Peak of matrix multiplication in the same run: {peaks}. Stock "

@@ -149,7 +149,8 @@ class SpeedRow:
         host_gap: latency less all parts: scheduler, guidance arithmetic, Python, idle device.
         tflops: UNet operations per second of `denoiser_step`, in 10¹².
         peak_share: `tflops` over the peak of matrix multiplication in this precision; None where that is unknown.
-        memory_in_use: bytes of GPU memory in use after a batch, by all that is loaded; None on a CPU.
+        memory_in_use: bytes of GPU memory in use after a batch of this row, by all that is loaded, but without what
+            torch keeps of other rows' batches; None on a CPU.
     """
 
     mode: str
@@ -247,19 +248,29 @@ def measure(
         variants: the ratios need a teacher and a student on the same runner.
         model: as `guidance`, `make_scheduler`, `steps` and `guider` see `Workload`.
         prompts: at least one; repeated to fill a batch.
-        runs: timed batches per variant, after one that is discarded.
+        runs: timed batches per variant, after one that is discarded, on a GPU two.
     """
     flops, device = count_flops(model), variants[0].runner.device
     speed = Speed(rows=[], ratios=[], flops=flops, peaks={})
+    memory: dict[RunnerMode, int | None] = {}
 
     def attempt(variant: TimedVariant, work: Workload) -> dict[str, float] | None:
         try:
-            seconds, memory = variant.time(work), memory_in_use(device)
-            return seconds if memory is None else seconds | {"memory": memory}
+            return variant.time(work)
         except Exception as error:
             # Out of memory, or a batch beyond an engine's profile: each library raises a type of its own.
             speed.left_out[f"{variant.name}, batch {len(work.prompts)}"] = one_line(error)
             return None
+
+    def warmed_up(variant: TimedVariant, work: Workload) -> bool:
+        # On a GPU twice: the first batch compiles and records graphs, which takes memory that it gives back.
+        for _ in range(1 if memory_in_use(device) is None else 2):
+            # Torch keeps what batches took. It is not let go while rows are timed, as that would slow them down.
+            clear_device_cache()
+            if attempt(variant, work) is None:
+                return False
+        memory[variant.key] = memory_in_use(device)
+        return True
 
     for batch_size in batch_sizes:
         batch = [prompts[i % len(prompts)] for i in range(batch_size)]
@@ -275,9 +286,7 @@ def measure(
         for variant in variants:
             if variant.batch_sizes is None or batch_size in variant.batch_sizes:
                 on_progress(f"batch {batch_size}: warming up {variant.name}")
-                # What the one before no longer needs is not counted as memory in use.
-                clear_device_cache()
-                running += [variant] if attempt(variant, work) else []
+                running += [variant] if warmed_up(variant, work) else []
         times: dict[RunnerMode, list[dict[str, float]]] = {variant.key: [] for variant in running}
         for number, index in interleaved(len(running), runs):
             variant = running[index]
@@ -287,7 +296,11 @@ def measure(
                     times[variant.key].append(seconds)
                 else:
                     del times[variant.key]
-        speed.rows.extend(_row(variant, times[variant.key], work, flops) for variant in running if variant.key in times)
+        speed.rows.extend(
+            _row(variant, times[variant.key], work, flops, memory[variant.key])
+            for variant in running
+            if variant.key in times
+        )
         speed.ratios.extend(_ratios(times, work, flops))
         # The best of the moments after each batch size: other processes and clocks hold a single one down.
         for name, peak in gemm_peaks(device, [variant.runner.precision for variant in variants]).items():
@@ -299,12 +312,13 @@ def measure(
     return speed
 
 
-def _row(variant: TimedVariant, times: list[dict[str, float]], work: Workload, flops: Flops) -> SpeedRow:
+def _row(
+    variant: TimedVariant, times: list[dict[str, float]], work: Workload, flops: Flops, memory: int | None
+) -> SpeedRow:
     batch_size = len(work.prompts)
     values = {key: [run[key] for run in times] for key in times[0] if all(key in run for run in times)}
     parts: dict[str, Any] = {part: Spread.of(values[part]) for part in (*PARTS[1:], "host_gap") if part in values}
     total, step = median_of(values["total"]), Spread.of([seconds / work.steps for seconds in values["denoiser"]])
-    memory = values.get("memory")
     return SpeedRow(
         mode=variant.mode,
         runner=variant.key.runner,
@@ -320,7 +334,7 @@ def _row(variant: TimedVariant, times: list[dict[str, float]], work: Workload, f
         denoiser_step=step,
         **parts,
         tflops=variant.passes(work) * batch_size * flops.denoiser / step.median / 1e12,
-        memory_in_use=int(max(memory)) if memory else None,
+        memory_in_use=memory,
     )
 
 

@@ -43,19 +43,21 @@ class Timed:
     passes: int
 
 
-def timed_engines(folders: Sequence[Path], opened: ExitStack, base: dict[str, Any], device: str) -> Iterator[Timed]:
-    """Each engine in each precision of its graphs, at its student's own number of steps."""
+def timed_engines(
+    folders: Sequence[Path], opened: ExitStack, base: dict[str, Any], device: str, *, sampler: str, steps: int
+) -> Iterator[Timed]:
+    """Each engine in each precision of its graphs; a few-step student's by its own sampler in its own steps."""
     for folder in folders:
         manifest = read_manifest(folder)
+        distilled = manifest.distilled
+        its_sampler, its_steps = distilled.choose_sampling(*(None, None) if distilled.steps else (sampler, steps))
         made = {each["precision"] for path, each in manifest.artefacts.items() if path.startswith(manifest.denoiser)}
         for precision in sorted(made & {"fp32", "fp16", "int8"}):
             loaded = opened.enter_context(Engine.load(folder, runner="onnx", device=device, precision=precision))
-            sampler, steps = manifest.distilled.choose_sampling(None, None)
-            spacing = manifest.distilled.timestep_spacing
-            scheduler = partial(loaded.model.make_scheduler, sampler, spacing=spacing)
-            work = Workload(**base, model=loaded.model, make_scheduler=scheduler, steps=steps)
+            scheduler = partial(loaded.model.make_scheduler, its_sampler, spacing=distilled.timestep_spacing)
+            work = Workload(**base, model=loaded.model, make_scheduler=scheduler, steps=its_steps)
             variant = TimedVariant(mode="student", runner=loaded.model.denoiser, parts=loaded.model)
-            yield Timed(name=f"{folder.name}, {precision}", variant=variant, work=work, passes=steps)
+            yield Timed(name=f"{folder.name}, {precision}", variant=variant, work=work, passes=its_steps)
 
 
 def combined(
@@ -68,9 +70,9 @@ def combined(
 ) -> None:
     """Whole images of `emoji64` by each engine, over stock diffusers with guidance.
 
-    An engine makes one pass a step, in its student's own number of steps; stock diffusers, eager, makes two in
-    `--steps` steps. All rows take turns in one run. Prints a Markdown table: medians of the ratios within a round, with
-    their intervals, 95% from six runs on.
+    An engine makes one pass a step, in `--steps` steps of `--sampler`, that of a few-step student in its own; stock
+    diffusers, eager, makes two in `--steps` steps. All rows take turns in one run. Prints a Markdown table: medians of
+    the ratios within a round, with their intervals, 95% from six runs on.
     """
     target = resolve_device(device)
     stock_model = load(locate(embedded.MODEL_NAME), device=target)
@@ -88,7 +90,7 @@ def combined(
                 work=Workload(**base, model=stock_model, make_scheduler=scheduler, steps=steps),
                 passes=2 * steps,
             )
-            entries = [stock, *timed_engines(engines, opened, base, str(target))]
+            entries = [stock, *timed_engines(engines, opened, base, str(target), sampler=sampler, steps=steps)]
             for entry in entries:
                 entry.variant.time(entry.work)
             times: list[list[float]] = [[] for _ in entries]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -17,16 +17,10 @@ from ...engine.runners import TorchRunner
 from ..config import BenchConfig
 from ..quality.distances import same_seed_distance
 from ..report.tables import NOTHING, Table
-from ..session import Student
+from ..session import scales_for
 from .held_out import Samples, Scales, Steps, Work, held_out, scales_of
 
 Students = Annotated[list[Path], typer.Argument(help="Students of the embedded model.")]
-
-
-def scales_for(student: Student, asked: Sequence[float]) -> list[float]:
-    """The scales asked for that a student was distilled for; of a student of one scale, that one."""
-    low, high = student.info.guidance_range or (student.info.guidance, student.info.guidance)
-    return [scale for scale in asked if low <= scale <= high] if student.info.guidance_range else [low]
 
 
 def guidance_r2(
@@ -45,7 +39,7 @@ def guidance_r2(
         with held_out([folder], BenchConfig(samples=prompts), model=model) as (session, _):
             (student,), loaded = session.students, session.model
             text = loaded.family.encode(loaded.pipeline, session.prompts[:prompts])
-            for scale in scales_for(student, scales_of(scales)):
+            for scale in scales_for(student.info, scales_of(scales)):
                 states = trajectory(loaded, text, scale, session.guider)
                 denoiser = student.info.denoiser(TorchRunner(student.denoiser), scale)
                 r2 = [r2_of(denoiser, part, text) for part in (states, *([state] for state in states))]
@@ -94,7 +88,7 @@ def effective_guidance(
         with held_out([folder], config, work=work) as (session, cache):
             teachers = {scale: cache.sampled(session.teacher(scale)).features for scale in GRID}
             (student,) = session.students
-            for scale in scales_for(student, scales_of(scales)):
+            for scale in scales_for(student.info, scales_of(scales)):
                 features = cache.sampled(session.student(student, scale)).features
                 effective, distance = nearest_scale(features, teachers)
                 rows.append([folder.name, f"{scale:g}", f"{effective:.2f}", f"{distance:.3f}"])

@@ -31,7 +31,7 @@ from ...engine.exported import Engine
 from ...engine.prompts import read_prompts
 from ..config import comma_separated
 from ..report.tables import Table
-from .held_out import Device, Steps
+from .held_out import Steps
 
 clients_of = comma_separated("--clients", int, "1,4,16,64")
 PATIENCE = 600
@@ -165,7 +165,6 @@ def serve(
     requests: Annotated[int, typer.Option(min=1, help="Images asked for by each number of clients.")] = 64,
     replicas: Annotated[int, typer.Option(min=1, help="Processes that draw.")] = 1,
     steps: Steps = 20,
-    device: Device = "auto",
 ) -> None:
     """`boostdiff serve` under load, against the engine called directly in batches.
 
@@ -174,7 +173,8 @@ def serve(
     numbers = clients_of(clients)
     prompts = list(islice(cycle(read_prompts(embedded.HELD_OUT_PROMPTS)), requests))
     loads: list[Load] = []
-    with Engine.load(engine, device=device) as opened:
+    # On the device that the server chooses, too.
+    with Engine.load(engine) as opened:
 
         def directly() -> tuple[list[Image.Image], float]:
             started = time.monotonic()

@@ -12,17 +12,19 @@ import pytest
 import torch
 from boostdiff.benchmarks import bench as bench_module
 from boostdiff.benchmarks.bench import BenchResult, _compared, _in_torch, bench
-from boostdiff.benchmarks.config import BenchConfig, Metrics, parse_batch_sizes
+from boostdiff.benchmarks.config import BenchConfig, Metrics, Table1Config, parse_batch_sizes
 from boostdiff.benchmarks.quality.samples import COLORS, bounded_memory
 from boostdiff.benchmarks.report.report import terminal_report, write_report
 from boostdiff.benchmarks.report.tables import alternatives_table, quality_table
 from boostdiff.benchmarks.session import Session
 from boostdiff.benchmarks.speed.flops import Flops
-from boostdiff.benchmarks.speed.throughput import RunnerMode, Speed
-from boostdiff.benchmarks.stats import Estimate
+from boostdiff.benchmarks.speed.throughput import RunnerMode, Speed, SpeedRatio, SpeedRow
+from boostdiff.benchmarks.stats import Estimate, Spread
+from boostdiff.benchmarks.table1 import measure_grid
 from boostdiff.distill.config import DistillConfig
 from boostdiff.distill.distill import distill
 from boostdiff.distill.loop import Observers
+from boostdiff.engine import embedded
 from boostdiff.engine.compiled import has_bfloat16
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.exported import Engine
@@ -93,6 +95,37 @@ def test_a_report_is_written_where_teacher_and_student_were_never_timed_together
         console = Console(width=80, record=True, file=io.StringIO())
         console.print(terminal_report(alone))
         assert "could not be timed" in console.export_text()
+
+
+def test_the_verdict_speaks_of_one_row_of_the_student() -> None:
+    estimate, spread = Estimate(value=2.0, low=2.0, high=2.0, coverage=0.95), Spread.of([0.5])
+
+    def student(runner: str, batch_size: int, rate: float) -> SpeedRow:
+        per_second = replace(estimate, value=rate)
+        values = {"precision": "float32", "latency": spread, "denoiser_step": spread, "tflops": 1.0}
+        return SpeedRow(mode="student", runner=runner, batch_size=batch_size, images_per_second=per_second, **values)
+
+    def ratio(slower: str, faster: str, batch_size: int, value: float) -> SpeedRatio:
+        return SpeedRatio(
+            slower=RunnerMode(slower, "teacher"),
+            faster=RunnerMode(faster, "student"),
+            part="images",
+            batch_size=batch_size,
+            estimate=replace(estimate, value=value),
+            ceiling=2.0,
+        )
+
+    # At batch 16 the two-pass teacher ran out of memory; captured was the fastest student there.
+    rows = [student("captured", 16, 9.0), student("captured", 8, 8.0), student("torch", 8, 7.0)]
+    others = [ratio("stock diffusers", "captured", 16, 9.0), ratio("captured", "captured", 8, 1.8)]
+    for stock, says in (([], None), ([ratio("stock diffusers", "captured", 8, 2.4)], "2.40x")):
+        flops = Flops(denoiser=1, vae_decode=1, text_encoder=1)
+        speed = Speed(rows=rows, ratios=others + stock, flops=flops, peaks={})
+        provenance = {"config": {"steps": 20}}
+        verdict = BenchResult(speed=speed, skipped={}, quality=None, prompts=[], provenance=provenance).verdict()
+        assert verdict.startswith("The student makes images 1.80x ")
+        assert "(captured, batch 8, 20 steps" in verdict
+        assert re.findall(r"(\S+) as fast as stock diffusers", verdict) == ([says] if says else [])
 
 
 def test_rows_share_their_seeds_and_are_compared(result: BenchResult) -> None:
@@ -354,7 +387,7 @@ def test_a_guidance_conditioned_student_is_evaluated_at_the_guidance_asked_for(
     monkeypatch.setattr(bench_module, "_measure_speed", lambda *_, **__: (speed, {}))
     manifest = SimpleNamespace(check_student=lambda *_, **__: None, inputs={})
     monkeypatch.setattr(bench_module, "read_manifest", lambda folder: manifest)
-    training = DistillConfig(guidance=2.0, guidance_max=6.0, prompts=prompt_file, updates=4, batch_size=2)
+    training = DistillConfig(guidance=1.0, guidance_max=6.0, prompts=prompt_file, updates=4, batch_size=2)
     distill(tiny_files, training, output=tmp_path / "student", device="cpu", observers=Observers(preview=False))
 
     def run(guidance: float | None) -> BenchResult:
@@ -376,5 +409,18 @@ def test_a_guidance_conditioned_student_is_evaluated_at_the_guidance_asked_for(
         assert f"teacher w={guidance:g}" in [row.name for row in quality.rows]
         shown[guidance] = quality.samples["student lora"]
     assert not torch.equal(shown[3.0], shown[5.0])
-    with pytest.raises(InputError, match="for guidance 2 to 6"):
+    with pytest.raises(InputError, match="for guidance 1 to 6"):
         run(7.0)
+    # It would be measured in full and then compared with itself.
+    monkeypatch.setattr("boostdiff.benchmarks.session.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(InputError, match="--guidance 1 is no guidance, there is nothing to compare"):
+        run(1.0)
+    with pytest.raises(InputError, match="--guidance 1 is no guidance, there is nothing to compare"):
+        measure_grid(
+            tiny_files,
+            Table1Config(samples=4, guidance=1.0),
+            students=[tmp_path / "student"],
+            prompts=list(PROMPTS),
+            metrics=Metrics(reference=embedded.REFERENCE),
+            device="cpu",
+        )

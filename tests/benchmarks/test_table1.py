@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,15 +10,16 @@ from boostdiff.benchmarks.quality.features import EfficientNetLite0Features, fea
 from boostdiff.benchmarks.quality.reference import Reference
 from boostdiff.benchmarks.quality.samples import SampleCache
 from boostdiff.benchmarks.report.grids import further_tables, grid_table, markdown, terminal_grid, write_grid
-from boostdiff.benchmarks.session import Session
+from boostdiff.benchmarks.session import Session, Student, scales_for
 from boostdiff.benchmarks.speed.random_weights import locate_configs
-from boostdiff.benchmarks.table1 import PAPER, Cell, Grid, measure_grid, papers_rows
+from boostdiff.benchmarks.table1 import PAPER, Cell, Grid, measure_grid, papers_figures
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.guidance import GuidedDenoiser
-from boostdiff.engine.model import Model, load, locate
+from boostdiff.engine.model import Model, ModelFiles, load, locate
 from boostdiff.engine.runners import TorchRunner
 from boostdiff.engine.sampling import generate, to_uint8
 from boostdiff.engine.schedulers import make_scheduler
+from boostdiff.engine.student import Distilled, StudentInfo, read_student
 from rich.console import Console
 from tiny import CPU, PROMPTS
 
@@ -50,7 +52,8 @@ def grids(tiny_folder: Path, students: dict[str, Path], reference: Path, clip_fo
         )
         for config in (
             Table1Config(samplers=("ddim", "dpm++", "unipc", "euler"), steps=(3,), samples=SAMPLES),
-            SweepConfig(guidance=(1.0, 3.0), steps=3, samples=SAMPLES),
+            # The students' own scale, 3, is added.
+            SweepConfig(guidance=(1.0,), steps=3, samples=SAMPLES),
         )
     ]
     return [grid for grid in measured if grid is not None]
@@ -115,6 +118,22 @@ def test_a_sweep_asks_no_student_for_what_it_has_not_learnt(grids: list[Grid]) -
     assert table is not None
     assert swept is not None
     assert table.distance == swept.distance
+
+
+@pytest.mark.parametrize(
+    ("bounds", "asked", "scales"),
+    [
+        (None, (1.0, 5.0), [4.0]),
+        (None, (1.0, 4.0), [4.0]),
+        ((2.0, 6.0), (1.0, 3.0, 5.0), [3.0, 5.0]),
+        ((2.0, 6.0), (1.0, 9.0), [4.0]),
+    ],
+)
+def test_a_student_has_a_place_at_any_scales(
+    bounds: tuple[float, float] | None, asked: tuple[float, ...], scales: list[float]
+) -> None:
+    info = Distilled(method="lora", guidance=4.0, guidance_range=bounds)
+    assert scales_for(info, asked) == scales
 
 
 def test_all_forms_show_the_same_figures(grids: list[Grid], tmp_path: Path) -> None:
@@ -195,10 +214,38 @@ def test_the_papers_figures_stand_beside_its_own_model() -> None:
     )
     assert "| student lora | 16.0 (paper: FID 15.6) |" in markdown(grid)
     assert "CLIP" not in markdown(grid)
-    assert papers_rows(locate_configs("sd21-base"), []) == {"teacher w=3", "teacher w=1"}
-    assert papers_rows(locate_configs("sd15"), []) == set()
     assert PAPER["teacher w=1", "dpm++", 50] == 28.4
     assert PAPER["teacher w=3", "ddim", 50] == 14.4
+
+
+def test_the_papers_figures_stand_beside_what_the_paper_measured_alone(students: dict[str, Path]) -> None:
+    files = locate_configs("sd21-base")
+    infos = {method: read_student(folder) for method, folder in students.items()}
+
+    def rows(*beside: StudentInfo, of: ModelFiles = files, steps: int = 20) -> set[str]:
+        made = [Student(name=f"student {info.method}", folder=Path(), info=info, denoiser=None) for info in beside]
+        return {key[0] for key in papers_figures(of, made) if key[1:] == ("ddim", steps)}
+
+    teachers = {"teacher w=3", "teacher w=1"}
+    assert rows() == teachers
+    assert rows(*infos.values()) == {*teachers, "student lora", "student bitfit"}
+    assert rows(*infos.values(), of=locate_configs("sd15")) == set()
+    # Of as many parameters: Stable Diffusion 2.1 at 768 pixels.
+    assert rows(of=replace(files, scheduler_config={"prediction_type": "v_prediction"})) == set()
+    lora = infos["lora"]
+    for changes in (
+        {"guidance": 5.0},
+        {"guidance_range": (1.0, 5.0)},
+        {"live_negative_prompt": True},
+        *({"settings": lora.settings | own} for own in ({"rank": 4}, {"alpha": 16.0}, {"targets": "all"})),
+        {"method": "dora"},
+    ):
+        assert rows(replace(lora, **changes)) == teachers, changes
+    assert rows(replace(lora, settings=lora.settings | {"alpha": 8.0})) == {*teachers, "student lora"}
+    assert rows(replace(lora, negative_prompt="blurry")) == {"teacher w=1"}
+    few = replace(lora, sampler="ddim", steps=20, timestep_spacing="trailing")
+    assert rows(few, infos["bitfit"]) == set()
+    assert rows(few, infos["bitfit"], steps=50) == {*teachers, "student bitfit"}
 
 
 def test_wrong_tables(tiny_folder: Path, students: dict[str, Path], reference: Path) -> None:

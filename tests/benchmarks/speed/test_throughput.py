@@ -2,6 +2,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from boostdiff.benchmarks.speed import throughput
 from boostdiff.benchmarks.speed.flops import Flops, count_flops
 from boostdiff.benchmarks.speed.throughput import TimedVariant, interleaved, measure
 from boostdiff.engine.model import Model
@@ -111,3 +112,42 @@ def test_a_variant_is_timed_at_its_own_batch_sizes(tiny: Model) -> None:
     )
     assert [(row.mode, row.batch_size) for row in speed.rows] == [("teacher", 1), ("teacher", 2), ("student", 2)]
     assert {ratio.batch_size for ratio in speed.ratios} == {2}
+
+
+def test_the_memory_of_a_row_is_its_own(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of a GPU's allocator stands one that counts images, and like it keeps what the largest batch took."""
+    kept, cleared, shapes = [0], [], set()
+
+    class Taking(TorchRunner):
+        def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+            images = len(inputs["sample"])
+            # A graph of these shapes is compiled first.
+            kept[0] = max(kept[0], images if images in shapes else 100)
+            shapes.add(images)
+            return super().predict(inputs)
+
+    def clear() -> None:
+        cleared.append(kept[0])
+        kept[0] = 0
+
+    monkeypatch.setattr(throughput, "clear_device_cache", clear)
+    monkeypatch.setattr(throughput, "memory_in_use", lambda device: 1000 + kept[0])
+    runner = Taking(tiny.denoiser)
+    speed = measure(
+        [TimedVariant(mode=mode, runner=runner) for mode in ("teacher", "student")],
+        tiny,
+        prompts=["a red cat"],
+        guidance=3.0,
+        make_scheduler=lambda: make_scheduler("ddim", tiny.pipeline.scheduler.config),
+        steps=1,
+        batch_sizes=(1, 3),
+        runs=3,
+    )
+    assert {(row.mode, row.batch_size): row.memory_in_use for row in speed.rows} == {
+        ("teacher", 1): 1002,
+        ("student", 1): 1001,
+        ("teacher", 3): 1006,
+        ("student", 3): 1003,
+    }
+    # Never while rows are timed: it would slow them down.
+    assert len(cleared) == 2 * len(speed.rows)

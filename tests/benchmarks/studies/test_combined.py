@@ -1,8 +1,12 @@
 import re
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from boostdiff.benchmarks.studies.combined import combined
+from boostdiff.benchmarks.studies import combined as study
+from boostdiff.benchmarks.studies.combined import combined, timed_engines
+from boostdiff.engine.manifest import read_manifest
 
 
 def test_each_engine_is_timed_in_each_of_its_precisions(
@@ -18,9 +22,30 @@ def test_each_engine_is_timed_in_each_of_its_precisions(
         for batch in "12"
         for row in (
             ("stock diffusers with guidance", batch, "2", "4"),
-            (f"{folder}, fp16", batch, "20", "20"),
-            (f"{folder}, fp32", batch, "20", "20"),
+            (f"{folder}, fp16", batch, "2", "2"),
+            (f"{folder}, fp32", batch, "2", "2"),
         )
     ]
     assert all(float(milliseconds) > 0 for *_, milliseconds, _ in rows)
     assert [float(ratio) for name, *_, ratio in rows if name.startswith("stock")] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("own", "sampling"),
+    [
+        ({}, ("DPMSolverMultistepScheduler", "leading", 7)),
+        ({"sampler": "ddim", "steps": 4, "timestep_spacing": "trailing"}, ("DDIM", "trailing", 4)),
+    ],
+)
+def test_only_a_few_step_student_keeps_to_its_own_sampling(
+    engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch, own: dict[str, object], sampling: tuple[str, str, int]
+) -> None:
+    manifest = read_manifest(engines["bitfit"])
+    manifest = replace(manifest, student=manifest.student | own)
+    monkeypatch.setattr(study, "read_manifest", lambda folder: manifest)
+    base = {"prompts": ["a red cat"], "guidance": 3.0}
+    with ExitStack() as opened:
+        (timed,) = timed_engines([engines["bitfit"]], opened, base, "cpu", sampler="dpm++", steps=7)
+        scheduler = timed.work.make_scheduler()
+    assert (type(scheduler).__name__, scheduler.config.timestep_spacing, timed.work.steps) == sampling
+    assert timed.passes == sampling[2]

@@ -2,8 +2,10 @@ from pathlib import Path
 
 import pytest
 from boostdiff.benchmarks.studies import held_out
+from boostdiff.benchmarks.studies.__main__ import app
 from boostdiff.benchmarks.studies.held_out import trained
 from boostdiff.engine.errors import InputError
+from typer.testing import CliRunner
 
 
 def test_a_student_is_trained_once_and_only_with_its_own_options(
@@ -24,3 +26,10 @@ def test_a_student_is_trained_once_and_only_with_its_own_options(
         trained(tmp_path / "lora-0", ["--method", "lora"])
     (tmp_path / "by-hand").mkdir()
     assert trained(tmp_path / "by-hand", options) == tmp_path / "by-hand"
+
+
+def test_the_engine_is_measured_on_the_servers_device_alone() -> None:
+    """The server is started without a device, so the study has no option for the engine beside it."""
+    result = CliRunner().invoke(app, ["serve", "--device", "cpu"])
+    assert result.exit_code == 2
+    assert "No such option" in result.output
