@@ -41,7 +41,7 @@ StudentsStepsOption = Annotated[
 ]
 # The number of an image, and bench's distance to other seeds, are added to it within 64 bits.
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of everything random.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto (the GPU if there is one), cpu, cuda, cuda:1, …")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
