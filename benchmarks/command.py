@@ -25,7 +25,9 @@ StudentsOption = Annotated[
 PromptsOption = Annotated[
     Path | None,
     typer.Option(
-        "--prompts", help="One prompt per line, or a COCO captions JSON.", show_default="emoji64's held-out prompts"
+        "--prompts",
+        help="File of prompts: one per line, JSON lines, CSV or COCO captions.",
+        show_default="emoji64's held-out prompts",
     ),
 ]
 OUTPUT = Path("outputs/bench")

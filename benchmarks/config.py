@@ -5,6 +5,7 @@ Nothing at the top of this module imports torch: the help of a command must not 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -32,19 +33,27 @@ GuidanceOption = Annotated[
 ]
 
 
-def comma_separated(option: str, convert: Callable[[str], Any], example: str) -> Callable[[Any], Any]:
-    """A parser of an option's `1,2,4` to a tuple, each value once; what is no text is taken as it is."""
+def comma_separated(
+    option: str, convert: Callable[[str], Any], example: str, least: float | None = None
+) -> Callable[[Any], Any]:
+    """A parser of an option's `1,2,4` to a tuple, each value once; what is no text is taken as it is.
+
+    `least` is the smallest number that can be used; then none may be infinite or NaN, either.
+    """
 
     def parse(text: Any) -> Any:
         try:
-            return tuple(dict.fromkeys(map(convert, text.split(",")))) if isinstance(text, str) else text
+            values = tuple(dict.fromkeys(map(convert, text.split(",")))) if isinstance(text, str) else text
         except ValueError:
             raise InputError(f"{option} {text!r} is no comma-separated list such as {example}") from None
+        if least is not None and isinstance(text, str) and not all(least <= value < math.inf for value in values):
+            raise InputError(f"{option} must be at least {least:g}, as in {option} {example}")
+        return values
 
     return parse
 
 
-parse_batch_sizes = comma_separated("--batch-sizes", int, "1,2,4")
+parse_batch_sizes = comma_separated("--batch-sizes", int, "1,2,4", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +210,10 @@ class Metrics:
     ] = None
     inception_weights: Annotated[
         Path | None,
-        typer.Option(help="Weights of torch-fidelity's InceptionV3: FID in place of FD on EfficientNet-Lite0."),
+        typer.Option(
+            help="Weights of torch-fidelity's InceptionV3: FID in place of FD on EfficientNet-Lite0.",
+            show_default="none",
+        ),
     ] = None
     clip: Annotated[
         str | None,

@@ -20,7 +20,7 @@ from ..engine.adapters import Adapter
 from ..engine.compiled import has_bfloat16, missing_compiler, use_plain_attention
 from ..engine.conditions import TextEmbeddings
 from ..engine.errors import InputError
-from ..engine.files import prepare_output, publish
+from ..engine.files import check_output, prepare_output, publish
 from ..engine.model import LARGE_PARAMETERS, Model, ModelFiles, load, resolve_device
 from ..engine.options import refuse_unused
 from ..engine.prompts import cut_note, read_prompts
@@ -199,6 +199,8 @@ def plan(
     if config.images is not None or config.live_negative_prompt:
         what = "--images" if config.images is not None else "--negative-prompt live"
         refuse_unused(execution, f"with {what}, whose texts are not known before", "cache_text")
+    if execution.cache_text is not None:
+        check_output(execution.cache_text, option="--cache-text")
     if config.stages:
         check_stages(config, files, reads_weights=needs_data)
     if config.live_negative_prompt:

@@ -128,7 +128,7 @@ def adopted(config: DistillConfig) -> DistillConfig:
     """
     if config.start_from is None:
         return config
-    info = read_student(config.start_from)
+    info = read_student(config.start_from, instead="--start-from DIR")
     if info.steps not in (None, 2 * config.stages[0]):
         raise InputError(
             f"the student in {config.start_from} takes {info.steps} steps: pass --few-steps {info.steps}:END"

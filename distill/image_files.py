@@ -7,6 +7,7 @@ file leads out of its folder.
 from __future__ import annotations
 
 import json
+import os
 import re
 import tarfile
 from collections import Counter
@@ -56,11 +57,12 @@ def open_images(spec: str) -> ImageData:
         InputError: there is nothing there, or none of these formats.
     """
     path = Path(spec)
-    if path.is_file():
+    # Those of `os.path` say no of a name that is too long, too.
+    if os.path.isfile(path):
         if path.suffix.lower() not in SHARDS:
             raise InputError(f"{path} is no image data: pass a folder, a .tar, a .parquet or a hub dataset org/name")
         return ImageData(rows=SHARDS[path.suffix.lower()]([str(path)]), root=path.parent, files=(path,))
-    if path.is_dir():
+    if os.path.isdir(path):
         files = files_in(path)
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return ImageData(rows=_saved_dataset(path), root=path, files=tuple(files))

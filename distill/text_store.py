@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,9 @@ class TextStore:
                 save_file({name: x.cpu().contiguous() for name, x in embeds.tensors().items()}, partial)
                 partial.replace(path)
             except OSError as error:
-                partial.unlink(missing_ok=True)
+                # Below a file nothing can be removed, either.
+                with suppress(OSError):
+                    partial.unlink(missing_ok=True)
                 raise InputError(f"can't write text embeddings into {self.folder}: {one_line(error)}") from None
         return len(missing)
 

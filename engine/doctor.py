@@ -78,6 +78,23 @@ def _features() -> Finding:
     return Finding("EfficientNet-Lite0", found, not missing, "bench's quality rows", install)
 
 
+EXTRAS = (
+    ("torchao", "quantize", ("torchao",), "distill --base-precision int8"),
+    ("Ray Serve", "serve", ("ray", "fastapi", "yaml"), "serve; generate --ray"),
+    ("torch-fidelity", "fid", ("torch_fidelity",), "bench --inception-weights"),
+    ("resvg", "recipe", ("resvg_py",), "the recipe of emoji64, in teacher/"),
+)
+"""Name, extra in `pyproject.toml`, modules and use of what few need."""
+
+
+def _extra(name: str, extra: str, modules: tuple[str, ...], use: str) -> Finding:
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if not missing:
+        return Finding(name, versions(modules[0]).get(modules[0]) or "installed", True, use)
+    found = "not installed" if len(missing) == len(modules) else f"lacks {', '.join(missing)}"
+    return Finding(name, found, False, use, f"pip install 'boostdiff[{extra}]'")
+
+
 def _compiler(device: torch.device) -> Finding:
     use = "the compiled runner"
     if reason := missing_compiler(device):
@@ -97,6 +114,7 @@ def examine() -> list[Finding]:
         _onnx_runtime(gpu),
         *_tensorrt(gpu),
         _features(),
+        *(_extra(*each) for each in EXTRAS),
     ]
     ready = {finding.name: finding.ready for finding in findings}
     commands = {
@@ -105,6 +123,7 @@ def examine() -> list[Finding]:
         "boostdiff export --trt": ready["ONNX Runtime"] and (ready["TensorRT"] or ready["TensorRT for RTX"]),
         "boostdiff bench": ready["EfficientNet-Lite0"],
         "boostdiff generate": True,
+        "boostdiff serve": ready["Ray Serve"],
     }
     return findings + [
         Finding(name, "works" if works else "needs what is missing above", works, "")
@@ -115,7 +134,7 @@ def examine() -> list[Finding]:
 def table(findings: list[Finding]) -> Table:
     """The diagnosis for a terminal."""
     drawn = Table(title="boostdiff doctor", title_justify="left")
-    for heading in ("", "what", "found", "serves", "to get it"):
+    for heading in ("", "what", "found", "used by", "to get it"):
         drawn.add_column(heading)
     for finding in findings:
         mark = "[green]✓[/]" if finding.ready else "[yellow]–[/]"

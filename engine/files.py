@@ -179,26 +179,34 @@ def is_full_disk(error: BaseException) -> bool:
     return number in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
+def is_unusable_path(error: BaseException) -> bool:
+    """Whether an error says that a path leads nowhere, whatever the program does: too long, a loop, below a file."""
+    numbers = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EROFS}
+    return isinstance(error, OSError) and error.filename is not None and error.errno in numbers
+
+
 @contextmanager
-def _as_input_error(path: Path) -> Iterator[None]:
+def _as_input_error(path: Path, option: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"can't write to {path}: {reason}; choose another --output") from None
+    # Before Python 3.13 a loop of symbolic links is a RuntimeError of `Path.resolve`.
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise InputError(f"can't write to {path}: {reason}; choose another {option}") from None
 
 
-def check_output(path: Path, *, replaces: str | None = None) -> None:
+def check_output(path: Path, *, replaces: str | None = None, option: str = "--output") -> None:
     """Make sure that a folder can be written under this name, before any long work; nothing stays behind.
 
     `replaces` is a file that marks what the new folder may take the place of; without it, the folder is written into.
+    `option` is the one that asked for it.
 
     Raises:
         InputError: its parent can't be created or written, the name is taken by a file, or the folder there must stay.
     """
-    with _as_input_error(path):
+    with _as_input_error(path, option):
         if path.exists() and not path.is_dir():
-            raise InputError(f"the output {path} is a file: choose another --output")
+            raise InputError(f"the output {path} is a file: choose another {option}")
         if replaces is not None and path.is_dir():
             _check_replaceable(path, replaces)
         # Of the folders above, those that are missing will be made.
@@ -214,7 +222,7 @@ def check_output(path: Path, *, replaces: str | None = None) -> None:
 
 def prepare_output(path: Path, *, replaces: str | None = None) -> None:
     """As `check_output`, and the folders above are made."""
-    with _as_input_error(path):
+    with _as_input_error(path, "--output"):
         parent = path.resolve().parent
         parent.mkdir(parents=True, exist_ok=True)
         # Under the lock no other process is just replacing the folder.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -200,13 +201,14 @@ def locate(model: str, *, weights: bool = True) -> ModelFiles:
         InputError: there is no such model, or it is not one that can be used.
     """
     folder = embedded.MODEL_DIR if model == embedded.MODEL_NAME else Path(model)
-    if folder.is_file():
+    # Those of `os.path` say no of a name that is too long, too.
+    if os.path.isfile(folder):
         raise InputError(
             f"{folder} is one file: make a pipeline folder of it once, in Python, with diffusers' "
             f"StableDiffusionPipeline.from_single_file({str(folder)!r}).save_pretrained(FOLDER) "
             "(of SDXL, StableDiffusionXLPipeline), and pass that"
         )
-    if not folder.exists():
+    if not os.path.exists(folder):
         folder = _download(model, weights=weights)
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder} is no diffusers pipeline folder: it has no model_index.json")

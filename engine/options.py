@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -41,7 +41,7 @@ StudentsStepsOption = Annotated[
 ]
 # The number of an image, and bench's distance to other seeds, are added to it within 64 bits.
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of everything random.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto (the GPU if there is one), cpu, cuda, cuda:1, …")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -117,6 +117,39 @@ def check_options(config: Any) -> None:
         numbers = value if isinstance(value, (tuple, list)) else (value,)
         if any(isinstance(number, int) and number >= 2**63 for number in numbers):
             raise InputError(f"{_flag(name, option)} is too large: no number here has more than 63 bits")
+
+
+MAY_BE_EMPTY = {"--negative-prompt", "--recipes"}
+"""Options whose empty value says something."""
+
+
+def check_not_empty(app: typer.Typer, words: Sequence[str]) -> None:
+    """Refuse an option's empty value, as of a shell variable that isn't set: of a path it would be this folder.
+
+    Args:
+        app: the command.
+        words: its command line.
+
+    Raises:
+        InputError: one is empty.
+    """
+    words = words[: words.index("--")] if "--" in words else words
+    if not any(word == "" or word.endswith("=") for word in words):
+        return
+    takes_value = set(_options_with_values(typer.main.get_command(app))) - MAY_BE_EMPTY
+    for before, word in zip(["", *words], words, strict=False):
+        name = word[:-1] if word.endswith("=") else before if word == "" else ""
+        if name in takes_value:
+            raise InputError(f"{name} is empty: pass a value, or leave it out")
+
+
+def _options_with_values(command: Any) -> Iterator[str]:
+    """Names of the options of a command and of its subcommands that are no flags."""
+    for parameter in command.params:
+        if parameter.param_type_name == "option" and not parameter.is_flag:
+            yield from parameter.opts
+    for below in getattr(command, "commands", {}).values():
+        yield from _options_with_values(below)
 
 
 def check_text(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,7 +29,8 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         InputError: the file is missing, a pipe, not UTF-8, malformed, or has no prompt.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
+    # Those of `os.path` say no of a name that is too long, too.
+    if os.path.exists(path) and not path.is_file() and not path.is_dir():
         # A pipe has nothing at a second reading: not for JSON lines, and not for a resumed run that compares contents.
         raise InputError(f"the prompt file {path} is a pipe or a device, and it is read more than once: pass a file")
     text = read_text(path, "the prompt file ")

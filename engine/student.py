@@ -22,6 +22,9 @@ from .schedulers import SAMPLERS, SPACINGS
 
 INFO_FILE = "student.json"
 
+TEACHER = "draw with `boostdiff generate --teacher`"
+"""What gives all that a student was not distilled for, named with its command: others have no such option."""
+
 FEW_STEPS = ("sampler", "steps", "timestep_spacing")
 """What `student.json` says of a few-step student's sampling; null of others."""
 
@@ -93,7 +96,7 @@ class Distilled:
             if guidance not in (None, self.guidance):
                 raise InputError(
                     f"this student was distilled at guidance {self.guidance:g} and can't give {guidance:g}: "
-                    "leave --guidance out, distill another, or pass --teacher"
+                    f"leave --guidance out, distill another, or {TEACHER}"
                 )
             return None
         low, high = self.guidance_range
@@ -101,7 +104,7 @@ class Distilled:
         if not low <= scale <= high:
             raise InputError(
                 f"this student was distilled for guidance {low:g} to {high:g} and can't give {scale:g}: "
-                "choose one in between, distill another, or pass --teacher"
+                f"choose one in between, distill another, or {TEACHER}"
             )
         return scale
 
@@ -120,7 +123,7 @@ class Distilled:
             trained = f"the negative prompt {self.negative_prompt!r}" if self.negative_prompt else "no negative prompt"
             raise InputError(
                 f"this student was distilled with {trained}, and one pass can't follow another: "
-                "leave --negative-prompt out, distill with it or with --negative-prompt live, or pass --teacher"
+                f"leave --negative-prompt out, distill with it or with --negative-prompt live, or {TEACHER}"
             )
         return None
 
@@ -136,7 +139,7 @@ class Distilled:
             asked = f"{steps or self.steps} steps of {sampler or self.sampler}"
             raise InputError(
                 f"this few-step student was distilled for {self.steps} steps of {self.sampler} and can't make {asked}: "
-                "leave --steps and --sampler out, distill another, or pass --teacher"
+                f"leave --steps and --sampler out, distill another, or {TEACHER}"
             )
         return self.sampler, self.steps
 
@@ -150,7 +153,7 @@ class Distilled:
         if options.guider not in (None, self.guider) or not asked.items() <= self.guider_settings.items():
             raise InputError(
                 f"this student was distilled with the guider {self.teacher_guider}, and one pass can't follow another: "
-                "leave --guider out, distill with it, or pass --teacher"
+                f"leave --guider out, distill with it, or {TEACHER}"
             )
 
 
@@ -220,14 +223,19 @@ def _usable(values: dict[str, Any]) -> bool:
     )
 
 
-def read_student(folder: Path, files: ModelFiles | None = None) -> StudentInfo:
-    """Read and check a student's description; `files` is the model that it is to be used with, if any.
+def read_student(folder: Path, files: ModelFiles | None = None, *, instead: str = "--student DIR") -> StudentInfo:
+    """Read and check a student's description.
+
+    Args:
+        folder: the student's.
+        files: the model that it is to be used with, if any.
+        instead: what to pass where there is none.
 
     Raises:
         InputError: there is no student, its adapter was changed or belongs to another model.
     """
     if not (folder / INFO_FILE).is_file():
-        raise InputError(f"there is no student in {folder}: run `boostdiff distill` first, or pass --student DIR")
+        raise InputError(f"there is no student in {folder}: run `boostdiff distill` first, or pass {instead}")
     values = read_json(folder / INFO_FILE)
     # Students of earlier versions have no hash.
     if (digest := values.pop("sha256", None)) and hash_of(values) != digest:

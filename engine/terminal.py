@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from .errors import BoostDiffError, one_line
-from .files import is_full_disk
+from .files import is_full_disk, is_unusable_path
+from .options import check_not_empty
 
 console = Console(stderr=True)
 
@@ -126,17 +127,18 @@ def _prepare_streams() -> None:
             setattr(sys, name, lenient)
 
 
-def run(app: Callable[..., Any]) -> None:
+def run(app: typer.Typer) -> None:
     """Run a command and end the process: errors as one line on standard error and exit code 1 or 2.
 
     Args:
-        app: a `typer.Typer`.
+        app: the command.
     """
     _prepare_streams()
     debug = "--debug" in sys.argv[1:]
     if debug:
         sys.argv.remove("--debug")
     try:
+        check_not_empty(app, sys.argv[1:])
         sys.exit(app(standalone_mode=False))
     except Exception as error:
         if debug:
@@ -161,6 +163,8 @@ def _report(error: Exception) -> int:
         message, code = error.format_message(), 2
     elif is_full_disk(error):
         message, code = f"the disk is full: free some space, or choose another --output ({error})", 2
+    elif is_unusable_path(error):
+        message, code = f"can't use {error.filename}: {error.strerror}", 2  # type: ignore[attr-defined]
     elif _is_out_of_memory(error):
         message, code = "out of memory: pass smaller sizes or batches, stop what else runs, or pass another --device", 1
     elif isinstance(error, typer.Abort):

@@ -76,7 +76,12 @@ class ExportConfig:
         ),
     ] = None
     batch: Annotated[
-        Range, typer.Option(show_default=str(BATCH), help="Batch sizes of the TensorRT engines, in images.", **RANGE)
+        Range,
+        typer.Option(
+            show_default=str(BATCH),
+            help="Batch sizes of the TensorRT engines, in rows of the UNet: a two-pass teacher takes two per image.",
+            **RANGE,
+        ),
     ] = BATCH
     size: Annotated[
         Range | None,

@@ -173,6 +173,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, students
     weights.write_bytes(weights.read_bytes()[:5000])
     (folder / "empty.txt").write_text("\n")
     (folder / "a-file").write_text("x")
+    (folder / "a-loop").symlink_to("a-loop")
     (folder / "latin1.txt").write_bytes("déjà vu".encode("latin-1"))
     (folder / "empty-images").mkdir()
     save_images(folder / "no-captions")
@@ -207,10 +208,22 @@ def broken(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, students
         ("distill --guidance 7.5:1.5", "is no range"),
         ("distill --guidance high", "neither a number nor a range"),
         ("distill --prompts latin1.txt", "not UTF-8"),
+        (f"distill --prompts {300 * 'n'}", "File name too long"),
+        (f"distill --prompts {5000 * 'n'}", "File name too long"),
+        (f"distill --model {300 * 'n'}", "there is no model"),
+        (f"distill --model {5000 * 'n'}", "there is no model"),
+        (f"distill --images {300 * 'n'}", "there is no image folder"),
+        (f"distill --images {5000 * 'n'}", "there is no image folder"),
+        (f"distill --output {300 * 'n'}", "File name too long"),
+        (f"export --student {300 * 'n'}", "File name too long"),
+        ("distill --output a-loop", "can't write to a-loop"),
+        ("distill --output a-loop/below", "can't write to a-loop/below"),
+        ("distill --prompts {prompts} --cache-text a-file", "a-file is a file: choose another --cache-text"),
+        ("distill --prompts {prompts} --cache-text a-file/below", "is a file; choose another --cache-text"),
         ("distill --format magic", "'magic' is not"),
         ("distill --format kohya --method bitfit", "--format is not used with --method bitfit"),
         ("distill --log-with paper", "'paper' is not one of"),
-        ("distill --targets to_nowhere", "lora can't be put on this denoiser"),
+        ("distill --targets to_nowhere", "no layer's name in the denoiser ends in 'to_nowhere'"),
         ("distill --model {tiny} --images nowhere/at/all", "nowhere/at/all"),
         ("distill --model {tiny} --images empty-images", "empty-images"),
         ("distill --model {tiny} --images no-captions", "no-captions"),
@@ -242,7 +255,11 @@ def broken(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, students
         ("generate --teacher --guidance 0.5 x", "must be at least 1"),
         ("generate --runner onnx x", "run `boostdiff export` first"),
         ("generate --model {tiny} --runner onnx x", "--model is not used with --runner onnx"),
-        ("generate --model= --teacher x", "is no diffusers pipeline folder"),
+        ("generate --model= --teacher x", "--model is empty"),
+        ("generate --teacher --output= x", "--output is empty"),
+        ("distill --images= --output new", "--images is empty"),
+        ("bench --steps 4 --clip=", "--clip is empty"),
+        ("bench table1 --reference=", "--reference is empty"),
         ("generate --teacher --device meta x", "can't use the device 'meta'"),
         ("generate --teacher --height 16392 x", "less than or equal to 16384"),
         ("generate --teacher --width 99999999999999999999999 x", "less than or equal to 16384"),

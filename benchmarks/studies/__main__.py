@@ -5,8 +5,23 @@ from __future__ import annotations
 import typer
 
 from ...engine.terminal import quiet_libraries, run
-from . import combined, few_steps_study, full_size, guidance_study, int8, layouts, profile, recipes, seeds, serving
-from .held_out import TAKES_TRAINING_OPTIONS
+
+# Before the imports below, at which libraries warn.
+quiet_libraries()
+
+from . import (  # noqa: E402
+    combined,
+    few_steps_study,
+    full_size,
+    guidance_study,
+    int8,
+    layouts,
+    profile,
+    recipes,
+    seeds,
+    serving,
+)
+from .held_out import TAKES_TRAINING_OPTIONS  # noqa: E402
 
 app = typer.Typer(
     name="studies",

@@ -18,6 +18,7 @@ from ...engine.model import load, locate, resolve_device
 from ...engine.options import SamplerOption
 from ...engine.prompts import read_prompts
 from ...engine.runners import TorchRunner
+from ...engine.schedulers import check_steps
 from ..config import parse_batch_sizes
 from ..report.tables import Table, formatted
 from ..speed.stock import StockVariant, stock_pipeline
@@ -74,11 +75,14 @@ def combined(
     diffusers, eager, makes two in `--steps` steps. All rows take turns in one run. Prints a Markdown table: medians of
     the ratios within a round, with their intervals, 95% from six runs on.
     """
-    target = resolve_device(device)
-    stock_model = load(locate(embedded.MODEL_NAME), device=target)
+    target, sizes, files = resolve_device(device), parse_batch_sizes(batch_sizes), locate(embedded.MODEL_NAME)
+    check_steps(files.scheduler_config, [sampler], [steps])
+    for folder in engines:
+        read_manifest(folder)
+    stock_model = load(files, device=target)
     prompts = read_prompts(embedded.HELD_OUT_PROMPTS)
     rows = []
-    for size in parse_batch_sizes(batch_sizes):
+    for size in sizes:
         with ExitStack() as opened:
             base: dict[str, Any] = {"prompts": [prompts[i % len(prompts)] for i in range(size)], "guidance": 3.0}
             scheduler = partial(stock_model.make_scheduler, sampler)

@@ -16,16 +16,20 @@ import typer
 from ...distill.config import PAPER
 from ...engine import embedded
 from ...engine.errors import InputError
-from ...engine.files import read_json, sha256_of, staged_folder
+from ...engine.files import check_output, read_json, sha256_of, staged_folder
 from ...engine.guidance_input import make_adapter
 from ...engine.model import locate, resolve_device
+from ...engine.options import SeedOption
 from ...engine.student import INFO_FILE, StudentInfo
 from ...engine.versions import versions
 from ..config import parse_batch_sizes
 from ..report.tables import Table
 from ..speed.device import hardware
 from ..speed.random_weights import locate_configs, random_model
-from .held_out import Configuration, Device, Runs, Steps
+from .held_out import Configuration, Device, Runs, Steps, usable_work
+
+STAGES = ("speed", "layouts", "folder", "training", "export", "engine", "compiled-training", "compiled")
+"""Names of the measurements, in the order in which they can run."""
 
 TRAINED_PASSES = 4
 """UNet passes of one sample's FLOPs: the teacher's two, the student's, and the backward pass to the activations, as
@@ -36,14 +40,17 @@ def random_folder(
     model: Configuration,
     output: Annotated[Path, typer.Option(help="Folder for `model` and `student`.")],
     half: Annotated[bool, typer.Option("--half", help="Write FP16 weights.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of all weights.")] = 0,
+    seed: SeedOption = 0,
     device: Device = "auto",
 ) -> None:
     """A model folder of a public model's size with random weights, and a student for it, a LoRA that was not trained.
 
     For export and speed at full size; nothing is downloaded.
     """
-    made = random_model(locate_configs(model), device=resolve_device(device), seed=seed)
+    configs, target = locate_configs(model), resolve_device(device)
+    for name, marker in (("model", "model_index.json"), ("student", INFO_FILE)):
+        check_output(output / name, replaces=marker)
+    made = random_model(configs, device=target, seed=seed)
     with staged_folder(output / "model", replaces="model_index.json") as folder:
         made.pipeline.to(torch.float16 if half else torch.float32).save_pretrained(folder, safe_serialization=True)
     files = locate(str(output / "model"))
@@ -171,15 +178,19 @@ def summary(planned: dict[str, Stage], failed: dict[str, str], *, model: str, de
 
 
 def full_size(
-    work: Annotated[Path, typer.Option(help="Folder for weights, students and engines: some 10 GB.")],
+    work: Annotated[
+        Path, typer.Option(help="Folder for weights, students and engines: some 10 GB.", callback=usable_work)
+    ],
     model: Annotated[str, typer.Option(help="sd15, sd21-base, sdxl, or a pipeline folder.")] = "sd21-base",
-    only: Annotated[str | None, typer.Option(help="Stages, comma-separated.  [default: all]")] = None,
-    output: Annotated[Path | None, typer.Option(help="For results.  [default: results in --work]")] = None,
+    only: Annotated[
+        str | None, typer.Option(help=f"Stages, comma-separated: {', '.join(STAGES)}.", show_default="all")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="For results.", show_default="results in --work")] = None,
     batch_sizes: Annotated[str, typer.Option(help="Images per batch.")] = "1,2,4,8,16",
     steps: Steps = 20,
     runs: Runs = 7,
     updates: Annotated[int, typer.Option(min=2, help="Training updates; the first is not timed.")] = 3,
-    seconds: Annotated[int | None, typer.Option(min=1, help="Time limit per stage.  [default: none]")] = None,
+    seconds: Annotated[int | None, typer.Option(min=1, help="Time limit per stage.", show_default="none")] = None,
     device: Device = "auto",
 ) -> None:
     """Speed, training and export at a public model's size, on random weights: no download, no network.
@@ -205,6 +216,7 @@ def full_size(
     wanted = list(planned) if only is None else only.split(",")
     if unknown := set(wanted) - set(planned):
         raise InputError(f"unknown stage {unknown.pop()!r}: choose from {', '.join(planned)}")
+    check_output(output)
     for folder in (work, output):
         folder.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}

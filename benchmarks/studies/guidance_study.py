@@ -18,7 +18,7 @@ from ..config import BenchConfig
 from ..quality.distances import same_seed_distance
 from ..report.tables import NOTHING, Table
 from ..session import scales_for
-from .held_out import Samples, Scales, Steps, Work, held_out, scales_of
+from .held_out import Samples, Scales, Steps, Work, check_plan, check_prompts, held_out, scales_of
 
 Students = Annotated[list[Path], typer.Argument(help="Students of the embedded model.")]
 
@@ -34,12 +34,15 @@ def guidance_r2(
     At every fourth of 16 DDIM steps of the teacher's own trajectories for held-out prompts. Prints a
     Markdown table: 1 is the guided teacher, 0 the unguided one, a dash where guidance changes nothing.
     """
-    rows, headings = [], ["student"]
+    rows, headings, asked, config = [], ["student"], scales_of(scales), BenchConfig(samples=prompts)
+    check_prompts(prompts, "--prompts")
     for folder in students:
-        with held_out([folder], BenchConfig(samples=prompts), model=model) as (session, _):
+        check_plan(config, [folder], model=model)
+    for folder in students:
+        with held_out([folder], config, model=model) as (session, _):
             (student,), loaded = session.students, session.model
             text = loaded.family.encode(loaded.pipeline, session.prompts[:prompts])
-            for scale in scales_for(student.info, scales_of(scales)):
+            for scale in scales_for(student.info, asked):
                 states = trajectory(loaded, text, scale, session.guider)
                 denoiser = student.info.denoiser(TorchRunner(student.denoiser), scale)
                 r2 = [r2_of(denoiser, part, text) for part in (states, *([state] for state in states))]
@@ -83,12 +86,14 @@ def effective_guidance(
     Effective guidance is the scale of the teacher whose images of the same seeds are nearest to the student's, by the
     mean cosine distance of features. On `emoji64` and its held-out prompts; prints a Markdown table.
     """
-    rows, config = [], BenchConfig(samples=samples, sampler=sampler, steps=steps)
+    rows, asked, config = [], scales_of(scales), BenchConfig(samples=samples, sampler=sampler, steps=steps)
+    for folder in students:
+        check_plan(config, [folder])
     for folder in students:
         with held_out([folder], config, work=work) as (session, cache):
             teachers = {scale: cache.sampled(session.teacher(scale)).features for scale in GRID}
             (student,) = session.students
-            for scale in scales_for(student.info, scales_of(scales)):
+            for scale in scales_for(student.info, asked):
                 features = cache.sampled(session.student(student, scale)).features
                 effective, distance = nearest_scale(features, teachers)
                 rows.append([folder.name, f"{scale:g}", f"{effective:.2f}", f"{distance:.3f}"])

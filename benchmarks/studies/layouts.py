@@ -11,15 +11,18 @@ import torch
 import typer
 
 from ...engine.captured import CapturedRunner
+from ...engine.errors import InputError
+from ...engine.files import check_output, write_whole
 from ...engine.model import resolve_device
 from ...engine.runners import Runner, TorchRunner
-from ..config import parse_batch_sizes
+from ..config import comma_separated
 from ..report.tables import Table
 from ..speed.device import Stopwatch, gemm_peak, hardware, synchronize
 from ..speed.flops import count_flops
 from ..speed.random_weights import locate_configs, random_model
 from .held_out import Configuration, Device, Runs
 
+rows_of = comma_separated("--rows", int, "1,2,8", least=1)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 
 
@@ -45,6 +48,13 @@ def table(rows: Iterable[tuple[str, str, int, float]], *, flops: float, peak: fl
     return Table(headings=["layout", "runner", "rows", "ms per pass", "of the GEMM peak"], cells=cells).markdown()
 
 
+def check_file(path: Path) -> None:
+    """Refuse, by an InputError, a file that can't be written."""
+    if path.is_dir():
+        raise InputError(f"the output {path} is a folder: pass the name of a file as --output")
+    check_output(path.parent)
+
+
 @torch.no_grad()
 def layouts(
     model: Configuration = "sd21-base",
@@ -58,7 +68,9 @@ def layouts(
     Eager torch, whose kernels Python launches one by one, and on a GPU the same kernels replayed as a CUDA graph: the
     difference is the time that a GPU waits for Python.
     """
-    target = resolve_device(device)
+    target, batches = resolve_device(device), rows_of(rows)
+    if output:
+        check_file(output)
     loaded = random_model(locate_configs(model), device=target)
     denoiser, measured = loaded.denoiser, []
     print(hardware(target), flush=True)
@@ -68,7 +80,7 @@ def layouts(
         runners += [CapturedRunner(denoiser, layout=order)] if target.type == "cuda" else []
         for runner in runners:
             with runner:
-                for batch in parse_batch_sizes(rows):
+                for batch in batches:
                     inputs = loaded.family.example_inputs(loaded.pipeline, batch=batch)
                     measured.append((layout, runner.name, batch, seconds_per_pass(runner, inputs, runs)))
                     print(*measured[-1], flush=True)
@@ -76,4 +88,5 @@ def layouts(
     text = table(measured, flops=count_flops(loaded).denoiser, peak=peak)
     print(f"\n{text}")
     if output:
-        output.write_text(f"{text}\n", encoding="utf-8")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(output, f"{text}\n".encode())

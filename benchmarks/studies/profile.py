@@ -29,6 +29,7 @@ from ...engine.guidance_input import make_adapter
 from ...engine.model import ModelFiles, resolve_device
 from ...engine.options import SamplerOption
 from ...engine.runners import TorchRunner
+from ...engine.schedulers import check_steps
 from ..config import parse_batch_sizes
 from ..report.tables import Table
 from ..speed.device import hardware
@@ -146,12 +147,14 @@ def profile(
     target = resolve_device(device)
     if compile and (reason := missing_compiler(target)):
         raise InputError(reason)
-    loaded, rows = random_model(locate_configs(model), device=target), []
+    sizes, configs = parse_batch_sizes(batch_sizes), locate_configs(model)
+    check_steps(configs.scheduler_config, [sampler], [steps])
+    loaded, rows = random_model(configs, device=target), []
     print(hardware(target), flush=True)
     others = [*([CapturedRunner] if target.type == "cuda" else []), *([CompiledRunner] if compile else [])]
     # Copies, as these change the order of the weights.
     for runner in [TorchRunner(loaded.denoiser), *(other(copy.deepcopy(loaded.denoiser)) for other in others)]:
-        for size in parse_batch_sizes(batch_sizes):
+        for size in sizes:
             work = Workload(
                 model=loaded,
                 prompts=["a photograph of an astronaut"] * size,

@@ -18,7 +18,7 @@ from ..config import BenchConfig, comma_separated
 from ..quality.quality import QualityRow, evaluate
 from ..report.tables import Table
 from ..session import Session
-from .held_out import Steps, Work, held_out, trained
+from .held_out import Steps, Work, check_plan, check_prompts, held_out, trained
 from .seeds import over_seeds
 
 GUIDANCE = 3.0
@@ -60,16 +60,20 @@ RECIPES: dict[str, Recipe] = {
     "bitfit": Recipe(options=("--method", "bitfit")),
 }
 
-budgets_of = comma_separated("--budgets", float, "1,4,16")
+budgets_of = comma_separated("--budgets", float, "1,4,16", least=0.001)
 
 
 def recipes(
     work: Work,
-    names: Annotated[str, typer.Option("--recipes", help="Comma-separated; see the table.", show_default="all")] = "",
+    names: Annotated[
+        str, typer.Option("--recipes", help=f"Comma-separated: {', '.join(RECIPES)}.", show_default="all")
+    ] = "",
     budgets: Annotated[str, typer.Option(help="Multiples of the demo's budget, comma-separated.")] = "1",
     seeds: Annotated[int, typer.Option(min=1, help="Training runs per recipe and budget.")] = 1,
     prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts for R².")] = 64,
-    samples: Annotated[int, typer.Option(min=0, help="Images per row (N); 0 leaves the image columns out.")] = 0,
+    samples: Annotated[
+        int, typer.Option(min=0, help="Images per row (N), 4 or more; 0 leaves the image columns out.")
+    ] = 0,
     sampler: SamplerOption = "ddim",
     steps: Steps = 20,
 ) -> None:
@@ -82,15 +86,21 @@ def recipes(
     chosen = names.split(",") if names else list(RECIPES)
     if unknown := [name for name in chosen if name not in RECIPES]:
         raise InputError(f"--recipes {','.join(unknown)} is unknown: choose from {', '.join(RECIPES)}")
+    # What can't be used is refused before training, which takes hours.
+    multiples = budgets_of(budgets)
+    if 0 < samples < 4:
+        raise InputError(f"--samples {samples} has no distribution: pass at least 4, or 0")
+    check_prompts(prompts, "--prompts")
+    config = BenchConfig(samples=samples or prompts, sampler=sampler, steps=steps)
+    check_plan(config)
     groups = {
         (name, budget): [
             trained(work / f"{name}-{budget:g}x-{seed}", RECIPES[name].command(budget, seed)) for seed in range(seeds)
         ]
         for name in chosen
-        for budget in budgets_of(budgets)
+        for budget in multiples
     }
     folders = [folder for group in groups.values() for folder in group]
-    config = BenchConfig(samples=samples or prompts, sampler=sampler, steps=steps)
     with held_out(folders, config, work=work) as (session, cache):
         students = {student.folder: student for student in session.students}
         r2, timesteps = explained(session, prompts)

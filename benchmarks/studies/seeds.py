@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ..config import BenchConfig
+from ..config import SAMPLER_NAMES, BenchConfig, comma_separated
 from ..quality.quality import Quality, QualityRow, evaluate
 from ..report.tables import NOTHING, Table, formatted
 from ..stats import Estimate
-from .held_out import Samples, Steps, Work, held_out, trained
+from .held_out import Samples, Steps, Work, check_plan, check_training, held_out, trained
+
+methods_of = comma_separated("--methods", str, "lora,bitfit")
+samplers_of = comma_separated("--samplers", str, "ddim,dpm++")
 
 
 def over_seeds(values: Sequence[float | Estimate | None], pattern: str) -> str:
@@ -58,8 +61,12 @@ def seeds(
     seeds: Annotated[int, typer.Option(min=1, help="Training runs per method.")] = 5,
     samples: Samples = 1000,
     steps: Steps = 20,
-    methods: Annotated[str, typer.Option(help="Comma-separated.")] = "lora,bitfit",
-    samplers: Annotated[str, typer.Option(help="Comma-separated.")] = "ddim,dpm++",
+    methods: Annotated[
+        str, typer.Option(help="Methods of `boostdiff distill`, comma-separated: lora, dora, bitfit, soft-prompt.")
+    ] = "lora,bitfit",
+    samplers: Annotated[
+        str, typer.Option(help=f"Samplers, comma-separated: {', '.join(SAMPLER_NAMES)}.")
+    ] = "ddim,dpm++",
     guidance: Annotated[float, typer.Option(help="Guidance scale w.")] = 3.0,
 ) -> None:
     """Students of several training seeds against the teacher, on `emoji64` and its held-out prompts.
@@ -68,14 +75,20 @@ def seeds(
     teacher's images are the same for all; brackets are intervals over prompts. Students and features that are in the
     folder are kept, so an interrupted run goes on. Options after `--` go to `boostdiff distill`.
     """
-    names: list[Any] = samplers.split(",")
-    configs = [BenchConfig(samples=samples, sampler=name, steps=steps) for name in names]
+    # What can't be used is refused before training, which takes hours.
+    configs = [BenchConfig(samples=samples, sampler=name, steps=steps) for name in samplers_of(samplers)]
+    for config in configs:
+        check_plan(config)
     options = ["--guidance", f"{guidance:g}", *context.args]
-    folders = {
-        trained(work / f"{method}-{seed}", ["--method", method, "--seed", str(seed), *options]): method
-        for method in methods.split(",")
+    planned = {
+        (method, seed): ["--method", method, "--seed", str(seed), *options]
+        for method in methods_of(methods)
         for seed in range(seeds)
     }
+    for (method, seed), words in planned.items():
+        if seed == 0:
+            check_training(work / f"{method}-{seed}", words)
+    folders = {trained(work / f"{method}-{seed}", words): method for (method, seed), words in planned.items()}
     for config in configs:
         with held_out(list(folders), config, work=work) as (session, cache):
             quality = evaluate(

@@ -10,7 +10,7 @@ from boostdiff.engine.adapters import LORA_FILE
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.model import locate
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-from tiny import make_pipeline, make_sd3_pipeline, make_xl_pipeline
+from tiny import CPU, make_pipeline, make_sd3_pipeline, make_xl_pipeline
 from tiny_qwen_image import make_qwen_image_pipeline
 
 
@@ -82,3 +82,12 @@ def test_texts_must_be_known_before(prompt_file: Path, tmp_path: Path, options: 
     config = DistillConfig(updates=2, batch_size=2, **options)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="--cache-text"):
         distill(locate("emoji64"), config, RunConfig(cache_text=tmp_path), output=tmp_path / "out", device="cpu")
+
+
+@pytest.mark.parametrize("folder", ["a-file", "a-file/below"])
+def test_a_folder_that_can_not_be_written_is_refused(tiny_folder: Path, tmp_path: Path, folder: str) -> None:
+    (tmp_path / "a-file").write_text("x")
+    store = TextStore(tmp_path / folder, locate(str(tiny_folder)), torch.float32)
+    with pytest.raises(InputError, match="can't write text embeddings into"):
+        store.fill(["a red cat"], [""], CPU)
+    assert (tmp_path / "a-file").read_text() == "x"

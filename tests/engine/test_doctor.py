@@ -1,5 +1,9 @@
+import importlib.util
+import tomllib
+from pathlib import Path
+
 import pytest
-from boostdiff.engine.doctor import _tensorrt
+from boostdiff.engine.doctor import EXTRAS, _extra, _tensorrt, examine, table
 from boostdiff.engine.trt import RTX_COMPUTE_CAPABILITIES
 
 
@@ -10,3 +14,28 @@ def test_tensorrt_for_rtx_runs_where_its_plans_are_for(
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
     _, rtx = _tensorrt(gpu=True)
     assert ("runs here too" in rtx.use) == (capability in RTX_COMPUTE_CAPABILITIES)
+
+
+def test_every_extra_is_looked_for() -> None:
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    # The first two are what the rows before look for; the last is for those who work on this.
+    assert {extra for _, extra, *_ in EXTRAS} | {"cpu", "gpu", "dev"} == set(extras["optional-dependencies"])
+    names = [finding.name for finding in examine()]
+    assert {"Ray Serve", "torchao", "torch-fidelity", "resvg", "boostdiff serve"} <= set(names)
+    assert [str(column.header) for column in table([]).columns][3] == "used by"
+
+
+@pytest.mark.parametrize(
+    ("there", "found"),
+    [((), "not installed"), (("ray",), "lacks fastapi, yaml"), (("ray", "yaml"), "lacks fastapi")],
+)
+def test_an_extra_is_ready_when_all_of_it_is_there(
+    there: tuple[str, ...], found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = next(each for each in EXTRAS if each[1] == "serve")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in there else None)
+    finding = _extra(*row)
+    assert (finding.ready, finding.found, finding.install) == (False, found, "pip install 'boostdiff[serve]'")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert _extra(*row).ready
+    assert not _extra(*row).install

@@ -5,7 +5,14 @@ from typing import Annotated, Any, Literal
 import pytest
 import typer
 from boostdiff.engine.errors import InputError
-from boostdiff.engine.options import DeviceOption, check_options, config_from, options_of, refuse_unused
+from boostdiff.engine.options import (
+    DeviceOption,
+    check_not_empty,
+    check_options,
+    config_from,
+    options_of,
+    refuse_unused,
+)
 from typer.testing import CliRunner
 
 
@@ -92,3 +99,52 @@ def test_an_option_that_would_be_ignored_is_refused() -> None:
 
 def test_a_config_takes_its_own_of_a_commands_options() -> None:
     assert config_from(Checked, {"rank": 4, "steps": 3}, seed=1) == Checked(rank=4, seed=1)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "--output", ""],
+        ["run", "--output="],
+        ["run", "--fast", "--images", "", "--output", "x"],
+        ["below", "run", "--steps="],
+    ],
+)
+def test_an_empty_value_is_refused(words: list[str]) -> None:
+    with pytest.raises(InputError, match=r"^--(output|images|steps) is empty: pass a value"):
+        check_not_empty(_nested(), words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "--negative-prompt", ""],
+        ["run", "--negative-prompt=", "--output", "x"],
+        # A prompt after a flag, one that ends so, and what follows `--`.
+        ["run", "--fast", ""],
+        ["run", "1 + 1 ="],
+        ["run", "--", "--output="],
+        ["run", "--unknown="],
+    ],
+)
+def test_what_may_be_empty(words: list[str]) -> None:
+    check_not_empty(_nested(), words)
+
+
+def _nested() -> typer.Typer:
+    app, below = typer.Typer(), typer.Typer()
+
+    @app.command()
+    def run(output: Path = Path(), images: str = "x", fast: bool = False, negative_prompt: str = "") -> None:
+        """Run."""
+
+    @below.command(name="run")
+    def other(steps: int = 1) -> None:
+        """Run."""
+
+    @below.callback()
+    def nothing() -> None:
+        """Below."""
+
+    app.add_typer(below, name="below")
+    return app
