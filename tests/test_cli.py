@@ -251,7 +251,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, students
         ("bench --samples 1", "pass at least 2, or --speed-only\n"),
         ("bench table1 --samples 1", "pass at least 2\n"),
         (
-            "bench table1 --model {tiny} --prompts {prompts} --samples 4 --steps 4 --guidance 5 --reference no-captions",
+            "bench table1 --model {tiny} --prompts {prompts} --samples 4 --guidance 5 --reference no-captions",
             "distill another, or draw with `boostdiff generate --teacher`",
         ),
         ("distill --few-steps 32:4 --start-from no-captions", "or pass --start-from DIR"),
