@@ -83,6 +83,7 @@ WRONG = [
     ("random-folder emoji64 --output file", "file"),
     ("full-size --work file", "is a file: choose another --work"),
     ("full-size --work w --output file", "is a file: choose another --output"),
+    ("full-size --work w --model nosuch", "there is no model 'nosuch'"),
     ("full-size --work w --only foo", "unknown stage 'foo'"),
     ("full-size --work w --batch-sizes 0", "--batch-sizes must be at least 1"),
 ]
