@@ -73,7 +73,8 @@ class SamplingConfig(ABC):
 
     def __post_init__(self) -> None:
         if self.samples < 0 or self.samples == 1:
-            raise InputError(f"--samples {self.samples} has no distribution: pass at least 2, or --speed-only")
+            instead = ", or --speed-only" if isinstance(self, BenchConfig) else ""
+            raise InputError(f"--samples {self.samples} has no distribution: pass at least 2{instead}")
         check_options(self)
 
     @abstractmethod

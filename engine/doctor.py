@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from rich.table import Table
+from rich.text import Text
 
 from .compiled import has_bfloat16, missing_compiler
 from .trt import RTX_COMPUTE_CAPABILITIES, TENSORRT_FLAVOURS
@@ -87,8 +88,14 @@ EXTRAS = (
 """Name, extra in `pyproject.toml`, modules and use of what few need."""
 
 
+def _is_there(module: str) -> bool:
+    """Whether it can be imported; a folder of that name, such as Ray's own in /tmp, is no module."""
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None
+
+
 def _extra(name: str, extra: str, modules: tuple[str, ...], use: str) -> Finding:
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    missing = [module for module in modules if not _is_there(module)]
     if not missing:
         return Finding(name, versions(modules[0]).get(modules[0]) or "installed", True, use)
     found = "not installed" if len(missing) == len(modules) else f"lacks {', '.join(missing)}"
@@ -138,5 +145,6 @@ def table(findings: list[Finding]) -> Table:
         drawn.add_column(heading)
     for finding in findings:
         mark = "[green]✓[/]" if finding.ready else "[yellow]–[/]"
-        drawn.add_row(mark, finding.name, finding.found, finding.use, finding.install)
+        # An extra's brackets would be markup.
+        drawn.add_row(mark, *map(Text, (finding.name, finding.found, finding.use, finding.install)))
     return drawn

@@ -25,7 +25,7 @@ def locate_configs(model: str) -> ModelFiles:
     try:
         return locate(model)
     except InputError as error:
-        raise InputError(f"{error}; with --random-weights also {', '.join(names)}") from None
+        raise InputError(f"{error}; for random weights also {', '.join(names)}") from None
 
 
 def random_model(files: ModelFiles, *, device: torch.device, seed: int = 0) -> Model:

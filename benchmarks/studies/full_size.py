@@ -202,6 +202,7 @@ def full_size(
     """
     target = resolve_device(device)
     parse_batch_sizes(batch_sizes)
+    locate_configs(model)
     output = output or work / "results"
     planned = stages(
         model=model,

@@ -1,10 +1,12 @@
 import importlib.util
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from boostdiff.engine.doctor import EXTRAS, _extra, _tensorrt, examine, table
 from boostdiff.engine.trt import RTX_COMPUTE_CAPABILITIES
+from rich.console import Console
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (9, 0), (12, 1), *RTX_COMPUTE_CAPABILITIES])
@@ -33,9 +35,22 @@ def test_an_extra_is_ready_when_all_of_it_is_there(
     there: tuple[str, ...], found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = next(each for each in EXTRAS if each[1] == "serve")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in there else None)
+    made = {name: SimpleNamespace(origin=name) for name in there}
+    monkeypatch.setattr(importlib.util, "find_spec", made.get)
     finding = _extra(*row)
     assert (finding.ready, finding.found, finding.install) == (False, found, "pip install 'boostdiff[serve]'")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=name))
     assert _extra(*row).ready
     assert not _extra(*row).install
+
+
+def test_a_folder_of_a_modules_name_is_no_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "no_such_module").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert not _extra("x", "fid", ("no_such_module",), "bench").ready
+
+
+def test_the_table_shows_an_extras_brackets() -> None:
+    console = Console(width=200, record=True)
+    console.print(table([_extra("x", "fid", ("no_such_module",), "bench")]))
+    assert "pip install 'boostdiff[fid]'" in console.export_text()

@@ -70,7 +70,7 @@ def test_what_overflows_in_half_precision_stays_in_full(tmp_path: Path, monkeypa
 
 
 def test_no_such_configuration(configs: Path) -> None:
-    with pytest.raises(InputError, match="with --random-weights also chroma1-hd, "):
+    with pytest.raises(InputError, match="for random weights also chroma1-hd, "):
         locate_configs("sd16")
     (configs / "vae/config.json").unlink()
     with pytest.raises(InputError, match=r"vae/config\.json is missing"):

@@ -16,12 +16,11 @@ from boostdiff.engine.terminal import run
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, prompt_file: Path, engines: dict[str, Path]) -> Path:
-    """A student of the embedded model, an engine, a file and a loop of links."""
+def folder(tmp_path_factory: pytest.TempPathFactory, prompt_file: Path) -> Path:
+    """A student of the embedded model, a file, an empty folder and a loop of links."""
     made = tmp_path_factory.mktemp("inputs")
     config = DistillConfig(prompts=prompt_file, updates=1, batch_size=2)
     distill(locate("emoji64"), config, output=made / "s", device="cpu", observers=Observers(preview=False))
-    (made / "e").symlink_to(engines["lora"])
     (made / "file").write_text("x")
     (made / "dir").mkdir()
     (made / "loop").symlink_to("loop")
@@ -29,11 +28,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, prompt_file: Path, engines:
 
 
 WRONG = [
-    ("combined --engine e --batch-sizes 0", "--batch-sizes must be at least 1"),
-    ("combined --engine e --batch-sizes 1,-1", "--batch-sizes must be at least 1"),
-    ("combined --engine e --batch-sizes x", "--batch-sizes 'x' is no comma-separated list"),
-    ("combined --engine e --steps 5000", "--steps 5000 can't be used with ddim"),
-    ("combined --engine e --engine missing", "missing"),
+    ("combined --engine dir --batch-sizes 0", "--batch-sizes must be at least 1"),
+    ("combined --engine dir --batch-sizes 1,-1", "--batch-sizes must be at least 1"),
+    ("combined --engine dir --batch-sizes x", "--batch-sizes 'x' is no comma-separated list"),
+    ("combined --engine dir --steps 5000", "--steps 5000 can't be used with ddim"),
+    ("combined --engine missing", "there is no engine in missing"),
     ("combined --engine=", "--engine is empty"),
     ("profile emoji64 --batch-sizes 0", "--batch-sizes must be at least 1"),
     ("profile emoji64 --batch-sizes 8,", "--batch-sizes '8,' is no comma-separated list"),
@@ -77,13 +76,14 @@ WRONG = [
     ("guidance-r2 s --prompts 100000", "--prompts 100000 needs as many prompts"),
     ("guidance-r2 s --scales 0.5", "--scales must be at least 1"),
     ("guidance-r2 s missing", "there is no student in missing"),
-    ("int8 s --engine e --work file", "is a file: choose another --work"),
+    ("int8 s --engine dir --work file", "is a file: choose another --work"),
     ("few-steps --student s --work file", "is a file: choose another --work"),
     ("random-folder emoji64 --output rf --seed -1", "--seed"),
     (f"random-folder emoji64 --output rf --seed {2**70}", "--seed"),
     ("random-folder emoji64 --output file", "file"),
     ("full-size --work file", "is a file: choose another --work"),
     ("full-size --work w --output file", "is a file: choose another --output"),
+    ("full-size --work w --model nosuch", "there is no model 'nosuch'"),
     ("full-size --work w --only foo", "unknown stage 'foo'"),
     ("full-size --work w --batch-sizes 0", "--batch-sizes must be at least 1"),
 ]
