@@ -62,7 +62,7 @@ def serve(**options: Any) -> None:
 
     stopped = threading.Event()
     with console.status("starting"):
-        deployment.run(settings, host=host, port=port, address=config.address, cpus=cpus)
+        started = deployment.run(settings, host=host, port=port, address=config.address, cpus=cpus)
     # Ray has set its own.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
@@ -70,7 +70,7 @@ def serve(**options: Any) -> None:
     stopped.wait()
     with console.status("finishing what is being drawn"):
         deployment.finish(settings)
-        deployment.stop(address=config.address)
+        deployment.stop(started=started)
 
 
 def _check_port(host: str, port: int) -> None:

@@ -104,9 +104,13 @@ def parse_settings(values: Any) -> ServerSettings:
     try:
         return ServerSettings.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "args"
-        raise InputError(f"the server's settings can't be used: {where}: {first['msg']}") from None
+        raise InputError(f"the server's settings can't be used: {first_of(error)}") from None
+
+
+def first_of(error: ValidationError) -> str:
+    """The first of pydantic's complaints, in one line."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'args'}: {first['msg']}"
 
 
 def api_key(*, loopback: bool) -> str | None:
