@@ -114,6 +114,7 @@ def test_configurations_that_can_not_be_used(change: dict[str, Any], said: str) 
         ({"models": [{"engine": "e", "speed": 2}]}, r"models\.0\.speed"),
         ({"models": [{"name": "../x y"}]}, r"models\.0\.name"),
         ({"models": [{}], "limits": {"steps": 0}}, r"limits\.steps"),
+        ({"models": [{}], "api_replicas": 2}, "api_replicas above 1 need a storage"),
         ([], "settings can't be used"),
     ],
 )

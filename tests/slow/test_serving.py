@@ -110,7 +110,7 @@ def test_two_machines_of_which_one_is_lost(
     application = {
         "name": "boostdiff",
         "import_path": "boostdiff.serve.deployment:build",
-        "args": {"models": [model], "api_replicas": 2},
+        "args": {"models": [model], "api_replicas": 2, "storage": str(tmp_path / "images")},
     }
     config = tmp_path / "serve.yaml"
     # JSON is YAML.
