@@ -22,11 +22,11 @@ from ..engine.exported import Engine
 from ..engine.files import is_unicode
 from ..engine.generate import DEFAULT_GUIDANCE
 from ..engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
-from ..engine.manifest import read_manifest
+from ..engine.manifest import Manifest, read_manifest
 from ..engine.model import Model, load, locate, resolve_device
 from ..engine.options import SAMPLER, STEPS
 from ..engine.prompts import cut_note
-from ..engine.runners import TorchRunner
+from ..engine.runners import TorchRunner, chosen_graph
 from ..engine.sampling import decode, default_batch_size, initial_noise, sampling, to_pil
 from ..engine.schedulers import SAMPLERS, check_steps
 from ..engine.student import Distilled, apply_student, read_student
@@ -329,13 +329,15 @@ def open_model(settings: ModelSettings) -> ImageModel:
 
 
 def name_of(settings: ModelSettings) -> str:
-    """The name that a model will have, once its folders were seen to be there; no weights are read.
+    """The name that a model will have, once its folders were seen to hold what is asked for; no weights are read.
 
     Raises:
         InputError: they can't be used.
     """
     if settings.engine is not None:
-        named = read_manifest(Path(settings.engine)).model
+        manifest = read_manifest(Path(settings.engine))
+        _check_exported(settings, manifest)
+        named = manifest.model
     else:
         named = locate(settings.model, weights=False).name
         if settings.student is not None:
@@ -344,6 +346,19 @@ def name_of(settings: ModelSettings) -> str:
     name = re.split(r"[/\\]", named.rstrip("/\\"))[-1] or "model"
     teacher = settings.engine is None and settings.student is None
     return settings.name or name + ("-teacher" if teacher else "")
+
+
+def _check_exported(settings: ModelSettings, manifest: Manifest) -> None:
+    """Refuse, by an InputError, a runner or a precision that was not exported, whatever machine will draw."""
+    folder = Path(settings.engine or "")
+    if settings.runner == "tensorrt":
+        if manifest.plan not in manifest.files:
+            raise InputError(f"the engine in {folder} was exported without --trt: export again, or serve it with onnx")
+        if settings.precision is not None:
+            raise InputError("a plan has one precision: choose it with the runner onnx alone")
+    elif settings.precision is not None:
+        cpu = torch.device("cpu")
+        chosen_graph(manifest.denoiser, folder=folder, manifest=manifest, device=cpu, precision=settings.precision)
 
 
 def _png(image: Image.Image) -> bytes:
