@@ -35,6 +35,8 @@ from .url_files import UrlFiles
 
 APPLICATION = "boostdiff"
 
+log = logging.getLogger(__name__)
+
 DEPLOYMENT = {"max_ongoing_requests": 1000, "max_queued_requests": 1000}
 """Options of a model's deployment where the settings have no others."""
 
@@ -246,7 +248,8 @@ def run(settings: ServerSettings, *, host: str, port: int, address: str | None, 
     try:
         check_room(settings.models, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         started = _get_global_client(raise_if_no_controller_running=False) is None
-        serve.start(http_options={"host": host, "port": port, "request_timeout_s": settings.limits.seconds + 30})
+        if started:
+            serve.start(http_options={"host": host, "port": port, "request_timeout_s": settings.limits.seconds + 30})
         _check_address(host, port)
         deployed = True
         serve.run(application, name=APPLICATION)
@@ -275,14 +278,18 @@ def finish(settings: ServerSettings) -> None:
     Before `stop`, as Ray ends the models' replicas together with the API's, which may still have requests for them.
     """
     deadline, done = time.monotonic() + settings.limits.seconds + 10, set[str]()
-    with suppress(Exception):
+    try:
         handle = serve.get_deployment_handle("api", APPLICATION)
+        # As `boostdiff serve` sets Ray up, handles would answer in an asyncio loop alone.
+        handle._init(_run_router_in_separate_loop=True)
         while len(done) < settings.api_replicas and (left := deadline - time.monotonic()) > 0:
             # Ray chooses the replica, sooner or later each of them.
             name, ongoing = handle.close.remote().result(timeout_s=left)
             if ongoing == 0:
                 done.add(name)
             time.sleep(0.1)
+    except Exception as error:
+        log.warning("requests may have been left unanswered: %s", one_line(error))
 
 
 def stop(*, started: bool, deployed: bool = True) -> None:

@@ -156,7 +156,7 @@ class ImageModel:
             passes_per_step=1 if distilled else 2,
             size=(factor * width, factor * height),
             samplers=tuple(SAMPLERS) if few is None else (few,),
-            steps=distilled and distilled.steps,
+            steps=distilled.steps if distilled else None,
             guidance=distilled.guidance if distilled else DEFAULT_GUIDANCE,
             guidance_range=distilled.guidance_range if distilled else (1.0, 1e4),
             negative_prompt=distilled is None or distilled.live_negative_prompt,
