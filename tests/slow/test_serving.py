@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import time
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,6 +41,20 @@ def lost_of(answers: list[Answer], expected: list[Image.Image]) -> list[int]:
     assert all(answers[number].status >= 500 for number in lost)
     assert all(is_right(answers[i], expected[i]) for i in range(len(answers)) if i not in lost)
     return lost
+
+
+def code_of(url: str) -> str:
+    """What code a small request is refused with, or "" where it is answered."""
+    body = json.dumps({"prompt": "a", "steps": 1}).encode()
+    asked = urllib.request.Request(f"{url}/v1/images/generations", body, {"Content-Type": "application/json"})  # noqa: S310
+    try:
+        with urllib.request.urlopen(asked, timeout=60):  # noqa: S310
+            return ""
+    except urllib.error.HTTPError as error:
+        content = error.read().decode()
+        return json.loads(content)["error"]["code"] if content.startswith("{") else content
+    except OSError as error:
+        return str(error)
 
 
 def test_serving(engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,12 +95,18 @@ def test_serving(engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> N
         for number in lost:
             assert is_right(ask(url, prompt=prompts[number], seed=number, steps=STEPS), expected[number])
 
-        # What is being drawn when it is stopped is finished.
+        # What is being drawn when it is stopped is finished, and nothing else begins.
         with ThreadPoolExecutor(1) as pool:
             loaded = pool.submit(load, url, prompts[:16], clients=16, steps=STEPS)
             time.sleep(0.5)
             os.kill(server.pid, signal.SIGTERM)
+            codes = []
+            while not loaded.done():
+                code = code_of(url)
+                codes += [] if loaded.done() else [code]
             answers, _ = loaded.result()
+        assert "stopping" in codes
+        assert set(codes[codes.index("stopping") :]) == {"stopping"}, "the API went before its requests were answered"
         assert all(is_right(answer, image) for answer, image in zip(answers, expected, strict=False))
         assert server.wait(120) == 0
 
