@@ -8,7 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from boostdiff.engine.errors import InputError
+from boostdiff.serve.config import read_config
 from boostdiff.serve.settings import KEY_VARIABLE, ModelSettings, parse_settings
 
 pytest.importorskip("ray", reason="the extra serve has it")
@@ -118,6 +120,12 @@ def test_more_than_the_cluster_has(
         return
     with pytest.raises(InputError, match=said):
         check_room(models, machines)
+
+
+def test_the_example_for_one_machine_runs_on_one_cpu() -> None:
+    example = Path(__file__).parents[2] / "docs/serving/serve.yaml"
+    args, *_ = read_config(yaml.safe_load(example.read_text()), example)
+    check_room(parse_settings(args).models, [{"CPU": 1}])
 
 
 class Serve:
