@@ -16,7 +16,12 @@ from ..engine.options import config_from, options_of
 from ..engine.terminal import console, quiet_libraries
 from .config import ServeConfig, read_config
 
-RAY_SERVE = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1"}
+RAY_SERVE = {
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",
+    # A second port of the API, for a load balancer that is not there; a stop would wait 30 seconds for it.
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
+}
 """Read when Ray Serve is imported; its own work counts where images are small and cores few."""
 
 
