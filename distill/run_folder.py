@@ -38,7 +38,7 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         InputError: another run does.
     """
     with locked(folder, wait=False) as free:
-        if not free:
+        if free is False:
             raise InputError(f"another run is at work in {folder}: wait for it, or choose another --output")
         yield
 

@@ -255,23 +255,24 @@ def publish(staged: Path, final: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
+def locked(folder: Path, *, wait: bool = True) -> Iterator[bool | None]:
     """Hold a folder's advisory lock against other processes of this program; yields whether it was had.
 
-    The system lets go of it when the process ends, however it ends. Where there are no such locks (Windows), none is
-    waited for.
+    The system lets go of it when the process ends, however it ends. Where there are no such locks (Windows, some
+    network file systems), none is waited for, and None is yielded: nobody knows of another process.
     """
     if fcntl is None:
-        yield wait
+        yield None
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            yield False
+        except OSError as error:
+            held = False if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN) else None
         else:
-            yield True
+            held = True
+        yield held
     finally:
         os.close(handle)
 

@@ -25,6 +25,7 @@ from .conditions import TextEmbeddings
 from .config import PIXEL_MULTIPLE, GenerateConfig
 from .errors import BoostDiffError, InputError
 from .exported import Engine, scheduler_of
+from .family import ENCODED_TOGETHER
 from .files import check_output, prepare_output, read_json
 from .guidance import Denoiser, GuidedDenoiser, teacher_denoiser
 from .manifest import read_manifest
@@ -187,18 +188,22 @@ def images_of(
     """Draw some of a resolved configuration's prompts, of which the first is number `start`."""
     assert config.sampler is not None
     assert config.steps is not None
-    drawn = batches(
-        sampling.model,
-        sampling.denoiser,
-        text=sampling.encode(prompts),
-        make_scheduler=partial(sampling.model.make_scheduler, config.sampler, spacing=sampling.spacing),
-        steps=config.steps,
-        seed=config.seed + start,
-        batch_size=config.batch_size or default_batch_size(sampling.model),
-        on_step=on_step,
-    )
-    for images in drawn:
-        yield from to_pil(images)
+    batch_size = config.batch_size or default_batch_size(sampling.model)
+    # The embeddings of a whole shard can be gigabytes. Of whole batches, so that the same images are drawn together.
+    part = batch_size * max(1, ENCODED_TOGETHER // batch_size)
+    for first in range(0, len(prompts), part):
+        drawn = batches(
+            sampling.model,
+            sampling.denoiser,
+            text=sampling.encode(prompts[first : first + part]),
+            make_scheduler=partial(sampling.model.make_scheduler, config.sampler, spacing=sampling.spacing),
+            steps=config.steps,
+            seed=config.seed + start + first,
+            batch_size=batch_size,
+            on_step=on_step,
+        )
+        for images in drawn:
+            yield from to_pil(images)
 
 
 def draw(

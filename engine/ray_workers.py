@@ -69,15 +69,23 @@ def worker_options(count: int | None) -> tuple[int, dict[str, Any]]:
     """The number of workers, and what Ray must set aside for each of them.
 
     By default one per GPU of the cluster, or without any one per machine with all of its CPUs.
+
+    Raises:
+        InputError: no machine can take a worker, for which Ray would wait without end.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus, cpus = (int(sum(node.get(name, 0) for node in nodes)) for name in ("GPU", "CPU"))
-    if gpus:
+    if gpus := sum(int(node.get("GPU", 0)) for node in nodes):
         return count or gpus, {"num_gpus": 1}
     machines = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
+    if not machines:
+        raise InputError(
+            "no machine of the Ray cluster has a GPU or a CPU for a worker: add one, or draw without --ray"
+        )
     if count is None:
-        return max(1, len(machines)), {"num_cpus": min(machines, default=1)}
-    return count, {"num_cpus": max(1, cpus // count)}
+        return len(machines), {"num_cpus": min(machines)}
+    # A worker is on one machine: the largest share of which so many have room at once, else of one CPU.
+    shares = range(min(sum(machines) // count, max(machines)), 1, -1)
+    return count, {"num_cpus": next((n for n in shares if sum(each // n for each in machines) >= count), 1)}
 
 
 def draw_on_cluster(

@@ -33,6 +33,9 @@ CONTENT = ("prompts", "model", "student", "engine")
 JOB_FILE = "job.json"
 """In the folder of the shards: what they are drawn by."""
 
+PARTIAL_JOB = f".{JOB_FILE}.partial"
+"""While it is written, see `files.write_whole`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -87,7 +90,8 @@ class Job:
         else:
             assert self.files is not None
             student = None if self.config.teacher else read_student(self.config.student or Path("outputs/student"))
-            weights = hash_of([self.files.denoiser_sha256(), student and student.adapter_sha256])
+            adapter = student and student.adapter_sha256
+            weights = hash_of([self.files.denoiser_sha256(), adapter, self.files.other_sha256()])
         return {
             "images": len(self.config.prompts),
             "images_per_shard": self.shard_size,
@@ -106,12 +110,14 @@ def prepared(job: Job) -> Iterator[list[int]]:
     """
     output, identity = job.output, job.identity()
     check_output(output)
-    if output.is_dir() and not (output / JOB_FILE).is_file() and any(output.iterdir()):
+    # A process that was killed early leaves the beginning of the job's file alone.
+    others = {path.name for path in output.iterdir()} - {PARTIAL_JOB} if output.is_dir() else ()
+    if others and not (output / JOB_FILE).is_file():
         raise InputError(f"the output {output} holds something else: choose another --output for the shards")
     prepare_output(output)
     output.mkdir(exist_ok=True)
     with locked(output, wait=False) as held:
-        if not held:
+        if held is False:
             raise InputError(f"another process is drawing shards into {output}")
         if (output / JOB_FILE).is_file():
             found = read_json(output / JOB_FILE)
@@ -120,14 +126,17 @@ def prepared(job: Job) -> Iterator[list[int]]:
                 raise InputError(f"the shards in {output} are of another job ({named}): choose another --output")
         else:
             write_json(output / JOB_FILE, identity)
-        _clear_abandoned(output)
+        # Without locks another process may be writing them.
+        if held:
+            _clear_abandoned(output)
         yield job.missing()
-        _clear_abandoned(output)
+        if held:
+            _clear_abandoned(output)
 
 
 def _clear_abandoned(output: Path) -> None:
     """Remove what killed processes were writing; the caller holds the folder's lock."""
-    for abandoned in output.glob(".shard-*.partial"):
+    for abandoned in (*output.glob(".shard-*.partial"), *output.glob(PARTIAL_JOB)):
         abandoned.unlink()
 
 

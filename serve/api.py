@@ -13,8 +13,8 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -27,7 +27,7 @@ from starlette.exceptions import HTTPException
 
 from ..engine.errors import InputError
 from .image_model import Description, Drawn, Job
-from .settings import Limits
+from .settings import Limits, is_loopback
 from .url_files import UrlFiles
 
 PAGE = Path(__file__).with_name("page.html")
@@ -61,8 +61,8 @@ class Backend(Protocol):
             OverloadedError: too many wait.
         """
 
-    def stream(self, job: Job, previews: int) -> AsyncIterator[Drawn]:
-        """Draw with previews; the last is the image. Raises as `draw`."""
+    def stream(self, job: Job, previews: int) -> AsyncGenerator[Drawn, None]:
+        """Draw with previews; the image is the one that is not a `preview`. Raises as `draw`."""
 
 
 class ImagesRequest(BaseModel):
@@ -136,8 +136,8 @@ class Guard:
         if self.traffic.closed:
             return error_answer(503, "the server is stopping", code="stopping")
         headers = dict(scope["headers"])
-        host = re.sub(rb":\d*$", b"", headers.get(b"host", b"localhost"))
-        if self.loopback and self.key is None and host not in {b"localhost", b"127.0.0.1", b"[::1]"}:
+        host = re.sub(r":\d*$", "", headers.get(b"host", b"localhost").decode("latin-1")).strip("[]")
+        if self.loopback and self.key is None and not is_loopback(host):
             # Another site's name that leads to this machine: its scripts may not draw here (DNS rebinding).
             return error_answer(403, "this server answers requests to localhost only", code="forbidden_host")
         if self.key is not None and not OPEN_PATHS.fullmatch(scope["path"]):
@@ -291,7 +291,7 @@ def make_app(
         for value, most, param in (
             (len(body.prompt), limits.prompt, "prompt"),
             (len(body.negative_prompt or ""), limits.prompt, "negative_prompt"),
-            (body.n or 1, limits.images, "n"),
+            (body.n or 1, min(limits.images, limits.waiting), "n"),
             (body.steps or 1, limits.steps, "steps"),
             (body.n or 1 if body.stream else 1, 1, "n"),
         ):
@@ -299,14 +299,13 @@ def make_app(
                 return error_answer(400, f"{param} is {value} and may be {most} at most", param=param, code="too_large")
         jobs, backend = body.jobs(), backends[name]
         if body.stream:
-            states = backend.stream(jobs[0], body.partial_images or 0)
-            with place(1):
-                # What is refused is refused before the answer begins.
-                first = await asyncio.wait_for(anext(states), limits.seconds)
+            states = limited(backend.stream(jobs[0], body.partial_images or 0))
+            # What is refused is refused before the answer begins.
+            first = await anext(states)
             return StreamingResponse(events(first, states), media_type="text/event-stream")
         with place(len(jobs)):
             async with asyncio.timeout(limits.seconds):
-                drawn = await asyncio.gather(*(backend.draw(job) for job in jobs))
+                drawn = await _together([backend.draw(job) for job in jobs])
         answer: dict[str, Any] = {"created": int(time.time()), "output_format": "png", "data": []}
         for image in drawn:
             if body.response_format == "url":
@@ -318,16 +317,27 @@ def make_app(
             answer["data"].append(shown | _said(image))
         return JSONResponse(answer)
 
-    async def events(first: Drawn, states: AsyncIterator[Drawn]) -> AsyncIterator[str]:
-        """OpenAI's events of a stream: previews, then the image."""
-        shown, index = first, 0
+    async def limited(states: AsyncGenerator[Drawn, None]) -> AsyncGenerator[Drawn, None]:
+        """The states of a stream, at one place and up to one deadline from the first to the last."""
+        deadline = asyncio.get_running_loop().time() + limits.seconds
+        with place(1):
+            async with aclosing(states):
+                while True:
+                    async with asyncio.timeout_at(deadline):
+                        state = await anext(states, None)
+                    if state is None:
+                        return
+                    yield state
+
+    async def events(first: Drawn, states: AsyncGenerator[Drawn, None]) -> AsyncIterator[str]:
+        """OpenAI's events of a stream: previews, each as soon as it is there, then the image."""
+        state, index = first, 0
         try:
-            with place(1):
-                async with asyncio.timeout(limits.seconds):
-                    async for following in states:
-                        yield _event("image_generation.partial_image", shown, partial_image_index=index)
-                        shown, index = following, index + 1
-                    yield _event("image_generation.completed", shown)
+            async with aclosing(states):
+                while state.preview:
+                    yield _event("image_generation.partial_image", state, partial_image_index=index)
+                    state, index = await anext(states), index + 1
+            yield _event("image_generation.completed", state)
         except Exception as error:
             if not isinstance(error, (OverloadedError, TimeoutError)):
                 log.exception("a stream failed")
@@ -337,9 +347,19 @@ def make_app(
     return app
 
 
+async def _together(draws: Sequence[Coroutine[Any, Any, Drawn]]) -> list[Drawn]:
+    """The images of one request; where one fails the others are given up, and what it raised is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(each) for each in draws]
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
 def _said(image: Drawn) -> dict[str, Any]:
     """What is told of an image beside its content."""
-    return {key: value for key, value in asdict(image).items() if key != "png"} | {
+    return {key: value for key, value in asdict(image).items() if key not in ("png", "preview")} | {
         "size": f"{image.width}x{image.height}"
     }
 

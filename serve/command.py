@@ -16,7 +16,12 @@ from ..engine.options import config_from, options_of
 from ..engine.terminal import console, quiet_libraries
 from .config import ServeConfig, read_config
 
-RAY_SERVE = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1"}
+RAY_SERVE = {
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",
+    # A second port of the API, for a load balancer that is not there; a stop would wait 30 seconds for it.
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
+}
 """Read when Ray Serve is imported; its own work counts where images are small and cores few."""
 
 
@@ -62,7 +67,7 @@ def serve(**options: Any) -> None:
 
     stopped = threading.Event()
     with console.status("starting"):
-        deployment.run(settings, host=host, port=port, address=config.address, cpus=cpus)
+        started = deployment.run(settings, host=host, port=port, address=config.address, cpus=cpus)
     # Ray has set its own.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
@@ -70,7 +75,7 @@ def serve(**options: Any) -> None:
     stopped.wait()
     with console.status("finishing what is being drawn"):
         deployment.finish(settings)
-        deployment.stop(address=config.address)
+        deployment.stop(started=started)
 
 
 def _check_port(host: str, port: int) -> None:

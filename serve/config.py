@@ -108,7 +108,8 @@ def read_config(values: Any, path: Path) -> tuple[dict[str, Any], str, int]:
     if application.get("import_path") != IMPORT_PATH or not isinstance(args, dict) or not isinstance(http, dict):
         raise InputError(f"{path} must have an application of import_path {IMPORT_PATH} with args")
     unread = (values.keys() - {"applications", "http_options"}) | (application.keys() - {"import_path", "name", "args"})
-    unread |= {f"http_options.{name}" for name in http.keys() - {"host", "port"}}
+    # A key of YAML may be a number.
+    unread = {str(name) for name in unread} | {f"http_options.{name}" for name in http.keys() - {"host", "port"}}
     if unread:
         raise InputError(
             f"{path} has {', '.join(sorted(unread))}, which is not read here: leave it out (options of deployments "

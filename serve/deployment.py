@@ -9,29 +9,33 @@ import asyncio
 import logging
 import time
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 from fastapi import FastAPI
+from pydantic import ValidationError
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve import Application
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from ..engine.errors import InputError
+from ..engine.errors import InputError, one_line
 from ..engine.ray_workers import start_ray
 from ..engine.terminal import quiet_libraries
 from .api import OverloadedError, Traffic, make_app
 from .image_model import Description, Drawn, Job, name_of, open_model
 from .local import LocalBackend
-from .settings import ModelSettings, ServerSettings, api_key
+from .settings import ModelSettings, ServerSettings, api_key, first_of, parse_settings
 from .url_files import UrlFiles
 
 APPLICATION = "boostdiff"
+
+log = logging.getLogger(__name__)
 
 DEPLOYMENT = {"max_ongoing_requests": 1000, "max_queued_requests": 1000}
 """Options of a model's deployment where the settings have no others."""
@@ -77,20 +81,29 @@ class RayBackend:
         """See `api.Backend`."""
         return await self._answer(self._handle.draw, job)
 
-    async def stream(self, job: Job, previews: int) -> AsyncIterator[Drawn]:
+    async def stream(self, job: Job, previews: int) -> AsyncGenerator[Drawn, None]:
         """See `api.Backend`."""
+        states = self._handle.options(stream=True).stream.remote(job, previews)
         try:
-            async for drawn in self._handle.options(stream=True).stream.remote(job, previews):
+            async for drawn in states:
                 yield drawn
         except RayTaskError as error:
             raise _cause(error) from None
         except (RayActorError, RayServeException):
             raise OverloadedError from None
+        finally:
+            # Whoever stops listening must not be drawn for.
+            states.cancel()
 
     async def _answer(self, method: Any, *arguments: Any) -> Any:
         for _ in range(3):
+            response = method.remote(*arguments)
             try:
-                return await method.remote(*arguments)
+                return await response
+            except asyncio.CancelledError:
+                # Given up, or too late. Ray itself would let the replica draw it nevertheless.
+                response.cancel()
+                raise
             except RayTaskError as error:
                 raise _cause(error) from None
             except BackPressureError:
@@ -119,13 +132,16 @@ async def node_metrics() -> str:
     return await asyncio.to_thread(fetch)
 
 
-def build(settings: ServerSettings) -> Application:
-    """The application of a server's settings.
+def build(settings: ServerSettings | dict[str, Any]) -> Application:
+    """The application of a server's settings; Ray's own commands pass `args` as they stand in a configuration.
 
     Raises:
-        InputError: a model can't be used, two have one name, or a key is needed and not there.
+        InputError: a setting or a model can't be used, two have one name, or a key is needed and not there.
     """
-    api_key(loopback=settings.loopback)
+    if not isinstance(settings, ServerSettings):
+        settings = parse_settings(settings)
+    # Here and not in the replica, whose environment is that of `ray start`.
+    key = api_key(loopback=settings.loopback)
     names = [name_of(each) for each in settings.models]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"two models are called {twice!r}: give each a name of its own")
@@ -133,35 +149,84 @@ def build(settings: ServerSettings) -> Application:
     # On a stop all that runs is finished, as long as a request may take.
     patient = {"graceful_shutdown_timeout_s": settings.limits.seconds + 10}
     models = [
-        serve.deployment(Replica)
-        .options(**DEPLOYMENT | patient | each.deployment, name=deployment)
-        .bind(each.model_copy(update={"name": name}))
+        _bound(each.model_copy(update={"name": name}), deployment, patient)
         for each, (name, deployment) in zip(settings.models, deployments.items(), strict=True)
     ]
 
     def app() -> FastAPI:
-        name = serve.get_replica_context().app_name
-        storage = Path(settings.storage) if settings.storage else None
-        return make_app(
-            {
-                model: RayBackend(serve.get_deployment_handle(deployment, name))
-                for model, deployment in deployments.items()
-            },
-            limits=settings.limits,
-            files=UrlFiles(storage, seconds=settings.url_seconds),
-            key=api_key(loopback=settings.loopback),
-            loopback=settings.loopback,
-            metrics=node_metrics,
-            traffic=TRAFFIC,
-        )
+        return _app(settings, deployments, key)
 
     api = serve.deployment(serve.ingress(app)(Api))
     options = {"num_replicas": settings.api_replicas, "ray_actor_options": {"num_cpus": 0}}
     return api.options(name="api", max_ongoing_requests=1000, **patient, **options).bind(*models)
 
 
-def run(settings: ServerSettings, *, host: str, port: int, address: str | None, cpus: int) -> None:
-    """Serve until interrupted; what is being drawn then is finished.
+def _bound(settings: ModelSettings, deployment: str, options: dict[str, Any]) -> Application:
+    """A model's replicas; an InputError where the options of its deployment can't be used."""
+    try:
+        made = serve.deployment(Replica).options(**DEPLOYMENT | options | settings.deployment, name=deployment)
+    except (TypeError, ValueError, AttributeError) as error:
+        said = first_of(error) if isinstance(error, ValidationError) else one_line(error)
+        raise InputError(f"the deployment of {settings.name} can't be used: {said}") from None
+    return made.bind(settings)
+
+
+def _app(settings: ServerSettings, deployments: Mapping[str, str], key: str | None) -> FastAPI:
+    """The application in an API's replica.
+
+    Pickle names a function of this module, but copies one inside another together with what it uses: `TRAFFIC` there
+    would not be the one that `Api` closes.
+    """
+    name = serve.get_replica_context().app_name
+    storage = Path(settings.storage) if settings.storage else None
+    return make_app(
+        {model: RayBackend(serve.get_deployment_handle(deployment, name)) for model, deployment in deployments.items()},
+        limits=settings.limits,
+        files=UrlFiles(storage, seconds=settings.url_seconds),
+        key=key,
+        loopback=settings.loopback,
+        metrics=node_metrics,
+        traffic=TRAFFIC,
+    )
+
+
+def check_room(models: Sequence[ModelSettings], machines: Sequence[Mapping[str, float]]) -> None:
+    """Refuse, by an InputError, more than a cluster has: Ray would wait for it without end.
+
+    Args:
+        models: the models, whose deployments Ray has accepted.
+        machines: what each machine of the cluster has, as `ray.nodes` names it.
+    """
+    for resource, option, default in (("CPU", "num_cpus", 1), ("GPU", "num_gpus", 0)):
+        there, asked = [machine.get(resource, 0) for machine in machines], 0.0
+        for each in models:
+            chosen = (each.deployment.get("ray_actor_options") or {}).get(option)
+            one = default if chosen is None else chosen
+            if one > max(there, default=0):
+                raise InputError(
+                    f"a replica asks for {one:g} {resource}s, and no machine has more than {max(there, default=0):g}: "
+                    f"give it less by {option} of ray_actor_options"
+                )
+            asked += _replicas(each.deployment) * one
+        if asked > sum(there):
+            raise InputError(
+                f"the models ask for {asked:g} {resource}s, and Ray has {sum(there):g}: serve fewer replicas, or give "
+                f"each less by {option} of ray_actor_options"
+            )
+
+
+def _replicas(options: Mapping[str, Any]) -> int:
+    """With how many replicas a deployment begins."""
+    scaling = options.get("autoscaling_config")
+    if isinstance(scaling, dict):
+        first = scaling.get("initial_replicas")
+        return int(scaling.get("min_replicas", 1) if first is None else first)
+    count = options.get("num_replicas")
+    return count if isinstance(count, int) else 1
+
+
+def run(settings: ServerSettings, *, host: str, port: int, address: str | None, cpus: int) -> bool:
+    """Start to serve.
 
     Args:
         settings: models and limits.
@@ -170,18 +235,41 @@ def run(settings: ServerSettings, *, host: str, port: int, address: str | None, 
         address: of a running Ray cluster; None starts Ray here, for this machine alone.
         cpus: CPUs that Ray counts on here, where it is started.
 
+    Returns:
+        Whether this process started Ray Serve, and so has to end it; see `stop`.
+
     Raises:
-        InputError: there is no such cluster, or see `build`.
+        InputError: there is no such cluster, it has too little, or Serve listens elsewhere on it; or see `build`.
     """
     application = build(settings)
     start_ray("local" if address is None else address, cpus=cpus)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    started = deployed = False
     try:
-        serve.start(http_options={"host": host, "port": port, "request_timeout_s": settings.limits.seconds + 30})
+        check_room(settings.models, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        started = _get_global_client(raise_if_no_controller_running=False) is None
+        if started:
+            serve.start(http_options={"host": host, "port": port, "request_timeout_s": settings.limits.seconds + 30})
+        _check_address(host, port)
+        deployed = True
         serve.run(application, name=APPLICATION)
     except BaseException:
-        stop(address=address)
+        stop(started=started, deployed=deployed)
         raise
+    return started
+
+
+def _check_address(host: str, port: int) -> None:
+    """Refuse, by an InputError, a Serve that ran before and listens elsewhere: it keeps its address, and says nothing.
+
+    What was meant for the loopback could stand open to all, without a key.
+    """
+    found = _get_global_client().http_config
+    if (found.host, found.port) != (host, port):
+        raise InputError(
+            f"Ray Serve runs on this cluster and listens on {found.host}:{found.port}, not on {host}:{port}: "
+            "pass that --host and --port, or end it by Ray's `serve shutdown`"
+        )
 
 
 def finish(settings: ServerSettings) -> None:
@@ -190,21 +278,32 @@ def finish(settings: ServerSettings) -> None:
     Before `stop`, as Ray ends the models' replicas together with the API's, which may still have requests for them.
     """
     deadline, done = time.monotonic() + settings.limits.seconds + 10, set[str]()
-    with suppress(Exception):
+    try:
         handle = serve.get_deployment_handle("api", APPLICATION)
+        # As `boostdiff serve` sets Ray up, handles would answer in an asyncio loop alone.
+        handle._init(_run_router_in_separate_loop=True)
         while len(done) < settings.api_replicas and (left := deadline - time.monotonic()) > 0:
             # Ray chooses the replica, sooner or later each of them.
             name, ongoing = handle.close.remote().result(timeout_s=left)
             if ongoing == 0:
                 done.add(name)
             time.sleep(0.1)
+    except Exception as error:
+        log.warning("requests may have been left unanswered: %s", one_line(error))
 
 
-def stop(*, address: str | None) -> None:
-    """End what `run` started."""
-    # Replicas finish what they have; `shutdown` alone would take the proxy from under them.
+def stop(*, started: bool, deployed: bool = True) -> None:
+    """End what `run` started.
+
+    Args:
+        started: whether this process started Serve, which then ends where nothing else is served on it.
+        deployed: whether the application may be there.
+    """
     with suppress(Exception):
-        serve.delete(APPLICATION)
-    if address is None:
-        serve.shutdown()
+        # Replicas finish what they have; `shutdown` alone would take the proxy from under them.
+        if deployed:
+            serve.delete(APPLICATION)
+    with suppress(Exception):
+        if started and not serve.status().applications:
+            serve.shutdown()
     ray.shutdown()

@@ -19,13 +19,14 @@ from PIL import Image
 
 from ..engine.errors import BoostDiffError, InputError
 from ..engine.exported import Engine
+from ..engine.files import is_unicode
 from ..engine.generate import DEFAULT_GUIDANCE
 from ..engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
-from ..engine.manifest import read_manifest
+from ..engine.manifest import Manifest, read_manifest
 from ..engine.model import Model, load, locate, resolve_device
 from ..engine.options import SAMPLER, STEPS
 from ..engine.prompts import cut_note
-from ..engine.runners import TorchRunner
+from ..engine.runners import TorchRunner, chosen_graph
 from ..engine.sampling import decode, default_batch_size, initial_noise, sampling, to_pil
 from ..engine.schedulers import SAMPLERS, check_steps
 from ..engine.student import Distilled, apply_student, read_student
@@ -81,6 +82,7 @@ class Drawn:
         width: width in pixels.
         height: height in pixels.
         note: what of its texts was cut, or "".
+        preview: whether this is a preview, and more follows.
     """
 
     png: bytes
@@ -92,6 +94,7 @@ class Drawn:
     width: int
     height: int
     note: str = ""
+    preview: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +107,8 @@ class Description:
         runner: what executes the UNet: "onnx", "tensorrt" or "torch".
         passes_per_step: passes of the UNet for each step.
         size: width and height of its images.
-        samplers: names that `sampler` takes.
+        samplers: names that `sampler` takes; the first is the default.
+        steps: the only number of `steps` that a few-step student takes; None where any is taken.
         guidance: guidance scale that it draws at by default.
         guidance_range: smallest and largest `guidance`; None where it takes one alone.
         negative_prompt: whether it takes a negative prompt.
@@ -118,6 +122,7 @@ class Description:
     passes_per_step: int
     size: tuple[int, int]
     samplers: tuple[str, ...]
+    steps: int | None
     guidance: float
     guidance_range: tuple[float, float] | None
     negative_prompt: bool
@@ -140,22 +145,30 @@ class ImageModel:
         self._runner = TorchRunner(model.denoiser) if engine is None else model.denoiser
         _, height, width = model.latent_shape
         factor = model.pipeline.vae_scale_factor
+        few = distilled.sampler if distilled else None
+        # Of the largest images as many must fit as of the others.
+        limits = engine.manifest.options["size"] if engine else None
+        largest = engine.sized(limits[2], limits[2]) if engine and limits else model
         self.description = Description(
             id=name,
             role="student" if distilled else "teacher",
             runner=self._runner.name,
             passes_per_step=1 if distilled else 2,
             size=(factor * width, factor * height),
-            samplers=tuple(SAMPLERS),
+            samplers=tuple(SAMPLERS) if few is None else (few,),
+            steps=distilled.steps if distilled else None,
             guidance=distilled.guidance if distilled else DEFAULT_GUIDANCE,
             guidance_range=distilled.guidance_range if distilled else (1.0, 1e4),
             negative_prompt=distilled is None or distilled.live_negative_prompt,
-            max_batch=max_batch or default_batch_size(model),
+            max_batch=max_batch or default_batch_size(largest),
         )
 
     def check(self, job: Job) -> None:
         """Refuse, by an InputError that names no path, what the model can't draw."""
         try:
+            for text, what in ((job.prompt, "prompt"), (job.negative_prompt or "", "negative prompt")):
+                if not is_unicode(text):
+                    raise InputError(f"the {what} holds half a character (a lone surrogate)")
             if not job.prompt.strip():
                 raise InputError("the prompt is empty")
             sampler, steps = self._sampling(job)
@@ -211,6 +224,7 @@ class ImageModel:
                     width=image.width,
                     height=image.height,
                     note=cut_note(model.pipeline, [job.prompt], "prompts") or "",
+                    preview=step < steps,
                 )
                 for job, image in zip(jobs, images, strict=True)
             ]
@@ -315,13 +329,15 @@ def open_model(settings: ModelSettings) -> ImageModel:
 
 
 def name_of(settings: ModelSettings) -> str:
-    """The name that a model will have, once its folders were seen to be there; no weights are read.
+    """The name that a model will have, once its folders were seen to hold what is asked for; no weights are read.
 
     Raises:
         InputError: they can't be used.
     """
     if settings.engine is not None:
-        named = read_manifest(Path(settings.engine)).model
+        manifest = read_manifest(Path(settings.engine))
+        _check_exported(settings, manifest)
+        named = manifest.model
     else:
         named = locate(settings.model, weights=False).name
         if settings.student is not None:
@@ -330,6 +346,19 @@ def name_of(settings: ModelSettings) -> str:
     name = re.split(r"[/\\]", named.rstrip("/\\"))[-1] or "model"
     teacher = settings.engine is None and settings.student is None
     return settings.name or name + ("-teacher" if teacher else "")
+
+
+def _check_exported(settings: ModelSettings, manifest: Manifest) -> None:
+    """Refuse, by an InputError, a runner or a precision that was not exported, whatever machine will draw."""
+    folder = Path(settings.engine or "")
+    if settings.runner == "tensorrt":
+        if manifest.plan not in manifest.files:
+            raise InputError(f"the engine in {folder} was exported without --trt: export again, or serve it with onnx")
+        if settings.precision is not None:
+            raise InputError("a plan has one precision: choose it with the runner onnx alone")
+    elif settings.precision is not None:
+        cpu = torch.device("cpu")
+        chosen_graph(manifest.denoiser, folder=folder, manifest=manifest, device=cpu, precision=settings.precision)
 
 
 def _png(image: Image.Image) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from .image_model import Description, Drawn, ImageModel, Job
@@ -38,7 +38,7 @@ class LocalBackend:
             self._worker = loop.create_task(self._draw_all())
         return await drawn
 
-    async def stream(self, job: Job, previews: int) -> AsyncIterator[Drawn]:
+    async def stream(self, job: Job, previews: int) -> AsyncGenerator[Drawn, None]:
         """See `api.Backend`; batches of others are drawn between the previews."""
         self._model.check(job)
         states = self._model.stream([job], previews)
@@ -65,9 +65,13 @@ class LocalBackend:
         try:
             images = await asyncio.get_running_loop().run_in_executor(self._thread, self._model.draw, jobs)
         except Exception as error:
-            for future in futures:
-                if not future.done():
-                    future.set_exception(error)
+            if len(jobs) > 1:
+                # One of them may be at fault, or there is no memory for all: the others have their images.
+                for job, future in zip(jobs, futures, strict=True):
+                    if not future.done():
+                        await self._draw([job], [future])
+            elif not futures[0].done():
+                futures[0].set_exception(error)
             return
         self._seconds = images[0].seconds
         for future, image in zip(futures, images, strict=True):

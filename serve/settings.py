@@ -81,7 +81,8 @@ class ServerSettings(_Settings):
     Attributes:
         models: its models; the first is drawn by where a request names none.
         limits: what a request may ask for.
-        storage: folder of images that are answered as a URL; of several nodes a shared one. None takes a temporary one.
+        storage: folder of images that are answered as a URL; of several nodes a shared one. None takes a temporary one
+            of each API replica.
         url_seconds: lifetime of such an image.
         loopback: whether the server listens to this machine alone; a key is needed otherwise.
         api_replicas: replicas of what answers requests and hands them to the models.
@@ -94,6 +95,12 @@ class ServerSettings(_Settings):
     loopback: bool = False
     api_replicas: int = Field(1, ge=1)
 
+    @model_validator(mode="after")
+    def _one_storage(self) -> ServerSettings:
+        if self.api_replicas > 1 and self.storage is None:
+            raise ValueError("api_replicas above 1 need a storage: one would not find an image that another has kept")
+        return self
+
 
 def parse_settings(values: Any) -> ServerSettings:
     """Settings from plain values.
@@ -104,9 +111,13 @@ def parse_settings(values: Any) -> ServerSettings:
     try:
         return ServerSettings.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "args"
-        raise InputError(f"the server's settings can't be used: {where}: {first['msg']}") from None
+        raise InputError(f"the server's settings can't be used: {first_of(error)}") from None
+
+
+def first_of(error: ValidationError) -> str:
+    """The first of pydantic's complaints, in one line."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'args'}: {first['msg']}"
 
 
 def api_key(*, loopback: bool) -> str | None:

@@ -1,11 +1,13 @@
 import stat
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
 import pytest
+from boostdiff.engine.conditions import TextEmbeddings
 from boostdiff.engine.config import GenerateConfig
 from boostdiff.engine.errors import InputError
-from boostdiff.engine.generate import _write_png, draw
+from boostdiff.engine.generate import Sampling, _write_png, draw, images_of, opened, resolve
 from boostdiff.engine.model import ModelFiles
 from PIL import Image
 
@@ -39,6 +41,27 @@ def test_what_is_cut_is_said(tiny_files: ModelFiles, tmp_path: Path) -> None:
     assert notes == ["1 of 2 prompts are cut to 16 tokens", "1 of 1 negative prompts are cut to 16 tokens"]
     assert len(paths) == 2
     assert len({stat.S_IMODE(path.stat().st_mode) for path in paths}) == 1
+
+
+def test_prompts_are_encoded_in_parts(tiny_files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whole batches: the images are those of one part."""
+    texts = [f"a red cat {i}" for i in range(7)]
+    config = resolve(tiny_files, GenerateConfig(prompts=texts, teacher=True, steps=1, seed=3, batch_size=2))
+    sizes: list[int] = []
+    encode = Sampling.encode
+
+    def counted(self: Sampling, prompts: Sequence[str]) -> TextEmbeddings:
+        sizes.append(len(prompts))
+        return encode(self, prompts)
+
+    monkeypatch.setattr(Sampling, "encode", counted)
+    with opened(tiny_files, config, "cpu") as sampling:
+        whole = [image.tobytes() for image in images_of(sampling, config, texts, start=1)]
+        monkeypatch.setattr("boostdiff.engine.generate.ENCODED_TOGETHER", 5)
+        parts = [image.tobytes() for image in images_of(sampling, config, texts, start=1)]
+    assert sizes == [7, 4, 3]
+    assert len(whole) == len(texts)
+    assert parts == whole
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """Images as WebDataset shards: what is in them, what a second run does, and what is refused."""
 
+import errno
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +103,43 @@ def test_shards_of_another_job_stay(job: Callable[..., Job], options: dict[str, 
     with pytest.raises(InputError) as error, prepared(job(**options)):
         pass
     assert said in str(error.value)
+
+
+def test_another_text_encoder_or_vae_is_another_job(job: Callable[..., Job], tiny_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    made = replace(job(), files=locate(str(folder)))
+    with prepared(made):
+        pass
+    (changed,) = (folder / "vae").glob("*.safetensors")
+    changed.write_bytes(changed.read_bytes() + b"\0")
+    with pytest.raises(InputError, match=r"of another job \(weights\)"), prepared(made):
+        pass
+
+
+def test_a_run_that_was_killed_as_it_began_goes_on(job: Callable[..., Job]) -> None:
+    made = job()
+    made.output.mkdir()
+    (made.output / ".job.json.partial").write_text('{"ima')
+    with prepared(made) as shards:
+        assert shards == [0, 1, 2]
+    assert [path.name for path in made.output.iterdir()] == ["job.json"]
+
+
+def test_a_file_system_without_locks(job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says nothing of another process, whose files may be there."""
+
+    def unsupported(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    made = job()
+    monkeypatch.setattr("boostdiff.engine.files.fcntl.flock", unsupported)
+    made.output.mkdir()
+    with locked(made.output, wait=False) as held:
+        assert held is None
+    with prepared(made) as shards:
+        (made.output / ".shard-000001.x1.partial").write_bytes(b"half")
+        assert shards == [0, 1, 2]
+    assert (made.output / ".shard-000001.x1.partial").exists()
 
 
 def test_what_can_not_be_written(job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

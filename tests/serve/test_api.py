@@ -4,7 +4,9 @@ import asyncio
 import base64
 import io
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.exported import Engine
+from boostdiff.engine.model import Model
 from PIL import Image
 
 pytest.importorskip("fastapi", reason="the extra dev has it")
@@ -23,7 +26,7 @@ from boostdiff.serve.settings import Limits, ModelSettings
 from boostdiff.serve.url_files import UrlFiles
 from fastapi.testclient import TestClient
 
-URL = "/v1/images/generations"
+URL, LOCAL = "/v1/images/generations", "http://localhost"
 LIMITS = Limits(prompt=200, images=4, steps=30, body=2000)
 
 
@@ -90,15 +93,40 @@ def test_a_batch_that_fails_is_not_the_end(model: ImageModel, monkeypatch: pytes
         monkeypatch.setattr(model, "draw", draw)
         raise RuntimeError("out of memory")
 
-    async def three() -> list[Any]:
+    async def both() -> list[Any]:
         job = Job(prompt="a", seed=0, steps=1)
-        first = await asyncio.gather(backend.draw(job), backend.draw(job), return_exceptions=True)
+        first = await asyncio.gather(backend.draw(job), return_exceptions=True)
         return [*first, await backend.draw(job)]
 
     monkeypatch.setattr(model, "draw", fails_at_first)
-    failed, also, image = asyncio.run(three())
-    assert "out of memory" in str(failed) == str(also)
+    failed, image = asyncio.run(both())
+    assert "out of memory" in str(failed)
     assert image.step == 1
+
+
+def test_one_faulty_job_fails_alone(model: ImageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, draw = LocalBackend(model), model.draw
+
+    def picky(jobs: list[Job]) -> list[Drawn]:
+        if any(job.seed == 1 for job in jobs):
+            raise RuntimeError("not finite")
+        return draw(jobs)
+
+    async def three() -> list[Any]:
+        jobs = [Job(prompt="a", seed=seed, steps=1) for seed in range(3)]
+        return await asyncio.gather(*map(backend.draw, jobs), return_exceptions=True)
+
+    monkeypatch.setattr(model, "draw", picky)
+    first, faulty, last = asyncio.run(three())
+    assert "not finite" in str(faulty)
+    assert (first.seed, last.seed) == (0, 2)
+
+
+@pytest.mark.parametrize("text", ["prompt", "negative_prompt"])
+def test_half_a_character_is_refused(teacher: ImageModel, text: str) -> None:
+    """The tokenizer would stumble over it, and so the whole batch."""
+    with pytest.raises(InputError, match="holds half a character"):
+        teacher.check(Job(**{"prompt": "a", "seed": 0, text: "a\ud800"}))
 
 
 def test_the_teacher_makes_two_passes_and_takes_more(client: TestClient) -> None:
@@ -209,6 +237,29 @@ def test_models_health_and_the_page(client: TestClient) -> None:
     assert client.get("/metrics").status_code == 404
 
 
+def test_a_few_step_student_lists_its_own_sampling(model: ImageModel) -> None:
+    assert model._distilled is not None
+    assert model._engine is not None
+    few = replace(model._distilled, sampler="euler", steps=4, timestep_spacing="trailing")
+    made = ImageModel(name="few", model=model._model, distilled=few, engine=model._engine, max_batch=None)
+    assert (made.description.samplers, made.description.steps) == (("euler",), 4)
+    made.check(Job(prompt="a", seed=0, steps=made.description.steps, sampler=made.description.samplers[0]))
+    assert model.description.steps is None
+    assert len(model.description.samplers) > 1
+
+
+def test_a_batch_fits_of_the_largest_images(model: ImageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def batch_of(made: Model) -> int:
+        return 64 // made.latent_shape[1]
+
+    monkeypatch.setattr("boostdiff.serve.image_model.default_batch_size", batch_of)
+    engine = model._engine
+    assert engine is not None
+    monkeypatch.setitem(engine.manifest.options, "size", [16, 16, 64])
+    made = ImageModel(name="x", model=model._model, distilled=model._distilled, engine=engine, max_batch=None)
+    assert made.description.max_batch == batch_of(model._model) // 4
+
+
 class Slow:
     """A backend that is never done, or has too many waiting, or fails."""
 
@@ -221,7 +272,7 @@ class Slow:
     async def draw(self, job: Job) -> Drawn:
         raise self.error
 
-    async def stream(self, job: Job, previews: int) -> AsyncIterator[Drawn]:
+    async def stream(self, job: Job, previews: int) -> AsyncGenerator[Drawn, None]:
         raise self.error
         yield
 
@@ -242,13 +293,139 @@ def test_failures_are_told_without_their_traceback(tmp_path: Path, error: Except
 
 
 def test_too_many_images_at_once(client: TestClient, model: ImageModel, tmp_path: Path) -> None:
-    limits = Limits(waiting=2)
-    app = make_app({"tiny": LocalBackend(model)}, limits=limits, files=UrlFiles(tmp_path, seconds=1))
-    client = TestClient(app, base_url="http://localhost")
+    limits, files = Limits(waiting=2), UrlFiles(tmp_path, seconds=1)
+    client = TestClient(make_app({"tiny": LocalBackend(model)}, limits=limits, files=files), base_url=LOCAL)
+    # To ask for it again would not help.
     answer = client.post(URL, json={"prompt": "a", "n": 3, "steps": 1})
-    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "n is 3 and may be 2 at most")
     # Places are given back.
     assert [client.post(URL, json={"prompt": "a", "n": 2, "steps": 1}).status_code for _ in range(3)] == [200] * 3
+
+
+class Steady(Slow):
+    """Draws when it is told to, and counts what was given up."""
+
+    def __init__(self) -> None:
+        super().__init__(InputError("this seed can't be drawn"))
+        self.go, self.given_up = asyncio.Event(), 0
+
+    def image(self, *, preview: bool) -> Drawn:
+        common = {"seed": 0, "step": 1, "passes": 1, "seconds": 0.1, "batch": 1, "width": 16, "height": 16}
+        return Drawn(png=b"x", preview=preview, **common)
+
+    async def draw(self, job: Job) -> Drawn:
+        if job.seed == 2:
+            raise self.error
+        try:
+            await self.go.wait()
+        except asyncio.CancelledError:
+            self.given_up += 1
+            raise
+        return self.image(preview=False)
+
+    async def stream(self, job: Job, previews: int) -> AsyncGenerator[Drawn, None]:
+        try:
+            yield self.image(preview=True)
+            await self.go.wait()
+            yield self.image(preview=False)
+        except (asyncio.CancelledError, GeneratorExit):
+            self.given_up += 1
+            raise
+
+
+class Asked:
+    """A request that was sent to an application: what came back so far, as ASGI says it."""
+
+    def __init__(self, app: Any, **fields: Any) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self.body, self.sent = json.dumps({"prompt": "a", **fields}).encode(), False
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": URL, "query_string": b"", "headers": headers}
+        scope |= {"asgi": {"version": "3.0", "spec_version": "2.4"}, "http_version": "1.1", "scheme": "http"}
+        self.task = asyncio.ensure_future(app(scope, self.receive, self.send))
+
+    async def receive(self) -> dict[str, Any]:
+        if self.sent:
+            await asyncio.Event().wait()
+        self.sent = True
+        return {"type": "http.request", "body": self.body, "more_body": False}
+
+    async def send(self, message: dict[str, Any]) -> None:
+        self.messages.append(message)
+
+    def __str__(self) -> str:
+        return b"".join(message.get("body", b"") for message in self.messages).decode()
+
+    async def until(self, said: str) -> None:
+        async with asyncio.timeout(20):
+            while said not in str(self):
+                await asyncio.sleep(0.001)
+
+    async def status(self) -> int:
+        await self.task
+        return self.messages[0]["status"]
+
+
+def steady_app(tmp_path: Path, **limits: Any) -> tuple[Steady, Any]:
+    backend = Steady()
+    return backend, make_app({"x": backend}, limits=Limits(**limits), files=UrlFiles(tmp_path, seconds=1))
+
+
+def test_a_preview_is_sent_at_once_and_its_stream_keeps_its_place(tmp_path: Path) -> None:
+    async def talk() -> None:
+        backend, app = steady_app(tmp_path, waiting=1)
+        stream = Asked(app, stream=True, partial_images=1)
+        await stream.until("image_generation.partial_image")
+        assert await Asked(app).status() == 503
+        backend.go.set()
+        await stream.until("image_generation.completed")
+        assert '"preview"' not in str(stream)
+        await stream.task
+        assert await Asked(app).status() == 200
+
+    asyncio.run(talk())
+
+
+def test_a_stream_has_one_deadline(tmp_path: Path) -> None:
+    async def talk() -> None:
+        backend, app = steady_app(tmp_path, waiting=1, seconds=0.2)
+        stream = Asked(app, stream=True, partial_images=1)
+        await stream.task
+        assert "event: error" in str(stream)
+        assert backend.given_up == 1
+        backend.go.set()
+        assert await Asked(app).status() == 200
+
+    asyncio.run(talk())
+
+
+def test_a_client_that_leaves_its_stream_gives_back_the_place(tmp_path: Path) -> None:
+    async def talk() -> None:
+        backend, app = steady_app(tmp_path, waiting=1)
+        stream = Asked(app, stream=True, partial_images=1)
+        await stream.until("image_generation.partial_image")
+        stream.task.cancel()
+        with suppress(asyncio.CancelledError):
+            await stream.task
+        await asyncio.sleep(0)
+        assert backend.given_up == 1
+        backend.go.set()
+        assert await Asked(app).status() == 200
+
+    asyncio.run(talk())
+
+
+def test_the_images_beside_one_that_fails_are_given_up(tmp_path: Path) -> None:
+    async def talk() -> None:
+        backend, app = steady_app(tmp_path)
+        failed = Asked(app, n=4, seed=0)
+        assert await failed.status() == 400
+        assert "this seed can't be drawn" in str(failed)
+        assert backend.given_up == 3
+        late = Asked(steady_app(tmp_path, seconds=0.1)[1], n=2, seed=0)
+        assert await late.status() == 503
+
+    asyncio.run(talk())
 
 
 class Observed(Slow):
@@ -303,6 +480,9 @@ def test_other_names_of_this_machine_are_refused(tmp_path: Path) -> None:
     status = guarded(tmp_path)
     assert status(host="example.org") == 403
     assert status(host="localhost:8000") == status(host="[::1]:8000") == status(host="127.0.0.1") == 400
+    # Every address of the loopback, as `--host` takes it.
+    assert status(host="127.0.0.2:8000") == 400
+    assert status(host="127.0.0.1.example.org") == status(host="10.0.0.1") == status(host="") == 403
 
 
 def test_a_seed_is_drawn_where_none_is_asked_for() -> None:

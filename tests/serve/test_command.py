@@ -74,6 +74,20 @@ def test_what_can_not_be_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         command.serve(**vars(ServeConfig()) | options)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"runner": "tensorrt"}, "exported without --trt"),
+        ({"precision": "fp16"}, "has the unet in fp32 alone"),
+        ({"runner": "onnx", "precision": "fp16"}, "has the unet in fp32 alone"),
+    ],
+)
+@pytest.mark.usefixtures("installed")
+def test_what_was_not_exported(engines: dict[str, Path], options: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        command.serve(**vars(ServeConfig()) | {"engine": engines["bitfit"]} | options)
+
+
 @pytest.mark.usefixtures("installed")
 def test_a_port_that_is_taken(students: dict[str, Path], tiny_folder: Path) -> None:
     options = vars(ServeConfig()) | {"student": students["lora"], "model": str(tiny_folder)}
@@ -96,6 +110,8 @@ def test_ray_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"applications": []}, "no configuration of Ray Serve with one application"),
         ({"applications": [{"import_path": "other:app", "args": {}}]}, "of import_path boostdiff"),
         ({"proxy_location": "HeadOnly"}, "proxy_location, which is not read here"),
+        ({1: 2, "x": 3}, "has 1, x, which is not read here"),
+        ({"http_options": {1: 2}}, r"http_options\.1, which is not read here"),
         ({"http_options": {"root_path": "/x"}}, r"http_options\.root_path, which is not read here"),
         ({"http_options": {"port": "80"}}, "pass a host and a port"),
     ],
@@ -114,6 +130,7 @@ def test_configurations_that_can_not_be_used(change: dict[str, Any], said: str) 
         ({"models": [{"engine": "e", "speed": 2}]}, r"models\.0\.speed"),
         ({"models": [{"name": "../x y"}]}, r"models\.0\.name"),
         ({"models": [{}], "limits": {"steps": 0}}, r"limits\.steps"),
+        ({"models": [{}], "api_replicas": 2}, "api_replicas above 1 need a storage"),
         ([], "settings can't be used"),
     ],
 )

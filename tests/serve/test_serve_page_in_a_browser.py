@@ -3,7 +3,9 @@
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 
 import uvicorn
+from boostdiff.engine.errors import InputError
 from boostdiff.serve.api import make_app
-from boostdiff.serve.image_model import open_model
+from boostdiff.serve.image_model import Description, Drawn, Job, open_model
 from boostdiff.serve.local import LocalBackend
 from boostdiff.serve.settings import Limits, ModelSettings
 from boostdiff.serve.url_files import UrlFiles
@@ -25,12 +28,21 @@ if not shutil.which("chromedriver"):
     pytest.skip("chromedriver is not installed", allow_module_level=True)
 
 
-@pytest.fixture(scope="module")
-def url(tiny_folder: Path, students: dict[str, Path]) -> Iterator[str]:
-    """A server of a student and its teacher, both in torch."""
-    settings = ModelSettings(model=str(tiny_folder), device="cpu")
-    student = settings.model_copy(update={"student": str(students["lora"])})
-    models = {each.description.id: LocalBackend(each) for each in map(open_model, (student, settings))}
+class FewSteps(LocalBackend):
+    """A student of a few steps, which refuses others; it draws by a model that takes any."""
+
+    async def describe(self) -> Description:
+        return replace(await super().describe(), id="few", samplers=("euler",), steps=4)
+
+    async def stream(self, job: Job, previews: int) -> AsyncGenerator[Drawn, None]:
+        if (job.sampler, job.steps) != ("euler", 4):
+            raise InputError(f"this few-step student can't make {job.steps} steps of {job.sampler}")
+        async for drawn in super().stream(job, previews):
+            yield drawn
+
+
+@contextmanager
+def served(models: Mapping[str, LocalBackend]) -> Iterator[str]:
     app = make_app(models, limits=Limits(), files=UrlFiles(None, seconds=60))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
@@ -40,6 +52,16 @@ def url(tiny_folder: Path, students: dict[str, Path]) -> Iterator[str]:
     yield f"http://localhost:{server.servers[0].sockets[0].getsockname()[1]}/"
     server.should_exit = True
     thread.join()
+
+
+@pytest.fixture(scope="module")
+def url(tiny_folder: Path, students: dict[str, Path]) -> Iterator[str]:
+    """A server of a student and its teacher, both in torch."""
+    settings = ModelSettings(model=str(tiny_folder), device="cpu")
+    student = settings.model_copy(update={"student": str(students["lora"])})
+    models = {each.description.id: LocalBackend(each) for each in map(open_model, (student, settings))}
+    with served(models) as found:
+        yield found
 
 
 @pytest.fixture(params=[1280, 390])
@@ -82,6 +104,22 @@ def test_student_and_teacher_beside_each_other(browser: Any, url: str) -> None:
     assert requested
     assert all(name.startswith((url, "data:")) for name in requested)
     assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("browser", [1280], indirect=True)
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_few_step_student_draws_its_own_steps(browser: Any, tiny_folder: Path, beside: bool) -> None:
+    """Alone, and beside a teacher that takes any."""
+    teacher = open_model(ModelSettings(model=str(tiny_folder), device="cpu"))
+    with served(
+        {"few": FewSteps(teacher)} | ({teacher.description.id: LocalBackend(teacher)} if beside else {})
+    ) as url:
+        browser.get(url)
+        browser.switch_to.active_element.send_keys("\n")
+        wait_for(browser, "Done")
+        captions = [each.text for each in browser.find_elements("css selector", "figcaption")]
+        assert ["8 passes" in captions[0], *("40 passes" in each for each in captions[1:])] == [True] * (1 + beside)
+        assert browser.find_element("name", "steps").is_enabled() == beside
 
 
 def test_what_is_refused_is_told(browser: Any) -> None:

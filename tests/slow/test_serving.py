@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import time
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,6 +41,18 @@ def lost_of(answers: list[Answer], expected: list[Image.Image]) -> list[int]:
     assert all(answers[number].status >= 500 for number in lost)
     assert all(is_right(answers[i], expected[i]) for i in range(len(answers)) if i not in lost)
     return lost
+
+
+def code_of(url: str) -> str:
+    """What code a request is refused with that waits for no image, or "" where it is answered."""
+    try:
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=60):  # noqa: S310
+            return ""
+    except urllib.error.HTTPError as error:
+        content = error.read().decode()
+        return json.loads(content)["error"]["code"] if content.startswith("{") else content
+    except OSError as error:
+        return str(error)
 
 
 def test_serving(engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,12 +93,19 @@ def test_serving(engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> N
         for number in lost:
             assert is_right(ask(url, prompt=prompts[number], seed=number, steps=STEPS), expected[number])
 
-        # What is being drawn when it is stopped is finished.
+        # What is being drawn when it is stopped is finished, and nothing else begins.
         with ThreadPoolExecutor(1) as pool:
-            loaded = pool.submit(load, url, prompts[:16], clients=16, steps=STEPS)
-            time.sleep(0.5)
+            loaded = pool.submit(load, url, prompts[:64], clients=64, steps=STEPS)
+            time.sleep(1)
             os.kill(server.pid, signal.SIGTERM)
+            codes = []
+            while not loaded.done():
+                code = code_of(url)
+                codes += [] if loaded.done() else [code]
+                time.sleep(0.02)
             answers, _ = loaded.result()
+        assert "stopping" in codes
+        assert set(codes[codes.index("stopping") :]) == {"stopping"}, "the API went before its requests were answered"
         assert all(is_right(answer, image) for answer, image in zip(answers, expected, strict=False))
         assert server.wait(120) == 0
 
@@ -110,7 +131,7 @@ def test_two_machines_of_which_one_is_lost(
     application = {
         "name": "boostdiff",
         "import_path": "boostdiff.serve.deployment:build",
-        "args": {"models": [model], "api_replicas": 2},
+        "args": {"models": [model], "api_replicas": 2, "storage": str(tmp_path / "images")},
     }
     config = tmp_path / "serve.yaml"
     # JSON is YAML.
