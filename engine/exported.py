@@ -88,8 +88,8 @@ class Engine(AbstractContextManager["Engine"]):
             runner: a name in `runners.EXPORTED`, or "auto": TensorRT where the device can run the plan, else ONNX
                 Runtime.
             device: "auto", "cpu", "cuda", "cuda:1", …; TensorRT runs on no CPU.
-            precision: "fp32", "fp16" or "int8" of the ONNX graphs; by default which of the first two the device is
-                faster at.
+            precision: "fp32", "fp16", "int8" or "fp8" of the ONNX graphs; by default which of the first two the device
+                is faster at.
             lean: less memory in ONNX Runtime, but slower.
 
         Raises:

@@ -99,6 +99,10 @@ class Manifest:
             for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name != MANIFEST_FILE
         }
+        self.save(folder)
+
+    def save(self, folder: Path) -> None:
+        """Write `manifest.json` alone, of the files that were hashed."""
         values = asdict(self)
         write_json(folder / MANIFEST_FILE, values | {"sha256": hash_of(values)})
 

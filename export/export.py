@@ -96,7 +96,7 @@ def export(
             if present.model != manifest.model:
                 # Moved: what an engine does not hold is read from there.
                 present.model = manifest.model
-                present.write(output)
+                present.save(output)
             report(f"nothing has changed since the export in {output}")
             return present
 
@@ -158,7 +158,7 @@ def up_to_date_engine(output: Path, intended: Manifest) -> Manifest | None:
             verified_file(output, standing, name)
     except InputError:
         return None
-    return standing
+    return None if standing.unknown_files(output) else standing
 
 
 def write_configs_and_tokenizers(model: Model, manifest: Manifest, folder: Path, *, diffusers: bool) -> None:
