@@ -17,6 +17,7 @@ from ..engine.manifest import MANIFEST_FILE, Manifest, read_manifest, verified_f
 from ..engine.memory import give_back_memory
 from ..engine.merge import TIMESTEPS, merge_in_place
 from ..engine.model import Model, ModelFiles, keep_attention_in_fp32, load, resolve_device
+from ..engine.runners import TorchRunner
 from ..engine.sessions import OnnxSession
 from ..engine.student import Distilled, StudentInfo, read_student
 from ..engine.trt import TensorRTSession, check_plan
@@ -24,6 +25,7 @@ from ..engine.versions import versions
 from .calibration import Calibration, calibration_prompts
 from .config import ExportConfig
 from .diffusers_folder import FOLDER, write_diffusers_folder
+from .eight_bits import FORMS
 from .graph import (
     FP8_TOLERANCE,
     FP16_TOLERANCE,
@@ -35,7 +37,8 @@ from .graph import (
 )
 from .parts import Part, denoiser_part, latent_sizes, text_encoder_part, vae_decoder_part
 from .plan import Flavour, choose_flavour, plan_from_onnx, plan_in_a_process
-from .quantize import FORMS, quantize_unet
+from .quantize import quantize_unet
+from .sensitivity import layer_errors, recorded_ranges
 from .whole import PROMPT, compare_engine, draw_reference
 
 CHECK_PROMPTS = (PROMPT, "noto emoji of octopus on a light blue background")
@@ -113,8 +116,13 @@ def export(
         manifest.denoiser_config = {
             key: value for key, value in dict(model.denoiser.config).items() if not key.startswith("_")
         }
-        if calibration:
-            calibration.add_states(model, info.denoiser, info.choose_negative_prompt(None))
+        errors: dict[str, torch.Tensor] = {}
+        if calibration and config.quantize:
+            report("unet: what each layer costs in 8 bits is measured")
+            with recorded_ranges(model.denoiser) as ranges:
+                calibration.add_states(model, info.denoiser, info.choose_negative_prompt(None))
+            denoiser = info.denoiser(TorchRunner(model.denoiser))
+            errors = layer_errors(model.denoiser, denoiser, calibration, ranges, FORMS[config.quantize])
         with staged_folder(output, replaces=MANIFEST_FILE) as folder:
             write_configs_and_tokenizers(model, manifest, folder, diffusers=config.diffusers)
             precisions = config.precisions(model.denoiser.num_parameters())
@@ -124,7 +132,7 @@ def export(
             for part in _parts(model, config, precisions):
                 _export_part(part, folder, manifest, precisions, report)
                 if calibration and config.quantize and part.name == manifest.denoiser:
-                    _quantize(folder, manifest, calibration, config.quantize, report, large=part.large)
+                    _quantize(folder, manifest, calibration, errors, config.quantize, report, large=part.large)
                     precisions += (config.quantize,)
                 if flavour is not None:
                     _export_plan(part, folder, manifest, flavour, report)
@@ -234,21 +242,20 @@ def _quantize(
     folder: Path,
     manifest: Manifest,
     calibration: Calibration,
+    errors: Mapping[str, torch.Tensor],
     precision: str,
     report: Callable[[str], None],
     *,
     large: bool,
 ) -> None:
-    report("unet: each group of layers is measured in 8 bits")
     form = FORMS[precision]
     (graph,) = (name for name, entry in manifest.artefacts.items() if _is_graph(name, entry, "unet", form.source))
-    entry = quantize_unet(folder / graph, manifest, calibration, large=large, form=form)
+    entry = quantize_unet(folder / graph, manifest, calibration, errors, large=large, form=form)
     manifest.artefacts[f"unet/model.{precision}.onnx"] = entry
     check, kept = entry["check"], entry["kept"]
     report(
         f"unet: ONNX {precision.upper()} takes the guidance term's R² from {check['r2_before']:.3f} to "
-        f"{check['r2']:.3f}; {len(kept)} of {len(kept) + len(entry['quantized'])} groups of layers stay in "
-        f"{form.source.upper()}"
+        f"{check['r2']:.3f}; {len(kept)} of {len(kept) + len(entry['quantized'])} layers stay in {form.source.upper()}"
     )
 
 

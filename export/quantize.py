@@ -7,9 +7,7 @@ CPUs and starts from the FP32 graph; FP8 is for TensorRT and starts from the FP1
 from __future__ import annotations
 
 import math
-import re
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,70 +26,13 @@ from ..engine.runners import GraphRunner
 from ..engine.sessions import OnnxSession
 from ..engine.student import Distilled
 from .calibration import Calibration
+from .eight_bits import FP8, INT8, LARGEST, Form
 from .graph import LAYERS, graph_signature, quiet_exporter
 
 BUDGET = 0.01
 """Layers are kept, the worst first, until the errors of the others add up to no more; see `Judge.error`."""
 ERROR_LIMIT, R2_LIMIT = 0.02, 0.02
 """Largest error of the whole graph, and largest loss of R² of the guidance term."""
-
-LARGEST = {"int8": 127.0, "fp8": 448.0}
-"""Largest number of each form; of FP8, e4m3's."""
-
-GROUPS = (
-    (r"^(time_embedding|add_embedding)\..*|.*\.time_emb_proj$", "time embeddings"),
-    (r"\.attn2\.to_[kv]$", ".attn2.to_k, to_v"),
-    (r"\.(attn[12])\.to_\w+(\.0)?$", r".\1"),
-    (r"\.ff\..*", ".ff"),
-    (r"\.proj_(in|out)$", ".proj"),
-)
-"""Layers that are measured together: patterns of their names, and the group's name."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Form:
-    """What 8 bits are.
-
-    Attributes:
-        precision: "int8" or "fp8".
-        source: precision of the graph that it is made from.
-        weights: their numbers, in words.
-        activations: likewise.
-        options: of ONNX Runtime's `quantize_static`.
-    """
-
-    precision: str
-    source: str
-    weights: str
-    activations: str
-    options: dict[str, Any]
-
-
-INT8 = Form(
-    precision="int8",
-    source="fp32",
-    # Without VNNI, a CPU's 8-bit products of 8-bit weights saturate.
-    weights="int8, 7 bits, per channel",
-    activations="uint8, per tensor",
-    options={"reduce_range": True},
-)
-FP8 = Form(
-    precision="fp8",
-    source="fp16",
-    weights="float8 e4m3, per channel",
-    activations="float8 e4m3, per tensor",
-    # Symmetric, as FP8 has no zero point; weights stay as they are, for `_as_fp8`.
-    options={
-        "extra_options": {
-            "ActivationSymmetric": True,
-            "WeightSymmetric": True,
-            "AddQDQPairToWeight": True,
-            "QuantizeBias": False,
-            "OpTypesToExcludeOutputQuantization": list(LAYERS),
-        }
-    },
-)
-FORMS = {form.precision: form for form in (INT8, FP8)}
 
 
 def layers_of(graph: Path) -> dict[str, list[str]]:
@@ -105,26 +46,12 @@ def layers_of(graph: Path) -> dict[str, list[str]]:
     return layers
 
 
-def groups_of(layers: Iterable[str], *, coarse: bool = False) -> dict[str, list[str]]:
-    """Layers by the group that is measured as one; coarse, for large UNets, those of a kind in a block together."""
-    groups: dict[str, list[str]] = {}
-    for layer in layers:
-        name = layer
-        for pattern, replacement in GROUPS:
-            name = re.sub(pattern, replacement, name)
-        if coarse:
-            name = re.sub(r"\.(resnets|attentions)\.\d+(\.transformer_blocks\.\d+)?", "", name)
-        groups.setdefault(name, []).append(layer)
-    return groups
-
-
 def quantized(
     graph: Path,
     output: Path,
     nodes: Sequence[str],
     states: Sequence[dict[str, torch.Tensor]],
     *,
-    ranges: Path,
     form: Form = INT8,
 ) -> Path:
     """Write `output` with these nodes in 8 bits.
@@ -134,7 +61,6 @@ def quantized(
         output: the graph; its weights go beside it.
         nodes: names.
         states: inputs to calibrate on.
-        ranges: file of the activations' ranges, made if it isn't there.
         form: what 8 bits are.
 
     Raises:
@@ -171,7 +97,6 @@ def quantized(
                 activation_type=activations,
                 weight_type=QuantType.QInt8,
                 use_external_data_format=True,
-                calibration_cache_path=ranges,
                 **form.options,
             )
         if form is FP8:
@@ -288,46 +213,57 @@ class Judge:
         return (error if math.isfinite(error) else math.inf), r2
 
 
-def kept_groups(errors: dict[str, float], budget: float) -> list[str]:
-    """Groups to keep as they are, the worst first, so that the others' errors add up to at most the budget."""
-    kept = sorted(errors, key=lambda name: -errors[name])
-    rest = 0.0
-    while kept and (rest := rest + errors[kept[-1]]) <= budget:
-        kept.pop()
-    return kept
+def kept_layers(errors: Mapping[str, torch.Tensor], budget: float) -> list[str]:
+    """Layers to keep as they are, the worst first, so that the others cost at most the budget together.
+
+    Args:
+        errors: see `layer_errors`.
+        budget: square of the length of the others' sum.
+    """
+    order = sorted(errors, key=lambda name: -_cost(errors[name]))
+    best_first = torch.stack([errors[name].double() for name in reversed(order)])
+    within = (best_first.cumsum(0).square().sum(1) <= budget).nonzero()
+    return order[: len(order) - (int(within[-1]) + 1 if len(within) else 0)]
+
+
+def _cost(error: torch.Tensor) -> float:
+    """Of one layer alone; infinite where a number overflowed."""
+    cost = error.double().square().sum().item()
+    return cost if math.isfinite(cost) else math.inf
 
 
 def quantize_unet(
-    graph: Path, manifest: Manifest, calibration: Calibration, *, large: bool, form: Form = INT8
+    graph: Path,
+    manifest: Manifest,
+    calibration: Calibration,
+    errors: Mapping[str, torch.Tensor],
+    *,
+    large: bool,
+    form: Form = INT8,
 ) -> dict[str, Any]:
     """Make `model.int8.onnx` or `model.fp8.onnx` beside the UNet's graph, and judge it; gives the manifest's entry.
 
-    Each group of layers is quantized alone and measured; those that cost most stay as they are.
+    Args:
+        graph: the UNet's, in the form's `source`.
+        manifest: of the engine that it belongs to.
+        calibration: the states.
+        errors: what each layer costs in 8 bits, see `layer_errors`; those that cost most stay as they are.
+        large: whether memory is short, see `OnnxSession`.
+        form: what 8 bits are.
 
     Raises:
         BoostDiffError: it can't be made, or is outside of its limits.
     """
     layers = layers_of(graph)
-    groups = groups_of(layers, coarse=large)
+    errors = {name: errors[name] for name in layers}
+    kept = kept_layers(errors, BUDGET)
+    if len(kept) == len(layers):
+        raise BoostDiffError("no layer of the UNet can be quantized within the limits: leave --quantize out")
     judge = Judge.of(graph, calibration, manifest, lean=large)
-
-    def nodes(names: Iterable[str]) -> list[str]:
-        return [node for name in names for layer in groups[name] for node in layers[layer]]
-
-    with tempfile.TemporaryDirectory(dir=graph.parent) as scratch:
-        trial, ranges = Path(scratch) / f"trial.{form.precision}.onnx", Path(scratch) / "ranges.json"
-
-        def alone(name: str) -> float:
-            quantized(graph, trial, nodes([name]), calibration.states, ranges=ranges, form=form)
-            return judge.measured(trial)[0]
-
-        errors = {name: alone(name) for name in groups}
-        kept = kept_groups(errors, BUDGET)
-        if len(kept) == len(groups):
-            raise BoostDiffError("no layer of the UNet can be quantized within the limits: leave --quantize out")
-        chosen = [name for name in groups if name not in kept]
-        output = graph.with_name(f"model.{form.precision}.onnx")
-        quantized(graph, output, nodes(chosen), calibration.states, ranges=ranges, form=form)
+    chosen = [name for name in layers if name not in kept]
+    nodes = [node for name in chosen for node in layers[name]]
+    output = graph.with_name(f"model.{form.precision}.onnx")
+    quantized(graph, output, nodes, calibration.states, form=form)
     give_back_memory()
     error, r2 = judge.measured(output)
     check = {"error": error, "r2": r2, "r2_before": judge.r2, "r2_loss": judge.r2 - r2}
@@ -339,8 +275,8 @@ def quantize_unet(
         "precision": form.precision,
         "weights": form.weights,
         "activations": form.activations,
-        "kept": {name: errors[name] for name in kept},
-        "quantized": {name: errors[name] for name in chosen},
+        "kept": {name: _cost(errors[name]) for name in kept},
+        "quantized": {name: _cost(errors[name]) for name in chosen},
         "calibration": calibration.described(),
         "check": check | {"allowed": allowed},
         **graph_signature(output),

@@ -30,9 +30,10 @@ from ...engine.sampling import initial_noise
 from ...engine.sessions import OnnxSession
 from ...export.calibration import Calibration, calibration_prompts
 from ...export.config import ExportConfig
+from ...export.eight_bits import FORMS, Form
 from ...export.graph import onnx_from_part
 from ...export.parts import denoiser_part
-from ...export.quantize import FORMS, Form, groups_of, layers_of, quantized
+from ...export.quantize import layers_of, quantized
 from ..config import BenchConfig
 from ..quality.distances import same_seed_distance
 from ..quality.quality import Figures
@@ -60,6 +61,9 @@ def student_graphs(manifest: Manifest, engine: Path, form: Form) -> dict[str, Pa
     if form.precision not in graphs:
         made_by = MADE_BY[form.precision]
         raise InputError(f"the engine in {engine} has no {form.precision} UNet: `boostdiff export {made_by}` makes it")
+    measured = manifest.artefacts[f"unet/model.{form.precision}.onnx"]["quantized"].keys()
+    if not measured <= layers_of(graphs[form.precision]).keys():
+        raise InputError(f"the engine in {engine} is of a version that measured groups of layers: export it again")
     return {precision: graphs[precision] for precision in (form.source, form.precision)}
 
 
@@ -82,11 +86,8 @@ def teacher_graphs(session: Session, manifest: Manifest, folder: Path, form: For
         model, lambda runner: GuidedDenoiser(runner, session.guidance, session.guider), student.info.negative_prompt
     )
     layers = layers_of(graphs[form.source])
-    chosen = [group for name, group in groups_of(layers).items() if name not in entry["kept"]]
-    nodes = [node for group in chosen for layer in group for node in layers[layer]]
-    with tempfile.TemporaryDirectory() as scratch:
-        ranges = Path(scratch) / "ranges.json"
-        quantized(graphs[form.source], graphs[form.precision], nodes, calibration.states, ranges=ranges, form=form)
+    nodes = [node for name in entry["quantized"] for node in layers[name]]
+    quantized(graphs[form.source], graphs[form.precision], nodes, calibration.states, form=form)
     write_json(record, made)
     return graphs
 

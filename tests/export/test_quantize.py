@@ -1,7 +1,8 @@
 """The UNet in 8 bits: what is written, what it is judged by, and what is refused."""
 
+import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from boostdiff.export.calibration import Calibration, calibration_prompts
 from boostdiff.export.config import ExportConfig
 from boostdiff.export.export import export
 from boostdiff.export.plan import Flavour, choose_flavour
-from boostdiff.export.quantize import groups_of, kept_groups, layers_of, quantize_unet
+from boostdiff.export.quantize import kept_layers, layers_of, quantize_unet
 from tiny import CPU, PROMPTS, graphs_of, shared
 
 Quantize = Callable[..., Manifest]
@@ -58,38 +59,14 @@ def quantized(
     return run
 
 
-def by_kind(layers: Iterable[str], **options: bool) -> dict[str, list[str]]:
-    """Two groups: to measure all takes many seconds."""
-    groups: dict[str, list[str]] = {"convolutions": [], "others": []}
-    for layer in layers:
-        groups["convolutions" if "conv" in layer else "others"].append(layer)
-    return groups
-
-
 @pytest.fixture(scope="module")
 def engine(quantized: Quantize, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    def make(folder: Path) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(quantize, "groups_of", by_kind)
-            quantized(folder / "engine")
-
-    return shared(tmp_path_factory, "int8", make) / "engine"
+    return shared(tmp_path_factory, "int8", lambda folder: quantized(folder / "engine")) / "engine"
 
 
 @pytest.fixture(scope="module")
 def fp8_engine(quantized: Quantize, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    def make(folder: Path) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(quantize, "groups_of", lambda layers, **options: {"all": list(layers)})
-            quantized(folder / "engine", precision="fp8")
-
-    return shared(tmp_path_factory, "fp8", make) / "engine"
-
-
-@pytest.fixture
-def one_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All layers at once: the measurement of each takes seconds."""
-    monkeypatch.setattr(quantize, "groups_of", lambda layers, **options: {"all": list(layers)})
+    return shared(tmp_path_factory, "fp8", lambda folder: quantized(folder / "engine", precision="fp8")) / "engine"
 
 
 def test_the_manifest_says_what_was_kept_and_on_what_it_was_calibrated(engine: Path) -> None:
@@ -217,33 +194,24 @@ def test_layers_are_named_after_their_modules(engine: Path, tiny: Model) -> None
     assert not any("norm" in name or name.endswith(("attn1", "attn2")) for name in layers)
 
 
-def test_groups_of_layers() -> None:
-    block = "down_blocks.0.attentions.1.transformer_blocks.0"
-    layers = ["time_embedding.linear_1", "up_blocks.0.resnets.0.time_emb_proj", f"{block}.attn2.to_k"]
-    layers += [f"{block}.attn2.to_q", f"{block}.attn2.to_out.0", f"{block}.ff.net.0.proj", "conv_in"]
-    groups = groups_of(layers)
-    assert groups["time embeddings"] == layers[:2]
-    assert groups[f"{block}.attn2"] == [f"{block}.attn2.to_q", f"{block}.attn2.to_out.0"]
-    assert set(groups) - {"time embeddings", f"{block}.attn2"} == {
-        f"{block}.attn2.to_k, to_v",
-        f"{block}.ff",
-        "conv_in",
-    }
-    assert "down_blocks.0.ff" in groups_of(layers, coarse=True)
-    assert sorted(layer for group in groups.values() for layer in group) == sorted(layers)
-
-
 def test_the_worst_are_kept_until_the_rest_is_within_the_budget() -> None:
-    errors = {"a": 0.5, "b": 0.001, "c": 0.02, "d": 0.004, "e": 0.0}
-    assert kept_groups(errors, 0.01) == ["a", "c"]
-    assert kept_groups(errors, 0.004) == ["a", "c", "d"]
-    assert kept_groups(errors, 1.0) == []
-    assert kept_groups({"a": float("inf"), "b": 0.0}, 1.0) == ["a"]
+    def kept(budget: float, **errors: list[float]) -> list[str]:
+        return kept_layers({name: torch.tensor(error) for name, error in errors.items()}, budget)
+
+    # Apart from each other, as squares: 0.25, 0.0004, 0.04, 0.01, 0.
+    alone = {"a": [0.5, 0, 0], "b": [0, 0.02, 0], "c": [0, 0, 0.2], "d": [0, 0.1, 0], "e": [0.0, 0, 0]}
+    assert kept(0.05, **alone) == ["a", "c"]
+    assert kept(0.0005, **alone) == ["a", "c", "d"]
+    assert kept(1.0, **alone) == []
+    assert kept(0.0, a=[0.5, 0], b=[0.5, 0.1]) == ["b", "a"]
+    # Errors that go the same way add up; those that go opposite ways cancel.
+    assert kept(0.03, a=[0.1, 0.0], b=[0.11, 0.0]) == ["b"]
+    assert kept(0.03, a=[0.1, 0.0], b=[-0.11, 0.0]) == []
+    assert kept(1.0, a=[math.inf, 0.0], b=[0.0, 0.0]) == ["a"]
+    assert kept(1.0, a=[math.nan, 0.0], b=[0.0, 0.0]) == ["a"]
 
 
-def test_beyond_the_limits_nothing_is_replaced(
-    quantized: Quantize, engines: dict[str, Path], one_group: None, tmp_path: Path
-) -> None:
+def test_beyond_the_limits_nothing_is_replaced(quantized: Quantize, engines: dict[str, Path], tmp_path: Path) -> None:
     standing = shutil.copytree(engines["lora"], tmp_path / "engine")
     before = (standing / "manifest.json").read_bytes()
     with pytest.raises(BoostDiffError, match=r"outside of its limits.*error [\d.]+ \(allowed: 1e-06\)") as failed:
@@ -254,31 +222,21 @@ def test_beyond_the_limits_nothing_is_replaced(
     assert [path.name for path in tmp_path.iterdir()] == ["engine"]
 
 
-def test_where_no_layer_can_be_quantized(
-    engine: Path,
-    tiny: Model,
-    students: dict[str, Path],
-    one_group: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    info, folder = read_student(students["lora"]), shutil.copytree(engine, tmp_path / "engine")
-    calibration = Calibration.of_teacher(tiny, PROMPTS, info)
-    calibration.add_states(tiny, info.denoiser)
-    monkeypatch.setattr(quantize, "BUDGET", 0.0)
+def test_where_no_layer_can_be_quantized(engine: Path, tiny: Model, students: dict[str, Path]) -> None:
+    calibration = Calibration.of_teacher(tiny, PROMPTS, read_student(students["lora"]))
+    errors = {name: torch.ones(3) for name in layers_of(engine / "unet/model.onnx")}
     with pytest.raises(BoostDiffError, match="no layer of the UNet can be quantized within the limits"):
-        quantize_unet(folder / "unet/model.onnx", read_manifest(engine), calibration, large=False)
+        quantize_unet(engine / "unet/model.onnx", read_manifest(engine), calibration, errors, large=False)
 
 
-def test_without_guidance_there_is_nothing_to_measure_by(
-    engine: Path, tiny: Model, students: dict[str, Path], tmp_path: Path
-) -> None:
-    info, folder = read_student(students["lora"]), shutil.copytree(engine, tmp_path / "engine")
+def test_without_guidance_there_is_nothing_to_measure_by(engine: Path, tiny: Model, students: dict[str, Path]) -> None:
+    info = read_student(students["lora"])
     # Beyond an interval's timesteps the prediction is the unguided one to the last bit.
     calibration = Calibration.of_teacher(tiny, PROMPTS, info)
     calibration.checked[:] = [state._replace(guided=state.unguided) for state in calibration.checked]
+    errors = {name: torch.zeros(3) for name in layers_of(engine / "unet/model.onnx")}
     with pytest.raises(InputError, match="this student's guidance changes nothing"):
-        quantize_unet(folder / "unet/model.onnx", read_manifest(engine), calibration, large=False)
+        quantize_unet(engine / "unet/model.onnx", read_manifest(engine), calibration, errors, large=False)
 
 
 def test_other_models_need_calibration_prompts(

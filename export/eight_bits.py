@@ -1,0 +1,87 @@
+"""Forms of 8-bit numbers: what ONNX Runtime's quantizer is told, and how layers round to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .graph import LAYERS
+
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+"""Largest number of each form; of FP8, e4m3's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What 8 bits are.
+
+    Attributes:
+        precision: "int8" or "fp8".
+        source: precision of the graph that it is made from.
+        weights: their numbers, in words.
+        activations: likewise.
+        rounds_outputs: whether a layer's output is rounded, too.
+        options: of ONNX Runtime's `quantize_static`.
+    """
+
+    precision: str
+    source: str
+    weights: str
+    activations: str
+    rounds_outputs: bool
+    options: dict[str, Any]
+
+    def rounded(self, activations: torch.Tensor, low: float, high: float) -> torch.Tensor:
+        """Activations as 8 bits hold them, per tensor, where they lay between `low` and `high` in calibration."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        if low == high:
+            return activations
+        if self.precision == "fp8":
+            return _as_fp8(activations, torch.tensor(max(-low, high), device=activations.device))
+        scale = (high - low) / 255
+        return torch.fake_quantize_per_tensor_affine(activations, scale, round(-low / scale), 0, 255)
+
+    def rounded_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight `(C_out, …)` as 8 bits hold it, per output channel."""
+        largest = weight.abs().flatten(1).amax(1).clamp(min=1e-30)
+        if self.precision == "fp8":
+            return _as_fp8(weight, largest.view(-1, *(1,) * (weight.ndim - 1)))
+        zeros = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+        return torch.fake_quantize_per_channel_affine(weight, largest / 64, zeros, 0, -64, 64)
+
+
+def _as_fp8(values: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    scale = largest / LARGEST["fp8"]
+    numbers = (values / scale).clamp(-LARGEST["fp8"], LARGEST["fp8"])
+    return numbers.to(torch.float8_e4m3fn).to(values.dtype) * scale
+
+
+INT8 = Form(
+    precision="int8",
+    source="fp32",
+    # Without VNNI, a CPU's 8-bit products of 8-bit weights saturate.
+    weights="int8, 7 bits, per channel",
+    activations="uint8, per tensor",
+    rounds_outputs=True,
+    options={"reduce_range": True},
+)
+FP8 = Form(
+    precision="fp8",
+    source="fp16",
+    weights="float8 e4m3, per channel",
+    activations="float8 e4m3, per tensor",
+    rounds_outputs=False,
+    # Symmetric, as FP8 has no zero point; weights stay as they are, for `quantize._as_fp8`.
+    options={
+        "extra_options": {
+            "ActivationSymmetric": True,
+            "WeightSymmetric": True,
+            "AddQDQPairToWeight": True,
+            "QuantizeBias": False,
+            "OpTypesToExcludeOutputQuantization": list(LAYERS),
+        }
+    },
+)
+FORMS = {form.precision: form for form in (INT8, FP8)}
