@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +13,7 @@ from ..engine.merge import TIMESTEPS
 from ..engine.model import LARGE_PARAMETERS, Model
 from ..engine.runners import GraphRunner, Runner, TorchRunner
 from ..engine.sessions import OnnxSession
+from ..engine.versions import is_installed
 from ..export.config import ExportConfig
 from ..export.graph import onnx_from_part
 from ..export.parts import denoiser_part
@@ -54,7 +54,7 @@ class FastestRunners(ExitStack):
         if device.type == "cpu" and model.denoiser.num_parameters() < LARGE_PARAMETERS and passes >= MANY_PASSES:
             if compiles and pays_to_compile(model.denoiser) and missing_compiler(device) is None:
                 self.name = "compiled"
-            elif importlib.util.find_spec("onnxruntime") is not None:
+            elif is_installed("onnxruntime"):
                 self.name = "onnx"
 
     def __call__(self, denoiser: Any) -> Runner:

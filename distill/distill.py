@@ -6,7 +6,6 @@ import math
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from ..engine.model import LARGE_PARAMETERS, Model, ModelFiles, load, resolve_de
 from ..engine.options import refuse_unused
 from ..engine.prompts import cut_note, read_prompts
 from ..engine.student import INFO_FILE, StudentInfo
+from ..engine.versions import is_installed
 from .captioned_images import CaptionedImages
 from .config import DistillConfig, RunConfig
 from .counts import adapter_of, base_dtype, count_parameters, memory_needed
@@ -207,7 +207,7 @@ def plan(
         refuse_unused(execution, "with --negative-prompt live, which other programs do not know", "format")
     if config.guidance_conditioned:
         refuse_unused(execution, "with a range of --guidance, which other programs can't pass", "format")
-    if execution.log_with and not find_spec(execution.log_with):
+    if execution.log_with and not is_installed(execution.log_with):
         raise InputError(f"{execution.log_with} is not installed: pip install {execution.log_with}")
     if config.precision == "fp16":
         if device.type == "cpu":
@@ -215,7 +215,7 @@ def plan(
         if files.denoiser_config.get("upcast_attention"):
             # Autocast takes back the upcast.
             raise InputError(f"the attention of {files.name} overflows in fp16: choose --precision bf16 or fp32")
-    if config.base_precision is not None and find_spec("torchao") is None:
+    if config.base_precision is not None and not is_installed("torchao"):
         raise InputError("--base-precision needs torchao: pip install 'boostdiff[quantize]'")
     if execution.compile and (reason := missing_compiler(device)):
         raise InputError(f"--compile: {reason}")

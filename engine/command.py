@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +14,7 @@ from .config import GenerateConfig
 from .errors import BoostDiffError, InputError
 from .options import DeviceOption, JsonOption, config_from, options_of
 from .terminal import console, print_json, progress_bar, quiet_libraries
+from .versions import is_installed
 
 if TYPE_CHECKING:
     from .shards import Job
@@ -75,7 +75,7 @@ def generate(
         raise InputError("pass prompts, or a file of them with --prompts")
     if workers is not None and address is None:
         raise InputError("--workers is for --ray")
-    if address is not None and find_spec("ray") is None:
+    if address is not None and not is_installed("ray"):
         raise BoostDiffError("Ray is not installed: pip install 'boostdiff[serve]'")
     texts = prompts or read_prompts(prompt_file or Path())
     config = config_from(GenerateConfig, options, prompts=[prompt for prompt in texts for _ in range(count)])

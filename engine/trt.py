@@ -6,7 +6,6 @@ The two are separate libraries of almost one interface, and can't both be loaded
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ import torch
 
 from .errors import BoostDiffError, one_line
 from .sessions import GRAPH_TYPES, Session
+from .versions import is_installed
 
 TENSORRT_FLAVOURS = ("tensorrt", "tensorrt_rtx")
 """Each is also the name of its Python module."""
@@ -87,7 +87,7 @@ def load_tensorrt(flavour: str) -> Any:
     (other,) = set(TENSORRT_FLAVOURS) - {flavour}
     if other in sys.modules:
         raise BoostDiffError(f"{other} is loaded already: run {flavour} in another process")
-    if importlib.util.find_spec(flavour) is None:
+    if not is_installed(flavour):
         package = "tensorrt-rtx-cu13" if flavour == "tensorrt_rtx" else "tensorrt"
         raise BoostDiffError(f"{flavour} is not installed: pip install {package}")
     # polygraphy reads this when it is first imported.

@@ -1,8 +1,9 @@
-"""Which versions made a file."""
+"""What is installed, and which versions made a file."""
 
 import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from .. import __version__
@@ -18,6 +19,12 @@ def versions(*more: str) -> dict[str, str]:
     """
     found = {name: _version(name) for name in (*LIBRARIES, *more)}
     return {"boostdiff": __version__} | {name: known for name, known in found.items() if known}
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be imported; a folder of its name, such as Ray's own in /tmp, is none."""
+    spec = find_spec(module)
+    return spec is not None and spec.origin is not None
 
 
 def _version(name: str) -> str | None:

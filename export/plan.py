@@ -6,7 +6,6 @@ without a GPU, for given compute capabilities.
 
 from __future__ import annotations
 
-import importlib.util
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 
 from ..engine.errors import BoostDiffError, one_line
 from ..engine.trt import RTX_COMPUTE_CAPABILITIES, TENSORRT_FLAVOURS, load_tensorrt
+from ..engine.versions import is_installed
 from .graph import graph_signature
 
 FP8_CAPABILITY = (8, 9)
@@ -47,7 +47,7 @@ def choose_flavour(forced: str | None = None, *, fp8: bool = False) -> Flavour:
 
 
 def _choose_flavour(forced: str | None) -> Flavour:
-    installed = {name: importlib.util.find_spec(name) is not None for name in TENSORRT_FLAVOURS}
+    installed = {name: is_installed(name) for name in TENSORRT_FLAVOURS}
     gpu = torch.cuda.is_available()
     if forced == "tensorrt" and not gpu:
         raise BoostDiffError(

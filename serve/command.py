@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import threading
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from ..engine.errors import BoostDiffError, InputError, one_line
 from ..engine.files import read_text
 from ..engine.options import config_from, options_of
 from ..engine.terminal import console, quiet_libraries
+from ..engine.versions import is_installed
 from .config import ServeConfig, read_config
 
 RAY_SERVE = {
@@ -29,7 +29,7 @@ RAY_SERVE = {
 def serve(**options: Any) -> None:
     """Serve an engine behind OpenAI's images API on Ray Serve, with a page to try it."""
     config = config_from(ServeConfig, options)
-    if find_spec("ray") is None or find_spec("fastapi") is None:
+    if not (is_installed("ray") and is_installed("fastapi")):
         raise BoostDiffError("Ray Serve is not installed: pip install 'boostdiff[serve]'")
     quiet_libraries()
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import subprocess
 import sys
@@ -40,13 +41,17 @@ def random_folder(
     model: Configuration,
     output: Annotated[Path, typer.Option(help="Folder for `model` and `student`.")],
     half: Annotated[bool, typer.Option("--half", help="Write FP16 weights.")] = False,
+    guidance: Annotated[float, typer.Option(help="Guidance scale w that the student states, above 1.")] = 3.0,
     seed: SeedOption = 0,
     device: Device = "auto",
 ) -> None:
     """A model folder of a public model's size with random weights, and a student for it, a LoRA that was not trained.
 
-    For export and speed at full size; nothing is downloaded.
+    For export and speed at full size; nothing is downloaded. A random model hardly heeds its prompt, so that 8 bits,
+    which are judged by the guidance term, need a scale like 1000 here.
     """
+    if not 1 < guidance < math.inf:
+        raise InputError("--guidance must be above 1")
     configs, target = locate_configs(model), resolve_device(device)
     for name, marker in (("model", "model_index.json"), ("student", INFO_FILE)):
         check_output(output / name, replaces=marker)
@@ -63,7 +68,7 @@ def random_folder(
         paths = adapter.save(folder, files.family.pipeline_class)
         StudentInfo(
             method="lora",
-            guidance=3.0,
+            guidance=guidance,
             model=files.name,
             denoiser_sha256=files.denoiser_sha256(),
             adapter_files={path.name: sha256_of(path) for path in paths},

@@ -1,6 +1,5 @@
 """Base weights in 8 bits while an adapter is trained."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -176,9 +175,7 @@ def test_what_does_not_go_with_it(prompt_file: Path, options: dict[str, object],
 def test_torchao_is_not_there(
     files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "boostdiff.distill.distill.find_spec", lambda name: None if name == "torchao" else find_spec(name)
-    )
+    monkeypatch.setattr("boostdiff.distill.distill.is_installed", lambda name: name != "torchao")
     with pytest.raises(InputError, match=r"pip install 'boostdiff\[quantize\]'"):
         distill(files, config_of(prompt_file), output=tmp_path / "student", device="cpu", observers=SILENT)
     assert not (tmp_path / "student").exists()

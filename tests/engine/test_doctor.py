@@ -1,9 +1,8 @@
-import importlib.util
 import tomllib
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from boostdiff.engine import doctor
 from boostdiff.engine.doctor import EXTRAS, _extra, _tensorrt, examine, table
 from boostdiff.engine.trt import RTX_COMPUTE_CAPABILITIES
 from rich.console import Console
@@ -35,11 +34,10 @@ def test_an_extra_is_ready_when_all_of_it_is_there(
     there: tuple[str, ...], found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = next(each for each in EXTRAS if each[1] == "serve")
-    made = {name: SimpleNamespace(origin=name) for name in there}
-    monkeypatch.setattr(importlib.util, "find_spec", made.get)
+    monkeypatch.setattr(doctor, "is_installed", there.__contains__)
     finding = _extra(*row)
     assert (finding.ready, finding.found, finding.install) == (False, found, "pip install 'boostdiff[serve]'")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=name))
+    monkeypatch.setattr(doctor, "is_installed", lambda name: True)
     assert _extra(*row).ready
     assert not _extra(*row).install
 

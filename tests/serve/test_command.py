@@ -18,7 +18,7 @@ EXAMPLES = Path(__file__).parents[2] / "docs/serving"
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where Ray is installed: none of these tests comes as far as importing it."""
-    monkeypatch.setattr(command, "find_spec", lambda name: object())
+    monkeypatch.setattr(command, "is_installed", lambda name: True)
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
 
 
@@ -99,7 +99,7 @@ def test_a_port_that_is_taken(students: dict[str, Path], tiny_folder: Path) -> N
 
 
 def test_ray_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    monkeypatch.setattr(command, "is_installed", lambda name: False)
     with pytest.raises(BoostDiffError, match=r"pip install 'boostdiff\[serve\]'"):
         command.serve(**vars(ServeConfig()))
 
