@@ -28,7 +28,6 @@ StudentOption = Annotated[Path, typer.Option("--student", help="Folder that `boo
 EngineOption = Annotated[Path, typer.Option("--engine", help="Folder that `boostdiff export` wrote.")]
 OutputOption = Annotated[Path, typer.Option("--output", help="Folder to write.")]
 SamplerOption = Annotated[Literal["ddim", "dpm++", "unipc", "euler"], typer.Option("--sampler", help="Sampler.")]
-StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Sampling steps.")]
 STEPS, SAMPLER = 20, "ddim"
 """Where neither the user nor a few-step student says."""
 StudentsSamplerOption = Annotated[
