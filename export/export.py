@@ -105,7 +105,10 @@ def export(
 
         model = load(files, device=target, dtype=torch.float32)
         height, width = latent_sizes(model, config)[1]
-        calibration = Calibration.of_teacher(model, prompts, info) if prompts else None
+        calibration = None
+        if prompts:
+            report("8 bits: drawing the teacher's trajectories, which they are judged at")
+            calibration = Calibration.of_teacher(model, prompts, info)
         check = merge_in_place(model, student, info)
         report(
             f"merged {info.method}: differs from base + adapter by {check.relative:.1e} of the output's scale "
@@ -118,9 +121,10 @@ def export(
         }
         errors: dict[str, torch.Tensor] = {}
         if calibration and config.quantize:
-            report("unet: what each layer costs in 8 bits is measured")
+            report("8 bits: drawing the student's trajectories, which they are calibrated on")
             with recorded_ranges(model.denoiser) as ranges:
                 calibration.add_states(model, info.denoiser, info.choose_negative_prompt(None))
+            report("8 bits: measuring what each layer costs")
             denoiser = info.denoiser(TorchRunner(model.denoiser))
             errors = layer_errors(model.denoiser, denoiser, calibration, ranges, FORMS[config.quantize])
         with staged_folder(output, replaces=MANIFEST_FILE) as folder:
@@ -249,6 +253,7 @@ def _quantize(
     large: bool,
 ) -> None:
     form = FORMS[precision]
+    report(f"8 bits: making the {precision.upper()} graph, and judging it")
     (graph,) = (name for name, entry in manifest.artefacts.items() if _is_graph(name, entry, "unet", form.source))
     entry = quantize_unet(folder / graph, manifest, calibration, errors, large=large, form=form)
     manifest.artefacts[f"unet/model.{precision}.onnx"] = entry
