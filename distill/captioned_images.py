@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..engine.conditions import TextEmbeddings
 from ..engine.model import Model
 from ..engine.prompts import is_cut, token_limit
 from .images import ImageData, ImageStream
@@ -83,7 +82,9 @@ class CaptionedImages(Source):
         return Batch(
             z_t=self.schedule.add_noise(x, torch.stack(noise).to(x.device), t),
             t=t,
-            text=TextEmbeddings(conditional=self.embed(captions), unconditional=self.negatives.embeddings(negatives)),
+            prompts=captions,
+            negative_prompts=negatives,
+            text=self.text(captions, negatives),
             guidance=torch.tensor(scales, device=x.device),
         )
 

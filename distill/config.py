@@ -17,11 +17,20 @@ from ..engine.errors import InputError
 from ..engine.guiders import GuiderOptions
 from ..engine.options import UNRESOLVED, SeedOption, check_options, refuse_unused
 
-PAPER: dict[str, Any] = {"updates": 1600, "batch_size": 512, "learning_rate": 5e-5, "loss_weight": "constant"}
+PAPER: dict[str, Any] = {
+    "updates": 1600,
+    "batch_size": 512,
+    "reuse": 1,
+    "learning_rate": 5e-5,
+    "loss_weight": "constant",
+}
 """`--preset paper`: BoostDiff's run on Stable Diffusion 2.1 base (474,741 LAION pairs)."""
 
 UPDATES, BATCH_SIZE, LOSS_WEIGHT = 520, 16, "snr"
 """Where neither the user nor the preset says: 8,320 states, minutes of two CPU cores on `emoji64`."""
+
+REUSE = 4
+"""A prediction of the teacher serves as well as a new one until then: docs/distillation.md, "Recipes"."""
 
 LEARNING_RATES = {"lora": 4e-3, "dora": 4e-3, "bitfit": 1e-2, "soft-prompt": 1e-2}
 """That of LoRA was chosen on `emoji64` at this budget: docs/distillation.md, "Recipes"."""
@@ -110,6 +119,14 @@ class DistillConfig(GuiderOptions):
     batch_size: Annotated[
         int, typer.Option(min=1, show_default="16", help="Samples per update, over all processes.")
     ] = UNRESOLVED
+    reuse: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            show_default=f"{REUSE}, or what of it divides --batch-size",
+            help="Updates that each of the teacher's predictions is used in.",
+        ),
+    ] = UNRESOLVED
     learning_rate: Annotated[
         float,
         typer.Option(
@@ -191,6 +208,11 @@ class DistillConfig(GuiderOptions):
         _ = self.stages
 
     @property
+    def new_samples(self) -> int:
+        """Samples per update that the teacher predicts anew."""
+        return self.batch_size // self.reuse
+
+    @property
     def guidance_bounds(self) -> tuple[float, float]:
         """Smallest and largest guidance that is trained."""
         return self.guidance, self.guidance if self.guidance_max is None else self.guidance_max
@@ -239,6 +261,9 @@ class DistillConfig(GuiderOptions):
             in_bfloat16: whether the device has bfloat16 instructions.
             embedded: whether the model is the one that ships with prompts.
             flow: whether the model is one of flow matching.
+
+        Raises:
+            InputError: a batch can't be shared between new and earlier samples.
         """
         updates = UPDATES * (RANGE_UPDATES if self.guidance_conditioned else 1)
         defaults: dict[str, Any] = {
@@ -254,7 +279,12 @@ class DistillConfig(GuiderOptions):
         }
         if embedded and self.images is None:
             defaults["prompts"] = TRAIN_PROMPTS
-        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+        chosen = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+        if chosen.reuse is None:
+            chosen = replace(chosen, reuse=math.gcd(REUSE, chosen.batch_size))
+        if chosen.batch_size % chosen.reuse:
+            raise InputError(f"--batch-size {chosen.batch_size} must be a multiple of --reuse {chosen.reuse}")
+        return chosen
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -35,6 +35,7 @@ from .negatives import NegativePrompts
 from .objective import NoiseSchedule
 from .order import Share
 from .preview import Preview
+from .replay import Replay
 from .run_folder import (
     CONFIG_FILE,
     at_work_in,
@@ -255,7 +256,7 @@ def _run(
     frozen = FrozenStudent(model, adapter, stage, device) if stage else None
     schedule = frozen.schedule if frozen else schedule
     common: dict[str, Any] = {
-        "share": Share(batch_size=config.batch_size, index=accelerator.process_index, count=accelerator.num_processes),
+        "share": Share(batch_size=config.new_samples, index=accelerator.process_index, count=accelerator.num_processes),
         "seed": config.seed,
         "guidance": config.guidance_bounds,
     }
@@ -278,7 +279,8 @@ def _run(
         trajectories = partial(GridTrajectories, timesteps=frozen.timesteps) if frozen else Trajectories
         source = trajectories(model, prompts, schedule, negatives=negatives, store=store, **common)
         notes.append(cut_note(model.pipeline, prompts))
-    run = Run(accelerator, model, adapter, source, schedule, config, execution, folder, frozen=frozen)
+    replay = Replay(common["share"], uses=config.reuse, seed=config.seed)
+    run = Run(accelerator, model, adapter, source, replay, schedule, config, execution, folder, frozen=frozen)
     run.notes = [note for note in notes if note]
     text = None
     if store is not None:
@@ -329,8 +331,11 @@ def _accelerator(config: DistillConfig, target: torch.device, folder: Path, log_
         log_with=log_with,
         project_dir=folder,
     )
-    if config.batch_size < accelerator.num_processes:
-        raise InputError(f"--batch-size {config.batch_size} is too small for {accelerator.num_processes} processes")
+    if config.new_samples < accelerator.num_processes:
+        raise InputError(
+            f"--batch-size {config.batch_size} with --reuse {config.reuse} is too small for "
+            f"{accelerator.num_processes} processes"
+        )
     return accelerator
 
 

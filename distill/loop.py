@@ -13,7 +13,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -34,6 +35,7 @@ from .few_steps import FrozenStudent
 from .images import in_words
 from .monitoring import LossWatch, Pace, StopRequest, peak_memory, stop_request
 from .objective import NoiseSchedule, distillation_loss, guidance_weight, x_from_prediction
+from .replay import Replay
 from .source import Batch, Source
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -92,6 +94,7 @@ class Run:
         model: model with the adapter on its UNet.
         adapter: the trained part.
         source: supply of batches.
+        replay: samples of earlier updates.
         schedule: α and σ by timestep.
         config: resolved training configuration.
         execution: how the run is executed.
@@ -107,6 +110,7 @@ class Run:
     model: Model
     adapter: Adapter
     source: Source
+    replay: Replay
     schedule: NoiseSchedule
     config: DistillConfig
     execution: RunConfig
@@ -120,6 +124,7 @@ class Run:
     def __post_init__(self) -> None:
         self.parts = self.execution.gradient_accumulation_steps
         self.runner = (TrainingRunner if self.execution.compile else TorchRunner)(self.model.denoiser)
+        self.autocast = self.accelerator.autocast if self.config.precision != "fp32" else nullcontext
         self.guider = self.config.chosen_guider.for_schedule(self.model.pipeline.scheduler.config)
         self.parameters = list(self.adapter.parameters().values())
         self.optimizer = self.accelerator.prepare(
@@ -132,58 +137,61 @@ class Run:
             ("unguided_loss", "guidance_r2") if self.frozen is None else ("before_loss", "stage_r2")
         )
 
-    def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The teacher's x̂_w `(B, C, H, W)`, and for each sample, `(B,)`, equation (4) and the unguided loss.
+    def targets(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The teacher's x̂_w, and the x̂ of who has learned nothing, each `(B, C, H, W)`.
 
-        The latter is that of the teacher's conditional pass, which x̂_w needs anyway. In a stage of few steps x̃ takes
-        the place of x̂_w, and the frozen student's first step that of the conditional pass.
+        The latter is the teacher's conditional pass, which x̂_w needs anyway. In a stage of few steps x̃ takes the place
+        of x̂_w, and the frozen student's first step that of the conditional pass.
         """
-        dtype = self.model.denoiser.dtype
+        if self.frozen:
+            return self.frozen.targets(batch.z_t, batch.t, partial(self.student_x, batch=batch))
         alpha, sigma = self.schedule.at(batch.t)
-        text = batch.text.to(dtype)
-        guidance = batch.guidance if self.config.guidance_conditioned else None
-        teacher = GuidedDenoiser(self.runner, self.config.guidance if guidance is None else guidance, self.guider)
-        student = SinglePassDenoiser(self.runner, guidance, live_negative_prompt=self.config.live_negative_prompt)
-        autocast = self.accelerator.autocast if self.config.precision != "fp32" else nullcontext
+        timesteps, dtype = self.schedule.timesteps[batch.t], self.model.denoiser.dtype
+        scale = batch.guidance if self.config.guidance_conditioned else self.config.guidance
+        teacher = GuidedDenoiser(self.runner, scale, self.guider)
 
         def x_of(prediction: torch.Tensor) -> torch.Tensor:
             return x_from_prediction(prediction.float(), batch.z_t, alpha, sigma, self.schedule.prediction_type)
 
-        def student_x(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            with autocast():
-                prediction = student(z_t.to(dtype), self.schedule.timesteps[t], text)
-            return x_from_prediction(prediction.float(), z_t, *self.schedule.at(t), self.schedule.prediction_type)
+        with torch.no_grad(), self.adapter.disabled(), self.autocast():
+            unconditional, conditional = teacher.passes(batch.z_t.to(dtype), timesteps, batch.text.to(dtype))
+        # In float32: guidance multiplies what half precision rounds.
+        return x_of(teacher.combined(unconditional.float(), conditional.float(), timesteps)), x_of(conditional)
 
-        def loss_of(x: torch.Tensor) -> torch.Tensor:
-            losses = distillation_loss(x, teacher_x, alpha, sigma, self.config.loss_weight)
-            return losses if guidance is None or self.frozen else losses * guidance_weight(guidance)
+    def student_x(self, z_t: torch.Tensor, t: torch.Tensor, *, batch: Batch) -> torch.Tensor:
+        """The student's x̂ `(B, C, H, W)` at latents and timesteps `(B,)`, for a batch's texts and guidance scales."""
+        dtype = self.model.denoiser.dtype
+        guidance = batch.guidance if self.config.guidance_conditioned else None
+        student = SinglePassDenoiser(self.runner, guidance, live_negative_prompt=self.config.live_negative_prompt)
+        with self.autocast():
+            prediction = student(z_t.to(dtype), self.schedule.timesteps[t], batch.text.to(dtype))
+        return x_from_prediction(prediction.float(), z_t, *self.schedule.at(t), self.schedule.prediction_type)
 
-        if self.frozen:
-            teacher_x, untrained_x = self.frozen.targets(batch.z_t, batch.t, student_x)
-        else:
-            timesteps = self.schedule.timesteps[batch.t]
-            with torch.no_grad(), self.adapter.disabled(), autocast():
-                unconditional, conditional = teacher.passes(batch.z_t.to(dtype), timesteps, text)
-            # In float32: guidance multiplies what half precision rounds.
-            teacher_x = x_of(teacher.combined(unconditional.float(), conditional.float(), timesteps))
-            untrained_x = x_of(conditional)
-        return teacher_x, loss_of(student_x(batch.z_t, batch.t)), loss_of(untrained_x)
+    def losses(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Equation (4) of x̂ `(B, C, H, W)` against the targets, `(B,)`."""
+        assert batch.teacher_x is not None
+        losses = distillation_loss(x, batch.teacher_x, *self.schedule.at(batch.t), self.config.loss_weight)
+        weighted = self.config.guidance_conditioned and not self.frozen
+        return losses * guidance_weight(batch.guidance) if weighted else losses
 
-    def gradients(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def gradients(self, batch: Batch, update: int) -> tuple[Batch, torch.Tensor]:
         """Compute this process's gradients of the mean loss, in `parts` passes.
 
         Returns:
-            The teacher's x̂_w `(B, C, H, W)`, and this process's share of the mean of both losses, `(2,)`.
+            The batch with targets, and this process's share of the mean over its samples of their loss and of that of
+            who has learned nothing, `(2,)`. Samples that the student has not been trained on: it counts for R².
         """
-        targets, total = [], torch.zeros(2, device=self.model.device)
-        for part in batch.split(self.parts):
-            teacher_x, losses, unguided = self.losses(part)
-            targets.append(teacher_x)
-            # The sum over shares and parts is the mean over the whole batch.
-            loss = losses.sum() / self.config.batch_size
-            self.accelerator.backward(loss)
-            total += torch.stack([loss.detach(), unguided.sum() / self.config.batch_size])
-        return torch.cat(targets), total
+        teacher_x, untrained_x = map(torch.cat, zip(*map(self.targets, batch.split(self.parts)), strict=True))
+        batch = replace(batch, teacher_x=teacher_x)
+        whole = self.replay.extended(batch, self.source, update)
+        seen = []
+        for part in whole.split(self.parts):
+            losses = self.losses(self.student_x(part.z_t, part.t, batch=part), part)
+            # The sum over shares and parts is the mean over all processes' samples.
+            self.accelerator.backward(losses.sum() / self.config.batch_size)
+            seen.append(losses.detach())
+        both = torch.cat(seen)[: len(batch)], self.losses(untrained_x, batch)
+        return batch, torch.stack([losses.sum() for losses in both]) / self.config.new_samples
 
     def update(self, update: int, request: StopRequest, note: Callable[[str], None]) -> bool:
         """One optimizer step, its losses over all processes added to `watch`; whether any process was asked to stop.
@@ -192,7 +200,7 @@ class Run:
             BoostDiffError: see `refuse` and `within_memory`.
         """
         batch = self.source.batch(update)
-        teacher_x, total = self.within_memory(batch, note)
+        batch, total = self.within_memory(batch, update, note)
         loss_value, unguided_value, stop = self.reduce(total, request)
         if not math.isfinite(loss_value):
             self.refuse(f"the loss is {loss_value} at update {update}")
@@ -204,14 +212,16 @@ class Run:
             group["lr"] = learning_rate_at(update, self.config)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.source.advance(teacher_x)
+        assert batch.teacher_x is not None
+        self.replay.add(batch)
+        self.source.advance(batch.teacher_x)
         self.done = update + 1
         self.watch.add(loss_value, unguided_value)
         if self.watch.diverges():
             self.refuse(f"the loss diverges: {loss_value:.3g} at update {update}")
         return stop
 
-    def within_memory(self, batch: Batch, note: Callable[[str], None]) -> tuple[torch.Tensor, torch.Tensor]:
+    def within_memory(self, batch: Batch, update: int, note: Callable[[str], None]) -> tuple[Batch, torch.Tensor]:
         """`gradients`, in more passes than before where memory does not suffice.
 
         Raises:
@@ -219,17 +229,17 @@ class Run:
         """
         while True:
             try:
-                return self.gradients(batch)
+                return self.gradients(batch, update)
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
             # Only here, after the handler, are the activations that the traceback holds let go.
             self.optimizer.zero_grad(set_to_none=True)
             clear_device_cache(garbage_collection=True)
-            if self.parts >= len(batch):
+            if self.parts >= self.config.reuse * len(batch):
                 hint = "" if self.execution.gradient_checkpointing else "pass --gradient-checkpointing, or "
                 raise BoostDiffError(f"out of memory with one sample at a time: {hint}stop what else uses the device")
-            self.parts = min(2 * self.parts, len(batch))
+            self.parts = min(2 * self.parts, self.config.reuse * len(batch))
             note(
                 f"out of memory: continuing with --gradient-accumulation-steps {self.parts}, which gives the same "
                 "student"
@@ -264,6 +274,7 @@ class Run:
             raise InputError(f"can't resume: {error}; run without --resume") from None
         self.optimizer.load_state_dict(state.optimizer)
         self.source.restore(state.data, Counter(state.header.get("notes", {})))
+        self.replay.restore(state.data)
         self.done = state.step
         try:
             for line in _log_lines(self.folder / LOG_FILE, self.done):
@@ -277,7 +288,7 @@ class Run:
 
     def checkpoint(self) -> None:
         """Write all that a run needs to continue, from the main process; called in every one."""
-        data, notes = self.source.state(), self.source.notes()
+        data, notes = self.source.state() | self.replay.state(), self.source.notes()
         if not self.accelerator.is_main_process:
             return
         scaler = self.accelerator.scaler
@@ -304,7 +315,7 @@ class Run:
                 loss, unguided = self.watch.losses[-1], self.watch.unguided[-1]
                 r2 = self.watch.guidance_r2()
                 values = {"loss": loss, self.untrained: unguided, self.r2: r2}
-                values["teacher_evaluations"] = self.done * self.config.batch_size
+                values["teacher_evaluations"] = self.budget()["teacher_evaluations"]
                 values["lr"] = learning_rate_at(update, self.config)
                 log.write(json.dumps({"update": update, **values}) + "\n")
                 images_per_second = pace.after_update()
@@ -352,8 +363,9 @@ class Run:
 
     def budget(self) -> dict[str, int]:
         """What the updates so far have cost, in samples: the teacher evaluates each once, in two passes."""
-        samples = self.done * self.config.batch_size
-        return {"teacher_evaluations": samples, "forward_passes": 3 * samples, "backward_passes": samples}
+        evaluated, trained = self.done * self.config.new_samples, self.done * self.config.batch_size
+        forward = 2 * evaluated + trained
+        return {"teacher_evaluations": evaluated, "forward_passes": forward, "backward_passes": trained}
 
     def refuse(self, reason: str) -> None:
         """Stop, and leave the last good adapter in the unfinished run's folder.

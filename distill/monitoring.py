@@ -76,13 +76,15 @@ class LossWatch:
     def diverges(self) -> bool:
         """Whether the loss has left the range that it began in.
 
-        The loss of an update depends much on the noise levels drawn, so windows are compared: the mean of the newest
-        `WINDOW` losses with `FACTOR` times the mean of the first.
+        The loss of an update depends much on the noise levels drawn, so windows are compared: the newest `WINDOW`
+        losses with `FACTOR` times the first, and with more where the unguided losses of the newest samples are larger.
         """
         if len(self.losses) < 2 * self.WINDOW:
             return False
-        first, newest = self.losses[: self.WINDOW], self.losses[-self.WINDOW :]
-        return sum(newest) > self.FACTOR * sum(first)
+        first, newest = slice(self.WINDOW), slice(-self.WINDOW, None)
+        before, now = sum(self.unguided[first]), sum(self.unguided[newest])
+        harder = max(1.0, now / before) if before > 0 else 1.0
+        return sum(self.losses[newest]) > self.FACTOR * harder * sum(self.losses[first])
 
     def _newest(self, values: list[float]) -> float:
         """The mean over the newest tenth of the updates: one alone says little."""

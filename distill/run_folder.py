@@ -75,8 +75,8 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What differs between two identities, in words; "" if nothing does."""
 
     def comparable(values: dict[str, Any]) -> dict[str, Any]:
-        # Runs from before there were guiders are of plain classifier-free guidance.
-        values = values | {"guider": values.get("guider") or "cfg"}
+        # Runs from before there were such settings.
+        values = values | {"guider": values.get("guider") or "cfg", "reuse": values.get("reuse") or 1}
         # Of files the content counts; a dataset on the hub has its name alone.
         return (
             values | {"prompts": None, "start_from": None} | ({"images": None} if values.get("images_sha256") else {})

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ import torch
 from ..engine.conditions import PromptEmbeds, TextEmbeddings
 from ..engine.model import Model
 from .text_store import TextStore
+
+if TYPE_CHECKING:
+    from .negatives import NegativePrompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +31,20 @@ class Batch:
     Attributes:
         z_t: `(B, C, H, W)` float32 latents.
         t: `(B,)` int64 indices of timesteps in the `NoiseSchedule`.
-        text: embeddings of B prompts, float32.
+        prompts: B texts.
+        negative_prompts: likewise; see `NegativePrompts.draw`.
+        text: embeddings of both, float32.
         guidance: `(B,)` guidance scales, float32.
+        teacher_x: targets `(B, C, H, W)`, once they are there.
     """
 
     z_t: torch.Tensor
     t: torch.Tensor
+    prompts: Sequence[str]
+    negative_prompts: Sequence[str]
     text: TextEmbeddings
     guidance: torch.Tensor
+    teacher_x: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.t)
@@ -45,11 +55,33 @@ class Batch:
         return [self[int(piece[0]) : int(piece[-1]) + 1] for piece in pieces]
 
     def __getitem__(self, rows: slice) -> Batch:
-        return Batch(z_t=self.z_t[rows], t=self.t[rows], text=self.text[rows], guidance=self.guidance[rows])
+        return Batch(
+            z_t=self.z_t[rows],
+            t=self.t[rows],
+            prompts=self.prompts[rows],
+            negative_prompts=self.negative_prompts[rows],
+            text=self.text[rows],
+            guidance=self.guidance[rows],
+            teacher_x=None if self.teacher_x is None else self.teacher_x[rows],
+        )
 
 
 class Source(ABC):
-    """A supply of batches. What it gives depends on seeds and on the share's batch size, not on the processes."""
+    """A supply of batches. What it gives depends on seeds and on the share's batch size, not on the processes.
+
+    Attributes:
+        embed: embeds prompts.
+        negatives: draws and embeds negative prompts.
+    """
+
+    embed: TextCache
+    negatives: NegativePrompts
+
+    def text(self, prompts: Sequence[str], negative_prompts: Sequence[str]) -> TextEmbeddings:
+        """Embeddings of a batch's texts."""
+        return TextEmbeddings(
+            conditional=self.embed(prompts), unconditional=self.negatives.embeddings(negative_prompts)
+        )
 
     @abstractmethod
     def batch(self, update: int) -> Batch:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..engine.conditions import TextEmbeddings
 from ..engine.model import Model
 from .negatives import NegativePrompts
 from .objective import NoiseSchedule, ddim_step, dpm_solver_2m
@@ -94,10 +93,9 @@ class Trajectories(Source):
         return Batch(
             z_t=self.z_t,
             t=self.t[rows].to(where),
-            text=TextEmbeddings(
-                conditional=self.embed(self.texts[rows]),
-                unconditional=self.negatives.embeddings(self.negative_texts[rows]),
-            ),
+            prompts=self.texts[rows],
+            negative_prompts=self.negative_texts[rows],
+            text=self.text(self.texts[rows], self.negative_texts[rows]),
             guidance=self.guidance[rows].to(where),
         )
 

@@ -23,7 +23,7 @@ from .seeds import over_seeds
 
 GUIDANCE = 3.0
 STATES = UPDATES * BATCH_SIZE
-"""Training states of budget 1, the demo's: each is one teacher evaluation, and a pass and a backward pass."""
+"""Samples of budget 1, the demo's: each a pass and a backward pass; the teacher evaluates one in `--reuse` of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Recipe:
 
     Attributes:
         options: as on the command line.
-        batch_size: states per update.
+        batch_size: samples per update.
     """
 
     options: tuple[str, ...] = ()
@@ -47,7 +47,10 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "default": Recipe(),
-    "first": Recipe(options=("--learning-rate", "1e-3"), batch_size=32),
+    "first": Recipe(options=("--learning-rate", "1e-3", "--reuse", "1"), batch_size=32),
+    "reuse-1": Recipe(options=("--reuse", "1")),
+    "reuse-2": Recipe(options=("--reuse", "2")),
+    "reuse-4": Recipe(options=("--reuse", "4")),
     "lr-2e-3": Recipe(options=("--learning-rate", "2e-3")),
     "lr-8e-3": Recipe(options=("--learning-rate", "8e-3")),
     "batch-32": Recipe(batch_size=32),
@@ -79,9 +82,10 @@ def recipes(
 ) -> None:
     """Train recipes at equal budgets on `emoji64`, and print what each student explains and what its images are worth.
 
-    A budget of 1 is 8,320 training states: as many teacher evaluations (two passes each), student passes and backward
-    passes. R² of the guidance term is measured as `guidance-r2` does, over all timesteps and at each. ± is the standard
-    error over training seeds. Students and features that are in the folder are kept: an interrupted run goes on.
+    A budget of 1 is 8,320 samples, each a pass of the student and a backward pass; the teacher evaluates one in
+    `--reuse` of them, in two passes. R² of the guidance term is measured as `guidance-r2` does, over all timesteps and
+    at each. ± is the standard error over training seeds. Students and features that are in the folder are kept: an
+    interrupted run goes on.
     """
     chosen = names.split(",") if names else list(RECIPES)
     if unknown := [name for name in chosen if name not in RECIPES]:
@@ -113,7 +117,16 @@ def recipes(
                 others=[session.student(student, GUIDANCE) for student in session.students],
             )
             rows = dict(zip(students, quality.rows[2:], strict=True))
-    headings = ["recipe", "budget", "parameters", "updates", "seconds", "R²", *(f"t = {t}" for t in timesteps)]
+    headings = [
+        "recipe",
+        "budget",
+        "parameters",
+        "updates",
+        "teacher evaluations",
+        "seconds",
+        "R²",
+        *(f"t = {t}" for t in timesteps),
+    ]
     headings += ["ΔFD to the guided teacher", "Δ caption score", "distance to the teacher's image"] if rows else []
     cells = []
     for (name, budget), group in groups.items():
@@ -124,6 +137,7 @@ def recipes(
                 f"{budget:g}",
                 f"{infos[0].trainable_parameters:,}",
                 f"{infos[0].result['updates']:,}",
+                f"{infos[0].result['teacher_evaluations']:,}",
                 over_seeds([info.result["seconds"] for info in infos], "{:.0f}"),
                 *(over_seeds(each, "{:.3f}") for each in zip(*(r2[folder] for folder in group), strict=True)),
                 *(_image_cells([rows[folder] for folder in group]) if rows else ()),

@@ -36,6 +36,11 @@ def logged(folder: Path, name: str = "loss") -> list[float]:
     return [json.loads(line)[name] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def error(folder: Path, updates: slice) -> float:
+    """The loss over that of who has learned nothing: losses depend much on the noise levels drawn."""
+    return sum(logged(folder)[updates]) / sum(logged(folder, "unguided_loss")[updates])
+
+
 @pytest.mark.parametrize("method", ["lora", "bitfit"])
 def test_training_brings_the_student_to_the_teacher(
     tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, method: str
@@ -44,7 +49,7 @@ def test_training_brings_the_student_to_the_teacher(
     info = distill(tiny_files, config, output=tmp_path / "s", device="cpu")
     seen = logged(tmp_path / "s")
     assert len(seen) == 80
-    assert sum(seen[-10:]) < 0.5 * sum(seen[:10])
+    assert error(tmp_path / "s", slice(-10, None)) < 0.6
     unguided = logged(tmp_path / "s", "unguided_loss")
     assert seen[0] == pytest.approx(unguided[0]), "an adapter begins as the teacher's conditional pass"
     assert info.result["guidance_r2"] == pytest.approx(1 - sum(seen[-8:]) / sum(unguided[-8:]))
@@ -64,15 +69,13 @@ def test_training_on_images(tiny_files: ModelFiles, tmp_path: Path) -> None:
     save_images(tmp_path / "images", count=6)
     config = DistillConfig(images=str(tmp_path / "images"), updates=40, batch_size=4, learning_rate=0.01)
     distill(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
-    seen = logged(tmp_path / "s")
-    assert sum(seen[-10:]) < sum(seen[:10])
+    assert error(tmp_path / "s", slice(-10, None)) < 0.9
 
 
 def test_half_precision_trains(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
     config = DistillConfig(prompts=prompt_file, updates=30, batch_size=4, learning_rate=0.01, precision="bf16")
     distill(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
-    seen = logged(tmp_path / "s")
-    assert sum(seen[-5:]) < sum(seen[:5])
+    assert error(tmp_path / "s", slice(-5, None)) < 0.9
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
@@ -356,10 +359,12 @@ def test_a_picture_that_can_not_be_drawn_costs_no_student(
     assert [note.split(":")[1] for note in notes] == [" out of memory"] * 3
 
 
+@pytest.mark.parametrize("batch_size", [5, 8])
 def test_an_update_that_does_not_fit_into_memory_is_split(
-    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
 ) -> None:
-    config = {"prompts": prompt_file, "updates": 3, "batch_size": 5, "learning_rate": 0.01}
+    # Of eight samples, six are earlier ones.
+    config = {"prompts": prompt_file, "updates": 3, "batch_size": batch_size, "learning_rate": 0.01}
     distill(
         tiny_files,
         DistillConfig(**config),
@@ -368,19 +373,19 @@ def test_an_update_that_does_not_fit_into_memory_is_split(
         device="cpu",
         observers=SILENT,
     )
-    whole = loop.Run.losses
+    whole = loop.Run.student_x
 
-    def bounded(run: loop.Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        found = whole(run, batch)
+    def bounded(run: loop.Run, z_t: torch.Tensor, t: torch.Tensor, *, batch: Batch) -> torch.Tensor:
+        found = whole(run, z_t, t, batch=batch)
         if len(batch) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return found
 
-    monkeypatch.setattr(loop.Run, "losses", bounded)
+    monkeypatch.setattr(loop.Run, "student_x", bounded)
     notes: list[str] = []
     observers = Observers(on_note=notes.append, preview=False)
     info = distill(tiny_files, DistillConfig(**config), output=tmp_path / "s", device="cpu", observers=observers)
-    # Five samples do not fit, nor do three of the halves.
+    # Neither all samples fit, nor a half of them.
     assert [re.search(r"steps (\d)", note)[1] for note in notes] == ["2", "4"]
     assert info.result["gradient_accumulation_steps"] == 4
     assert (tmp_path / "s" / LORA_FILE).read_bytes() == (tmp_path / "asked" / LORA_FILE).read_bytes()
@@ -397,7 +402,7 @@ def test_a_state_that_does_not_fit_into_memory_is_an_error_that_says_what_to_do(
     def fail(run: loop.Run, batch: Batch) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(loop.Run, "losses", fail)
+    monkeypatch.setattr(loop.Run, "targets", fail)
     config, execution = (
         DistillConfig(prompts=prompt_file, updates=2, batch_size=2),
         RunConfig(gradient_checkpointing=checkpointing),
@@ -414,7 +419,7 @@ def test_other_errors_of_an_update_are_not_taken_for_memory(
     def fail(run: loop.Run, batch: Batch) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(loop.Run, "losses", fail)
+    monkeypatch.setattr(loop.Run, "targets", fail)
     config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         distill(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
@@ -505,7 +510,7 @@ def test_what_of_the_data_is_not_used_is_said_once_and_recorded(tiny_files: Mode
             else {"images": str(tmp_path / "images")}
         )
         told: list[str] = []
-        config = DistillConfig(updates=2, batch_size=2, **data)
+        config = DistillConfig(updates=2, batch_size=2, reuse=1, **data)
         observers = Observers(preview=False, on_note=told.append)
         info = distill(tiny_files, config, output=tmp_path / f"of-{source}", device="cpu", observers=observers)
         assert told == info.result["notes"] == notes

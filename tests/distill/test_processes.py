@@ -257,6 +257,17 @@ def test_divergence_is_seen() -> None:
     assert any(diverges(30.0) for _ in range(10))
 
 
+def test_samples_that_are_harder_are_no_divergence() -> None:
+    watch = LossWatch()
+    for scale in (1.0, 40.0):
+        for _ in range(10):
+            watch.add(0.5 * scale, scale)
+    assert not watch.diverges()
+    for _ in range(10):
+        watch.add(400.0, 40.0)
+    assert watch.diverges()
+
+
 def test_what_is_learnt_is_told_by_the_newest_tenth_of_the_updates() -> None:
     watch = LossWatch()
     watch.add(2.0, 2.0)
