@@ -29,8 +29,8 @@ PAPER: dict[str, Any] = {
 UPDATES, BATCH_SIZE, LOSS_WEIGHT = 520, 16, "snr"
 """Where neither the user nor the preset says: 8,320 states, minutes of two CPU cores on `emoji64`."""
 
-REUSE = 4
-"""A prediction of the teacher serves as well as a new one until then: docs/distillation.md, "Recipes"."""
+REUSE = 2
+"""The second time a prediction of the teacher serves as well as a new one: docs/distillation.md, "Recipes"."""
 
 LEARNING_RATES = {"lora": 4e-3, "dora": 4e-3, "bitfit": 1e-2, "soft-prompt": 1e-2}
 """That of LoRA was chosen on `emoji64` at this budget: docs/distillation.md, "Recipes"."""
@@ -123,7 +123,7 @@ class DistillConfig(GuiderOptions):
         int,
         typer.Option(
             min=1,
-            show_default=f"{REUSE}, or what of it divides --batch-size",
+            show_default=f"{REUSE}; 1 for an odd --batch-size",
             help="Updates that each of the teacher's predictions is used in.",
         ),
     ] = UNRESOLVED

@@ -363,7 +363,7 @@ def test_a_picture_that_can_not_be_drawn_costs_no_student(
 def test_an_update_that_does_not_fit_into_memory_is_split(
     tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
 ) -> None:
-    # Of eight samples, six are earlier ones.
+    # Of eight samples, four are earlier ones.
     config = {"prompts": prompt_file, "updates": 3, "batch_size": batch_size, "learning_rate": 0.01}
     distill(
         tiny_files,

@@ -217,11 +217,11 @@ def test_the_teacher_of_a_stage_is_the_student_before_as_it_was(
     assert read_student(output / "stages/guidance").steps is None
     assert one == info
     assert [(each["steps"], each["updates"], each["teacher_evaluations"]) for each in info.result["stages"]] == [
-        (None, 3, 3),
-        (2, 3, 3),
-        (1, 3, 3),
+        (None, 3, 6),
+        (2, 3, 6),
+        (1, 3, 6),
     ]
-    assert info.result["forward_passes"] == 2 * 3 + 12
+    assert info.result["forward_passes"] == 2 * 6 + 12
     assert sorted(path.name for path in (output / "stages").iterdir()) == ["2", "guidance"]
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     assert lines[0]["loss"] == pytest.approx(lines[0]["before_loss"]), "a stage begins as the student before"
