@@ -37,7 +37,8 @@ class _Past(NamedTuple):
 
 
 def _kept(batch: Batch) -> _Past:
-    tensors = {name: getattr(batch, name).cpu() for name in TENSORS}
+    # Sources go on writing to what they gave.
+    tensors = {name: getattr(batch, name).to("cpu", copy=True) for name in TENSORS}
     return _Past(tensors, list(batch.prompts), list(batch.negative_prompts))
 
 

@@ -127,7 +127,7 @@ def test_gradient_accumulation_and_checkpointing_change_nothing_but_memory(
 def test_a_run_cut_short_and_resumed_gives_the_same_bytes(
     tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, changes: dict[str, object]
 ) -> None:
-    config = DistillConfig(**{"prompts": prompt_file, "updates": 14, "batch_size": 3, "learning_rate": 0.01} | changes)
+    config = DistillConfig(**{"prompts": prompt_file, "updates": 14, "batch_size": 4, "learning_rate": 0.01} | changes)
 
     class Cut(Exception):
         pass
