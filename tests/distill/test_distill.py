@@ -127,6 +127,7 @@ def test_pace_leaves_out_the_first_update(monkeypatch: pytest.MonkeyPatch) -> No
     assert [pace.after_update() for _ in range(3)] == [0.1, 5.0, 5.0]
 
 
+@pytest.mark.slow
 def test_sigkill_and_resume_give_the_same_bytes(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
     """The whole run and the resumed one are of this process, the killed one is of another."""
     config, execution = DistillConfig(prompts=prompt_file, updates=40, batch_size=4), RunConfig(checkpoint_every=8)

@@ -133,9 +133,9 @@ def test_recipes_are_judged_together(student: Path, tmp_path: Path, monkeypatch:
     rows = shown(*arguments, "--seeds", 2, "--samples", 4, "--steps", 1)
     assert [row[:2] for row in rows] == [["default", "0.5"], ["default", "2"], ["batch-8", "0.5"], ["batch-8", "2"]]
     # Every student is a copy of one, and seeds leave nothing to vary.
-    assert all(row[5:] == rows[0][5:] for row in rows)
-    assert rows[0][5].endswith(" ± 0.000")
-    assert float(rows[0][5].split()[0]) == pytest.approx(
+    assert all(row[6:] == rows[0][6:] for row in rows)
+    assert rows[0][6].endswith(" ± 0.000")
+    assert float(rows[0][6].split()[0]) == pytest.approx(
         float(shown("guidance-r2", student, "--prompts", 2)[0][1]), abs=2e-3
     )
     states = [int(o[o.index("--updates") + 1]) * int(o[o.index("--batch-size") + 1]) for o in asked[::2]]
