@@ -51,7 +51,7 @@ def student_graphs(manifest: Manifest, engine: Path, form: Form) -> dict[str, Pa
     """The student's UNet before and in 8 bits, by precision.
 
     Raises:
-        InputError: the engine has none in 8 bits.
+        InputError: the engine has none in 8 bits, or of an earlier version.
     """
     graphs = {
         entry["precision"]: engine / name
@@ -62,7 +62,7 @@ def student_graphs(manifest: Manifest, engine: Path, form: Form) -> dict[str, Pa
         made_by = MADE_BY[form.precision]
         raise InputError(f"the engine in {engine} has no {form.precision} UNet: `boostdiff export {made_by}` makes it")
     measured = manifest.artefacts[f"unet/model.{form.precision}.onnx"]["quantized"].keys()
-    if not measured <= layers_of(graphs[form.precision]).keys():
+    if not measured <= layers_of(graphs[form.source]).keys():
         raise InputError(f"the engine in {engine} is of a version that measured groups of layers: export it again")
     return {precision: graphs[precision] for precision in (form.source, form.precision)}
 

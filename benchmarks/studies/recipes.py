@@ -49,7 +49,6 @@ RECIPES: dict[str, Recipe] = {
     "default": Recipe(),
     "first": Recipe(options=("--learning-rate", "1e-3", "--reuse", "1"), batch_size=32),
     "reuse-1": Recipe(options=("--reuse", "1")),
-    "reuse-2": Recipe(options=("--reuse", "2")),
     "reuse-4": Recipe(options=("--reuse", "4")),
     "lr-2e-3": Recipe(options=("--learning-rate", "2e-3")),
     "lr-8e-3": Recipe(options=("--learning-rate", "8e-3")),

@@ -1,11 +1,15 @@
+import shutil
 from pathlib import Path
 
 import pytest
 from boostdiff.benchmarks.bench import bench
 from boostdiff.benchmarks.config import BenchConfig, Metrics
-from boostdiff.benchmarks.studies.int8 import int8, seconds_by_operator
+from boostdiff.benchmarks.studies.int8 import int8, seconds_by_operator, student_graphs
 from boostdiff.engine.errors import InputError
+from boostdiff.engine.manifest import read_manifest
 from boostdiff.engine.model import Model, ModelFiles
+from boostdiff.export.eight_bits import INT8
+from boostdiff.export.quantize import layers_of, quantized
 from tiny import PROMPTS
 
 
@@ -35,6 +39,25 @@ def test_an_engine_without_8_bits_is_refused(
             metrics=Metrics(),
             device="cpu",
         )
+
+
+def test_the_students_graphs_are_those_whose_layers_were_measured(
+    engines: dict[str, Path], tiny: Model, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(engines["lora"], tmp_path / "engine")
+    layers = dict(list(layers_of(folder / "unet/model.onnx").items())[:3])
+    nodes = [node for names in layers.values() for node in names]
+    state = tiny.family.example_inputs(tiny.pipeline, 1)
+    quantized(folder / "unet/model.onnx", folder / "unet/model.int8.onnx", nodes, [state])
+    manifest = read_manifest(folder)
+    entry = manifest.artefacts["unet/model.int8.onnx"] = {"precision": "int8", "quantized": dict.fromkeys(layers, 0.0)}
+    assert student_graphs(manifest, folder, INT8) == {
+        "fp32": folder / "unet/model.onnx",
+        "int8": folder / "unet/model.int8.onnx",
+    }
+    entry["quantized"] = {"time embeddings": 0.0}
+    with pytest.raises(InputError, match="of a version that measured groups of layers: export it again"):
+        student_graphs(manifest, folder, INT8)
 
 
 def test_time_is_split_by_operator(engines: dict[str, Path], tiny: Model) -> None:
