@@ -27,7 +27,7 @@ PAPER: dict[str, Any] = {
 """`--preset paper`: BoostDiff's run on Stable Diffusion 2.1 base (474,741 LAION pairs)."""
 
 UPDATES, BATCH_SIZE, LOSS_WEIGHT = 520, 16, "snr"
-"""Where neither the user nor the preset says: 8,320 states, minutes of two CPU cores on `emoji64`."""
+"""Where neither the user nor the preset says: 8,320 samples, minutes of two CPU cores on `emoji64`."""
 
 REUSE = 2
 """The second time a prediction of the teacher serves as well as a new one: docs/distillation.md, "Recipes"."""
