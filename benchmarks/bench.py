@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..engine.captured import CapturedRunner
-from ..engine.compiled import CompiledRunner, missing_compiler
+from ..engine.compiled import CompiledRunner, missing_compiler, with_bfloat16_vae
 from ..engine.errors import BoostDiffError, InputError
 from ..engine.exported import Engine
 from ..engine.manifest import read_manifest
@@ -300,7 +300,8 @@ def _in_torch(model: Model, student: Any, config: BenchConfig) -> tuple[list[Tim
         except torch.OutOfMemoryError:
             skipped[runner.name] = "out of memory"
             continue
-        variants += [replace(variant, batch_sizes=batch_sizes) for variant in made]
+        parts = with_bfloat16_vae(model) if runner is CompiledRunner else None
+        variants += [replace(variant, batch_sizes=batch_sizes, parts=parts) for variant in made]
     return variants, skipped
 
 

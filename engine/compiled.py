@@ -8,13 +8,14 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch._dynamo
 from diffusers.models.attention_processor import AttnProcessor
 
-from .model import set_attention
+from .model import Model, set_attention
 from .runners import TorchRunner
 from .versions import is_installed
 
@@ -44,6 +45,22 @@ def use_plain_attention(denoiser: Any) -> None:
     sizes = denoiser.config.get("sample_size")
     if sizes and max([sizes] if isinstance(sizes, int) else sizes) <= PLAIN_ATTENTION:
         set_attention(denoiser, AttnProcessor())
+
+
+def with_bfloat16_vae(model: Model) -> Model:
+    """The model for a compiled denoiser: on a CPU with bfloat16 instructions it gets a VAE in that, channels last.
+
+    On `emoji64` 14 ms per batch of 8 against 48; compiled too, it would gain 5% more. Images differ by 0.25/255 in the
+    mean. Elsewhere it is the model itself.
+    """
+    vae = model.pipeline.vae
+    if model.device.type != "cpu" or vae.dtype != torch.float32 or not has_bfloat16(model.device):
+        return model
+    vae = copy.deepcopy(vae)
+    torch.nn.Module.to(vae, torch.bfloat16)
+    pipeline = copy.copy(model.pipeline)
+    pipeline.vae = vae.to(memory_format=torch.channels_last)
+    return replace(model, pipeline=pipeline)
 
 
 def missing_compiler(device: torch.device) -> str | None:

@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from .adapters import ADAPTER_NAME
 from .captured import CapturedRunner, missing_cuda
-from .compiled import CompiledRunner, missing_compiler
+from .compiled import CompiledRunner, missing_compiler, with_bfloat16_vae
 from .conditions import TextEmbeddings
 from .config import PIXEL_MULTIPLE, GenerateConfig
 from .errors import BoostDiffError, InputError
@@ -123,7 +123,7 @@ def load_sized(files: ModelFiles, config: GenerateConfig, device: torch.device) 
     if asked:
         # Noise, and SDXL's conditions, are of the size in the denoiser's configuration.
         model.denoiser.register_to_config(sample_size=[side // factor for side in size])
-    return model
+    return with_bfloat16_vae(model) if config.runner == "compiled" else model
 
 
 def open_teacher(files: ModelFiles, config: GenerateConfig, device: torch.device) -> Sampling:

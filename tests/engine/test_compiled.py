@@ -1,9 +1,16 @@
 import pytest
 import torch
 from boostdiff.engine import compiled
-from boostdiff.engine.compiled import CompiledRunner, has_bfloat16, missing_compiler, use_plain_attention
+from boostdiff.engine.compiled import (
+    CompiledRunner,
+    has_bfloat16,
+    missing_compiler,
+    use_plain_attention,
+    with_bfloat16_vae,
+)
 from boostdiff.engine.model import Model
 from boostdiff.engine.runners import TorchRunner
+from boostdiff.engine.sampling import decode
 from diffusers.models.attention_processor import AttnProcessor
 from tiny import CPU
 
@@ -55,6 +62,21 @@ def test_in_bfloat16_the_unet_itself_stays(tiny: Model, monkeypatch: pytest.Monk
     assert 0 < (got - expected).norm() < 2e-2 * expected.norm()
     assert tiny.denoiser.dtype == torch.float32
     assert tiny.denoiser.attn_processors == before
+
+
+def test_the_vae_in_bfloat16_is_a_copy(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    latents = torch.randn(2, *tiny.latent_shape, generator=torch.Generator().manual_seed(0))
+    exact = decode(tiny, latents)
+    monkeypatch.setattr(compiled, "has_bfloat16", lambda device: False)
+    assert with_bfloat16_vae(tiny) is tiny
+    monkeypatch.setattr(compiled, "has_bfloat16", lambda device: True)
+    faster = with_bfloat16_vae(tiny)
+    assert faster.pipeline.vae.dtype == torch.bfloat16
+    assert faster.denoiser is tiny.denoiser
+    images = decode(faster, latents)
+    assert 0 < (images - exact).abs().max() < 8 / 255
+    assert tiny.pipeline.vae.dtype == torch.float32
+    torch.testing.assert_close(decode(tiny, latents), exact)
 
 
 def test_plain_attention_is_for_small_latents_alone(tiny: Model) -> None:

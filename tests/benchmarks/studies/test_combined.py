@@ -4,9 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from boostdiff.benchmarks.studies import combined as study
-from boostdiff.benchmarks.studies.combined import combined, timed_engines
+from boostdiff.benchmarks.studies.combined import combined, timed_engines, timed_students
+from boostdiff.engine import compiled
+from boostdiff.engine.errors import InputError
 from boostdiff.engine.manifest import read_manifest
+from boostdiff.engine.model import Model
 
 
 def test_each_engine_is_timed_in_each_of_its_precisions(
@@ -49,3 +53,25 @@ def test_only_a_few_step_student_keeps_to_its_own_sampling(
         scheduler = timed.work.make_scheduler()
     assert (type(scheduler).__name__, scheduler.config.timestep_spacing, timed.work.steps) == sampling
     assert timed.passes == sampling[2]
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_students_are_timed_compiled(
+    students: dict[str, Path], tiny: Model, monkeypatch: pytest.MonkeyPatch, bfloat16: bool
+) -> None:
+    monkeypatch.setattr(compiled, "_compile", lambda denoiser, **options: denoiser)
+    monkeypatch.setattr(compiled, "has_bfloat16", lambda device: bfloat16)
+    base = {"prompts": ["a red cat"], "guidance": 3.0}
+    folders = [students["lora"], students["bitfit"]]
+    timed = list(timed_students(folders, tiny, base, sampler="dpm++", steps=3))
+    precision = "bfloat16" if bfloat16 else "float32"
+    assert [(row.name, row.passes) for row in timed] == [(f"{f.name}, compiled, {precision}", 3) for f in folders]
+    for row in timed:
+        assert row.variant.parts is not None
+        assert row.variant.parts.pipeline.vae.dtype == getattr(torch, precision)
+        assert row.variant.time(row.work)["total"] > 0
+
+
+def test_nothing_to_time_is_refused() -> None:
+    with pytest.raises(InputError, match="pass --engine or --student"):
+        combined(device="cpu")
