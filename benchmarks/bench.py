@@ -24,11 +24,11 @@ from ..engine.runners import EXPORTED, Runner, TorchRunner, available_runners, c
 from ..engine.schedulers import check_steps
 from ..engine.student import read_student
 from .config import BenchConfig, Metrics
-from .fastest import pays_to_compile
 from .quality.alternatives import candidates
 from .quality.quality import Quality, evaluate
 from .quality.samples import SamplingVariant, bounded_memory
 from .session import Session, with_sampling
+from .speed.fastest import pays_to_compile
 from .speed.random_weights import random_model
 from .speed.stock import StockVariant, stock_pipeline
 from .speed.throughput import MODES, Speed, SpeedRatio, TimedVariant, measure

@@ -1,4 +1,4 @@
-"""`boostdiff bench`, and its subcommands `table1`, `sweep` and `compare`."""
+"""`boostdiff bench`, and its subcommands `table1`, `sweep`, `compose` and `compare`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..engine.errors import InputError
 from ..engine.files import check_output
 from ..engine.options import DeviceOption, EngineOption, JsonOption, ModelOption, OutputOption, config_from, options_of
 from ..engine.terminal import console, print_json, progress_bar, quiet_libraries
-from .config import BenchConfig, Metrics, SamplingConfig, SweepConfig, Table1Config
+from .config import BenchConfig, ComposeConfig, Metrics, SamplingConfig, SweepConfig, Table1Config
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode="rich")
 
@@ -175,6 +175,34 @@ _grid_command(
     "table1", Table1Config, "The paper's Table 1: distances of teacher and students, over samplers and steps."
 )
 _grid_command("sweep", SweepConfig, "Distances of teacher and students over guidance scales.")
+
+
+@app.command()
+@options_of(ComposeConfig, Metrics)
+def compose(
+    model: ModelOption = embedded.MODEL_NAME,
+    student: StudentsOption = None,
+    engine: Annotated[
+        list[Path] | None,
+        typer.Option("--engine", help="Engine folder of one of the students; repeat it for more.", show_default="none"),
+    ] = None,
+    output: OutputOption = OUTPUT,
+    prompts: PromptsOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    **options: Any,
+) -> None:
+    """What to take: quality beside time per image, over steps, students, engines and what needs no training."""
+    quiet_libraries()
+    config = config_from(ComposeConfig, options)
+    metrics, engines = config_from(Metrics, options).for_model(model), engine or []
+    from .compose import compose as measure
+    from .report.composed import terminal_composed, write_composed
+
+    more = {"engines": engines, "metrics": metrics, "device": device}
+    result = _measure(measure, config, model=model, students=student, prompts=prompts, output=output, **more)
+    write_composed(result, output)
+    _show(result, terminal_composed, f"Table: [bold]{output / 'compose.html'}[/]", as_json=as_json)
 
 
 @app.command()

@@ -16,7 +16,7 @@ import typer
 
 from ..engine import embedded
 from ..engine.errors import InputError
-from ..engine.options import STEPS, SeedOption, StudentsSamplerOption, StudentsStepsOption, check_options
+from ..engine.options import STEPS, SamplerOption, SeedOption, StudentsSamplerOption, StudentsStepsOption, check_options
 
 if TYPE_CHECKING:
     import torch
@@ -195,6 +195,42 @@ class SweepConfig(SamplingConfig):
 
     def image_steps(self, students: int) -> int:
         return self.samples * len(self.guidance) * (students + 1) * (self.steps or STEPS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComposeConfig(SamplingConfig):
+    """`boostdiff bench compose`: quality beside time, over numbers of steps and runners."""
+
+    steps: Annotated[
+        Sequence[int],
+        typer.Option(
+            parser=comma_separated("--steps", int, "20,10,5", least=1),
+            metavar="N,N,…",
+            help="Sampling steps; all is compared with the guided teacher in the most.",
+        ),
+    ] = (20, 10, 5)
+    sampler: SamplerOption = "ddim"
+    guidance: GuidanceOption = None
+    runs: Annotated[int, typer.Option(min=3, help="Timed batches per row; the intervals reach 95% with 6.")] = 5
+    alternatives: Annotated[
+        bool, typer.Option("--alternatives", help="Also what saves passes without training, in the most steps.")
+    ] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.samples:
+            raise InputError("--samples must be at least 2: this is a table of distances")
+        if min(self.steps, default=0) < 1:
+            raise InputError("--steps must be at least 1")
+        if self.alternatives and max(self.steps) == 1:
+            raise InputError("--alternatives needs --steps of at least 2: with one, no pass can be saved")
+
+    def image_steps(self, students: int) -> int:
+        from .quality.alternatives import candidates
+
+        swept = candidates(steps=max(self.steps), guidance=1.0) if self.alternatives else []
+        steps = (students + 1) * sum(self.steps) + max(self.steps) + sum(one.steps for one in swept)
+        return self.samples * steps
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,14 +25,14 @@ from ..engine.runners import Runner, TorchRunner
 from ..engine.sampling import default_batch_size
 from ..engine.student import Distilled, StudentInfo, read_student
 from ..engine.versions import source_commit, versions
-from .config import BenchConfig, Metrics, SamplingConfig, SweepConfig, Table1Config
-from .fastest import FastestRunners
+from .config import BenchConfig, ComposeConfig, Metrics, SamplingConfig, SweepConfig, Table1Config
 from .quality.alternatives import Alternative
 from .quality.clip_score import ClipScorer
 from .quality.features import EfficientNetLite0Features, InceptionFeatures
 from .quality.reference import reference_of
 from .quality.samples import SampleCache, SamplingVariant, bounded_memory, launched_processes
 from .speed.device import hardware
+from .speed.fastest import FastestRunners
 
 RESEED = 1_000_003
 """Added to the seed for the reseeded teacher: the distance that chance alone makes."""
@@ -92,6 +92,10 @@ def with_sampling(config: Settings, students: Sequence[Path]) -> Settings:
                     f"a few-step student was distilled for {info.steps} steps of {info.sampler}, which no column has: "
                     f"pass --samplers {info.sampler} and --steps with {info.steps}"
                 )
+        return config
+    if isinstance(config, ComposeConfig):
+        if other := next((info for info in few_step if info.sampler != config.sampler), None):
+            raise InputError(f"a few-step student was distilled for {other.sampler}: pass --sampler {other.sampler}")
         return config
     assert isinstance(config, BenchConfig | SweepConfig)
     chosen: tuple[Any, Any] = (config.sampler, config.steps)

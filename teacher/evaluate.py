@@ -12,7 +12,6 @@ import torch
 import typer
 from diffusers import AutoencoderKL
 
-from ..benchmarks.fastest import SAMPLING_BATCH, FastestRunners
 from ..benchmarks.quality.clip_score import ClipScorer
 from ..benchmarks.quality.distances import Distance
 from ..benchmarks.quality.features import DISTANCE_NAME, EfficientNetLite0Features, FeatureNetwork, features_of
@@ -20,6 +19,7 @@ from ..benchmarks.quality.reference import Reference
 from ..benchmarks.quality.samples import SampleCache
 from ..benchmarks.report.tables import Table, formatted
 from ..benchmarks.session import Session, identity_of
+from ..benchmarks.speed.fastest import SAMPLING_BATCH, FastestRunners
 from ..engine.embedded import CAPTION_MODEL, MODEL_NAME, REFERENCE
 from ..engine.errors import InputError
 from ..engine.model import Model, load, locate

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 import typer
 
-from ..benchmarks.fastest import SAMPLING_BATCH, FastestRunners
 from ..benchmarks.quality.features import EfficientNetLite0Features, features_of
 from ..benchmarks.report.tables import Table
+from ..benchmarks.speed.fastest import SAMPLING_BATCH, FastestRunners
 from ..engine.embedded import MODEL_NAME
 from ..engine.errors import InputError
 from ..engine.guidance import Denoiser, GuidedDenoiser

@@ -52,7 +52,7 @@ def speed_plot(speed: Speed) -> plt.Figure:
     axes.set_yticks(range(len(groups)), [f"{runner}, batch {size}" for runner, size in groups])
     axes.invert_yaxis()
     axes.set_xlabel("images per second")
-    return _finished(figure, axes, columns=3)
+    return finished(figure, axes, columns=3)
 
 
 def _half(estimate: Estimate | None) -> float:
@@ -72,7 +72,7 @@ def quality_plot(quality: Quality) -> plt.Figure:
         axes.axvline(quality.real_vs_real_distance, color=_INK, linestyle=":", label="real images")
     axes.set_xlabel(f"{quality.features} to real images (lower is better)")
     axes.margins(x=0.12)
-    return _finished(figure, axes)
+    return finished(figure, axes)
 
 
 def sweep_plot(grid: Grid) -> plt.Figure:
@@ -103,11 +103,12 @@ def sweep_plot(grid: Grid) -> plt.Figure:
                 label=row,
             )
         axes.set(xlabel="guidance scale w", ylabel=heading)
-        _finished(figure, axes)
+        finished(figure, axes)
     return figure
 
 
-def _finished(figure: plt.Figure, axes: plt.Axes, *, columns: int = 2) -> plt.Figure:
+def finished(figure: plt.Figure, axes: plt.Axes, *, columns: int = 2) -> plt.Figure:
+    """The figure without a box, its legend above the plot."""
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         # Above the plot, where no bar reaches.

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from artworks import GROUPS, make_artworks
-from boostdiff.benchmarks.fastest import FastestRunners
 from boostdiff.benchmarks.quality.clip_score import ClipScorer
 from boostdiff.benchmarks.quality.features import EfficientNetLite0Features, features_of
 from boostdiff.benchmarks.quality.reference import Reference
+from boostdiff.benchmarks.speed.fastest import FastestRunners
 from boostdiff.distill.config import DistillConfig
 from boostdiff.distill.distill import distill
 from boostdiff.distill.image_files import open_images

@@ -2,8 +2,8 @@ import copy
 
 import pytest
 import torch
-from boostdiff.benchmarks import fastest
-from boostdiff.benchmarks.fastest import MANY_PASSES, FastestRunners
+from boostdiff.benchmarks.speed import fastest
+from boostdiff.benchmarks.speed.fastest import MANY_PASSES, FastestRunners
 from boostdiff.engine.compiled import CompiledRunner
 from boostdiff.engine.guidance_input import add_guidance_embedding
 from boostdiff.engine.model import Model

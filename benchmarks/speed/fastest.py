@@ -7,16 +7,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..engine.compiled import CompiledRunner, has_bfloat16, missing_compiler
-from ..engine.conditions import is_live
-from ..engine.merge import TIMESTEPS
-from ..engine.model import LARGE_PARAMETERS, Model
-from ..engine.runners import GraphRunner, Runner, TorchRunner
-from ..engine.sessions import OnnxSession
-from ..engine.versions import is_installed
-from ..export.config import ExportConfig
-from ..export.graph import onnx_from_part
-from ..export.parts import denoiser_part
+from ...engine.compiled import CompiledRunner, has_bfloat16, missing_compiler
+from ...engine.conditions import is_live
+from ...engine.merge import TIMESTEPS
+from ...engine.model import LARGE_PARAMETERS, Model
+from ...engine.runners import GraphRunner, Runner, TorchRunner
+from ...engine.sessions import OnnxSession
+from ...engine.versions import is_installed
+from ...export.config import ExportConfig
+from ...export.graph import onnx_from_part
+from ...export.parts import denoiser_part
 
 SAMPLING_BATCH = 8
 """Default number of images denoised together; with guidance the UNet sees twice as many."""

@@ -1,0 +1,387 @@
+"""`bench compose`: what one pass, fewer steps and 8 bits give together, quality beside time per image."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..engine.compiled import CompiledRunner, with_bfloat16_vae
+from ..engine.errors import InputError, one_line
+from ..engine.exported import Engine
+from ..engine.files import hash_of
+from ..engine.manifest import Manifest, read_manifest
+from ..engine.model import Model, ModelFiles
+from ..engine.runners import Runner, TorchRunner, available_runners
+from ..engine.sampling import decode, initial_noise, sample
+from ..engine.schedulers import check_steps
+from .config import ComposeConfig, Metrics
+from .quality.alternatives import candidates
+from .quality.quality import Figures, QualityRow, row_of
+from .quality.samples import SampleCache, SamplingVariant, bounded_memory
+from .session import Session, Student
+from .speed.device import synchronize
+from .speed.stock import StockVariant, stock_pipeline
+from .speed.throughput import Workload, interleaved
+from .stats import Estimate, median_of
+
+SCHEMA_VERSION = 1
+"""Version of `compose.json`."""
+
+TOLERANCES = (0.01, 0.03, 0.10)
+"""Losses of quality that the verdict names the fastest row for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A combination: what draws, and on what.
+
+    Attributes:
+        variant: denoiser, sampler and steps; its name is that of the row.
+        model: text encoder and VAE that it runs with.
+        runner: name of the UNet's runner.
+        precision: of the UNet: "bfloat16", "int8", …
+        identity: what of the runner determines images, as plain JSON values.
+    """
+
+    variant: SamplingVariant
+    model: Model
+    runner: str
+    precision: str
+    identity: dict[str, Any]
+
+    def seconds(self, prompts: Sequence[str], noise: torch.Tensor) -> float:
+        """One batch of images, from prompts to pixels on the host.
+
+        Args:
+            prompts: B of them.
+            noise: `(B, C, H, W)` on the CPU.
+        """
+        model, device = self.model, self.model.device
+        synchronize(device)
+        began = time.perf_counter()
+        text = model.family.encode(model.pipeline, prompts, negative_prompt="").to(device, model.denoiser.dtype)
+        latents = sample(
+            self.variant.open(),
+            text=text,
+            noise=noise.to(device, text.conditional.dtype),
+            scheduler=self.variant.make_scheduler(),
+            steps=self.variant.steps,
+        )
+        decode(model, latents.to(device))
+        synchronize(device)
+        return time.perf_counter() - began
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One combination, measured.
+
+    Attributes:
+        runner: see `Entry`, as for `precision`.
+        seconds_per_image: median over the rounds.
+        speedup: how many times as fast as stock diffusers with guidance in `Composition.steps`.
+        quality: distances, scores and passes; compared with the guided teacher in `Composition.steps`.
+        loss: the larger of the relative losses of distance and caption score against that teacher; below zero where
+            both are better.
+        on_front: whether no row is at least as fast and nearer to real images.
+    """
+
+    runner: str
+    precision: str
+    seconds_per_image: Estimate
+    speedup: Estimate
+    quality: QualityRow
+    loss: float
+    on_front: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composition:
+    """All combinations.
+
+    Attributes:
+        rows: the guided teacher in the most steps first.
+        steps: those, which everything is compared with.
+        stock_seconds: per image, of stock diffusers with guidance in as many steps.
+        images: N, of each row.
+        batch_size: images drawn together.
+        runs: timed batches per row.
+        left_out: reason by row that could not be measured.
+    """
+
+    rows: list[Row]
+    steps: int
+    stock_seconds: Estimate
+    images: int
+    batch_size: int
+    runs: int
+    features: str
+    caption_label: str | None
+    left_out: dict[str, str]
+    provenance: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"schema_version": SCHEMA_VERSION, "verdict": self.verdict()} | asdict(self)
+
+    def fastest_within(self, tolerance: float) -> Row | None:
+        """The fastest row whose loss is at most this; None if there is none."""
+        rows = [row for row in self.rows if row.loss <= tolerance]
+        return max(rows, key=lambda row: row.speedup.value, default=None)
+
+    def verdict(self) -> str:
+        """The fastest row for each of `TOLERANCES`."""
+        teacher = self.rows[0].quality.name
+        figures = f"{self.features}{' and caption score' if self.caption_label else ''}"
+        chosen: dict[str, tuple[Row, list[str]]] = {}
+        for tolerance in TOLERANCES:
+            if row := self.fastest_within(tolerance):
+                chosen.setdefault(row.quality.name, (row, []))[1].append(f"{tolerance:.0%}")
+        found = "; ".join(
+            f"within {' and '.join(tolerances)} it is {name}, {row.speedup.value:.2f}x as fast as stock diffusers with "
+            "guidance"
+            for name, (row, tolerances) in chosen.items()
+        )
+        return f"The fastest of what loses little of {figures} against {teacher}: {found}."
+
+
+def with_front(rows: Sequence[Row]) -> list[Row]:
+    """The rows with `on_front` set."""
+
+    def beaten(row: Row) -> bool:
+        return any(
+            other is not row
+            and other.seconds_per_image.value <= row.seconds_per_image.value
+            and (other.quality.distance or 0.0) < (row.quality.distance or 0.0)
+            for other in rows
+        )
+
+    return [replace(row, on_front=not beaten(row)) for row in rows]
+
+
+def loss_of(row: QualityRow, teacher: QualityRow) -> float:
+    """See `Row.loss`; of distance alone where there is no caption score."""
+    assert row.distance is not None
+    assert teacher.distance is not None
+    losses = [row.distance / teacher.distance - 1]
+    if row.caption_score and teacher.caption_score:
+        losses.append(1 - row.caption_score.value / teacher.caption_score.value)
+    return max(losses)
+
+
+def entries_of(session: Session, config: ComposeConfig) -> Iterator[Entry]:
+    """In torch: the teacher and students in each number of steps, and what needs no training in the most.
+
+    A few-step student is there in its own steps alone, which need not be among those of the others; rows of as many
+    steps take its timesteps.
+    """
+    parts = with_bfloat16_vae(session.model)
+    own = {student.info.steps for student in session.students if student.info.steps} - set(config.steps)
+    for steps in (*sorted(config.steps, reverse=True), *sorted(own, reverse=True)):
+        at = session.at(session.sampler, steps)
+        variants = [at.teacher(at.guidance)] if steps in config.steps else []
+        if steps == max(config.steps):
+            variants.append(at.teacher(1.0))
+            settings = candidates(steps=steps, guidance=at.guidance) if config.alternatives else []
+            variants += map(at.alternative, settings)
+        able = (student for student in at.students if student.info.steps or steps in config.steps)
+        variants += [_student(at, student) for student in able]
+        yield from (in_torch(at, variant, parts) for variant in variants)
+
+
+def _student(session: Session, student: Student) -> SamplingVariant:
+    variant = session.student(student, session.guidance)
+    # Another student of as many steps may stand beside it.
+    return replace(variant, name=f"few-step {variant.name}") if student.info.steps else variant
+
+
+def in_torch(session: Session, variant: SamplingVariant, parts: Model) -> Entry:
+    """A variant on the session's runner; compiled in bfloat16 with such a VAE."""
+    runner: Runner = session.runner(session.model.denoiser)
+    compiled = isinstance(runner, CompiledRunner)
+    return _entry(
+        variant,
+        parts if compiled else session.model,
+        runner.name,
+        str(runner.precision).removeprefix("torch."),
+        {"runner": runner.name, "vae": str((parts if compiled else session.model).pipeline.vae.dtype)},
+    )
+
+
+def _entry(variant: SamplingVariant, model: Model, runner: str, precision: str, identity: dict[str, Any]) -> Entry:
+    # Names of alternatives and of few-step students have their steps.
+    steps = "" if variant.role == "alternative" or " steps" in variant.name else f", {variant.steps} steps"
+    named = replace(variant, name=f"{variant.name}{steps}, {runner} {precision}")
+    return Entry(variant=named, model=model, runner=runner, precision=precision, identity=identity)
+
+
+def exported_entries(
+    session: Session, config: ComposeConfig, manifests: dict[Path, Manifest], opened: ExitStack
+) -> Iterator[Entry]:
+    """Each engine on each runner that this machine has, in each precision that is of use on it."""
+    device = session.model.device
+    for folder, manifest in manifests.items():
+        student = student_of(folder, manifest, session.students)
+        made = {entry["precision"] for path, entry in manifest.artefacts.items() if path.startswith(manifest.denoiser)}
+        runners: list[tuple[str, str | None]] = [("onnx", None), ("tensorrt", None)]
+        if "int8" in made and device.type == "cpu":
+            runners.append(("onnx", "int8"))
+        for name, precision in runners:
+            if available_runners(manifest, device, [name])[name]:
+                continue
+            engine = opened.enter_context(Engine.load(folder, runner=name, device=str(device), precision=precision))
+            runner = engine.model.denoiser
+            label = precision or str(runner.precision).removeprefix("torch.")
+            for steps in [student.info.steps] if student.info.steps else sorted(config.steps, reverse=True):
+                at = session.at(session.sampler, steps)
+                scale = at.guidance if student.info.guidance_range else None
+                variant = replace(_student(at, student), open=partial(engine.denoiser, scale))
+                yield _entry(variant, engine.model, name, label, {"engine": hash_of([name, label, manifest.files])})
+
+
+def student_of(folder: Path, manifest: Manifest, students: Sequence[Student]) -> Student:
+    """The student that an engine was exported from.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    for student in students:
+        try:
+            manifest.check_student(student.info, engine=folder)
+        except InputError as error:
+            refused = error
+        else:
+            return student
+    raise refused
+
+
+def qualities(entries: Sequence[Entry], samples: SampleCache) -> list[QualityRow]:
+    """Each entry's images, compared with those of the first, the guided teacher."""
+    figures = [
+        Figures.of(replace(samples, model=entry.model, identity=samples.identity | entry.identity), entry.variant)
+        for entry in entries
+    ]
+    unguided = next(found for e, found in zip(entries, figures, strict=True) if e.variant.role == "unguided")
+    return [
+        row_of(entry.variant, found, guided=figures[0], unguided=unguided, reference=samples.reference)
+        for entry, found in zip(entries, figures, strict=True)
+    ]
+
+
+def timed(
+    session: Session, entries: Sequence[Entry], config: ComposeConfig, report: Callable[[str], None]
+) -> tuple[list[list[float]], dict[str, str]]:
+    """Seconds per batch of stock diffusers with guidance and of each entry, round by round; and what failed, and why.
+
+    What failed has no times.
+    """
+    model, prompts = session.model, [session.prompts[i % len(session.prompts)] for i in range(session.batch_size)]
+    noise = initial_noise(model.latent_shape, count=len(prompts), seed=0)
+    work = Workload(
+        model=model,
+        prompts=prompts,
+        guidance=session.guidance,
+        make_scheduler=session.make_scheduler,
+        steps=session.steps,
+        guider=session.guider,
+    )
+    stock = StockVariant(mode="teacher", runner=TorchRunner(model.denoiser), pipeline=stock_pipeline(model))
+    draw: list[tuple[str, Callable[[], float]]] = [("stock diffusers", lambda: stock.time(work)["total"])]
+    draw += [(entry.variant.name, partial(entry.seconds, prompts, noise)) for entry in entries]
+    times: list[list[float]] = [[] for _ in draw]
+    left_out: dict[str, str] = {}
+
+    def attempt(index: int) -> float | None:
+        name, call = draw[index]
+        if name in left_out:
+            return None
+        try:
+            return call()
+        except Exception as error:
+            # Out of memory, or a batch beyond an engine's profile: each library raises a type of its own.
+            if index == 0:
+                raise
+            left_out[name] = one_line(error)
+            times[index].clear()
+            return None
+
+    for index, (name, _) in enumerate(draw):
+        report(f"warming up {name}")
+        attempt(index)
+    for number, index in interleaved(len(draw), config.runs):
+        report(f"round {number + 1} of {config.runs}, {draw[index][0]}")
+        if seconds := attempt(index):
+            times[index].append(seconds)
+    return times, left_out
+
+
+def compose(
+    files: ModelFiles,
+    config: ComposeConfig,
+    *,
+    students: list[Path],
+    engines: Sequence[Path] = (),
+    prompts: list[str],
+    metrics: Metrics,
+    cache: Path | None = None,
+    device: str = "auto",
+    report: Callable[[str], None] = lambda message: None,
+    on_images: Callable[[str, int], None] = lambda name, count: None,
+) -> Composition:
+    """Measure quality and time of all combinations, with arguments as `bench.bench` has them.
+
+    Every row is sampled with the runner that it is timed on. Times are from prompts to pixels, all rows and stock
+    diffusers interleaved.
+
+    Raises:
+        InputError: there is no reference; or a student, an engine or the prompts can't be used.
+    """
+    if metrics.reference is None:
+        raise InputError("quality is a distance to real images here: pass --reference DIR")
+    manifests = {folder: read_manifest(folder) for folder in engines}
+    check_steps(files.scheduler_config, [config.sampler], config.steps)
+    opened = Session.open(
+        files, config, students=students, guidance=config.guidance, prompts=prompts, device=device, guided=True
+    )
+    with opened as session, ExitStack() as exported:
+        session = replace(session, sampler=config.sampler, steps=max(config.steps))
+        samples = session.sample_cache(metrics, folder=cache, on_images=on_images)
+        entries = [*entries_of(session, config), *exported_entries(session, config, manifests, exported)]
+        report(f"sampling {config.samples} images per row")
+        with bounded_memory(session.batch_size):
+            measured = qualities(entries, samples)
+        times, left_out = timed(session, entries, config, report)
+        stock, *others = times
+        teacher, rows = measured[0], []
+        for entry, quality, seconds in zip(entries, measured, others, strict=True):
+            if seconds:
+                ratios = [one / other for one, other in zip(stock, seconds, strict=True)]
+                rows.append(
+                    Row(
+                        runner=entry.runner,
+                        precision=entry.precision,
+                        seconds_per_image=median_of([each / session.batch_size for each in seconds]),
+                        speedup=median_of(ratios),
+                        quality=quality,
+                        loss=loss_of(quality, teacher),
+                    )
+                )
+        return Composition(
+            rows=with_front(rows),
+            steps=max(config.steps),
+            stock_seconds=median_of([each / session.batch_size for each in stock]),
+            images=config.samples,
+            batch_size=session.batch_size,
+            runs=config.runs,
+            features=samples.network.distance_name,
+            caption_label=samples.clip.label if samples.clip else None,
+            left_out=left_out,
+            provenance=session.provenance(samples),
+        )

@@ -1,0 +1,122 @@
+"""Show what `bench compose` measured: in the terminal, as Markdown, JSON and a page with the Pareto front."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from ...engine.files import write_json
+from ..compose import Composition, Row
+from ..stats import CONFIDENCE, GROUPS
+from .page import html_plot, html_table, page
+from .plots import COLORS, finished
+from .report import replaced_files, terminal_table
+from .tables import Table, formatted
+
+TITLE = "What to take: quality and time"
+COLOR_OF_ROLE = COLORS | {"alternative": "#c98a2b"}
+FILES = tuple(f"compose.{suffix}" for suffix in ("md", "html", "json"))
+
+
+def composed_table(result: Composition) -> Table:
+    """All rows, the fastest first; a star where none is at least as fast and nearer to real images."""
+    label, rows = result.caption_label, []
+    for row in sorted(result.rows, key=lambda row: row.seconds_per_image.value):
+        quality = row.quality
+        captions = {
+            f"{label}": formatted(quality.caption_score),
+            f"Δ {label}": formatted(quality.caption_delta_to_guided, "+.1f"),
+        }
+        rows.append(
+            {
+                "sampling": f"{quality.name}{' *' if row.on_front else ''}",
+                "passes per image": f"{quality.cost}",
+                "ms per image": formatted(1e3 * row.seconds_per_image.value),
+                "times as fast as stock": formatted(row.speedup, ".2fx"),
+                f"{result.features} [95%]": formatted(quality.distance_interval or quality.distance),
+                "ΔFD to the teacher": formatted(quality.delta_to_guided, "+.1f"),
+                **(captions if label else {}),
+                "distance to the teacher's image": f"{quality.distance_to_teacher_image:.3f}",
+            }
+        )
+    return Table.of(rows, main=(0, 3, 5, *((7,) if label else ())), narrow=(0, 3, 5))
+
+
+def note(result: Composition) -> str:
+    """How it was measured."""
+    coverage = min([CONFIDENCE, *(row.speedup.coverage for row in result.rows)])
+    return (
+        f"Model {result.provenance['model']}; batches of {result.batch_size}, from prompts to pixels, medians of "
+        f"{result.runs} rounds' ratios, all rows interleaved; their intervals have a coverage of {coverage:.0%}. Stock "
+        f"diffusers: its pipeline call, eager, with guidance in {result.steps} steps, "
+        f"{1e3 * result.stock_seconds.value:.1f} ms per image. Quality: N = {result.images} images per row by the same "
+        f"runner, same prompts, seeds and noise; 95% by a jackknife over {GROUPS} groups of prompts; teacher: "
+        f"{result.rows[0].quality.name}. *: no row is at least as fast and nearer to real images (Pareto front)."
+    )
+
+
+def markdown(result: Composition) -> str:
+    """A title, the verdict, the table, and how it was measured."""
+    left_out = [f"- {name} was left out: {reason}" for name, reason in result.left_out.items()]
+    parts = [f"# {TITLE}", result.verdict(), composed_table(result).markdown(), *left_out, note(result)]
+    return "\n\n".join(parts) + "\n"
+
+
+def terminal_composed(result: Composition) -> RenderableType:
+    """For rich."""
+    left_out = [Text(f"{name} was left out: {reason}", style="dim") for name, reason in result.left_out.items()]
+    table = terminal_table(TITLE, composed_table(result))
+    return Group(table, Text(note(result), style="dim"), *left_out, Text(f"\n{result.verdict()}", style="bold"))
+
+
+def front_plot(result: Composition) -> plt.Figure:
+    """Distance, and caption score beside it, over the time per image; a line along the Pareto front of distance."""
+    panels = [(f"{result.features} (lower is better)", lambda row: row.quality.distance)]
+    if result.caption_label:
+        panels.append((result.caption_label, lambda row: row.quality.caption_score and row.quality.caption_score.value))
+    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.4), layout="constrained", squeeze=False)
+    front = sorted((row for row in result.rows if row.on_front), key=_milliseconds)
+    for place, (heading, figure_of) in zip(axes[0], panels, strict=True):
+        for role in dict.fromkeys(row.quality.role for row in result.rows):
+            rows = [row for row in result.rows if row.quality.role == role]
+            place.scatter(
+                [*map(_milliseconds, rows)],
+                [*map(figure_of, rows)],
+                color=COLOR_OF_ROLE[role],
+                label={"unguided": "teacher, no guidance", "alternative": "without training"}.get(role, role),
+                zorder=3,
+            )
+        place.plot([*map(_milliseconds, front)], [*map(figure_of, front)], color=COLORS["student"], linewidth=1)
+        for row in front:
+            place.annotate(
+                row.quality.name, (_milliseconds(row), figure_of(row)), (4, 4), textcoords="offset points", fontsize=7
+            )
+        place.set(xscale="log", xlabel="ms per image", ylabel=heading)
+        place.margins(x=0.25)
+        finished(figure, place, columns=4)
+    return figure
+
+
+def _milliseconds(row: Row) -> float:
+    return 1e3 * row.seconds_per_image.value
+
+
+def write_composed(result: Composition, output: Path) -> None:
+    """Write `FILES`; all else in the folder stays."""
+    with replaced_files(output, FILES) as folder:
+        (folder / FILES[0]).write_text(markdown(result), encoding="utf-8")
+        alt = f"{result.features} and caption score over the time per image, with the Pareto front"
+        left_out = [f'<p class="note">{html.escape(f"{n} was left out: {r}")}</p>' for n, r in result.left_out.items()]
+        parts = [
+            f'<p class="verdict">{html.escape(result.verdict())}</p>',
+            html_plot(front_plot(result), alt),
+            html_table(composed_table(result)),
+            *left_out,
+            f'<p class="note">{html.escape(note(result))}</p>',
+        ]
+        (folder / FILES[1]).write_text(page(TITLE, parts, result.provenance), encoding="utf-8")
+        write_json(folder / FILES[2], result.as_json())

@@ -1,0 +1,177 @@
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from boostdiff.benchmarks.compose import Composition, Row, compose, loss_of, with_front
+from boostdiff.benchmarks.config import ComposeConfig, Metrics
+from boostdiff.benchmarks.quality.features import EfficientNetLite0Features, features_of
+from boostdiff.benchmarks.quality.quality import QualityRow
+from boostdiff.benchmarks.quality.reference import Reference
+from boostdiff.benchmarks.report.composed import composed_table, markdown, write_composed
+from boostdiff.benchmarks.stats import Estimate
+from boostdiff.engine.errors import InputError
+from boostdiff.engine.model import locate
+from boostdiff.engine.student import INFO_FILE, read_student
+from tiny import PROMPTS
+
+
+def few_step(student: Path, folder: Path, *, sampler: str = "ddim") -> Path:
+    """The student, said to be one of 2 steps."""
+    shutil.copytree(student, folder)
+    (folder / INFO_FILE).unlink()
+    replace(read_student(student), sampler=sampler, steps=2, timestep_spacing="trailing").write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (30, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    features = features_of(EfficientNetLite0Features(), images)
+    path = tmp_path_factory.mktemp("reference") / "r.safetensors"
+    Reference.of(features[:20], features[20:]).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def result(
+    tiny_folder: Path,
+    students: dict[str, Path],
+    engines: dict[str, Path],
+    reference: Path,
+    clip_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Composition:
+    few = few_step(students["lora"], tmp_path_factory.mktemp("few") / "student")
+    return compose(
+        locate(str(tiny_folder)),
+        ComposeConfig(steps=(2, 4, 3), samples=8, runs=3, alternatives=True),
+        students=[students["lora"], few],
+        engines=[engines["lora"]],
+        prompts=PROMPTS * 4,
+        metrics=Metrics(reference=reference, clip=str(clip_folder)),
+        device="cpu",
+    )
+
+
+def test_every_combination_is_a_row(result: Composition) -> None:
+    rows = {row.quality.name: row for row in result.rows if row.quality.role != "alternative"}
+    (plain,) = {name.split(",")[0] for name in rows if name.startswith("student")}
+    assert set(rows) == {
+        *(f"teacher w=3, {steps} steps, torch float32" for steps in (4, 3, 2)),
+        "teacher w=1, 4 steps, torch float32",
+        *(f"{plain}, {steps} steps, {runner} float32" for steps in (4, 3, 2) for runner in ("torch", "onnx")),
+        "few-step student lora, 2 steps, torch float32",
+    }
+    assert result.rows[0].quality.name == "teacher w=3, 4 steps, torch float32"
+    assert any(row.quality.role == "alternative" for row in result.rows)
+    assert not result.left_out
+    for row in result.rows:
+        passes = 2 if row.quality.name.startswith("teacher w=3") else 1
+        if row.quality.role != "alternative":
+            assert row.quality.cost == passes * row.quality.steps
+        assert row.seconds_per_image.value > 0
+        assert row.speedup.low <= row.speedup.value <= row.speedup.high
+    # A graph's images are those of torch but for rounding.
+    onnx, eager = (rows[f"{plain}, 4 steps, {runner} float32"].quality for runner in ("onnx", "torch"))
+    assert onnx.distance == pytest.approx(eager.distance, rel=1e-2)
+
+
+def test_it_is_written_as_page_markdown_and_json(result: Composition, tmp_path: Path) -> None:
+    write_composed(result, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"compose.md", "compose.html", "compose.json"}
+    written = json.loads((tmp_path / "compose.json").read_text(encoding="utf-8"))
+    assert written["verdict"] == result.verdict()
+    assert len(written["rows"]) == len(result.rows)
+    page = (tmp_path / "compose.html").read_text(encoding="utf-8")
+    assert "image/svg+xml" in page
+    assert result.verdict() in (text := markdown(result))
+    assert all(row.quality.name in text for row in result.rows)
+    times = [float(row[2]) for row in composed_table(result).cells]
+    assert times == sorted(times)
+
+
+def estimate(value: float) -> Estimate:
+    return Estimate(value=value, low=value, high=value, coverage=0.95)
+
+
+def row(name: str, *, seconds: float, distance: float, caption: float, teacher: QualityRow | None = None) -> Row:
+    quality = QualityRow(
+        name=name,
+        role="student" if teacher else "teacher",
+        method=None,
+        steps=4,
+        cost=4,
+        distance=distance,
+        distance_to_teacher_image=0.0,
+        caption_score=estimate(caption),
+        colors={},
+    )
+    return Row(
+        runner="torch",
+        precision="float32",
+        seconds_per_image=estimate(seconds),
+        speedup=estimate(8 / seconds),
+        quality=quality,
+        loss=loss_of(quality, teacher or quality),
+    )
+
+
+def test_the_verdict_takes_the_worse_of_distance_and_caption_score(result: Composition) -> None:
+    teacher = row("two passes", seconds=4.0, distance=100.0, caption=60.0)
+    others = [
+        ("one pass", 2.0, 99.0, 59.0),
+        ("few steps", 1.0, 102.0, 54.5),
+        ("slow", 3.0, 100.5, 60.0),
+        ("blurred", 0.5, 140.0, 60.0),
+    ]
+    rows = [row(n, seconds=s, distance=d, caption=c, teacher=teacher.quality) for n, s, d, c in others]
+    measured = replace(result, rows=with_front([teacher, *rows]), features="FD", caption_label="caption score")
+    assert [r.loss for r in rows] == pytest.approx([1 / 60, 5.5 / 60, 0.005, 0.4])
+    assert measured.verdict() == (
+        "The fastest of what loses little of FD and caption score against two passes: within 1% it is slow, 2.67x as "
+        "fast as stock diffusers with guidance; within 3% it is one pass, 4.00x as fast as stock diffusers with "
+        "guidance; within 10% it is few steps, 8.00x as fast as stock diffusers with guidance."
+    )
+    assert [r.quality.name for r in measured.rows if r.on_front] == ["one pass", "few steps", "blurred"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"steps": ()}, "--steps must be at least 1"),
+        ({"samples": 0}, "--samples must be at least 2"),
+        ({"steps": (1,), "alternatives": True}, "--alternatives needs --steps of at least 2"),
+        ({"sampler": "magic"}, "unknown sampler 'magic'"),
+    ],
+)
+def test_what_can_not_be_composed_is_refused(options: dict[str, object], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        ComposeConfig(**options)  # type: ignore[arg-type]
+
+
+def test_what_does_not_belong_together_is_refused(
+    tiny_folder: Path, students: dict[str, Path], engines: dict[str, Path], reference: Path, tmp_path: Path
+) -> None:
+    def tried(student: Path, engine: Path, metrics: Metrics, sampler: str = "ddim") -> None:
+        config = ComposeConfig(steps=(2,), samples=4, runs=3, sampler=sampler)  # type: ignore[arg-type]
+        compose(
+            locate(str(tiny_folder)),
+            config,
+            students=[student],
+            engines=[engine],
+            prompts=PROMPTS * 4,
+            metrics=metrics,
+            device="cpu",
+        )
+
+    with pytest.raises(InputError, match="exported from another student"):
+        tried(students["lora"], engines["bitfit"], Metrics(reference=reference))
+    with pytest.raises(InputError, match="pass --reference DIR"):
+        tried(students["lora"], engines["lora"], Metrics())
+    few = few_step(students["lora"], tmp_path / "few")
+    with pytest.raises(InputError, match=r"distilled for ddim: pass --sampler ddim"):
+        tried(few, engines["lora"], Metrics(reference=reference), sampler="dpm++")
