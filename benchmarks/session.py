@@ -184,7 +184,15 @@ class Session:
             for info in infos
         ]
         passes, compiles = config.image_steps(len(students)), getattr(config, "compile", None) is not False
-        with FastestRunners(model, passes=passes, compiles=compiles, batch_size=batch_size) as runners:
+        opened = FastestRunners(
+            model,
+            passes=passes,
+            compiles=compiles,
+            # Where runners are timed, too.
+            freezing=isinstance(config, ComposeConfig),
+            batch_size=batch_size,
+        )
+        with opened as runners:
             yield cls(
                 model=model,
                 runner=runners,

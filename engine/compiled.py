@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
+import torch._inductor.config as inductor_config
 from diffusers.models.attention_processor import AttnProcessor
 
 from .model import Model, set_attention
@@ -86,24 +87,28 @@ def _without_remarks() -> Iterator[None]:
 
 
 class CompiledRunner(TorchRunner):
-    """The denoiser through `torch.compile`, compiled for each batch size; weights are not part of the code.
+    """The denoiser through `torch.compile`, compiled for each batch size.
 
     On CUDA in mode max-autotune, with CUDA graphs, channels last. On a CPU that has bfloat16 instructions, a copy of
-    the denoiser in bfloat16, channels last; inputs and predictions keep their dtype.
+    the denoiser in bfloat16, channels last; inputs and predictions keep their dtype. There weights are part of the code
+    (Inductor's `freezing`): a pass of 8 images of `emoji64` takes 22.7 ms in place of 27.3.
     """
 
     name = "compiled"
 
-    def __init__(self, denoiser: Any, *, batches: Sequence[int] = (), backend: str = "inductor") -> None:
+    def __init__(
+        self, denoiser: Any, *, batches: Sequence[int] = (), backend: str = "inductor", freezing: bool = True
+    ) -> None:
         """Wrap; the first call with each batch size compiles, which takes from half a minute to many.
 
         Args:
             denoiser: on CUDA its weights are put into channels-last order, in place; elsewhere it stays as it is.
             batches: sizes to compile for: others are filled up to the next of these, and compiled for beyond them.
             backend: of `torch.compile`.
+            freezing: whether code on a CPU holds the weights; without, all denoisers of one architecture share it.
         """
         super().__init__(denoiser)
-        self.batches = sorted(batches)
+        self.batches, self.freezing = sorted(batches), freezing
         self._graphs = self.device.type == "cuda" and backend == "inductor"
         self.precision = self.dtype
         if self.device.type == "cpu" and self.dtype == torch.float32 and has_bfloat16(self.device):
@@ -129,7 +134,7 @@ class CompiledRunner(TorchRunner):
                 for name, tensor in inputs.items()
             }
         if not self._graphs:
-            with torch.no_grad(), _without_remarks():
+            with torch.no_grad(), _without_remarks(), inductor_config.patch(freezing=self.freezing):
                 return super().predict(inputs)[:batch].to(self.dtype)
         torch.compiler.cudagraph_mark_step_begin()
         with torch.inference_mode(False), torch.no_grad(), _without_remarks():

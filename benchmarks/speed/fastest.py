@@ -40,12 +40,21 @@ class FastestRunners(ExitStack):
     of batch 8 on two cores took torch 53 ms, ONNX Runtime 31 and compiled torch 18.
     """
 
-    def __init__(self, model: Model, *, passes: int, compiles: bool = True, batch_size: int = SAMPLING_BATCH) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        passes: int,
+        compiles: bool = True,
+        freezing: bool = False,
+        batch_size: int = SAMPLING_BATCH,
+    ) -> None:
         """For the UNets of one model, `passes` single-image UNet passes and batches of `batch_size` images.
 
-        With `compiles` false torch does not compile.
+        With `compiles` false torch does not compile; with `freezing` it compiles for each UNet, see `CompiledRunner`.
         """
         super().__init__()
+        self.freezing = freezing
         self.model = model
         self.batch_size = batch_size
         self.opened: dict[int, tuple[Any, Runner]] = {}
@@ -68,7 +77,7 @@ class FastestRunners(ExitStack):
         if self.name == "torch":
             return TorchRunner(denoiser)
         if self.name == "compiled":
-            return CompiledRunner(denoiser, batches=(self.batch_size, 2 * self.batch_size))
+            return CompiledRunner(denoiser, batches=(self.batch_size, 2 * self.batch_size), freezing=self.freezing)
         folder = self.enter_context(tempfile.TemporaryDirectory())
         path = Path(folder) / "model.onnx"
         encoded = self.model.family.encode(self.model.pipeline, [""])
