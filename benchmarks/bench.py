@@ -21,7 +21,7 @@ from ..engine.memory import give_back_memory
 from ..engine.model import Model, ModelFiles, resolve_device
 from ..engine.options import STEPS
 from ..engine.runners import EXPORTED, Runner, TorchRunner, available_runners, chosen_graph
-from ..engine.schedulers import check_steps
+from ..engine.schedulers import check_spacing, check_steps
 from ..engine.student import read_student
 from .config import BenchConfig, Metrics
 from .quality.alternatives import candidates
@@ -155,7 +155,7 @@ def bench(
     config = with_sampling(config, students)
     sampler, steps = str(config.sampler), config.steps or STEPS
     info = read_student(students[0])
-    check_steps(files.scheduler_config, [sampler], [steps], spacing=info.timestep_spacing)
+    check_steps(files.scheduler_config, [sampler], [steps], spacing=info.timestep_spacing or config.timestep_spacing)
     manifest = read_manifest(engine)
     manifest.check_student(info, engine=engine)
     if config.precision:
@@ -222,7 +222,8 @@ def bench_random(
     """Measure the speed of a model from what `locate_configs` finds, with random weights, in torch."""
     config = with_sampling(config, [])
     sampler, steps = str(config.sampler), config.steps or STEPS
-    check_steps(files.scheduler_config, [sampler], [steps])
+    check_spacing(files.scheduler_config, config.timestep_spacing)
+    check_steps(files.scheduler_config, [sampler], [steps], spacing=config.timestep_spacing)
     report("initializing random weights")
     model = random_model(files, device=resolve_device(device), seed=config.seed)
     session = Session(

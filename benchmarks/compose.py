@@ -346,7 +346,7 @@ def compose(
     if metrics.reference is None:
         raise InputError("quality is a distance to real images here: pass --reference DIR")
     manifests = {folder: read_manifest(folder) for folder in engines}
-    check_steps(files.scheduler_config, [config.sampler], config.steps)
+    check_steps(files.scheduler_config, [config.sampler], config.steps, spacing=config.timestep_spacing)
     opened = Session.open(
         files, config, students=students, guidance=config.guidance, prompts=prompts, device=device, guided=True
     )

@@ -16,7 +16,15 @@ import typer
 
 from ..engine import embedded
 from ..engine.errors import InputError
-from ..engine.options import STEPS, SamplerOption, SeedOption, StudentsSamplerOption, StudentsStepsOption, check_options
+from ..engine.options import (
+    STEPS,
+    SamplerOption,
+    SeedOption,
+    SpacingOption,
+    StudentsSamplerOption,
+    StudentsStepsOption,
+    check_options,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +70,7 @@ class SamplingConfig(ABC):
 
     samples: Annotated[int, typer.Option(help="Images per row, for quality (N).")] = 200
     seed: SeedOption = 0
+    timestep_spacing: SpacingOption = None
     sampling_batch_size: Annotated[
         int | None,
         typer.Option(

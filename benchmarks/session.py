@@ -23,6 +23,7 @@ from ..engine.options import SAMPLER, STEPS
 from ..engine.prompts import cut_note
 from ..engine.runners import Runner, TorchRunner
 from ..engine.sampling import default_batch_size
+from ..engine.schedulers import check_spacing
 from ..engine.student import Distilled, StudentInfo, read_student
 from ..engine.versions import source_commit, versions
 from .config import BenchConfig, ComposeConfig, Metrics, SamplingConfig, SweepConfig, Table1Config
@@ -84,6 +85,8 @@ def with_sampling(config: Settings, students: Sequence[Path]) -> Settings:
     """
     infos = [read_student(folder) for folder in students]
     few_step = [info for info in infos if info.steps is not None]
+    for info in few_step:
+        info.choose_spacing(config.timestep_spacing)
     if isinstance(config, Table1Config):
         columns = {(sampler, steps) for sampler in config.samplers for steps in config.steps}
         for info in few_step:
@@ -168,6 +171,7 @@ class Session:
         prompts (at least `config.samples`) or the device can't be used.
         """
         config = with_sampling(config, students)
+        check_spacing(files.scheduler_config, config.timestep_spacing)
         infos, scale = read_students(students, files, guidance)
         if guided and not scale > 1:
             raise InputError(f"--guidance {scale:g} is no guidance, there is nothing to compare: it must be above 1")
@@ -221,7 +225,8 @@ class Session:
     @property
     def spacing(self) -> str | None:
         """Timestep spacing of few-step students, and so of all rows beside them; None is the model's own."""
-        return next((each.info.timestep_spacing for each in self.students if each.info.steps is not None), None)
+        own = next((each.info.timestep_spacing for each in self.students if each.info.steps is not None), None)
+        return own or self.config.timestep_spacing
 
     @property
     def guider(self) -> Guider:

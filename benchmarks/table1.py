@@ -201,10 +201,11 @@ def measure_grid(
         raise InputError("--samples must be at least 2: this is a table of distances")
     scale, guided = (config.guidance, True) if isinstance(config, Table1Config) else (None, False)
     if isinstance(config, Table1Config):
-        check_steps(files.scheduler_config, config.samplers, config.steps)
+        check_steps(files.scheduler_config, config.samplers, config.steps, spacing=config.timestep_spacing)
     else:
         config = with_sampling(config, students)
-        check_steps(files.scheduler_config, [str(config.sampler)], [config.steps or STEPS])
+        steps = [config.steps or STEPS]
+        check_steps(files.scheduler_config, [str(config.sampler)], steps, spacing=config.timestep_spacing)
     opened = Session.open(
         files, config, students=students, guidance=scale, prompts=prompts, device=device, guided=guided
     )
@@ -220,7 +221,9 @@ def measure_grid(
         if samples is None:
             return None
         with bounded_memory(session.batch_size):
-            cells = measured_cells(samples, places, paper=papers_figures(files, session.students))
+            # The paper's are of the model's own timesteps.
+            paper = {} if config.timestep_spacing else papers_figures(files, session.students)
+            cells = measured_cells(samples, places, paper=paper)
         return Grid(
             name=name,
             title=title,

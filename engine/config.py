@@ -13,7 +13,15 @@ import typer
 
 from .errors import InputError
 from .guiders import GuiderOptions
-from .options import STEPS, SeedOption, StudentsSamplerOption, StudentsStepsOption, check_text, refuse_unused
+from .options import (
+    STEPS,
+    SeedOption,
+    SpacingOption,
+    StudentsSamplerOption,
+    StudentsStepsOption,
+    check_text,
+    refuse_unused,
+)
 
 EXPORTED = ("onnx", "tensorrt")
 """Runners that execute an exported engine."""
@@ -87,6 +95,7 @@ class GenerateConfig(GuiderOptions):
     ] = None
     sampler: StudentsSamplerOption = None
     steps: StudentsStepsOption = None
+    timestep_spacing: SpacingOption = None
     batch_size: Annotated[
         int | None,
         typer.Option(min=1, show_default="8, fewer above 512 pixels", help="Images denoised together."),

@@ -34,7 +34,7 @@ from .model import Model, ModelFiles, resolve_device
 from .prompts import cut_note
 from .runners import EXPORTED, GraphRunner, available_runners, open_session
 from .sampling import batches, decode, default_batch_size, initial_noise, sampling, to_pil, verify_finite
-from .schedulers import check_schedule, check_steps, completed
+from .schedulers import check_schedule, check_spacing, check_steps, completed
 from .sessions import Session
 
 
@@ -192,12 +192,16 @@ class Engine(AbstractContextManager["Engine"]):
         text = model.family.encode(model.pipeline, prompts, negative_prompt=negatives or None)
         return text.to(model.denoiser.dtype)
 
-    def _sampling(self, sampler: str | None, steps: int | None) -> tuple[str, int]:
-        """The sampler and the number of steps; an InputError where the student takes others."""
+    def _sampling(
+        self, sampler: str | None, steps: int | None, spacing: str | None
+    ) -> tuple[Callable[[Model], SchedulerMixin], int]:
+        """What gives a model's scheduler, and the number of steps; an InputError where the student takes others."""
         distilled, schedule = self.manifest.distilled, self.model.pipeline.scheduler.config
-        sampler, steps = distilled.choose_sampling(sampler, steps)
-        check_steps(schedule, [sampler], [steps], spacing=distilled.timestep_spacing)
-        return sampler, steps
+        name, steps = distilled.choose_sampling(sampler, steps)
+        check_spacing(schedule, spacing)
+        spacing = distilled.choose_spacing(spacing)
+        check_steps(schedule, [name], [steps], spacing=spacing)
+        return lambda model: model.make_scheduler(name, spacing=spacing), steps
 
     def __call__(
         self,
@@ -207,6 +211,7 @@ class Engine(AbstractContextManager["Engine"]):
         steps: int | None = None,
         seed: int = 0,
         sampler: str | None = None,
+        timestep_spacing: str | None = None,
         guidance: float | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -219,13 +224,13 @@ class Engine(AbstractContextManager["Engine"]):
         """
         if batch_size is not None and batch_size < 1:
             raise InputError(f"the batch size {batch_size} can't be used: it must be at least 1")
-        sampler, steps = self._sampling(sampler, steps)
+        make_scheduler, steps = self._sampling(sampler, steps, timestep_spacing)
         model = self.sized(height, width)
         drawn = batches(
             model,
             self.denoiser(guidance),
             text=self.encode(prompts, negative_prompt=negative_prompt, model=model),
-            make_scheduler=partial(model.make_scheduler, sampler, spacing=self.manifest.distilled.timestep_spacing),
+            make_scheduler=partial(make_scheduler, model),
             steps=steps,
             seed=seed,
             batch_size=batch_size or default_batch_size(model),
@@ -240,6 +245,7 @@ class Engine(AbstractContextManager["Engine"]):
         steps: int | None = None,
         seed: int = 0,
         sampler: str | None = None,
+        timestep_spacing: str | None = None,
         guidance: float | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -252,6 +258,7 @@ class Engine(AbstractContextManager["Engine"]):
             steps: sampling steps; None takes a few-step student's own, else 20.
             seed: see `prompts`.
             sampler: a name in `schedulers.SAMPLERS`; None takes a few-step student's own, else "ddim".
+            timestep_spacing: "leading" or "trailing"; None takes a few-step student's own, else the model's.
             guidance: scale for a guidance-conditioned student; None takes its default.
             height: height of the images in pixels, within what the engine was exported for; None takes the engine's.
             width: likewise.
@@ -259,7 +266,7 @@ class Engine(AbstractContextManager["Engine"]):
         Raises:
             InputError: a prompt is empty, the sampler is unknown, or the student or the engine is not made for this.
         """
-        sampler, steps = self._sampling(sampler, steps)
+        make_scheduler, steps = self._sampling(sampler, steps, timestep_spacing)
         model = self.sized(height, width)
         text = self.encode(prompts, negative_prompt=negative_prompt, model=model)
         noise = initial_noise(model.latent_shape, count=len(text), seed=seed)
@@ -267,7 +274,7 @@ class Engine(AbstractContextManager["Engine"]):
             self.denoiser(guidance),
             text=text,
             noise=noise.to(model.device, text.conditional.dtype),
-            scheduler=model.make_scheduler(sampler, spacing=self.manifest.distilled.timestep_spacing),
+            scheduler=make_scheduler(model),
             steps=steps,
         )
         finite = []

@@ -35,7 +35,7 @@ from .options import SAMPLER, STEPS
 from .prompts import cut_note
 from .runners import Runner, TorchRunner
 from .sampling import batches, default_batch_size, to_pil
-from .schedulers import check_steps
+from .schedulers import check_spacing, check_steps
 from .student import apply_student, read_student
 
 IN_TORCH: dict[str, Callable[[Any], Runner]] = {
@@ -56,7 +56,6 @@ class Sampling:
     model: Model
     denoiser: Denoiser
     negative_prompt: str | None
-    spacing: str | None = None
 
     def encode(self, prompts: Sequence[str]) -> TextEmbeddings:
         """The text embeddings of B prompts, in the denoiser's dtype."""
@@ -65,7 +64,7 @@ class Sampling:
 
 
 def resolve(files: ModelFiles | None, config: GenerateConfig) -> GenerateConfig:
-    """With sampler and steps filled in: a few-step student's own, or the defaults.
+    """With sampler, steps and timestep spacing filled in: a few-step student's own, or the defaults.
 
     Raises:
         InputError: student or engine can't be read, or can't take them; or the model's schedule has too few timesteps.
@@ -80,11 +79,13 @@ def resolve(files: ModelFiles | None, config: GenerateConfig) -> GenerateConfig:
         schedule = files.scheduler_config
         if not config.teacher:
             distilled = read_student(config.student or Path("outputs/student"), files)
-    spacing = distilled.timestep_spacing if distilled else None
+    asked = config.timestep_spacing
+    spacing: Any = distilled.choose_spacing(asked) if distilled else asked
+    check_spacing(schedule, asked)
     chosen: tuple[Any, int] = (config.sampler or SAMPLER, config.steps or STEPS)
     sampler, steps = distilled.choose_sampling(config.sampler, config.steps) if distilled else chosen
     check_steps(schedule, [sampler], [steps], spacing=spacing)
-    return replace(config, sampler=sampler, steps=steps)
+    return replace(config, sampler=sampler, steps=steps, timestep_spacing=spacing)
 
 
 @contextmanager
@@ -102,7 +103,6 @@ def open_engine(config: GenerateConfig, device: str) -> Iterator[Sampling]:
             model=model,
             denoiser=engine.denoiser(config.guidance),
             negative_prompt=negative_prompt,
-            spacing=manifest.distilled.timestep_spacing,
         )
 
 
@@ -155,7 +155,7 @@ def open_student(files: ModelFiles, config: GenerateConfig, device: torch.device
     if config.lora_scale is not None:
         model.denoiser.set_adapters(ADAPTER_NAME, config.lora_scale)
     denoiser = info.denoiser(IN_TORCH[config.runner](model.denoiser), config.guidance)
-    return Sampling(model=model, denoiser=denoiser, negative_prompt=negative_prompt, spacing=info.timestep_spacing)
+    return Sampling(model=model, denoiser=denoiser, negative_prompt=negative_prompt)
 
 
 @contextmanager
@@ -196,7 +196,7 @@ def images_of(
             sampling.model,
             sampling.denoiser,
             text=sampling.encode(prompts[first : first + part]),
-            make_scheduler=partial(sampling.model.make_scheduler, config.sampler, spacing=sampling.spacing),
+            make_scheduler=partial(sampling.model.make_scheduler, config.sampler, spacing=config.timestep_spacing),
             steps=config.steps,
             seed=config.seed + start + first,
             batch_size=batch_size,

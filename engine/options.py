@@ -38,6 +38,14 @@ StudentsStepsOption = Annotated[
     int | None,
     typer.Option("--steps", min=1, show_default=f"{STEPS}; a few-step student's own", help="Sampling steps."),
 ]
+SpacingOption = Annotated[
+    Literal["leading", "trailing"] | None,
+    typer.Option(
+        "--timestep-spacing",
+        show_default="the model's; a few-step student's own",
+        help="Spacing of the timesteps: trailing starts at the last one, which matters in few steps.",
+    ),
+]
 # The number of an image, and bench's distance to other seeds, are added to it within 64 bits.
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of everything random.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto (the GPU if there is one), cpu, cuda, cuda:1, …")]

@@ -197,7 +197,7 @@ def make_scheduler(
         config: configuration of the model's scheduler.
         mu: dynamic shift of a flow-matching model, which depends on the image size; see `Family.timesteps`.
         sigmas: gives the noise levels that a stock pipeline passes for a number of steps, if it passes any.
-        spacing: timestep spacing of a few-step student, whatever the configuration says.
+        spacing: timestep spacing, whatever the configuration says.
 
     Raises:
         InputError: the name is unknown.
@@ -324,12 +324,18 @@ def _check_flow_schedule(class_name: str, config: Mapping[str, Any]) -> None:
         raise InputError(f"shift {config.get('shift', config.get('flow_shift'))!r} can't be used: it must be above 0")
 
 
+def check_spacing(config: Mapping[str, Any], spacing: str | None) -> None:
+    """Refuse, by an InputError, a timestep spacing that a model's schedule has no use for."""
+    if spacing is not None and is_flow(config):
+        raise InputError("--timestep-spacing is not for flow matching, whose noise levels have a shift in its place")
+
+
 def check_steps(
     config: Mapping[str, Any], samplers: Iterable[str], steps: Iterable[int], *, spacing: str | None = None
 ) -> None:
     """Refuse, by an InputError, numbers of steps for which one of the samplers has no timesteps in a model's schedule.
 
-    `config` is the configuration of the model's scheduler, `spacing` a few-step student's.
+    `config` is the configuration of the model's scheduler, `spacing` as in `make_scheduler`.
     """
     for name in samplers:
         # diffusers would take the sigmas of another noise schedule, or stop at an assertion.

@@ -143,6 +143,19 @@ class Distilled:
             )
         return self.sampler, self.steps
 
+    def choose_spacing(self, spacing: str | None) -> str | None:
+        """Timestep spacing: what was asked for, else a few-step student's own; None is the model's.
+
+        Raises:
+            InputError: a few-step student is asked for another.
+        """
+        if self.steps is not None and spacing not in (None, self.timestep_spacing):
+            raise InputError(
+                f"this few-step student was distilled for {self.timestep_spacing} timesteps: "
+                f"leave --timestep-spacing out, distill another, or {TEACHER}"
+            )
+        return spacing or self.timestep_spacing
+
     def check_guider(self, options: GuiderOptions) -> None:
         """Refuse a guider, or a setting of it, that the student was not distilled with; what is left out is its own.
 

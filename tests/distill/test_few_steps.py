@@ -479,8 +479,18 @@ def test_bench_takes_the_students_steps(
     ):
         with pytest.raises(InputError, match="this few-step student was distilled for"):
             with_sampling(config, folders)
+    with pytest.raises(InputError, match="distilled for trailing timesteps: leave --timestep-spacing out"):
+        with_sampling(BenchConfig(timestep_spacing="leading"), [four_steps])
+    leading = GenerateConfig(prompts=["a"], student=four_steps, timestep_spacing="leading")
+    with pytest.raises(InputError, match="distilled for trailing timesteps"):
+        draw(tiny_files, leading, output=tmp_path / "images", device="cpu")
     with pytest.raises(InputError, match="which no column has: pass --samplers ddim and --steps with 8"):
         with_sampling(Table1Config(steps=(4, 20)), [four_steps, eight])
+    for spacing in ("leading", "trailing"):
+        asked = BenchConfig(timestep_spacing=spacing, samples=2)  # type: ignore[arg-type]
+        opened = Session.open(tiny_files, asked, students=[plain], guidance=None, prompts=list(PROMPTS), device="cpu")
+        with opened as session:
+            assert session.make_scheduler().config.timestep_spacing == spacing
     config = Table1Config(samplers=("ddim",), steps=(4, 8, 5), samples=2)
     opened = Session.open(
         tiny_files, config, students=[plain, four_steps, eight], guidance=None, prompts=list(PROMPTS), device="cpu"

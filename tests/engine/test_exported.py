@@ -48,6 +48,22 @@ def test_it_draws_what_torch_draws(
     assert np.abs(pixels(images[0]) - pixels(images[1])).max() > 2
 
 
+def test_timesteps_are_spaced_as_asked(
+    folder: Path, tiny_files: ModelFiles, students: dict[str, Path], tmp_path: Path
+) -> None:
+    config = GenerateConfig(prompts=[PROMPTS[0]], student=students["lora"], steps=4, timestep_spacing="trailing")
+    on_engine = replace(config, student=None, engine=folder, runner="onnx")
+    drawn = [*draw(tiny_files, config, output=tmp_path / "torch"), *draw(None, on_engine, output=tmp_path / "onnx")]
+    with Engine.load(folder) as engine:
+        (default,) = engine(PROMPTS[0], steps=4)
+        (trailing,) = engine(PROMPTS[0], steps=4, timestep_spacing="trailing")
+        *_, last = engine.stream(PROMPTS[0], steps=4, timestep_spacing="trailing")
+        (streamed,) = last.images()
+    for other in (*map(Image.open, drawn), streamed):
+        assert np.abs(pixels(trailing) - pixels(other)).max() <= 1
+    assert np.abs(pixels(trailing) - pixels(default)).max() > 2
+
+
 def test_one_prompt_is_the_first_of_many(folder: Path) -> None:
     with Engine.load(folder) as engine:
         (alone,) = engine(PROMPTS[0], steps=3)

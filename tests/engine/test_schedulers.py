@@ -13,6 +13,7 @@ from boostdiff.engine.schedulers import (
     SPACINGS,
     TIMESTEPS,
     check_schedule,
+    check_spacing,
     check_steps,
     completed,
     make_scheduler,
@@ -205,3 +206,11 @@ def test_zero_terminal_snr_needs_another_prediction_than_the_noise() -> None:
         check_schedule("DDIMScheduler", config)
         for name in SAMPLERS:
             assert drawn(name, config).isfinite().all()
+
+
+def test_flow_matching_has_no_timestep_spacing() -> None:
+    flow = FlowMatchEulerDiscreteScheduler().config
+    check_spacing(flow, None)
+    check_spacing(PLAIN, "trailing")
+    with pytest.raises(InputError, match="--timestep-spacing is not for flow matching"):
+        check_spacing(flow, "trailing")
