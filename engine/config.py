@@ -77,7 +77,8 @@ class GenerateConfig(GuiderOptions):
     lora_scale: Annotated[
         float | None,
         typer.Option(
-            show_default="1", help="LoRA scale of a student of method lora: 0 is no guidance, 1 all that it learned."
+            show_default="1",
+            help="LoRA scale of a student of method lora, 0 to 2: 0 is no guidance, 1 what it learned, above 1 more.",
         ),
     ] = None
     runner: Annotated[
@@ -112,8 +113,8 @@ class GenerateConfig(GuiderOptions):
         super().__post_init__()
         if self.guidance is not None and not 1 <= self.guidance < float("inf"):
             raise InputError(f"--guidance {self.guidance:g} can't be used: it must be at least 1")
-        if self.lora_scale is not None and not 0 <= self.lora_scale <= 1:
-            raise InputError("--lora-scale must lie between 0 and 1")
+        if self.lora_scale is not None and not 0 <= self.lora_scale <= 2:
+            raise InputError("--lora-scale must lie between 0 and 2")
         for prompt in self.prompts:
             check_text(prompt)
             if not prompt.strip():
