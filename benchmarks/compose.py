@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..engine.compiled import CompiledRunner, with_bfloat16_vae
-from ..engine.errors import InputError, one_line
+from ..engine.errors import BoostDiffError, InputError, one_line
 from ..engine.exported import Engine
 from ..engine.files import hash_of
 from ..engine.manifest import Manifest, read_manifest
@@ -23,19 +23,14 @@ from ..engine.sampling import decode, initial_noise, sample
 from ..engine.schedulers import check_steps
 from .config import ComposeConfig, Metrics
 from .quality.alternatives import candidates
+from .quality.composition import Composition, Row, loss_of, with_front
 from .quality.quality import Figures, QualityRow, row_of
 from .quality.samples import SampleCache, SamplingVariant, bounded_memory
 from .session import Session, Student
 from .speed.device import synchronize
 from .speed.stock import StockVariant, stock_pipeline
 from .speed.throughput import Workload, interleaved
-from .stats import Estimate, median_of
-
-SCHEMA_VERSION = 1
-"""Version of `compose.json`."""
-
-TOLERANCES = (0.01, 0.03, 0.10)
-"""Losses of quality that the verdict names the fastest row for."""
+from .stats import median_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,110 +74,16 @@ class Entry:
         return time.perf_counter() - began
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One combination, measured.
-
-    Attributes:
-        runner: see `Entry`, as for `precision`.
-        seconds_per_image: median over the rounds.
-        speedup: how many times as fast as stock diffusers with guidance in `Composition.steps`.
-        quality: distances, scores and passes; compared with the guided teacher in `Composition.steps`.
-        loss: the larger of the relative losses of distance and caption score against that teacher; below zero where
-            both are better.
-        on_front: whether no row is at least as fast and nearer to real images.
-    """
-
-    runner: str
-    precision: str
-    seconds_per_image: Estimate
-    speedup: Estimate
-    quality: QualityRow
-    loss: float
-    on_front: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Composition:
-    """All combinations.
-
-    Attributes:
-        rows: the guided teacher in the most steps first.
-        steps: those, which everything is compared with.
-        stock_seconds: per image, of stock diffusers with guidance in as many steps.
-        images: N, of each row.
-        batch_size: images drawn together.
-        runs: timed batches per row.
-        left_out: reason by row that could not be measured.
-    """
-
-    rows: list[Row]
-    steps: int
-    stock_seconds: Estimate
-    images: int
-    batch_size: int
-    runs: int
-    features: str
-    caption_label: str | None
-    left_out: dict[str, str]
-    provenance: dict[str, Any]
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {"schema_version": SCHEMA_VERSION, "verdict": self.verdict()} | asdict(self)
-
-    def fastest_within(self, tolerance: float) -> Row | None:
-        """The fastest row whose loss is at most this; None if there is none."""
-        rows = [row for row in self.rows if row.loss <= tolerance]
-        return max(rows, key=lambda row: row.speedup.value, default=None)
-
-    def verdict(self) -> str:
-        """The fastest row for each of `TOLERANCES`."""
-        teacher = self.rows[0].quality.name
-        figures = f"{self.features}{' and caption score' if self.caption_label else ''}"
-        chosen: dict[str, tuple[Row, list[str]]] = {}
-        for tolerance in TOLERANCES:
-            if row := self.fastest_within(tolerance):
-                chosen.setdefault(row.quality.name, (row, []))[1].append(f"{tolerance:.0%}")
-        found = "; ".join(
-            f"within {' and '.join(tolerances)} it is {name}, {row.speedup.value:.2f}x as fast as stock diffusers with "
-            "guidance"
-            for name, (row, tolerances) in chosen.items()
-        )
-        return f"The fastest of what loses little of {figures} against {teacher}: {found}."
-
-
-def with_front(rows: Sequence[Row]) -> list[Row]:
-    """The rows with `on_front` set."""
-
-    def beaten(row: Row) -> bool:
-        return any(
-            other is not row
-            and other.seconds_per_image.value <= row.seconds_per_image.value
-            and (other.quality.distance or 0.0) < (row.quality.distance or 0.0)
-            for other in rows
-        )
-
-    return [replace(row, on_front=not beaten(row)) for row in rows]
-
-
-def loss_of(row: QualityRow, teacher: QualityRow) -> float:
-    """See `Row.loss`; of distance alone where there is no caption score."""
-    assert row.distance is not None
-    assert teacher.distance is not None
-    losses = [row.distance / teacher.distance - 1]
-    if row.caption_score and teacher.caption_score:
-        losses.append(1 - row.caption_score.value / teacher.caption_score.value)
-    return max(losses)
-
-
 def entries_of(session: Session, config: ComposeConfig) -> Iterator[Entry]:
     """In torch: the teacher and students in each number of steps, and what needs no training in the most.
 
     A few-step student is there in its own steps alone, which need not be among those of the others; rows of as many
     steps take its timesteps.
     """
-    parts = with_bfloat16_vae(session.model)
+    runner: Runner = session.runner(session.model.denoiser)
+    model = with_bfloat16_vae(session.model) if isinstance(runner, CompiledRunner) else session.model
+    precision = str(runner.precision).removeprefix("torch.")
+    identity = {"runner": runner.name, "vae": str(model.pipeline.vae.dtype)}
     own = {student.info.steps for student in session.students if student.info.steps} - set(config.steps)
     for steps in (*sorted(config.steps, reverse=True), *sorted(own, reverse=True)):
         at = session.at(session.sampler, steps)
@@ -193,26 +94,13 @@ def entries_of(session: Session, config: ComposeConfig) -> Iterator[Entry]:
             variants += map(at.alternative, settings)
         able = (student for student in at.students if student.info.steps or steps in config.steps)
         variants += [_student(at, student) for student in able]
-        yield from (in_torch(at, variant, parts) for variant in variants)
+        yield from (_entry(variant, model, runner.name, precision, identity) for variant in variants)
 
 
 def _student(session: Session, student: Student) -> SamplingVariant:
     variant = session.student(student, session.guidance)
     # Another student of as many steps may stand beside it.
     return replace(variant, name=f"few-step {variant.name}") if student.info.steps else variant
-
-
-def in_torch(session: Session, variant: SamplingVariant, parts: Model) -> Entry:
-    """A variant on the session's runner; compiled in bfloat16 with such a VAE."""
-    runner: Runner = session.runner(session.model.denoiser)
-    compiled = isinstance(runner, CompiledRunner)
-    return _entry(
-        variant,
-        parts if compiled else session.model,
-        runner.name,
-        str(runner.precision).removeprefix("torch."),
-        {"runner": runner.name, "vae": str((parts if compiled else session.model).pipeline.vae.dtype)},
-    )
 
 
 def _entry(variant: SamplingVariant, model: Model, runner: str, precision: str, identity: dict[str, Any]) -> Entry:
@@ -223,9 +111,17 @@ def _entry(variant: SamplingVariant, model: Model, runner: str, precision: str, 
 
 
 def exported_entries(
-    session: Session, config: ComposeConfig, manifests: dict[Path, Manifest], opened: ExitStack
+    session: Session,
+    config: ComposeConfig,
+    manifests: dict[Path, Manifest],
+    *,
+    opened: ExitStack,
+    left_out: dict[str, str],
 ) -> Iterator[Entry]:
-    """Each engine on each runner that this machine has, in each precision that is of use on it."""
+    """Each engine on each runner that this machine has, in each precision that is of use on it.
+
+    `left_out` takes the reason by engine and runner that it has not.
+    """
     device = session.model.device
     for folder, manifest in manifests.items():
         student = student_of(folder, manifest, session.students)
@@ -234,7 +130,9 @@ def exported_entries(
         if "int8" in made and device.type == "cpu":
             runners.append(("onnx", "int8"))
         for name, precision in runners:
-            if available_runners(manifest, device, [name])[name]:
+            if reason := available_runners(manifest, device, [name])[name]:
+                if name != "tensorrt" or manifest.plan in manifest.files:
+                    left_out[f"{folder.name}, {name}"] = reason
                 continue
             engine = opened.enter_context(Engine.load(folder, runner=name, device=str(device), precision=precision))
             runner = engine.model.denoiser
@@ -276,11 +174,19 @@ def qualities(entries: Sequence[Entry], samples: SampleCache) -> list[QualityRow
 
 
 def timed(
-    session: Session, entries: Sequence[Entry], config: ComposeConfig, report: Callable[[str], None]
-) -> tuple[list[list[float]], dict[str, str]]:
-    """Seconds per batch of stock diffusers with guidance and of each entry, round by round; and what failed, and why.
+    session: Session,
+    entries: Sequence[Entry],
+    *,
+    runs: int,
+    report: Callable[[str], None],
+    left_out: dict[str, str],
+) -> list[list[float]]:
+    """Seconds per batch of stock diffusers with guidance and of each entry, round by round.
 
-    What failed has no times.
+    What fails has no times, and its reason is put into `left_out`, by name.
+
+    Raises:
+        BoostDiffError: stock diffusers or the first entry failed, what all is compared with.
     """
     model, prompts = session.model, [session.prompts[i % len(session.prompts)] for i in range(session.batch_size)]
     noise = initial_noise(model.latent_shape, count=len(prompts), seed=0)
@@ -296,7 +202,6 @@ def timed(
     draw: list[tuple[str, Callable[[], float]]] = [("stock diffusers", lambda: stock.time(work)["total"])]
     draw += [(entry.variant.name, partial(entry.seconds, prompts, noise)) for entry in entries]
     times: list[list[float]] = [[] for _ in draw]
-    left_out: dict[str, str] = {}
 
     def attempt(index: int) -> float | None:
         name, call = draw[index]
@@ -306,8 +211,8 @@ def timed(
             return call()
         except Exception as error:
             # Out of memory, or a batch beyond an engine's profile: each library raises a type of its own.
-            if index == 0:
-                raise
+            if index < 2:
+                raise BoostDiffError(f"{name} can't be timed: {one_line(error)}") from error
             left_out[name] = one_line(error)
             times[index].clear()
             return None
@@ -315,11 +220,11 @@ def timed(
     for index, (name, _) in enumerate(draw):
         report(f"warming up {name}")
         attempt(index)
-    for number, index in interleaved(len(draw), config.runs):
-        report(f"round {number + 1} of {config.runs}, {draw[index][0]}")
+    for number, index in interleaved(len(draw), runs):
+        report(f"round {number + 1} of {runs}, {draw[index][0]}")
         if seconds := attempt(index):
             times[index].append(seconds)
-    return times, left_out
+    return times
 
 
 def compose(
@@ -342,6 +247,7 @@ def compose(
 
     Raises:
         InputError: there is no reference; or a student, an engine or the prompts can't be used.
+        BoostDiffError: what all is compared with can't be timed.
     """
     if metrics.reference is None:
         raise InputError("quality is a distance to real images here: pass --reference DIR")
@@ -351,14 +257,19 @@ def compose(
         files, config, students=students, guidance=config.guidance, prompts=prompts, device=device, guided=True
     )
     with opened as session, ExitStack() as exported:
-        session = replace(session, sampler=config.sampler, steps=max(config.steps))
+        if session.processes:
+            raise InputError("bench compose times every row: run it in one process")
+        session, left_out = replace(session, sampler=config.sampler), dict[str, str]()
         samples = session.sample_cache(metrics, folder=cache, on_images=on_images)
-        entries = [*entries_of(session, config), *exported_entries(session, config, manifests, exported)]
+        entries = [
+            *entries_of(session, config),
+            *exported_entries(session, config, manifests, opened=exported, left_out=left_out),
+        ]
         report(f"sampling {config.samples} images per row")
         with bounded_memory(session.batch_size):
             measured = qualities(entries, samples)
-        times, left_out = timed(session, entries, config, report)
-        stock, *others = times
+        at = session.at(config.sampler, max(config.steps))
+        stock, *others = timed(at, entries, runs=config.runs, report=report, left_out=left_out)
         teacher, rows = measured[0], []
         for entry, quality, seconds in zip(entries, measured, others, strict=True):
             if seconds:

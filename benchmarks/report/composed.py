@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from ...engine.files import write_json
-from ..compose import Composition, Row
+from ..quality.composition import Composition, Row
 from ..stats import CONFIDENCE, GROUPS
 from .page import html_plot, html_table, page
 from .plots import COLORS, finished

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from boostdiff.benchmarks.compose import Composition, Row, compose, loss_of, with_front
+from boostdiff.benchmarks.compose import compose
 from boostdiff.benchmarks.config import ComposeConfig, Metrics
+from boostdiff.benchmarks.quality.composition import Composition, Row, loss_of, with_front
 from boostdiff.benchmarks.quality.features import EfficientNetLite0Features, features_of
 from boostdiff.benchmarks.quality.quality import QualityRow
 from boostdiff.benchmarks.quality.reference import Reference

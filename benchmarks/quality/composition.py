@@ -1,0 +1,114 @@
+"""Combinations of steps, students and runners, compared by quality and time: what `bench compose` gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ..stats import Estimate
+from .quality import QualityRow
+
+SCHEMA_VERSION = 1
+"""Version of `compose.json`."""
+
+TOLERANCES = (0.01, 0.03, 0.10)
+"""Losses of quality that the verdict names the fastest row for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One combination, measured.
+
+    Attributes:
+        runner: name of the UNet's runner.
+        precision: of the UNet.
+        seconds_per_image: median over the rounds.
+        speedup: how many times as fast as stock diffusers with guidance in `Composition.steps`.
+        quality: distances, scores and passes; compared with the guided teacher in `Composition.steps`.
+        loss: the larger of the relative losses of distance and caption score against that teacher; below zero where
+            both are better.
+        on_front: whether no row is at least as fast and nearer to real images.
+    """
+
+    runner: str
+    precision: str
+    seconds_per_image: Estimate
+    speedup: Estimate
+    quality: QualityRow
+    loss: float
+    on_front: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composition:
+    """All combinations.
+
+    Attributes:
+        rows: the guided teacher in the most steps first.
+        steps: those, which everything is compared with.
+        stock_seconds: per image, of stock diffusers with guidance in as many steps.
+        images: N, of each row.
+        batch_size: images drawn together.
+        runs: timed batches per row.
+        left_out: reason by row that could not be measured.
+    """
+
+    rows: list[Row]
+    steps: int
+    stock_seconds: Estimate
+    images: int
+    batch_size: int
+    runs: int
+    features: str
+    caption_label: str | None
+    left_out: dict[str, str]
+    provenance: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"schema_version": SCHEMA_VERSION, "verdict": self.verdict()} | asdict(self)
+
+    def fastest_within(self, tolerance: float) -> Row | None:
+        """The fastest row whose loss is at most this; None if there is none."""
+        rows = [row for row in self.rows if row.loss <= tolerance]
+        return max(rows, key=lambda row: row.speedup.value, default=None)
+
+    def verdict(self) -> str:
+        """The fastest row for each of `TOLERANCES`."""
+        teacher = self.rows[0].quality.name
+        figures = f"{self.features}{' and caption score' if self.caption_label else ''}"
+        chosen: dict[str, tuple[Row, list[str]]] = {}
+        for tolerance in TOLERANCES:
+            if row := self.fastest_within(tolerance):
+                chosen.setdefault(row.quality.name, (row, []))[1].append(f"{tolerance:.0%}")
+        found = "; ".join(
+            f"within {' and '.join(tolerances)} it is {name}, {row.speedup.value:.2f}x as fast as stock diffusers with "
+            "guidance"
+            for name, (row, tolerances) in chosen.items()
+        )
+        return f"The fastest of what loses little of {figures} against {teacher}: {found}."
+
+
+def with_front(rows: Sequence[Row]) -> list[Row]:
+    """The rows with `on_front` set."""
+
+    def beaten(row: Row) -> bool:
+        return any(
+            other is not row
+            and other.seconds_per_image.value <= row.seconds_per_image.value
+            and (other.quality.distance or 0.0) < (row.quality.distance or 0.0)
+            for other in rows
+        )
+
+    return [replace(row, on_front=not beaten(row)) for row in rows]
+
+
+def loss_of(row: QualityRow, teacher: QualityRow) -> float:
+    """See `Row.loss`; of distance alone where there is no caption score."""
+    assert row.distance is not None
+    assert teacher.distance is not None
+    losses = [row.distance / teacher.distance - 1]
+    if row.caption_score and teacher.caption_score:
+        losses.append(1 - row.caption_score.value / teacher.caption_score.value)
+    return max(losses)
