@@ -69,7 +69,7 @@ def test_every_combination_is_a_row(result: Composition) -> None:
     }
     assert result.rows[0].quality.name == "teacher w=3, 4 steps, torch float32"
     assert any(row.quality.role == "alternative" for row in result.rows)
-    assert not result.left_out
+    assert {name.split(", ")[1] for name in result.left_out} <= {"tensorrt"}
     for row in result.rows:
         passes = 2 if row.quality.name.startswith("teacher w=3") else 1
         if row.quality.role != "alternative":
