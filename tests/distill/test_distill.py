@@ -95,6 +95,8 @@ def test_compiled_training_is_training(
 
     monkeypatch.setattr(loop, "TrainingRunner", compiled_runner)
     settings = {"prompts": prompt_file, "updates": 2, "batch_size": 4, "learning_rate": 0.01, "guidance_max": 7.5}
+    # In bfloat16, a CPU's default where it has it, dynamo's other order of operations changes the third digit.
+    settings["precision"] = "fp32"
     students = {}
     for compiled in (False, True):
         output = tmp_path / f"{compiled}"
