@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -23,9 +26,9 @@ FILES = tuple(f"compose.{suffix}" for suffix in ("md", "html", "json"))
 
 
 def composed_table(result: Composition) -> Table:
-    """All rows, the fastest first; a star where none is at least as fast and nearer to real images."""
+    """All rows, numbered, the fastest first; a star where none is at least as fast and nearer to real images."""
     label, rows = result.caption_label, []
-    for row in sorted(result.rows, key=lambda row: row.seconds_per_image.value):
+    for number, row in enumerate(_fastest_first(result), 1):
         quality = row.quality
         captions = {
             f"{label}": formatted(quality.caption_score),
@@ -33,7 +36,7 @@ def composed_table(result: Composition) -> Table:
         }
         rows.append(
             {
-                "sampling": f"{quality.name}{' *' if row.on_front else ''}",
+                "sampling": f"{number}. {quality.name}{' *' if row.on_front else ''}",
                 "passes per image": f"{quality.cost}",
                 "ms per image": formatted(1e3 * row.seconds_per_image.value),
                 "times as fast as stock": formatted(row.speedup, ".2fx"),
@@ -74,31 +77,42 @@ def terminal_composed(result: Composition) -> RenderableType:
 
 
 def front_plot(result: Composition) -> plt.Figure:
-    """Distance, and caption score beside it, over the time per image; a line along the Pareto front of distance."""
-    panels = [(f"{result.features} (lower is better)", lambda row: row.quality.distance)]
+    """Distance, and caption score below it, over the time per image; each with its Pareto front and row numbers."""
+    panels: list[tuple[str, Callable[[Row], float], int]] = [
+        (f"{result.features} (lower is better)", lambda row: row.quality.distance or 0.0, 1)
+    ]
     if result.caption_label:
-        panels.append((result.caption_label, lambda row: row.quality.caption_score and row.quality.caption_score.value))
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.4), layout="constrained", squeeze=False)
-    front = sorted((row for row in result.rows if row.on_front), key=_milliseconds)
-    for place, (heading, figure_of) in zip(axes[0], panels, strict=True):
+        score = attrgetter("quality.caption_score.value")
+        panels.append((result.caption_label, score, -1))
+    figure, axes = plt.subplots(len(panels), figsize=(7.5, 3.4 * len(panels)), layout="constrained", squeeze=False)
+    rows = _fastest_first(result)
+    for (place,), (heading, figure_of, sign) in zip(axes, panels, strict=True):
         for role in dict.fromkeys(row.quality.role for row in result.rows):
-            rows = [row for row in result.rows if row.quality.role == role]
+            of_role = [row for row in rows if row.quality.role == role]
             place.scatter(
-                [*map(_milliseconds, rows)],
-                [*map(figure_of, rows)],
+                [*map(_milliseconds, of_role)],
+                [*map(figure_of, of_role)],
                 color=COLOR_OF_ROLE[role],
                 label={"unguided": "teacher, no guidance", "alternative": "without training"}.get(role, role),
                 zorder=3,
             )
+        front: list[Row] = []
+        for number, row in enumerate(rows, 1):
+            if not front or sign * figure_of(row) < sign * figure_of(front[-1]):
+                front.append(row)
+                at = (_milliseconds(row), figure_of(row))
+                place.annotate(str(number), at, (4, 5), textcoords="offset points", fontsize="small")
         place.plot([*map(_milliseconds, front)], [*map(figure_of, front)], color=COLORS["student"], linewidth=1)
-        for row in front:
-            place.annotate(
-                row.quality.name, (_milliseconds(row), figure_of(row)), (4, 4), textcoords="offset points", fontsize=7
-            )
         place.set(xscale="log", xlabel="ms per image", ylabel=heading)
-        place.margins(x=0.25)
+        place.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        place.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        place.xaxis.set_minor_formatter(NullFormatter())
         finished(figure, place, columns=4)
     return figure
+
+
+def _fastest_first(result: Composition) -> list[Row]:
+    return sorted(result.rows, key=_milliseconds)
 
 
 def _milliseconds(row: Row) -> float:
