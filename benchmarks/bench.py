@@ -155,7 +155,7 @@ def bench(
     config = with_sampling(config, students)
     sampler, steps = str(config.sampler), config.steps or STEPS
     info = read_student(students[0])
-    check_steps(files.scheduler_config, [sampler], [steps], spacing=info.timestep_spacing or config.timestep_spacing)
+    check_steps(files.scheduler_config, [sampler], [steps], spacing=info.choose_spacing(config.timestep_spacing))
     manifest = read_manifest(engine)
     manifest.check_student(info, engine=engine)
     if config.precision:

@@ -63,12 +63,14 @@ def _measure(
     from .session import with_sampling
 
     students, files = students or [Path("outputs/student")], locate(model)
+    # An engine may run in two precisions.
+    compared = len(students) + 2 * len(more.get("engines", ()))
     if prompts is None and model != embedded.MODEL_NAME:
         raise InputError("pass --prompts FILE: only the embedded model comes with prompts")
     lines = read_prompts(prompts or embedded.HELD_OUT_PROMPTS)
     check_output(output)
     config = with_sampling(config, students)
-    with progress_bar("measuring", config.image_steps(len(students)) or 1) as advance:
+    with progress_bar("measuring", config.image_steps(compared) or 1) as advance:
         return verb(
             files,
             config,

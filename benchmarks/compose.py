@@ -16,6 +16,7 @@ from ..engine.compiled import CompiledRunner, with_bfloat16_vae
 from ..engine.errors import BoostDiffError, InputError, one_line
 from ..engine.exported import Engine
 from ..engine.files import hash_of
+from ..engine.guidance import SinglePassDenoiser
 from ..engine.manifest import Manifest, read_manifest
 from ..engine.model import Model, ModelFiles
 from ..engine.runners import Runner, TorchRunner, available_runners
@@ -61,9 +62,12 @@ class Entry:
         model, device = self.model, self.model.device
         synchronize(device)
         began = time.perf_counter()
-        text = model.family.encode(model.pipeline, prompts, negative_prompt="").to(device, model.denoiser.dtype)
+        denoiser = self.variant.open()
+        one_text = isinstance(denoiser, SinglePassDenoiser) and not denoiser.live_negative_prompt
+        text = model.family.encode(model.pipeline, prompts, negative_prompt=None if one_text else "")
+        text = text.to(device, model.denoiser.dtype)
         latents = sample(
-            self.variant.open(),
+            denoiser,
             text=text,
             noise=noise.to(device, text.conditional.dtype),
             scheduler=self.variant.make_scheduler(),

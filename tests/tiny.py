@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from boostdiff.engine.files import read_json
+from boostdiff.engine.student import read_student
 from boostdiff.export.graph import onnx_from_part
 from boostdiff.export.parts import Part
 from diffusers import (
@@ -230,3 +232,10 @@ def save_images(folder: Path, count: int = 5) -> None:
         pixels = np.full((20, 30, 3), 40 * i, dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"picture {i}\n")
+
+
+def few_step_copy(student: Path, folder: Path, steps: int) -> Path:
+    """A student that says that it takes so many steps; its weights are of any number."""
+    shutil.copytree(student, folder)
+    replace(read_student(student), sampler="ddim", steps=steps, timestep_spacing="trailing").write(folder)
+    return folder

@@ -10,7 +10,6 @@ from ...engine.terminal import quiet_libraries, run
 quiet_libraries()
 
 from . import (  # noqa: E402
-    combined,
     few_steps_study,
     full_size,
     guidance_study,
@@ -37,7 +36,6 @@ for study in (
     few_steps_study.few_steps,
     guidance_study.guidance_r2,
     guidance_study.effective_guidance,
-    combined.combined,
     int8.int8,
     profile.profile,
     profile.training_memory,

@@ -39,6 +39,17 @@ def engine(
 
 
 @pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Statistics of random images."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (30, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    features = features_of(EfficientNetLite0Features(), images)
+    path = tmp_path_factory.mktemp("reference") / "r.safetensors"
+    Reference.of(features[:20], features[20:]).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def result(
     tiny_folder: Path,
     students: dict[str, Path],

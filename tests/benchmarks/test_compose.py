@@ -1,40 +1,17 @@
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from boostdiff.benchmarks.compose import compose
 from boostdiff.benchmarks.config import ComposeConfig, Metrics
 from boostdiff.benchmarks.quality.composition import Composition, Row, loss_of, with_front
-from boostdiff.benchmarks.quality.features import EfficientNetLite0Features, features_of
 from boostdiff.benchmarks.quality.quality import QualityRow
-from boostdiff.benchmarks.quality.reference import Reference
 from boostdiff.benchmarks.report.composed import composed_table, markdown, write_composed
 from boostdiff.benchmarks.stats import Estimate
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.model import locate
-from boostdiff.engine.student import INFO_FILE, read_student
-from tiny import PROMPTS
-
-
-def few_step(student: Path, folder: Path, *, sampler: str = "ddim") -> Path:
-    """The student, said to be one of 2 steps."""
-    shutil.copytree(student, folder)
-    (folder / INFO_FILE).unlink()
-    replace(read_student(student), sampler=sampler, steps=2, timestep_spacing="trailing").write(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (30, 3, 16, 16), dtype=torch.uint8, generator=generator)
-    features = features_of(EfficientNetLite0Features(), images)
-    path = tmp_path_factory.mktemp("reference") / "r.safetensors"
-    Reference.of(features[:20], features[20:]).save(path)
-    return path
+from tiny import PROMPTS, few_step_copy
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +23,7 @@ def result(
     clip_folder: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Composition:
-    few = few_step(students["lora"], tmp_path_factory.mktemp("few") / "student")
+    few = few_step_copy(students["lora"], tmp_path_factory.mktemp("few") / "student", 2)
     return compose(
         locate(str(tiny_folder)),
         ComposeConfig(steps=(2, 4, 3), samples=8, runs=3, alternatives=True),
@@ -173,6 +150,6 @@ def test_what_does_not_belong_together_is_refused(
         tried(students["lora"], engines["bitfit"], Metrics(reference=reference))
     with pytest.raises(InputError, match="pass --reference DIR"):
         tried(students["lora"], engines["lora"], Metrics())
-    few = few_step(students["lora"], tmp_path / "few")
+    few = few_step_copy(students["lora"], tmp_path / "few", 2)
     with pytest.raises(InputError, match=r"distilled for ddim: pass --sampler ddim"):
         tried(few, engines["lora"], Metrics(reference=reference), sampler="dpm++")

@@ -3,7 +3,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from boostdiff.benchmarks.config import Metrics, SweepConfig, Table1Config
 from boostdiff.benchmarks.quality.distances import frechet_distance
 from boostdiff.benchmarks.quality.features import EfficientNetLite0Features, features_of
@@ -26,17 +25,6 @@ from tiny import CPU, PROMPTS
 MANY = [f"{prompt} {i}" for i in range(2) for prompt in PROMPTS]
 MANY[3] += " apple" * 100
 SAMPLES = 8
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    generator = torch.Generator().manual_seed(0)
-    features = features_of(
-        EfficientNetLite0Features(), torch.randint(0, 256, (30, 3, 16, 16), dtype=torch.uint8, generator=generator)
-    )
-    path = tmp_path_factory.mktemp("reference") / "r.safetensors"
-    Reference.of(features[:20], features[20:]).save(path)
-    return path
 
 
 @pytest.fixture(scope="module")

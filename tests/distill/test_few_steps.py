@@ -1,7 +1,6 @@
 """Few-step students: the target, the stages, their states, and where such a student can be used."""
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,17 +38,10 @@ from boostdiff.export.export import export
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import CPU, ONNX_FROM_PART, PROMPTS, graphs_of, save_images
+from tiny import CPU, ONNX_FROM_PART, PROMPTS, few_step_copy, graphs_of, save_images
 
 SILENT = Observers(preview=False)
 SETTINGS: dict[str, Any] = {"updates": 3, "stage_updates": 3, "batch_size": 4, "learning_rate": 0.1}
-
-
-def few_step_copy(student: Path, folder: Path, steps: int) -> Path:
-    """A student that says that it takes so many steps; its weights are of any number."""
-    shutil.copytree(student, folder)
-    replace(read_student(student), sampler="ddim", steps=steps, timestep_spacing="trailing").write(folder)
-    return folder
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from boostdiff.benchmarks.studies import combined, held_out, layouts, profile, recipes, seeds
+from boostdiff.benchmarks.studies import held_out, layouts, profile, recipes, seeds
 from boostdiff.benchmarks.studies.__main__ import app
 from boostdiff.benchmarks.studies.full_size import STAGES, stages
 from boostdiff.distill.config import DistillConfig
@@ -28,12 +28,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, prompt_file: Path) -> Path:
 
 
 WRONG = [
-    ("combined --engine dir --batch-sizes 0", "--batch-sizes must be at least 1"),
-    ("combined --engine dir --batch-sizes 1,-1", "--batch-sizes must be at least 1"),
-    ("combined --engine dir --batch-sizes x", "--batch-sizes 'x' is no comma-separated list"),
-    ("combined --engine dir --steps 5000", "--steps 5000 can't be used with ddim"),
-    ("combined --engine missing", "there is no engine in missing"),
-    ("combined --engine=", "--engine is empty"),
     ("profile emoji64 --batch-sizes 0", "--batch-sizes must be at least 1"),
     ("profile emoji64 --batch-sizes 8,", "--batch-sizes '8,' is no comma-separated list"),
     ("profile emoji64 --steps 5000", "--steps 5000 can't be used with dpm++"),
@@ -103,7 +97,6 @@ def test_wrong_input_is_refused_before_any_work(
     for module, name in (
         (held_out.Session, "open"),
         (held_out.subprocess, "run"),
-        (combined, "load"),
         (profile, "random_model"),
         (layouts, "random_model"),
         (recipes, "trained"),
