@@ -12,6 +12,7 @@ import torch
 import typer
 from diffusers import AutoencoderKL
 
+from ..benchmarks.config import comma_separated
 from ..benchmarks.quality.clip_score import ClipScorer
 from ..benchmarks.quality.distances import Distance
 from ..benchmarks.quality.features import DISTANCE_NAME, EfficientNetLite0Features, FeatureNetwork, features_of
@@ -38,6 +39,8 @@ Images = Annotated[int, typer.Option(min=2, help="Images of each row (N).")]
 Scales = Annotated[str, typer.Option(help="Guidance scales, comma-separated.")]
 Sampling = Annotated[int, typer.Option(min=1, help="DDIM steps.")]
 Together = Annotated[int, typer.Option(min=1, help="Images denoised together.")]
+
+scales_of = comma_separated("--scales", float, "1,2,3,5", least=1)
 
 TABLE_FILE = "evaluation.md"
 SHOWN_SCALE = 3.0
@@ -170,7 +173,7 @@ def evaluate(
     Raises:
         InputError: 1 is not among the scales.
     """
-    wanted = [float(scale) for scale in scales.split(",")]
+    wanted = scales_of(scales)
     if 1.0 not in wanted:
         raise InputError(f"--scales {scales}: 1 must be among them, as shares are of its distance")
     output = output or work
@@ -245,7 +248,7 @@ def grids(
         "mixed": draw_captions(artworks, held_out=True, count=rows, seed=seed + 3),
         "pairs": draw_captions(artworks, held_out=True, count=pairs, seed=seed + 4, grammar=FULL),
     }
-    wanted = [float(scale) for scale in scales.split(",")]
+    wanted = scales_of(scales)
     loaded = load(locate(model), device=device())
     output.mkdir(parents=True, exist_ok=True)
     passes = sum((1 + (scale > 1)) * steps * 3 * rows for scale in wanted) + 2 * steps * pairs

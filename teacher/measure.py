@@ -45,10 +45,21 @@ def device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
+def made_by(stage: str, path: Path) -> Path:
+    """The path of a file that a stage leaves.
+
+    Raises:
+        InputError: it isn't there.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no {path}: run the stage `{stage}` with the same --work first")
+    return path
+
+
 def load_vae(work: Path) -> AutoencoderKL:
     """The autoencoder that the `vae` stage left in `work`."""
     model = make_vae()
-    model.load_state_dict(load_file(work / "vae.safetensors"))
+    model.load_state_dict(load_file(made_by("vae", work / "vae.safetensors")))
     return model.eval().requires_grad_(False)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 from ..distill.checkpoint import load_training_state, save_training_state
 
@@ -24,6 +25,18 @@ def learning_rate_factor(step: int, *, steps: int, warmup: int = 100) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - decay_from) / (steps - decay_from)))
 
 
+def mean_over_processes(
+    accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter], loss: torch.Tensor
+) -> torch.Tensor:
+    """The mean of the losses of equal shares of a batch; the gradients become those of the mean, in one exchange."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([loss.detach().view(1), *(gradient.flatten() for gradient in gradients)])
+    mean, *pieces = accelerator.reduce(flat, reduction="mean").split([1, *(each.numel() for each in gradients)])
+    for gradient, piece in zip(gradients, pieces, strict=True):
+        gradient.copy_(piece.view_as(gradient))
+    return mean
+
+
 def optimise(
     *,
     name: str,
@@ -34,13 +47,16 @@ def optimise(
     learning_rate: float,
     checkpoint_minutes: float = 3,
     ema_horizon: float = 0.05,
+    accelerator: Accelerator | None = None,
 ) -> None:
     """AdamW with warm-up, decay and an EMA; resumes from `checkpoint`, and leaves the EMA in the modules.
 
     Args:
         name: what the printed lines are headed with.
-        loss_of: draws the batch of a step, from its seeds alone, and gives the scalar loss.
+        loss_of: draws the batch of a step, from its seeds alone, and gives the scalar loss; where several processes
+            work on it, the loss of this one's share, all shares being of one size.
         learning_rate: its peak.
+        accelerator: the processes that share the batches; None for one.
         ema_horizon: the EMA's time constant as a share of the steps done (Karras et al. 2024, eq. 121-127,
             keep it relative to training time for the same reason: early weights must fade).
     """
@@ -65,6 +81,8 @@ def optimise(
     for step in range(start, steps):
         loss = loss_of(step)
         loss.backward()
+        if accelerator and accelerator.num_processes > 1:
+            loss = mean_over_processes(accelerator, named.values(), loss)
         torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * learning_rate_factor(step, steps=steps)
@@ -74,6 +92,8 @@ def optimise(
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.values()), list(named.values()), 1 - decay)
         recent.append(loss.item())
+        if accelerator and not accelerator.is_main_process:
+            continue
         if (step + 1) % 50 == 0:
             pace = (time.monotonic() - began) / (step + 1 - start)
             left = pace * (steps - step - 1) / 60

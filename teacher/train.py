@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
@@ -23,15 +24,18 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..distill.checkpoint import load_training_state
+from ..distill.order import Share
 from ..engine.compiled import has_bfloat16, missing_compiler
 from ..engine.embedded import MODEL_DIR
+from ..engine.errors import InputError
 from ..engine.files import staged_folder
+from ..engine.terminal import run
 from .architecture import BETAS, TIMESTEPS, make_text_encoder, make_tokenizer, make_unet, make_vae, save_pipeline
 from .caption_model import caption_model
 from .captions import Grammar, caption, draw_captions
 from .dataset import Artworks, load_artworks
 from .evaluate import classifiers, evaluate, grids
-from .measure import Batch, Rate, Seed, Steps, Work, device, held_out_psnr, load_vae, reference, write_images
+from .measure import Batch, Rate, Seed, Steps, Work, device, held_out_psnr, load_vae, made_by, reference, write_images
 from .negative_prompts import negatives
 from .optimise import optimise, step_generator
 from .palette import BACKGROUNDS, PALETTE
@@ -104,9 +108,9 @@ def vae(
 @app.command()
 def latents(work: Work = Path("teacher-work"), seed: Seed = 0) -> None:
     """Encode every training artwork over a few backgrounds, each placed anew; choose the latents' scale."""
-    artworks = load_artworks(work)
     where = device()
     model = load_vae(work).to(where, memory_format=torch.channels_last)
+    artworks = load_artworks(work)
     random = np.random.default_rng([seed, 1])
     training = np.flatnonzero(~artworks.held_out & (artworks.weights > 0))
     chosen = random.permuted(np.tile(np.arange(len(PALETTE)), (len(training), 1)), axis=1)[:, :LATENT_BACKGROUNDS]
@@ -161,15 +165,23 @@ def diffusion(
 ) -> None:
     """Train text encoder and UNet together on the precomputed latents.
 
+    Several processes share each batch; on a CPU one per core, of one thread each, is fastest: `OMP_NUM_THREADS=1
+    torchrun --standalone --nproc-per-node 2 -m boostdiff.teacher.train diffusion …`.
     In bf16 autocast where the device multiplies in bfloat16. Each time a latent is met, its caption is drawn anew.
     Noise prediction by default, losses weighted by min(SNR, gamma) / SNR (Hang et al. 2023, eq. 8): unweighted, most of
     the gradient is of the finest detail. With `--flow` z_t = (1 - sigma) z_0 + sigma noise, sigma logit-normal, and an
     unweighted loss of the velocity noise - z_0 (Esser et al. 2024, "Scaling Rectified Flow Transformers").
     """
+    accelerator = Accelerator()
+    where, count = accelerator.device, accelerator.num_processes
+    if batch % count:
+        raise InputError(f"--batch {batch} can't be shared out evenly among {count} processes")
+    members = Share(batch_size=batch, index=accelerator.process_index, count=count).members
+    share = slice(members.start, members.stop)
+    stored = load_file(made_by("latents", work / "latents.safetensors"))
     artworks = load_artworks(work)
-    stored = load_file(work / "latents.safetensors")
-    where = device()
-    tokenizer = the_tokenizer(work, artworks)
+    with accelerator.main_process_first():
+        tokenizer = the_tokenizer(work, artworks)
     torch.manual_seed(seed)
     text_encoder, unet = make_text_encoder(tokenizer).to(where), make_unet().to(where)
     if start_from:
@@ -223,7 +235,7 @@ def diffusion(
             t = torch.randint(TIMESTEPS, (batch,), generator=generator)
             weight, target = loss_weights[t], noise
             z_t = train_scheduler.add_noise(z_0, noise, t)
-        return weighted_loss(*(tensor.to(where) for tensor in (z_t, target, t, ids, weight)))
+        return weighted_loss(*(tensor[share].to(where) for tensor in (z_t, target, t, ids, weight)))
 
     optimise(
         name="diffusion",
@@ -232,6 +244,7 @@ def diffusion(
         checkpoint=work / "diffusion.checkpoint.safetensors",
         steps=steps,
         learning_rate=learning_rate,
+        accelerator=accelerator,
     )
 
 
@@ -242,16 +255,16 @@ def save(
     flow: Flow = False,
 ) -> None:
     """Write the pipeline folder from the newest diffusion checkpoint's EMA weights."""
-    artworks = load_artworks(work)
-    tokenizer = the_tokenizer(work, artworks)
-    state = load_training_state(work / "diffusion.checkpoint.safetensors")
+    state = load_training_state(made_by("diffusion", work / "diffusion.checkpoint.safetensors"))
+    scale = load_file(made_by("latents", work / "latents.safetensors"))["scale"]
+    tokenizer = the_tokenizer(work, load_artworks(work))
     text_encoder, unet = make_text_encoder(tokenizer), make_unet()
     for key, module in {"text_encoder": text_encoder, "unet": unet}.items():
         prefix = f"ema.{key}."
         weights = {name.removeprefix(prefix): w for name, w in state.weights.items() if name.startswith(prefix)}
         module.load_state_dict(weights)
     vae = load_vae(work)
-    vae.register_to_config(scaling_factor=float(load_file(work / "latents.safetensors")["scale"]))
+    vae.register_to_config(scaling_factor=float(scale))
     save_pipeline(output, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, flow=flow)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"save: step {state.step}, {size / 1e6:.1f} MB in {output}")
@@ -277,4 +290,4 @@ def everything(work: Work = Path("teacher-work"), seed: Seed = 0) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    run(app)

@@ -120,6 +120,9 @@ def test_only_what_a_caption_names_is_asked_for(artworks: Artworks) -> None:
 def test_evaluate_needs_the_unguided_teacher(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="1 must be among them"):
         evaluate(tmp_path, scales="2,3")
+    for scales, message in (("1,x", "no comma-separated list"), ("1,inf", "must be at least 1")):
+        with pytest.raises(InputError, match=message):
+            evaluate(tmp_path, scales=scales)
 
 
 def test_training_images_are_what_distill_reads(

@@ -1,11 +1,16 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from artworks import make_artworks
 from boostdiff.teacher.architecture import make_unet, make_vae
-from boostdiff.teacher.optimise import learning_rate_factor, optimise, step_generator
+from boostdiff.teacher.optimise import learning_rate_factor, mean_over_processes, optimise, step_generator
 from boostdiff.teacher.train import the_tokenizer
+from safetensors.torch import load_file
 
 
 def test_the_schedule_warms_up_stays_and_decays() -> None:
@@ -43,6 +48,69 @@ def test_training_resumes_exactly_and_learns(tmp_path: Path, monkeypatch: pytest
     expected = train(tmp_path / "a", 60)
     train(tmp_path / "b", 25)
     assert torch.equal(train(tmp_path / "b", 60), expected)
+
+
+def test_gradients_become_the_mean_of_all_shares() -> None:
+    used, other, unused = (torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(3))
+    used.grad, other.grad = torch.full((2, 2), 3.0), torch.arange(4.0).view(2, 2)
+    accelerator = SimpleNamespace(reduce=lambda flat, reduction: (flat + 1) / 2)
+    mean = mean_over_processes(accelerator, [unused, used, other], torch.tensor(5.0))
+    assert mean.item() == 3
+    assert used.grad.tolist() == [[2, 2], [2, 2]]
+    assert other.grad.tolist() == [[0.5, 1], [1.5, 2]]
+    assert unused.grad is None
+
+
+SHARED_TRAINING = """
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from boostdiff.teacher.optimise import optimise, step_generator
+
+accelerator = Accelerator(cpu=True)
+torch.manual_seed(0)
+layer = torch.nn.Linear(4, 1)
+share = slice(accelerator.process_index, None, accelerator.num_processes)
+
+
+def loss_of(step):
+    x = torch.randn(8, 4, generator=step_generator(0, step))[share]
+    return (layer(x) - x.sum(dim=1, keepdim=True)).square().mean()
+
+
+options = {"steps": 60, "learning_rate": 0.05, "accelerator": accelerator}
+optimise(name="test", modules={"layer": layer}, loss_of=loss_of, checkpoint=Path(sys.argv[1]), **options)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    script = tmp_path / "shared_training.py"
+    script.write_text(SHARED_TRAINING)
+    for count, name in ((1, "one"), (2, "two")):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", f"{count}"]
+        command = [sys.executable, *launch, str(script), str(tmp_path / name)]
+        done = subprocess.run(
+            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        # One process prints.
+        assert done.stdout.count("step 50/60") == 1
+    one, two = (load_file(tmp_path / name) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor)
+
+
+@pytest.mark.parametrize(("stage", "missing"), [("diffusion", "latents"), ("latents", "vae"), ("save", "diffusion")])
+def test_a_stage_names_the_one_before_it(tmp_path: Path, stage: str, missing: str) -> None:
+    command = [sys.executable, "-m", "boostdiff.teacher.train", stage, "--work", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert f"run the stage `{missing}`" in line
 
 
 def test_networks_have_the_documented_size() -> None:
