@@ -24,7 +24,7 @@ from ..engine.model import LARGE_PARAMETERS, Model, ModelFiles, load, resolve_de
 from ..engine.options import refuse_unused
 from ..engine.prompts import cut_note, read_prompts
 from ..engine.student import INFO_FILE, StudentInfo
-from ..engine.versions import is_installed
+from ..engine.versions import is_installed, to_install
 from .captioned_images import CaptionedImages
 from .config import DistillConfig, RunConfig
 from .counts import adapter_of, base_dtype, count_parameters, memory_needed
@@ -217,7 +217,7 @@ def plan(
             # Autocast takes back the upcast.
             raise InputError(f"the attention of {files.name} overflows in fp16: choose --precision bf16 or fp32")
     if config.base_precision is not None and not is_installed("torchao"):
-        raise InputError("--base-precision needs torchao: pip install 'boostdiff[quantize]'")
+        raise InputError(f"--base-precision needs torchao: {to_install('quantize')}")
     if execution.compile and (reason := missing_compiler(device)):
         raise InputError(f"--compile: {reason}")
     if config.images is None:

@@ -14,7 +14,7 @@ from .config import GenerateConfig
 from .errors import BoostDiffError, InputError
 from .options import DeviceOption, JsonOption, config_from, options_of
 from .terminal import console, print_json, progress_bar, quiet_libraries
-from .versions import is_installed
+from .versions import is_installed, to_install
 
 if TYPE_CHECKING:
     from .shards import Job
@@ -76,7 +76,7 @@ def generate(
     if workers is not None and address is None:
         raise InputError("--workers is for --ray")
     if address is not None and not is_installed("ray"):
-        raise BoostDiffError("Ray is not installed: pip install 'boostdiff[serve]'")
+        raise BoostDiffError(f"Ray is not installed: {to_install('serve')}")
     texts = prompts or read_prompts(prompt_file or Path())
     config = config_from(GenerateConfig, options, prompts=[prompt for prompt in texts for _ in range(count)])
     files = None if config.on_engine else locate(embedded.MODEL_NAME if config.model is None else config.model)

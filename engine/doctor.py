@@ -10,7 +10,7 @@ from rich.text import Text
 
 from .compiled import has_bfloat16, missing_compiler
 from .trt import RTX_COMPUTE_CAPABILITIES, TENSORRT_FLAVOURS
-from .versions import is_installed, versions
+from .versions import is_installed, to_install, versions
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _extra(name: str, extra: str, modules: tuple[str, ...], use: str) -> Finding
     if not missing:
         return Finding(name, versions(modules[0]).get(modules[0]) or "installed", True, use)
     found = "not installed" if len(missing) == len(modules) else f"lacks {', '.join(missing)}"
-    return Finding(name, found, False, use, f"pip install 'boostdiff[{extra}]'")
+    return Finding(name, found, False, use, to_install(extra))
 
 
 def _compiler(device: torch.device) -> Finding:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from .errors import BoostDiffError, InputError, one_line
+from .versions import to_install
 
 GRAPH_TYPES = {"float": torch.float32, "float16": torch.float16, "int64": torch.int64}
 """Element types of graphs, by ONNX's names."""
@@ -95,7 +96,7 @@ def execution_provider(device: torch.device) -> str:
     try:
         import onnxruntime
     except ImportError:
-        raise BoostDiffError("ONNX Runtime is not installed: pip install 'boostdiff[cpu]' or [gpu]") from None
+        raise BoostDiffError(f"ONNX Runtime is not installed: {to_install('cpu', 'gpu')}") from None
     provider = PROVIDERS.get(device.type, "")
     if provider not in onnxruntime.get_available_providers():
         raise BoostDiffError(

@@ -21,6 +21,12 @@ def versions(*more: str) -> dict[str, str]:
     return {"boostdiff": __version__} | {name: known for name, known in found.items() if known}
 
 
+def to_install(*extras: str) -> str:
+    """How to install one of some extras of `pyproject.toml`: no package index has this package."""
+    commands = (f"pip install -e '.[{extra}]'" for extra in extras)
+    return f"{' or '.join(commands)} in BoostDiff's source folder"
+
+
 def is_installed(module: str) -> bool:
     """Whether a module can be imported; a folder of its name, such as Ray's own in /tmp, is none."""
     spec = find_spec(module)

@@ -17,7 +17,7 @@ import torch
 
 from ..engine.errors import BoostDiffError, one_line
 from ..engine.trt import RTX_COMPUTE_CAPABILITIES, TENSORRT_FLAVOURS, load_tensorrt
-from ..engine.versions import is_installed
+from ..engine.versions import is_installed, to_install
 from .graph import graph_signature
 
 FP8_CAPABILITY = (8, 9)
@@ -62,8 +62,8 @@ def _choose_flavour(forced: str | None) -> Flavour:
         why = "TensorRT is not installed" if gpu else "there is no GPU here, and it builds ahead of time"
         return Flavour(name="tensorrt_rtx", reason=why)
     raise BoostDiffError(
-        "no TensorRT is installed: pip install 'boostdiff[cpu]' (TensorRT for RTX, builds without a GPU) "
-        "or 'boostdiff[gpu]'"
+        "no TensorRT is installed (the extra cpu has TensorRT for RTX, which builds without a GPU): "
+        f"{to_install('cpu', 'gpu')}"
     )
 
 

@@ -13,7 +13,7 @@ from ..engine.errors import BoostDiffError, InputError, one_line
 from ..engine.files import read_text
 from ..engine.options import config_from, options_of
 from ..engine.terminal import console, quiet_libraries
-from ..engine.versions import is_installed
+from ..engine.versions import is_installed, to_install
 from .config import ServeConfig, read_config
 
 RAY_SERVE = {
@@ -30,7 +30,7 @@ def serve(**options: Any) -> None:
     """Serve an engine behind OpenAI's images API on Ray Serve, with a page to try it."""
     config = config_from(ServeConfig, options)
     if not (is_installed("ray") and is_installed("fastapi")):
-        raise BoostDiffError("Ray Serve is not installed: pip install 'boostdiff[serve]'")
+        raise BoostDiffError(f"Ray Serve is not installed: {to_install('serve')}")
     quiet_libraries()
     import torch
     import yaml

@@ -24,7 +24,7 @@ from ..engine.student import read_student
 from .captions import FULL, Grammar, draw_captions
 from .dataset import Artworks, load_artworks
 from .evaluate import Images, Sampling, Together
-from .measure import Seed, Work, device, load_vae
+from .measure import Seed, Work, device
 from .palette import background_of
 from .style import style_network, style_of
 from .things import groups_of, things_classifier
@@ -67,7 +67,7 @@ def negatives(
         raise InputError("the students were distilled at different guidance: compare them one at a time")
     model = load(files, device=device())
     styles, network = style_network(work, artworks, seed=seed), EfficientNetLite0Features()
-    things = things_classifier(work, artworks, network, load_vae(work), seed=seed)
+    things = things_classifier(work, artworks, network, model.pipeline.vae, seed=seed)
     unets = {folder: merge(model, folder, info) for folder, info in infos.items()}
     passes = len(NEGATIVES) * steps * images * (4 + len(students))
     see: dict[str, Callable[[torch.Tensor], list[str]]] = {

