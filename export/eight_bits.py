@@ -23,7 +23,8 @@ class Form:
         weights: their numbers, in words.
         activations: likewise.
         rounds_outputs: whether a layer's output is rounded, too.
-        options: of ONNX Runtime's `quantize_static`.
+        reduce_range: whether weights have 7 bits.
+        options: `extra_options` of ONNX Runtime's `quantize_static`.
     """
 
     precision: str
@@ -31,6 +32,7 @@ class Form:
     weights: str
     activations: str
     rounds_outputs: bool
+    reduce_range: bool
     options: dict[str, Any]
 
     def rounded(self, activations: torch.Tensor, low: float, high: float) -> torch.Tensor:
@@ -65,7 +67,8 @@ INT8 = Form(
     weights="int8, 7 bits, per channel",
     activations="uint8, per tensor",
     rounds_outputs=True,
-    options={"reduce_range": True},
+    reduce_range=True,
+    options={},
 )
 FP8 = Form(
     precision="fp8",
@@ -74,14 +77,13 @@ FP8 = Form(
     activations="float8 e4m3, per tensor",
     rounds_outputs=False,
     # Symmetric, as FP8 has no zero point; weights stay as they are, for `quantize._as_fp8`.
+    reduce_range=False,
     options={
-        "extra_options": {
-            "ActivationSymmetric": True,
-            "WeightSymmetric": True,
-            "AddQDQPairToWeight": True,
-            "QuantizeBias": False,
-            "OpTypesToExcludeOutputQuantization": list(LAYERS),
-        }
+        "ActivationSymmetric": True,
+        "WeightSymmetric": True,
+        "AddQDQPairToWeight": True,
+        "QuantizeBias": False,
+        "OpTypesToExcludeOutputQuantization": list(LAYERS),
     },
 )
 FORMS = {form.precision: form for form in (INT8, FP8)}

@@ -7,6 +7,7 @@ CPUs and starts from the FP32 graph; FP8 is for TensorRT and starts from the FP1
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,9 @@ def quantized(
     Raises:
         BoostDiffError: ONNX Runtime can't.
     """
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, create_calibrator
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+    from onnxruntime.quantization.quant_utils import load_model_with_shape_infer
 
     types = {
         value.name: onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
@@ -85,20 +88,31 @@ def quantized(
             return {name: tensor.contiguous().numpy().astype(types[name]) for name, tensor in state.items()}
 
     try:
-        with quiet_exporter():
-            quantize_static(
-                graph,
-                output,
-                Reader(),
-                quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=list(LAYERS),
-                nodes_to_quantize=list(nodes),
+        # As `quantize_static`, which holds the weights three times over while it calibrates.
+        with quiet_exporter(), tempfile.TemporaryDirectory(dir=output.parent) as folder:
+            augmented = f"{folder}/model.onnx"
+            calibrator = create_calibrator(graph, list(LAYERS), augmented, use_external_data_format=True)
+            calibrator.model = None
+            give_back_memory()
+            calibrator.collect_data(Reader())
+            ranges = calibrator.compute_data()
+            del calibrator
+            give_back_memory()
+            quantizer = QDQQuantizer(
+                load_model_with_shape_infer(graph),
                 per_channel=True,
-                activation_type=activations,
-                weight_type=QuantType.QInt8,
-                use_external_data_format=True,
-                **form.options,
+                reduce_range=form.reduce_range,
+                weight_qType=QuantType.QInt8,
+                activation_qType=activations,
+                tensors_range=ranges,
+                nodes_to_quantize=list(nodes),
+                nodes_to_exclude=[],
+                op_types_to_quantize=list(LAYERS),
+                extra_options=form.options,
             )
+            quantizer.quantize_model()
+            quantizer.model.save_model_to_file(output, use_external_data_format=True)
+            del quantizer
         if form is FP8:
             _as_fp8(output)
         onnx.checker.check_model(output)
@@ -260,6 +274,7 @@ def quantize_unet(
     if len(kept) == len(layers):
         raise BoostDiffError("no layer of the UNet can be quantized within the limits: leave --quantize out")
     judge = Judge.of(graph, calibration, manifest, lean=large)
+    give_back_memory()
     chosen = [name for name in layers if name not in kept]
     nodes = [node for name in chosen for node in layers[name]]
     output = graph.with_name(f"model.{form.precision}.onnx")
