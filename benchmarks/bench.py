@@ -166,8 +166,6 @@ def bench(
             device=resolve_device(device),
             precision=config.precision,
         )
-    if config.alternatives and info.guider != "cfg":
-        raise InputError(f"--alternatives is for teachers with plain guidance, not with the guider {info.guider}")
     opened = Session.open(
         files, config, students=students, guidance=config.guidance, prompts=prompts, device=device, guided=True
     )

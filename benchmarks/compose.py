@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -96,9 +96,10 @@ def entries_of(session: Session, config: ComposeConfig) -> Iterator[Entry]:
             variants.append(at.teacher(1.0))
             settings = candidates(steps=steps, guidance=at.guidance) if config.alternatives else []
             variants += map(at.alternative, settings)
-        able = (student for student in at.students if student.info.steps or steps in config.steps)
-        variants += [_student(at, student) for student in able]
         yield from (_entry(variant, model, runner.name, precision, identity) for variant in variants)
+        for student in (each for each in at.students if each.info.steps or steps in config.steps):
+            variant, few = _student(at, student), student.info.steps is not None
+            yield _entry(variant, model, runner.name, precision, identity, few_steps=few)
 
 
 def _student(session: Session, student: Student) -> SamplingVariant:
@@ -107,10 +108,22 @@ def _student(session: Session, student: Student) -> SamplingVariant:
     return replace(variant, name=f"few-step {variant.name}") if student.info.steps else variant
 
 
-def _entry(variant: SamplingVariant, model: Model, runner: str, precision: str, identity: dict[str, Any]) -> Entry:
+def _entry(
+    variant: SamplingVariant,
+    model: Model,
+    runner: str,
+    precision: str,
+    identity: dict[str, Any],
+    *,
+    few_steps: bool = False,
+) -> Entry:
+    own, spacing = (
+        each.config.get("timestep_spacing") for each in (model.pipeline.scheduler, variant.make_scheduler())
+    )
     # Names of alternatives and of few-step students have their steps.
-    steps = "" if variant.role == "alternative" or " steps" in variant.name else f", {variant.steps} steps"
-    named = replace(variant, name=f"{variant.name}{steps}, {runner} {precision}")
+    steps = [] if variant.role == "alternative" or few_steps else [f"{variant.steps} steps"]
+    parts = [variant.name, *steps, *([spacing] if spacing != own else []), f"{runner} {precision}"]
+    named = replace(variant, name=", ".join(parts))
     return Entry(variant=named, model=model, runner=runner, precision=precision, identity=identity)
 
 
@@ -126,7 +139,7 @@ def exported_entries(
 
     `left_out` takes the reason by engine and runner that it has not.
     """
-    device = session.model.device
+    device, shape = session.model.device, session.model.latent_shape
     for folder, manifest in manifests.items():
         student = student_of(folder, manifest, session.students)
         made = {entry["precision"] for path, entry in manifest.artefacts.items() if path.startswith(manifest.denoiser)}
@@ -139,13 +152,36 @@ def exported_entries(
                     left_out[f"{folder.name}, {name}"] = reason
                 continue
             engine = opened.enter_context(Engine.load(folder, runner=name, device=str(device), precision=precision))
+            if engine.model.latent_shape != shape:
+                raise InputError(f"the engine in {folder} draws images of another size than the model: leave it out")
             runner = engine.model.denoiser
             label = precision or str(runner.precision).removeprefix("torch.")
             for steps in [student.info.steps] if student.info.steps else sorted(config.steps, reverse=True):
                 at = session.at(session.sampler, steps)
                 scale = at.guidance if student.info.guidance_range else None
                 variant = replace(_student(at, student), open=partial(engine.denoiser, scale))
-                yield _entry(variant, engine.model, name, label, {"engine": hash_of([name, label, manifest.files])})
+                yield _entry(
+                    variant,
+                    engine.model,
+                    f"{folder.name}: {name}",
+                    label,
+                    {"engine": hash_of([name, label, manifest.files])},
+                    few_steps=student.info.steps is not None,
+                )
+
+
+def able(session: Session, entries: Iterable[Entry], left_out: dict[str, str]) -> Iterator[Entry]:
+    """Those that draw a batch; the reasons of the others are put into `left_out`, by name."""
+    prompts = [session.prompts[i % len(session.prompts)] for i in range(session.batch_size)]
+    noise = initial_noise(session.model.latent_shape, count=len(prompts), seed=0)
+    for entry in entries:
+        try:
+            entry.seconds(prompts, noise)
+        except Exception as error:
+            # Out of memory, or a batch beyond an engine's profile: each library raises a type of its own.
+            left_out[entry.variant.name] = one_line(error)
+        else:
+            yield entry
 
 
 def student_of(folder: Path, manifest: Manifest, students: Sequence[Student]) -> Student:
@@ -206,10 +242,11 @@ def timed(
     draw: list[tuple[str, Callable[[], float]]] = [("stock diffusers", lambda: stock.time(work)["total"])]
     draw += [(entry.variant.name, partial(entry.seconds, prompts, noise)) for entry in entries]
     times: list[list[float]] = [[] for _ in draw]
+    failed: set[int] = set()
 
     def attempt(index: int) -> float | None:
         name, call = draw[index]
-        if name in left_out:
+        if index in failed:
             return None
         try:
             return call()
@@ -218,6 +255,7 @@ def timed(
             if index < 2:
                 raise BoostDiffError(f"{name} can't be timed: {one_line(error)}") from error
             left_out[name] = one_line(error)
+            failed.add(index)
             times[index].clear()
             return None
 
@@ -267,7 +305,7 @@ def compose(
         samples = session.sample_cache(metrics, folder=cache, on_images=on_images)
         entries = [
             *entries_of(session, config),
-            *exported_entries(session, config, manifests, opened=exported, left_out=left_out),
+            *able(session, exported_entries(session, config, manifests, opened=exported, left_out=left_out), left_out),
         ]
         report(f"sampling {config.samples} images per row")
         with bounded_memory(session.batch_size):

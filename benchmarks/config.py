@@ -227,8 +227,8 @@ class ComposeConfig(SamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.samples:
-            raise InputError("--samples must be at least 2: this is a table of distances")
+        if self.samples < 4:
+            raise InputError("--samples must be at least 4: intervals need as many")
         if min(self.steps, default=0) < 1:
             raise InputError("--steps must be at least 1")
         if self.alternatives and max(self.steps) == 1:

@@ -33,7 +33,7 @@ from .quality.features import EfficientNetLite0Features, InceptionFeatures
 from .quality.reference import reference_of
 from .quality.samples import SampleCache, SamplingVariant, bounded_memory, launched_processes
 from .speed.device import hardware
-from .speed.fastest import FastestRunners
+from .speed.fastest import MANY_PASSES, FastestRunners
 
 RESEED = 1_000_003
 """Added to the seed for the reseeded teacher: the distance that chance alone makes."""
@@ -175,6 +175,10 @@ class Session:
         infos, scale = read_students(students, files, guidance)
         if guided and not scale > 1:
             raise InputError(f"--guidance {scale:g} is no guidance, there is nothing to compare: it must be above 1")
+        if getattr(config, "alternatives", False) and infos and infos[0].guider != "cfg":
+            raise InputError(
+                f"--alternatives is for teachers with plain guidance, not with the guider {infos[0].guider}"
+            )
         if len(prompts) < config.samples:
             raise InputError(f"--samples {config.samples} needs as many prompts: there are {len(prompts)}")
         target = resolve_device(device)
@@ -188,12 +192,13 @@ class Session:
             for info in infos
         ]
         passes, compiles = config.image_steps(len(students)), getattr(config, "compile", None) is not False
+        # Where runners are timed, too, it is not the number of images that chooses them.
+        composed = isinstance(config, ComposeConfig)
         opened = FastestRunners(
             model,
-            passes=passes,
+            passes=MANY_PASSES if composed else passes,
             compiles=compiles,
-            # Where runners are timed, too.
-            freezing=isinstance(config, ComposeConfig),
+            freezing=composed,
             batch_size=batch_size,
         )
         with opened as runners:
@@ -329,6 +334,9 @@ class Session:
             texts = {"prompts": cache.prompts, "negative prompts": [cache.negative_prompt]}
             notes += [note for what, cut in texts.items() if (note := cut_note(self.model.pipeline, cut, what))]
             notes += cache.reference.notes if cache.reference else ()
+        own = self.model.pipeline.scheduler.config.get("timestep_spacing")
+        if self.spacing not in (None, own) and not isinstance(self.config, ComposeConfig):
+            notes.append(f"timesteps of all rows are {self.spacing}, the model's own {own}")
         return {
             "model": self.model.files.name,
             "guidance": self.guidance,

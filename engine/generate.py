@@ -243,16 +243,22 @@ def draw(
     return paths
 
 
+def drawn_by(config: GenerateConfig) -> dict[str, Any]:
+    """What an image was drawn by beside prompt, seed and model, as far as it isn't the student's own."""
+    chosen = {name: getattr(config, name) for name in ("guidance", "timestep_spacing", "lora_scale")}
+    return {"sampler": config.sampler, "steps": config.steps} | {k: v for k, v in chosen.items() if v is not None}
+
+
 def png_of(image: Image.Image, config: GenerateConfig, prompt: str, *, seed: int, model: str) -> bytes:
     """A PNG file's content, with prompt and settings in its text chunks."""
     notes = PngInfo()
     for key, value in (
         ("prompt", prompt),
         ("model", model),
-        ("sampler", f"{config.sampler}, {config.steps} steps"),
-        ("seed", str(seed)),
+        ("seed", seed),
+        *drawn_by(config).items(),
     ):
-        notes.add_itxt(key, value)
+        notes.add_itxt(key.replace("_", " "), str(value))
     content = io.BytesIO()
     image.save(content, format="PNG", pnginfo=notes)
     return content.getvalue()

@@ -325,7 +325,9 @@ def _check_flow_schedule(class_name: str, config: Mapping[str, Any]) -> None:
 
 
 def check_spacing(config: Mapping[str, Any], spacing: str | None) -> None:
-    """Refuse, by an InputError, a timestep spacing that a model's schedule has no use for."""
+    """Refuse, by an InputError, a timestep spacing that is none, or that a model's schedule has no use for."""
+    if spacing not in (None, "leading", "trailing"):
+        raise InputError(f"unknown timestep spacing {spacing!r}: choose leading or trailing")
     if spacing is not None and is_flow(config):
         raise InputError("--timestep-spacing is not for flow matching, whose noise levels have a shift in its place")
 

@@ -21,7 +21,7 @@ from typing import Any
 from .config import GenerateConfig
 from .errors import InputError
 from .files import check_output, give_modes, hash_of, locked, prepare_output, read_json, write_json
-from .generate import Sampling, images_of, opened, png_of
+from .generate import Sampling, drawn_by, images_of, opened, png_of
 from .manifest import read_manifest
 from .model import ModelFiles
 from .prompts import is_cut
@@ -161,10 +161,9 @@ def draw_shard(sampling: Sampling, job: Job, shard: int) -> int:
                 about = {
                     "prompt": prompt,
                     "seed": seed,
-                    "sampler": job.config.sampler,
-                    "steps": job.config.steps,
                     "model": Path(model).name,
                     "role": "teacher" if job.config.teacher else "student",
+                    **drawn_by(job.config),
                 }
                 _add(tar, f"{index:09}.png", png_of(image, job.config, prompt, seed=seed, model=model))
                 _add(tar, f"{index:09}.txt", prompt.encode())

@@ -203,9 +203,6 @@ class StudentInfo(Distilled):
         write_json(folder / INFO_FILE, values | {"sha256": hash_of(values)})
 
 
-STRINGS = ("method", "negative_prompt", "guider", "model", "denoiser_sha256")
-
-
 def _usable(values: dict[str, Any]) -> bool:
     """Whether the values of a `student.json` that are relied upon are of their types."""
 

@@ -28,7 +28,7 @@ class Row:
         quality: distances, scores and passes; compared with the guided teacher in `Composition.steps`.
         loss: the larger of the relative losses of distance and caption score against that teacher; below zero where
             both are better.
-        on_front: whether no row is at least as fast and nearer to real images.
+        on_front: whether no row is at least as many times as fast as stock diffusers and nearer to real images.
     """
 
     runner: str
@@ -78,16 +78,17 @@ class Composition:
         """The fastest row for each of `TOLERANCES`."""
         teacher = self.rows[0].quality.name
         figures = f"{self.features}{' and caption score' if self.caption_label else ''}"
-        chosen: dict[str, tuple[Row, list[str]]] = {}
+        chosen: dict[int, tuple[Row, list[str]]] = {}
         for tolerance in TOLERANCES:
             if row := self.fastest_within(tolerance):
-                chosen.setdefault(row.quality.name, (row, []))[1].append(f"{tolerance:.0%}")
+                chosen.setdefault(id(row), (row, []))[1].append(f"{tolerance:.0%}")
         found = "; ".join(
-            f"within {' and '.join(tolerances)} it is {name}, {row.speedup.value:.2f}x as fast as stock diffusers with "
-            "guidance"
-            for name, (row, tolerances) in chosen.items()
+            f"within {' and '.join(tolerances)} it is {row.quality.name}, {row.speedup.value:.2f}x as fast as stock "
+            "diffusers with guidance"
+            for row, tolerances in chosen.values()
         )
-        return f"The fastest of what loses little of {figures} against {teacher}: {found}."
+        verdict = f"The fastest of what loses little of {figures} against {teacher}: {found}."
+        return verdict if self.caption_label else f"{verdict} Whether prompts are followed was not measured (--clip)."
 
 
 def with_front(rows: Sequence[Row]) -> list[Row]:
@@ -96,7 +97,7 @@ def with_front(rows: Sequence[Row]) -> list[Row]:
     def beaten(row: Row) -> bool:
         return any(
             other is not row
-            and other.seconds_per_image.value <= row.seconds_per_image.value
+            and other.speedup.value >= row.speedup.value
             and (other.quality.distance or 0.0) < (row.quality.distance or 0.0)
             for other in rows
         )

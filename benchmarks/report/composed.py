@@ -112,7 +112,7 @@ def front_plot(result: Composition) -> plt.Figure:
 
 
 def _fastest_first(result: Composition) -> list[Row]:
-    return sorted(result.rows, key=_milliseconds)
+    return sorted(result.rows, key=lambda row: -row.speedup.value)
 
 
 def _milliseconds(row: Row) -> float:

@@ -1,17 +1,29 @@
 import json
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from boostdiff.benchmarks.compose import compose
+from boostdiff.benchmarks.compose import Entry, able, compose, entries_of
 from boostdiff.benchmarks.config import ComposeConfig, Metrics
 from boostdiff.benchmarks.quality.composition import Composition, Row, loss_of, with_front
 from boostdiff.benchmarks.quality.quality import QualityRow
 from boostdiff.benchmarks.report.composed import composed_table, markdown, write_composed
+from boostdiff.benchmarks.session import Session
 from boostdiff.benchmarks.stats import Estimate
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.model import locate
+from boostdiff.engine.student import read_student
 from tiny import PROMPTS, few_step_copy
+
+
+@pytest.fixture(scope="module", autouse=True)
+def eager() -> Iterator[None]:
+    """Compiling every row's denoiser would take minutes."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("boostdiff.benchmarks.session.MANY_PASSES", 0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +47,19 @@ def result(
     )
 
 
-def test_every_combination_is_a_row(result: Composition) -> None:
+STEPS = ("4 steps", "3 steps", "2 steps, trailing")
+"""What rows are named after: those of a few-step student's steps have its timesteps."""
+
+
+def test_every_combination_is_a_row(result: Composition, engines: dict[str, Path]) -> None:
     rows = {row.quality.name: row for row in result.rows if row.quality.role != "alternative"}
     (plain,) = {name.split(",")[0] for name in rows if name.startswith("student")}
+    onnx = f"{engines['lora'].name}: onnx"
     assert set(rows) == {
-        *(f"teacher w=3, {steps} steps, torch float32" for steps in (4, 3, 2)),
+        *(f"teacher w=3, {steps}, torch float32" for steps in STEPS),
         "teacher w=1, 4 steps, torch float32",
-        *(f"{plain}, {steps} steps, {runner} float32" for steps in (4, 3, 2) for runner in ("torch", "onnx")),
-        "few-step student lora, 2 steps, torch float32",
+        *(f"{plain}, {steps}, {runner} float32" for steps in STEPS for runner in ("torch", onnx)),
+        "few-step student lora, 2 steps, trailing, torch float32",
     }
     assert result.rows[0].quality.name == "teacher w=3, 4 steps, torch float32"
     assert any(row.quality.role == "alternative" for row in result.rows)
@@ -54,8 +71,8 @@ def test_every_combination_is_a_row(result: Composition) -> None:
         assert row.seconds_per_image.value > 0
         assert row.speedup.low <= row.speedup.value <= row.speedup.high
     # A graph's images are those of torch but for rounding.
-    onnx, eager = (rows[f"{plain}, 4 steps, {runner} float32"].quality for runner in ("onnx", "torch"))
-    assert onnx.distance == pytest.approx(eager.distance, rel=1e-2)
+    graph, eager = (rows[f"{plain}, 4 steps, {runner} float32"].quality for runner in (onnx, "torch"))
+    assert graph.distance == pytest.approx(eager.distance, rel=1e-2)
 
 
 def test_it_is_written_as_page_markdown_and_json(result: Composition, tmp_path: Path) -> None:
@@ -68,8 +85,9 @@ def test_it_is_written_as_page_markdown_and_json(result: Composition, tmp_path: 
     assert "image/svg+xml" in page
     assert result.verdict() in (text := markdown(result))
     assert all(row.quality.name in text for row in result.rows)
-    times = [float(row[2]) for row in composed_table(result).cells]
-    assert times == sorted(times)
+    table = composed_table(result)
+    names = [cells[0].partition(". ")[2].removesuffix(" *") for cells in table.cells]
+    assert names == [row.quality.name for row in sorted(result.rows, key=lambda row: -row.speedup.value)]
 
 
 def estimate(value: float) -> Estimate:
@@ -115,13 +133,33 @@ def test_the_verdict_takes_the_worse_of_distance_and_caption_score(result: Compo
         "guidance; within 10% it is few steps, 8.00x as fast as stock diffusers with guidance."
     )
     assert [r.quality.name for r in measured.rows if r.on_front] == ["one pass", "few steps", "blurred"]
+    assert (
+        replace(measured, caption_label=None)
+        .verdict()
+        .endswith("Whether prompts are followed was not measured (--clip).")
+    )
+
+
+def test_rows_of_one_name_stay_apart(result: Composition) -> None:
+    """The fastest is the one that the front and the verdict name, whatever the milliseconds of another round say."""
+    teacher = row("two passes", seconds=4.0, distance=100.0, caption=60.0)
+    one, other = (
+        row("twin", seconds=s, distance=d, caption=60.0, teacher=teacher.quality) for s, d in ((2, 102), (1, 109))
+    )
+    faster = replace(one, seconds_per_image=estimate(0.9), quality=replace(one.quality, name="third"))
+    verdict = replace(
+        result, rows=with_front([teacher, one, other, faster]), features="FD", caption_label="c"
+    ).verdict()
+    assert "within 3% it is twin, 4.00x" in verdict
+    assert "within 10% it is twin, 8.00x" in verdict
+    assert [r.on_front for r in with_front([other, replace(other, quality=faster.quality)])] == [False, True]
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ({"steps": ()}, "--steps must be at least 1"),
-        ({"samples": 0}, "--samples must be at least 2"),
+        ({"samples": 3}, "--samples must be at least 4"),
         ({"steps": (1,), "alternatives": True}, "--alternatives needs --steps of at least 2"),
         ({"sampler": "magic"}, "unknown sampler 'magic'"),
     ],
@@ -134,13 +172,13 @@ def test_what_can_not_be_composed_is_refused(options: dict[str, object], says: s
 def test_what_does_not_belong_together_is_refused(
     tiny_folder: Path, students: dict[str, Path], engines: dict[str, Path], reference: Path, tmp_path: Path
 ) -> None:
-    def tried(student: Path, engine: Path, metrics: Metrics, sampler: str = "ddim") -> None:
-        config = ComposeConfig(steps=(2,), samples=4, runs=3, sampler=sampler)  # type: ignore[arg-type]
+    def tried(student: Path, engine: Path | None, metrics: Metrics, **options: object) -> None:
+        config = ComposeConfig(steps=(2,), samples=4, runs=3, **options)  # type: ignore[arg-type]
         compose(
             locate(str(tiny_folder)),
             config,
             students=[student],
-            engines=[engine],
+            engines=[engine] if engine else [],
             prompts=PROMPTS * 4,
             metrics=metrics,
             device="cpu",
@@ -153,3 +191,31 @@ def test_what_does_not_belong_together_is_refused(
     few = few_step_copy(students["lora"], tmp_path / "few", 2)
     with pytest.raises(InputError, match=r"distilled for ddim: pass --sampler ddim"):
         tried(few, engines["lora"], Metrics(reference=reference), sampler="dpm++")
+    rescaled = tmp_path / "rescaled"
+    shutil.copytree(students["lora"], rescaled)
+    settings = {"guider": "rescale", "guider_settings": {"guidance_rescale": 0.5}}
+    replace(read_student(rescaled), **settings).write(rescaled)
+    with pytest.raises(InputError, match="--alternatives is for teachers with plain guidance"):
+        tried(rescaled, None, Metrics(reference=reference), alternatives=True)
+
+
+def test_an_engine_that_can_draw_no_batch_is_left_out(
+    tiny_folder: Path, students: dict[str, Path], reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, config = locate(str(tiny_folder)), ComposeConfig(steps=(2,), samples=4, runs=3)
+    opened = Session.open(
+        files, config, students=[students["lora"]], guidance=None, prompts=PROMPTS * 4, device="cpu", guided=True
+    )
+    with opened as session:
+        first, *others = entries_of(replace(session, sampler="ddim"), config)
+
+        def fails(self: Entry, prompts: object, noise: object) -> float:
+            if self.variant.name == first.variant.name:
+                raise RuntimeError("a batch beyond the profile")
+            return 1.0
+
+        monkeypatch.setattr(Entry, "seconds", fails)
+        left_out: dict[str, str] = {}
+        found = list(able(session, [first, *others], left_out))
+    assert [each.variant.name for each in found] == [each.variant.name for each in others]
+    assert left_out == {first.variant.name: "a batch beyond the profile"}

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from boostdiff.engine import compiled
@@ -8,11 +10,12 @@ from boostdiff.engine.compiled import (
     use_plain_attention,
     with_bfloat16_vae,
 )
-from boostdiff.engine.model import Model
+from boostdiff.engine.model import Model, load, locate
 from boostdiff.engine.runners import TorchRunner
 from boostdiff.engine.sampling import decode
 from diffusers.models.attention_processor import AttnProcessor
 from tiny import CPU
+from tiny_qwen_image import make_qwen_image_pipeline
 
 
 def test_compiled_predictions_are_those_of_the_unet(tiny: Model) -> None:
@@ -77,6 +80,16 @@ def test_the_vae_in_bfloat16_is_a_copy(tiny: Model, monkeypatch: pytest.MonkeyPa
     assert 0 < (images - exact).abs().max() < 8 / 255
     assert tiny.pipeline.vae.dtype == torch.float32
     torch.testing.assert_close(decode(tiny, latents), exact)
+
+
+def test_a_vae_of_videos_keeps_its_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "has_bfloat16", lambda device: True)
+    make_qwen_image_pipeline().save_pretrained(tmp_path)
+    model = load(locate(str(tmp_path)), device=CPU)
+    latents = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    faster = with_bfloat16_vae(model)
+    assert faster.pipeline.vae.dtype == torch.bfloat16
+    assert 0 < (decode(faster, latents) - decode(model, latents)).abs().max() < 16 / 255
 
 
 def test_plain_attention_is_for_small_latents_alone(tiny: Model) -> None:

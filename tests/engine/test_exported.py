@@ -182,6 +182,9 @@ def test_what_the_engine_can_not_do(folder: Path, engines: dict[str, Path]) -> N
                 engine(PROMPTS, batch_size=number)
         with pytest.raises(InputError, match="sampler"):
             engine(PROMPTS[0], sampler="magic")
+        for spacing in ("linspace", "magic", ""):
+            with pytest.raises(InputError, match=f"unknown timestep spacing '{spacing}'"):
+                engine(PROMPTS[0], timestep_spacing=spacing)
         with pytest.raises(InputError, match=r"can't draw 32x16 pixels: it was exported for 16x16"):
             engine(PROMPTS[0], height=32)
     with pytest.raises(InputError, match="unknown precision 'int4'"):
