@@ -170,10 +170,15 @@ def exported_entries(
                 )
 
 
+def _batch(session: Session) -> tuple[list[str], torch.Tensor]:
+    """Prompts and noise of the batch that is timed."""
+    prompts = [session.prompts[i % len(session.prompts)] for i in range(session.batch_size)]
+    return prompts, initial_noise(session.model.latent_shape, count=len(prompts), seed=0)
+
+
 def able(session: Session, entries: Iterable[Entry], left_out: dict[str, str]) -> Iterator[Entry]:
     """Those that draw a batch; the reasons of the others are put into `left_out`, by name."""
-    prompts = [session.prompts[i % len(session.prompts)] for i in range(session.batch_size)]
-    noise = initial_noise(session.model.latent_shape, count=len(prompts), seed=0)
+    prompts, noise = _batch(session)
     for entry in entries:
         try:
             entry.seconds(prompts, noise)
@@ -228,8 +233,7 @@ def timed(
     Raises:
         BoostDiffError: stock diffusers or the first entry failed, what all is compared with.
     """
-    model, prompts = session.model, [session.prompts[i % len(session.prompts)] for i in range(session.batch_size)]
-    noise = initial_noise(model.latent_shape, count=len(prompts), seed=0)
+    model, (prompts, noise) = session.model, _batch(session)
     work = Workload(
         model=model,
         prompts=prompts,

@@ -128,8 +128,7 @@ def quantized(
 def _calibrating_session(graph: str) -> Any:
     """A session that lets go of activations once their ranges are known, in place of the calibrator's own.
 
-    That one computes the ranges last: of Stable Diffusion 2.1's UNet it took 9.3 GiB for one state and 15.1 for two,
-    this one 4.1.
+    That one computes the ranges last, and so holds all activations of a state (docs/export.md has what it took).
     """
     import onnxruntime
 

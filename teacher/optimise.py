@@ -91,9 +91,9 @@ def optimise(
         decay = 1 - 1 / max(1.0, ema_horizon * step)
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.values()), list(named.values()), 1 - decay)
-        recent.append(loss.item())
         if accelerator and not accelerator.is_main_process:
             continue
+        recent.append(loss.item())
         if (step + 1) % 50 == 0:
             pace = (time.monotonic() - began) / (step + 1 - start)
             left = pace * (steps - step - 1) / 60

@@ -165,14 +165,14 @@ def diffusion(
 ) -> None:
     """Train text encoder and UNet together on the precomputed latents.
 
-    Several processes share each batch; on a CPU one per core, of one thread each, is fastest: `OMP_NUM_THREADS=1
+    Several processes share each batch, on a CPU one per core, of one thread each: `OMP_NUM_THREADS=1
     torchrun --standalone --nproc-per-node 2 -m boostdiff.teacher.train diffusion …`.
     In bf16 autocast where the device multiplies in bfloat16. Each time a latent is met, its caption is drawn anew.
     Noise prediction by default, losses weighted by min(SNR, gamma) / SNR (Hang et al. 2023, eq. 8): unweighted, most of
     the gradient is of the finest detail. With `--flow` z_t = (1 - sigma) z_0 + sigma noise, sigma logit-normal, and an
     unweighted loss of the velocity noise - z_0 (Esser et al. 2024, "Scaling Rectified Flow Transformers").
     """
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=device().type == "cpu")
     where, count = accelerator.device, accelerator.num_processes
     if batch % count:
         raise InputError(f"--batch {batch} can't be shared out evenly among {count} processes")

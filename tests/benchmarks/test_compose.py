@@ -13,6 +13,7 @@ from boostdiff.benchmarks.report.composed import composed_table, markdown, write
 from boostdiff.benchmarks.session import Session
 from boostdiff.benchmarks.stats import Estimate
 from boostdiff.engine.errors import InputError
+from boostdiff.engine.manifest import read_manifest
 from boostdiff.engine.model import locate
 from boostdiff.engine.student import read_student
 from tiny import PROMPTS, few_step_copy
@@ -197,6 +198,14 @@ def test_what_does_not_belong_together_is_refused(
     replace(read_student(rescaled), **settings).write(rescaled)
     with pytest.raises(InputError, match="--alternatives is for teachers with plain guidance"):
         tried(rescaled, None, Metrics(reference=reference), alternatives=True)
+
+    larger = tmp_path / "larger"
+    shutil.copytree(engines["lora"], larger)
+    manifest = read_manifest(larger)
+    manifest.denoiser_config["sample_size"] *= 2
+    manifest.save(larger)
+    with pytest.raises(InputError, match="draws images of another size than the model"):
+        tried(students["lora"], larger, Metrics(reference=reference))
 
 
 def test_an_engine_that_can_draw_no_batch_is_left_out(

@@ -33,6 +33,15 @@ def test_other_prompts_have_other_names(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+def test_an_image_tells_what_it_was_drawn_by(tmp_path: Path) -> None:
+    chosen = {"guidance": 5.0, "timestep_spacing": "trailing", "lora_scale": 1.2}
+    for settings in ({}, chosen):
+        config = GenerateConfig(prompts=["a cat"], sampler="ddim", steps=8, **settings)
+        path = _write_png(Image.new("RGB", (8, 8)), config, 0, model="m", folder=tmp_path)
+        shared = {"prompt": "a cat", "model": "m", "seed": "0", "sampler": "ddim", "steps": "8"}
+        assert Image.open(path).text == shared | {k.replace("_", " "): str(v) for k, v in settings.items()}
+
+
 def test_what_is_cut_is_said(tiny_files: ModelFiles, tmp_path: Path) -> None:
     long = " ".join(["cat"] * 40)
     config = GenerateConfig(prompts=[long, "a cat"], teacher=True, negative_prompt=long, steps=1)
