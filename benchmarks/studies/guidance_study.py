@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ import torch
 import typer
 
 from ...engine.guidance_term import r2_of, trajectory
-from ...engine.options import SamplerOption
+from ...engine.options import SamplerOption, SpacingOption
 from ...engine.runners import TorchRunner
 from ..config import BenchConfig
 from ..quality.distances import same_seed_distance
@@ -80,6 +81,7 @@ def effective_guidance(
     samples: Samples = 200,
     sampler: SamplerOption = "ddim",
     steps: Steps = 20,
+    timestep_spacing: SpacingOption = None,
 ) -> None:
     """The guidance that students give for each w they are asked for.
 
@@ -87,6 +89,7 @@ def effective_guidance(
     mean cosine distance of features. On `emoji64` and its held-out prompts; prints a Markdown table.
     """
     rows, asked, config = [], scales_of(scales), BenchConfig(samples=samples, sampler=sampler, steps=steps)
+    config = replace(config, timestep_spacing=timestep_spacing)
     for folder in students:
         check_plan(config, [folder])
     for folder in students:

@@ -101,7 +101,7 @@ def check_plan(config: BenchConfig, students: Sequence[Path] = (), *, model: str
     check_prompts(config.samples)
     infos = [read_student(folder, files, instead="another folder") for folder in students]
     config = with_sampling(config, students)
-    spacing = next((info.timestep_spacing for info in infos if info.steps is not None), None)
+    spacing = next((info.timestep_spacing for info in infos if info.steps is not None), config.timestep_spacing)
     check_steps(files.scheduler_config, [str(config.sampler or SAMPLER)], [config.steps or STEPS], spacing=spacing)
     return files
 
