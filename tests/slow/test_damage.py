@@ -150,8 +150,9 @@ def test_small_damages(
             archive.add(path, arcname=path.name)
     output = tmp_path / "output"
     draws = ["--steps", 2, "--device", "cpu", "--output", output]
-    # As many as an epoch has: a fault that is never reached can't be said.
-    trains = ["--model", tiny_folder, "--updates", 1, "--batch-size", 6, "--device", "cpu", "--output", output]
+    # All new, as many as an epoch has: a fault that is never reached can't be said.
+    size = ["--updates", 1, "--batch-size", 6, "--reuse", 1]
+    trains = ["--model", tiny_folder, *size, "--device", "cpu", "--output", output]
     commands: dict[str, tuple[Path, Callable[[Path], list[object]], Callable[[Path], Any], Judge]] = {
         "model folder": (
             tiny_folder,
