@@ -29,13 +29,13 @@ from .exported_parts import ExportedTextEncoder, ExportedVaeDecoder, text_in_tor
 from .families import family_of
 from .files import read_json
 from .guidance import Denoiser
-from .manifest import Manifest, read_manifest, verified_file
+from .manifest import Manifest, read_manifest, verify_configurations
 from .model import Model, ModelFiles, resolve_device
 from .prompts import cut_note
 from .runners import EXPORTED, GraphRunner, available_runners, open_session
 from .sampling import batches, decode, default_batch_size, initial_noise, sampling, to_pil, verify_finite
 from .schedulers import check_schedule, check_spacing, check_steps, completed
-from .sessions import Session
+from .sessions import PROVIDERS, Session
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,17 +98,19 @@ class Engine(AbstractContextManager["Engine"]):
         """
         folder, target = Path(folder), resolve_device(device)
         manifest = read_manifest(folder)
+        if device == "auto" and target.type not in PROVIDERS:
+            target = torch.device("cpu")
         if runner == "auto":
             (reason,) = available_runners(manifest, target, ["tensorrt"]).values()
-            runner = "onnx" if reason else "tensorrt"
+            # A plan has one precision.
+            runner = "onnx" if reason or precision else "tensorrt"
         if runner not in EXPORTED:
             raise InputError(f"an engine has no runner {runner!r}: choose one of {', '.join(EXPORTED)}")
         if reason := available_runners(manifest, target, [runner])[runner]:
             # What was never exported is the user's to change, what the machine lacks is not.
             fault = InputError if runner == "tensorrt" and manifest.plan not in manifest.files else BoostDiffError
             raise fault(f"can't run the engine in {folder} with {runner}: {reason}")
-        for name in manifest.configurations():
-            verified_file(folder, manifest, name)
+        verify_configurations(folder, manifest)
         if unknown := manifest.unknown_files(folder):
             raise InputError(f"{folder / unknown[0]} is no part of the engine: remove it, or export again")
         with ExitStack() as stack:
@@ -147,7 +149,7 @@ class Engine(AbstractContextManager["Engine"]):
         factor, config = self.model.pipeline.vae_scale_factor, self.manifest.denoiser_config
         default = [factor * side for side in self.model.latent_shape[1:]]
         size = [asked or side for asked, side in zip((height, width), default, strict=True)]
-        smallest, _, largest = self.manifest.options["size"] or (default[0],) * 3
+        smallest, _, largest = self.manifest.options["size"] or (0, 0, 0)
         multiple = math.lcm(factor * self.model.family.latent_multiple(config, exported=True), PIXEL_MULTIPLE)
         if size != default and not all(smallest <= side <= largest and side % multiple == 0 for side in size):
             raise InputError(
@@ -198,6 +200,8 @@ class Engine(AbstractContextManager["Engine"]):
         """What gives a model's scheduler, and the number of steps; an InputError where the student takes others."""
         distilled, schedule = self.manifest.distilled, self.model.pipeline.scheduler.config
         name, steps = distilled.choose_sampling(sampler, steps)
+        if not isinstance(steps, int) or isinstance(steps, bool):
+            raise InputError(f"steps {steps!r} can't be used: pass a whole number")
         check_spacing(schedule, spacing)
         spacing = distilled.choose_spacing(spacing)
         check_steps(schedule, [name], [steps], spacing=spacing)
@@ -287,6 +291,8 @@ class Engine(AbstractContextManager["Engine"]):
 
 def _listed(prompts: str | Sequence[str]) -> list[str]:
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise InputError("a prompt is no text")
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise InputError("a prompt is empty")
     return prompts

@@ -28,7 +28,7 @@ from .exported import Engine, scheduler_of
 from .family import ENCODED_TOGETHER
 from .files import check_output, prepare_output, read_json
 from .guidance import Denoiser, GuidedDenoiser, teacher_denoiser
-from .manifest import read_manifest
+from .manifest import read_manifest, verify_configurations
 from .merge import fold_student
 from .model import Model, ModelFiles, load, resolve_device
 from .options import SAMPLER, STEPS
@@ -72,7 +72,9 @@ def resolve(files: ModelFiles | None, config: GenerateConfig) -> GenerateConfig:
     distilled = None
     if config.on_engine:
         folder = config.engine or Path("outputs/engine")
-        distilled, schedule = read_manifest(folder).distilled, scheduler_of(folder).config
+        manifest = read_manifest(folder)
+        verify_configurations(folder, manifest)
+        distilled, schedule = manifest.distilled, scheduler_of(folder).config
     elif files is None:
         raise InputError(f"the runner {config.runner} needs a model")
     else:

@@ -141,3 +141,9 @@ def verified_file(folder: Path, manifest: Manifest, name: str) -> Path:
         if sha256_of(path) != manifest.files[part]:
             raise InputError(f"{path} does not match its manifest (SHA-256 differs): export again")
     return folder / name
+
+
+def verify_configurations(folder: Path, manifest: Manifest) -> None:
+    """Check what an engine's parts are put together by; raises as `verified_file`."""
+    for name in manifest.configurations():
+        verified_file(folder, manifest, name)

@@ -84,7 +84,8 @@ def merge_in_place(model: Model, folder: Path, info: StudentInfo) -> MergeProof:
             model.family.forward(denoiser, arguments | {"timestep": torch.full_like(arguments["timestep"], t)})
             for t in TIMESTEPS
         ]
-        return torch.stack(outputs).double()
+        # Not all devices have double precision.
+        return torch.stack(outputs).cpu().double()
 
     base = predictions()
     apply_student(denoiser, folder, info)

@@ -25,7 +25,7 @@ from .files import read_json, sha256_of, without_marks
 from .int8_weights import freeze_int8, int8_weights
 from .schedulers import is_flow, make_scheduler
 
-HASHED = {".json", ".txt", ".safetensors"}
+HASHED = {".json", ".txt", ".model", ".safetensors"}
 """Suffixes of the files that make a model."""
 
 LARGE_PARAMETERS = 100e6

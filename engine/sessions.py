@@ -99,9 +99,8 @@ def execution_provider(device: torch.device) -> str:
         raise BoostDiffError(f"ONNX Runtime is not installed: {to_install('cpu', 'gpu')}") from None
     provider = PROVIDERS.get(device.type, "")
     if provider not in onnxruntime.get_available_providers():
-        raise BoostDiffError(
-            f"this ONNX Runtime can't run on {device.type}: pip install onnxruntime-gpu in the place of onnxruntime"
-        )
+        advice = "pip install onnxruntime-gpu in the place of onnxruntime" if provider else "choose --device cpu"
+        raise BoostDiffError(f"this ONNX Runtime can't run on {device.type}: {advice}")
     return provider
 
 

@@ -39,6 +39,7 @@ class TensorRTSession(Session):
         check_plan(artefact, device)
         from polygraphy.backend.common import bytes_from_path
         from polygraphy.backend.trt import TrtRunner, engine_from_bytes
+        from polygraphy.exception import PolygraphyException
 
         index = None if device is None else device.index
         self.device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
@@ -52,8 +53,13 @@ class TensorRTSession(Session):
         self.largest_batch = min(largest[0] for _, _, largest in profile)
         # TensorRT and polygraphy know no device but the current one.
         with torch.cuda.device(self.device):
-            self._runner = TrtRunner(engine_from_bytes(bytes_from_path(str(path))))
-            self._runner.activate()
+            try:
+                self._runner = TrtRunner(engine_from_bytes(bytes_from_path(str(path))))
+                self._runner.activate()
+            except PolygraphyException as error:
+                raise BoostDiffError(
+                    f"TensorRT can't load {path}, perhaps for too little GPU memory: {one_line(error)}"
+                ) from None
             self._stream = torch.cuda.ExternalStream(self._runner.stream.ptr, self.device)
 
     def close(self) -> None:

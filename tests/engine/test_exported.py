@@ -11,7 +11,7 @@ import torch
 from boostdiff.engine.config import GenerateConfig
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.exported import Engine
-from boostdiff.engine.generate import draw
+from boostdiff.engine.generate import draw, resolve
 from boostdiff.engine.model import ModelFiles
 from PIL import Image
 from tiny import PROMPTS
@@ -177,6 +177,11 @@ def test_what_the_engine_can_not_do(folder: Path, engines: dict[str, Path]) -> N
             engine(["a red cat", " "])
         with pytest.raises(InputError, match=r"--steps 0 can.t be used"):
             engine(PROMPTS[0], steps=0)
+        for steps in (2.5, "2", True):
+            with pytest.raises(InputError, match="pass a whole number"):
+                engine(PROMPTS[0], steps=steps)
+        with pytest.raises(InputError, match="a prompt is no text"):
+            engine(["a red cat", None])
         for number in (0, -1):
             with pytest.raises(InputError, match=f"batch size {number} can't be used"):
                 engine(PROMPTS, batch_size=number)
@@ -199,6 +204,36 @@ def test_what_the_engine_can_not_do(folder: Path, engines: dict[str, Path]) -> N
         engine(PROMPTS[0])
     with pytest.raises(InputError, match="run `boostdiff export` first"):
         Engine.load(folder.parent / "nowhere")
+
+
+@pytest.mark.parametrize("asked", ["auto", "mps"])
+def test_devices_that_onnx_runtime_does_not_know(folder: Path, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    """As Macs' accelerator: what the machine chose gives way to the CPU, what was asked for is refused."""
+    monkeypatch.setattr("boostdiff.engine.exported.resolve_device", lambda device: torch.device("mps"))
+    if asked == "auto":
+        with Engine.load(folder) as engine:
+            assert engine.model.device.type == "cpu"
+    else:
+        with pytest.raises(BoostDiffError, match="can't run on mps: choose --device cpu"):
+            Engine.load(folder, device=asked)
+
+
+def test_a_precision_is_one_of_the_graphs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that could run the plan must not take it then."""
+    every = lambda manifest, device, names: dict.fromkeys(names)  # noqa: E731
+    monkeypatch.setattr("boostdiff.engine.exported.available_runners", every)
+    with Engine.load(folder, precision="fp32") as engine:
+        assert engine.runner == "onnx"
+
+
+def test_an_engine_that_is_not_square_draws_its_own_size_alone(folder: Path) -> None:
+    with Engine.load(folder) as engine:
+        engine.manifest.denoiser_config["sample_size"] = engine.model.denoiser.config["sample_size"] = [8, 16]
+        height, width = (engine.model.pipeline.vae_scale_factor * side for side in engine.model.latent_shape[1:])
+        assert engine.sized(height, width).latent_shape == engine.model.latent_shape
+        for size in ((height, height), (width, height), (width, width)):
+            with pytest.raises(InputError, match=f"exported for {height}x{width}"):
+                engine.sized(*size)
 
 
 def test_only_what_is_wanted_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +278,14 @@ def test_a_damaged_engine_is_refused(folder: Path, tmp_path: Path, name: str, da
     with pytest.raises(InputError, match=r"export again|export` first|can't read") as refused:
         Engine.load(engine)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "scheduler/scheduler_config.json"])
+def test_settings_are_checked_before_they_are_read(folder: Path, tmp_path: Path, name: str) -> None:
+    engine = shutil.copytree(folder, tmp_path / "engine")
+    (engine / name).write_text("{}")
+    with pytest.raises(InputError, match="does not match its manifest"):
+        resolve(None, GenerateConfig(prompts=["x"], runner="onnx", engine=engine))
 
 
 @pytest.mark.parametrize("name", ["special_tokens_map.json", "added_tokens.json"])

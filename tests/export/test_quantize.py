@@ -6,12 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
 import pytest
 import torch
+from boostdiff.distill.config import DistillConfig
+from boostdiff.distill.distill import distill
+from boostdiff.distill.loop import Observers
 from boostdiff.engine import embedded
 from boostdiff.engine.config import GenerateConfig
 from boostdiff.engine.errors import BoostDiffError, InputError
@@ -45,16 +49,25 @@ def quantized(
 ) -> Quantize:
     """An export of the LoRA in 8 bits, from the graphs that are there; a random model's guidance term is minute."""
 
-    def run(output: Path, *, budget: float = 1e9, limit: float = 1e9, precision: str = "int8") -> Manifest:
-        config = ExportConfig(quantize=precision, trt=precision == "fp8", calibration_prompts=prompt_file)
+    def run(
+        output: Path,
+        *,
+        budget: float = 1e9,
+        limit: float = 1e9,
+        precision: str = "int8",
+        student: Path = students["lora"],
+        **options: Any,
+    ) -> Manifest:
+        config = ExportConfig(quantize=precision, trt=precision == "fp8", calibration_prompts=prompt_file, **options)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("boostdiff.export.export.onnx_from_part", graphs_of(engines["lora"]))
+            if student == students["lora"] and not options:
+                patch.setattr("boostdiff.export.export.onnx_from_part", graphs_of(engines["lora"]))
             patch.setattr(quantize, "BUDGET", budget)
             for name in ("ERROR_LIMIT", "R2_LIMIT"):
                 patch.setattr(quantize, name, limit)
             tolerances = {"fp32": 1e-3, "fp16": 3e-2, "int8": 0.2, "fp8": 0.2}
             patch.setattr("boostdiff.export.whole.LATENT_TOLERANCE", tolerances)
-            return export(locate(str(tiny_folder)), config, student=students["lora"], output=output, device="cpu")
+            return export(locate(str(tiny_folder)), config, student=student, output=output, device="cpu")
 
     return run
 
@@ -84,6 +97,22 @@ def test_the_manifest_says_what_was_kept_and_on_what_it_was_calibrated(engine: P
     assert "calibration_prompts" in manifest.inputs
     assert "calibration_prompts" not in manifest.options
     assert manifest.pipeline["onnx int8"]["latents"] > manifest.pipeline["onnx fp32"]["latents"]
+
+
+def test_a_live_student_at_another_size_than_the_models(
+    quantized: Quantize, tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path
+) -> None:
+    """Its slopes over the timestep are parameters of no layer; the teacher is judged at the size of the graph."""
+    config = DistillConfig(negative_prompt="live", prompts=prompt_file, updates=2, batch_size=2)
+    student, silent = tmp_path / "student", Observers(preview=False)
+    distill(tiny_files, config, output=student, device="cpu", observers=silent)
+    manifest = quantized(tmp_path / "engine", student=student, size=(32, 32, 32))
+    entry = manifest.artefacts["unet/model.int8.onnx"]
+    assert entry["quantized"]
+    assert not any("processor" in name for name in entry["quantized"])
+    assert entry["check"]["error"] > 0
+    with Engine.load(tmp_path / "engine", precision="int8") as engine:
+        assert engine(PROMPTS[0], negative_prompt="blurry", steps=2)[0].size == (32, 32)
 
 
 def test_weights_are_8_bit_numbers_per_channel(engine: Path) -> None:
