@@ -38,6 +38,8 @@ LEARNING_RATES = {"lora": 4e-3, "dora": 4e-3, "bitfit": 1e-2, "soft-prompt": 1e-
 OTHER_MODELS = 1 / 40
 """Factor of the learning rate for other models than `emoji64`: 1e-4 for LoRA, as is usual for Stable Diffusion."""
 
+LARGEST_LIVE = 15.0
+"""Upper end of a live student's range of w: the sine that its scales grow by turns back at 16.7."""
 LARGEST = 10_000
 """Of a guidance scale and of LoRA alpha: beyond, numbers overflow in training."""
 
@@ -192,6 +194,10 @@ class DistillConfig(GuiderOptions):
             raise InputError("pass --prompts FILE or --images DIR, not both")
         if self.method not in ("lora", "dora"):
             refuse_unused(self, f"with --method {self.method}", "rank", "alpha", "targets")
+        if self.live_negative_prompt and (self.guidance_max or 1) > LARGEST_LIVE:
+            raise InputError(
+                f"--guidance of a live negative prompt ends at {LARGEST_LIVE:g}, as its scales can't grow on"
+            )
         if self.live_negative_prompt and self.method == "soft-prompt":
             raise InputError(
                 "--negative-prompt live does not go with --method soft-prompt, whose tokens join the prompt"

@@ -106,6 +106,8 @@ def distill(
     execution, observers, target = execution or RunConfig(), observers or Observers(), resolve_device(device)
     config = resolve(config, files, target)
     prompts, images = plan(files, config, execution, target)
+    if config.start_from and config.start_from.resolve() == output.resolve():
+        raise InputError(f"--start-from and --output are both {output}: pass another --output")
     prepare_output(output, replaces=INFO_FILE)
     if taken := adopted_in_words(config):
         observers.note(taken)
@@ -197,6 +199,8 @@ def plan(
         refuse_unused(execution, "without --images", "max_bad_samples")
     if config.method != "lora":
         refuse_unused(execution, f"with --method {config.method}", "format")
+    if files.family.denoiser != "unet":
+        refuse_unused(execution, f"with a {files.family.name} model: diffusers converts UNets' LoRAs alone", "format")
     if config.images is not None or config.live_negative_prompt:
         what = "--images" if config.images is not None else "--negative-prompt live"
         refuse_unused(execution, f"with {what}, whose texts are not known before", "cache_text")

@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 
 import datasets
 import fsspec
-import pyarrow as pa
 from datasets.packaged_modules.arrow.arrow import Arrow
 from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
@@ -147,16 +146,31 @@ def _selected(data: Any, where: str) -> tuple[Any, Callable[[dict[str, Any]], di
 
 
 def _saved_dataset(folder: Path) -> Rows:
+    # What datasets and pyarrow raise on files and columns that they can't use is nearly anything.
     try:
         table = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+    except Exception as error:
         raise InputError(f"can't read the dataset {folder}: {one_line(error)}") from None
     if isinstance(table, datasets.DatasetDict):
         if "train" not in table:
             raise InputError(f"the dataset {folder} has no split train, only {', '.join(table)}")
         table = table["train"]
-    selected, fields = _selected(table, f"the dataset {folder}")
-    return _permuted(len(selected), lambda index: Row(**fields(selected[index])))
+    if not len(table):
+        raise InputError(f"the dataset {folder} is empty")
+    try:
+        selected, fields = _selected(table, f"the dataset {folder}")
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"can't read the dataset {folder}: {one_line(error)}") from None
+
+    def row(index: int) -> Row:
+        try:
+            return Row(**fields(selected[index]))
+        except Exception as error:
+            raise InputError(f"can't read row {index} of the dataset {folder}: {one_line(error)}") from None
+
+    return _permuted(len(selected), row)
 
 
 def _shuffled(stream: datasets.IterableDataset, where: str) -> Rows:

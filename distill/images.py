@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ..engine.errors import InputError
-from ..engine.files import decode_text, is_unicode, lines_of, sha256_of
+from ..engine.files import decode_text, is_unicode, sha256_of
 from ..engine.pictures import PictureError, read_picture
 
 DECODING_THREADS = min(8, os.cpu_count() or 1)
@@ -246,10 +246,9 @@ def _caption(row: Row) -> str:
     text = row.caption
     if isinstance(text, Path):
         try:
-            lines = lines_of(decode_text(text.read_bytes()))
+            text = decode_text(text.read_bytes())
         except (OSError, UnicodeDecodeError) as error:
             raise _BadSampleError("can't read the caption", f"{text}: {error}") from None
-        text = next((line for line in lines if line.strip()), "")
     if text is None:
         raise _BadSampleError("it has no caption")
     if not isinstance(text, str) or not text.strip():

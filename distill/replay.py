@@ -37,8 +37,10 @@ class _Past(NamedTuple):
 
 
 def _kept(batch: Batch) -> _Past:
-    # Sources go on writing to what they gave.
-    tensors = {name: getattr(batch, name).to("cpu", copy=True) for name in TENSORS}
+    # Sources go on writing to what they gave. In the layout that a checkpoint gives back: of others, other kernels
+    # round otherwise.
+    layout = torch.contiguous_format
+    tensors = {name: getattr(batch, name).to("cpu", copy=True, memory_format=layout) for name in TENSORS}
     return _Past(tensors, list(batch.prompts), list(batch.negative_prompts))
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,8 @@ def begin(folder: Path, identity: dict[str, Any], observers: Observers) -> None:
     if folder.exists():
         with exclusive_lock(folder):
             if (folder / CHECKPOINT_FILE).exists() or any(folder.glob(f"{STAGES}/*")):
-                aside = folder.with_suffix(".abandoned")
-                shutil.rmtree(aside, ignore_errors=True)
+                names = chain([".abandoned"], (f".abandoned-{number}" for number in count(2)))
+                aside = next(path for path in map(folder.with_suffix, names) if not path.exists())
                 folder.replace(aside)
                 observers.note(f"an unfinished run, which --resume would have continued, is now in {aside}")
             else:

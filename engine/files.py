@@ -114,13 +114,18 @@ def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a CSV file with a heading, each with the number of its last line; commas, semicolons or tabs divide.
 
     Raises:
-        InputError: the file is unreadable or no such table.
+        InputError: the file is unreadable or no such table, or a row has more fields than the heading.
     """
     text = read_text(path)
     heading = lines_of(text)[0]
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=heading.count))
     try:
         for row in reader:
+            if None in row:
+                raise InputError(
+                    f"{path} line {reader.line_num} has more fields than the heading: put quotes around a text that "
+                    f"holds {reader.reader.dialect.delimiter!r}"
+                )
             yield reader.line_num, row
     except csv.Error as error:
         raise InputError(f"can't read {path} line {reader.line_num}: {one_line(error)}") from None

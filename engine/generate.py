@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from .exported import Engine, scheduler_of
 from .family import ENCODED_TOGETHER
 from .files import check_output, prepare_output, read_json
 from .guidance import Denoiser, GuidedDenoiser, teacher_denoiser
+from .guiders import GuiderOptions
 from .manifest import read_manifest, verify_configurations
 from .merge import fold_student
 from .model import Model, ModelFiles, load, resolve_device
@@ -247,7 +248,14 @@ def draw(
 
 def drawn_by(config: GenerateConfig) -> dict[str, Any]:
     """What an image was drawn by beside prompt, seed and model, as far as it isn't the student's own."""
-    chosen = {name: getattr(config, name) for name in ("guidance", "timestep_spacing", "lora_scale")}
+    names = (
+        "guidance",
+        "negative_prompt",
+        *(field.name for field in fields(GuiderOptions)),
+        "timestep_spacing",
+        "lora_scale",
+    )
+    chosen = {name: getattr(config, name) for name in names}
     return {"sampler": config.sampler, "steps": config.steps} | {k: v for k, v in chosen.items() if v is not None}
 
 

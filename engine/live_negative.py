@@ -39,7 +39,8 @@ class _Shared:
     Attributes:
         enabled: whether the UNet is the student; else it attends as the base does.
         time_embedding: the newest, `(B, E)`: attention processors are not given it.
-        growth: the newest (w − 1) / 2, `(B, 1)`, of a guidance-conditioned student, else None.
+        growth: the newest 5 sin((w − 1) / 10), about (w − 1) / 2, `(B, 1)`, of a guidance-conditioned student, else
+            None.
     """
 
     def __init__(self) -> None:

@@ -38,7 +38,8 @@ def read_prompts(path: Path) -> list[str]:
     if suffix in _OTHER_SUFFIXES or _OTHER_FORMATS.match(text):
         raise InputError(f"the prompt file {path} is of another format: pass one prompt a line, JSON lines or CSV")
     lines = [line.strip() for line in lines_of(text) if line.strip()]
-    heading = re.split(r"[,;\t]", lines[0]) if lines else []
+    # Prompts have commas: by these a table is known by its name alone.
+    heading = re.split(r"[;\t]", lines[0]) if lines else []
     first = _parsed(lines[0]) if lines else None
     if suffix in {".jsonl", ".ndjson"} or (
         suffix != ".json" and isinstance(first, dict) and "annotations" not in first

@@ -64,8 +64,8 @@ class Job:
         return -(-len(self.config.prompts) // self.shard_size)
 
     def missing(self) -> list[int]:
-        """Shards that are not there yet."""
-        return [shard for shard in range(len(self)) if not self.path(shard).is_file()]
+        """Shards that are not there yet, or were cut short since."""
+        return [shard for shard in range(len(self)) if not _is_whole(self.path(shard))]
 
     def images_in(self, shard: int) -> int:
         """Images of a shard: the last one may have fewer."""
@@ -75,7 +75,8 @@ class Job:
         """The same with absolute paths, for processes that work in other folders."""
         config, files = self.config, self.files
         if config.on_engine:
-            config = replace(config, engine=(config.engine or Path("outputs/engine")).resolve())
+            student = config.student and config.student.resolve()
+            config = replace(config, engine=(config.engine or Path("outputs/engine")).resolve(), student=student)
         elif not config.teacher:
             config = replace(config, student=(config.student or Path("outputs/student")).resolve())
         if files is not None:
@@ -168,12 +169,24 @@ def draw_shard(sampling: Sampling, job: Job, shard: int) -> int:
                 _add(tar, f"{index:09}.png", png_of(image, job.config, prompt, seed=seed, model=model))
                 _add(tar, f"{index:09}.txt", prompt.encode())
                 _add(tar, f"{index:09}.json", json.dumps(about).encode())
+            # A name must not be on the disk before its content.
+            file.flush()
+            os.fsync(file.fileno())
         give_modes(Path(partial))
         os.replace(partial, path)
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
     return sum(is_cut(sampling.model.pipeline, prompt) for prompt in prompts)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a tar is there to its end, two blocks of zeros."""
+    try:
+        with path.open("rb") as file:
+            return file.seek(0, os.SEEK_END) >= 1024 and file.seek(-1024, os.SEEK_END) >= 0 and not any(file.read())
+    except FileNotFoundError:
+        return False
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

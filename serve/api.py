@@ -31,6 +31,8 @@ from .settings import Limits, is_loopback
 from .url_files import UrlFiles
 
 PAGE = Path(__file__).with_name("page.html")
+FIELD = re.compile(r"[a-z_]{1,40}")
+"""Names of fields that an answer may repeat: a client's own may hold anything."""
 OPEN_PATHS = re.compile(r"/|/health|/v1/images/files/[\w-]+\.png")
 """What needs no key: the page, the health, and images under names that can't be guessed."""
 
@@ -141,8 +143,8 @@ class Guard:
             # Another site's name that leads to this machine: its scripts may not draw here (DNS rebinding).
             return error_answer(403, "this server answers requests to localhost only", code="forbidden_host")
         if self.key is not None and not OPEN_PATHS.fullmatch(scope["path"]):
-            shown = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(shown, b"Bearer " + self.key.encode()):
+            scheme, _, shown = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(shown.strip(), self.key.encode()):
                 return error_answer(401, "the API key is missing or wrong", code="invalid_api_key")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit():
@@ -222,6 +224,9 @@ def make_app(
         param = ".".join(str(part) for part in first["loc"][1:]) or None
         # A name of the client's own, which may hold anything.
         param = param if param in ImagesRequest.model_fields else None
+        if first["type"] == "extra_forbidden" and FIELD.fullmatch(str(first["loc"][-1])):
+            said = f"the field {first['loc'][-1]} is not known here: leave it out"
+            return error_answer(400, said, code=first["type"])
         hint = "" if param else " (the body is a JSON object, with Content-Type: application/json)"
         return error_answer(400, f"{param or 'the request'}: {first['msg']}{hint}", param=param, code=first["type"])
 
@@ -249,6 +254,7 @@ def make_app(
     async def show_page() -> Response:
         return HTMLResponse(page, headers={"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"})
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Any:
         """200 once every model has drawn and compared images, which `models` tells."""
@@ -274,6 +280,15 @@ def make_app(
             data = [asdict(await backend.describe()) | common for backend in backends.values()]
         return {"object": "list", "data": data, "limits": limits.model_dump()}
 
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> Any:
+        """One model of the list."""
+        if name not in backends:
+            return error_answer(404, "there is no such model", param="model", code="model_not_found")
+        async with asyncio.timeout(10):
+            described = await backends[name].describe()
+        return asdict(described) | {"object": "model", "created": started, "owned_by": "boostdiff"}
+
     @app.get("/v1/images/files/{name}")
     async def image_file(name: str) -> Response:
         """An image that was answered as a URL, for as long as it is kept."""
@@ -297,6 +312,10 @@ def make_app(
         ):
             if value > most:
                 return error_answer(400, f"{param} is {value} and may be {most} at most", param=param, code="too_large")
+        if body.stream and body.response_format == "url":
+            return error_answer(400, "a stream answers b64_json", param="response_format", code="unsupported")
+        if body.partial_images and not body.stream:
+            return error_answer(400, "partial_images is for streams", param="partial_images", code="unsupported")
         jobs, backend = body.jobs(), backends[name]
         if body.stream:
             states = limited(backend.stream(jobs[0], body.partial_images or 0))

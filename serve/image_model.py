@@ -178,8 +178,11 @@ class ImageModel:
             self._guidance(job)
             self._negative_prompt(job)
         except InputError as error:
-            # What follows says what to type on the command line; folders are nobody's business here.
-            said = str(error).replace(f" in {self._model.files.folder}", "").partition(": ")[0]
+            # Without what to type on the command line; folders are nobody's business here.
+            said, _, fact = str(error).replace(f" in {self._model.files.folder}", "").partition(": ")
+            fact = fact.partition("; ")[0]
+            if fact and not any(typed in fact for typed in ("`", "--", "pass ")):
+                said = f"{said}: {fact}"
             raise InputError(said.replace("--", "")) from None
 
     def draw(self, jobs: Sequence[Job]) -> list[Drawn]:

@@ -324,6 +324,11 @@ def test_starting_over_sets_an_unfinished_run_aside(tiny_files: ModelFiles, prom
     begin(seed=1, method="bitfit")
     assert str(tmp_path / "s.abandoned") in notes[0]
     assert (tmp_path / "s.abandoned" / CHECKPOINT_FILE).is_file()
+    kept = (tmp_path / "s.abandoned" / CHECKPOINT_FILE).read_bytes()
+    begin(seed=2)
+    assert str(tmp_path / "s.abandoned-2") in notes[1]
+    assert (tmp_path / "s.abandoned" / CHECKPOINT_FILE).read_bytes() == kept
+    assert (tmp_path / "s.abandoned-2" / CHECKPOINT_FILE).is_file()
     assert {path.name for path in work_folder(tmp_path / "s").iterdir()} == {
         CHECKPOINT_FILE,
         "config.json",

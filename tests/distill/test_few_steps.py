@@ -1,6 +1,7 @@
 """Few-step students: the target, the stages, their states, and where such a student can be used."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -320,6 +321,22 @@ def test_a_run_killed_while_its_folder_is_named(
     assert read_student(tmp_path / "s", tiny_files) == info
     assert sorted(path.name for path in (tmp_path / "s/stages").iterdir()) == ["guidance"]
     assert not notes
+
+
+def test_the_student_to_start_from_is_not_replaced(
+    tiny_files: ModelFiles,
+    students: dict[str, Path],
+    prompt_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    student = shutil.copytree(students["lora"], tmp_path / "student")
+    config = DistillConfig(prompts=prompt_file, start_from=student, few_steps="4:2", stage_updates=1, batch_size=2)
+    monkeypatch.chdir(tmp_path)
+    for output in (student, Path("student")):
+        with pytest.raises(InputError, match="--start-from and --output are both"):
+            distill(tiny_files, config, output=output, device="cpu", observers=SILENT)
+    assert read_student(student, tiny_files).steps is None
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def text_folder(folder: Path) -> str:
     save_images(folder / "images" / "deep", count=COUNT // 2)
     for i in range(COUNT // 2, COUNT):
         (folder / f"{i}.PNG").write_bytes(encoded(i))
-        (folder / f"{i}.txt").write_text(f"\npicture {i}\nanother line\n")
+        (folder / f"{i}.txt").write_text(f"\npicture\n {i}\n")
     return str(folder)
 
 
@@ -569,6 +569,22 @@ def test_a_folder_of_other_types_and_links(tmp_path: Path) -> None:
     assert sorted(captions) == [f"picture {number}" for number in range(7)]
     for caption, picture in zip(captions, pixels, strict=True):
         assert picture.mean().item() == pytest.approx(20 * int(caption[-1]) / 127.5 - 1, abs=0.03)
+
+
+def test_a_caption_of_several_lines_is_one_text(tmp_path: Path) -> None:
+    """As in tars."""
+    save_images(tmp_path / "images", 1)
+    (tmp_path / "images" / "0.txt").write_text("\na red cat\n  sits on a hill\n\nwhite fish\n")
+    assert set(stream_of(str(tmp_path / "images")).captions(1)) == {"a red cat sits on a hill white fish"}
+
+
+@pytest.mark.parametrize("count", [2, 0])
+def test_saved_datasets_that_hold_no_images(tmp_path: Path, count: int) -> None:
+    table = datasets.Dataset.from_dict({"image": [1, 2], "text": ["a cat"] * 2})
+    table.select(range(count)).save_to_disk(tmp_path / "saved")
+    with pytest.raises(InputError, match=r"the dataset .*saved") as caught:
+        open_images(str(tmp_path / "saved"))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_table_of_captions(tmp_path: Path) -> None:

@@ -307,6 +307,7 @@ def test_each_member_of_a_pool_has_its_own_after_resuming_too(tiny: Model) -> No
     [
         ({"method": "soft-prompt"}, RunConfig(), "does not go with --method soft-prompt"),
         ({}, RunConfig(format="kohya"), "--format is not used with --negative-prompt live"),
+        ({"guidance": 1.5, "guidance_max": 40.0}, RunConfig(), "of a live negative prompt ends at 15"),
     ],
 )
 def test_wrong_uses(

@@ -124,10 +124,15 @@ def test_gradient_accumulation_and_checkpointing_change_nothing_but_memory(
     assert_same_adapter(again, expected)
 
 
-@pytest.mark.parametrize("changes", [{"guidance": 1.5, "guidance_max": 7.5}, {"precision": "bf16"}])
+@pytest.mark.parametrize(
+    "changes", [{"guidance": 1.5, "guidance_max": 7.5}, {"precision": "bf16"}, {"images": "images"}]
+)
 def test_a_run_cut_short_and_resumed_gives_the_same_bytes(
     tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, changes: dict[str, object]
 ) -> None:
+    if "images" in changes:
+        save_images(tmp_path / "images")
+        changes = {"images": str(tmp_path / "images"), "prompts": None}
     config = DistillConfig(**{"prompts": prompt_file, "updates": 14, "batch_size": 4, "learning_rate": 0.01} | changes)
 
     class Cut(Exception):

@@ -14,6 +14,21 @@ def test_lines(tmp_path: Path) -> None:
     assert read_prompts(path) == ["one", "two"]
 
 
+def test_tags_are_prompts_and_no_table(tmp_path: Path) -> None:
+    path = tmp_path / "tags.txt"
+    for content in ("1girl,text,solo\ncat,red,mat", "a cat, caption, text\na red dog on a hill"):
+        path.write_text(content)
+        assert read_prompts(path) == content.splitlines()
+
+
+@pytest.mark.parametrize("content", ["text\na red cat, on a mat\n", "id,prompt\n1,a dog, a hill\n"])
+def test_commas_that_are_not_quoted_are_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"line 2 has more fields than the heading: put quotes"):
+        read_prompts(path)
+
+
 def test_coco_captions(tmp_path: Path) -> None:
     path = tmp_path / "captions_val2017.json"
     annotations = [{"id": 1, "image_id": 7, "caption": c} for c in ("A cat.\n", " ", "Deux\nchats, été")]

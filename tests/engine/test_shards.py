@@ -86,6 +86,30 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(job: Callable[..., Job
         assert made.path(shard).read_bytes() == whole.path(shard).read_bytes()
     with prepared(made) as shards:
         assert shards == []
+    # Cut since, as by a lost power or a copy that ended.
+    for length in (0, 600, 1500):
+        made.path(1).write_bytes(whole.path(1).read_bytes()[:length])
+        with prepared(made) as shards:
+            assert shards == [1]
+    drawn(made)
+    assert made.path(1).read_bytes() == whole.path(1).read_bytes()
+
+
+def test_a_shard_says_all_that_an_image_is_drawn_by(job: Callable[..., Job], engines: dict[str, Path]) -> None:
+    made = job(negative_prompt="blurry", guidance=2.0, guider="rescale", guidance_rescale=0.5)
+    drawn(made)
+    about = json.loads(members(made.path(0))["000000000.json"])
+    assert about["negative_prompt"] == "blurry"
+    assert (about["guidance"], about["guider"], about["guidance_rescale"]) == (2.0, "rescale", 0.5)
+
+
+def test_paths_of_a_job_for_other_folders_are_absolute(
+    job: Callable[..., Job], engines: dict[str, Path], students: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(students["lora"].parent)
+    made = job(teacher=False, runner="onnx", engine=engines["lora"], student=Path("lora")).absolute()
+    assert made.config.student == students["lora"].resolve()
+    assert made.config.engine == engines["lora"].resolve()
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,9 @@ def test_previews_and_the_image_by_events(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("asked", "status", "said"),
     [
-        ({"size": "24x16"}, 400, "the engine can't draw 16x24 pixels"),
+        ({"size": "24x16"}, 400, "the engine can't draw 16x24 pixels: it was exported for 16x16"),
+        ({"stream": True, "response_format": "url"}, 400, "a stream answers b64_json"),
+        ({"partial_images": 2}, 400, "partial_images is for streams"),
         ({"size": "large"}, 400, "size"),
         ({"size": "0x0"}, 400, "size"),
         ({"negative_prompt": "blurry"}, 400, "this student was distilled with no negative prompt"),
@@ -193,7 +195,8 @@ def test_previews_and_the_image_by_events(client: TestClient) -> None:
         ({"prompt": " "}, 400, "the prompt is empty"),
         ({"prompt": "x" * 201}, 400, "prompt is 201 and may be 200 at most"),
         ({"prompt": 7}, 400, "prompt"),
-        ({"lora": "x"}, 400, "Extra inputs"),
+        ({"style": "vivid"}, 400, "the field style is not known here: leave it out"),
+        ({"a <b>": "x"}, 400, "Extra inputs"),
         ({"model": "dall-e-3"}, 404, "no such model"),
         ({"prompt": "x" * 3000}, 413, "more than 2000 bytes"),
     ],
@@ -228,6 +231,9 @@ def test_models_health_and_the_page(client: TestClient) -> None:
     first, second = client.get("/v1/models").json()["data"]
     assert (first["id"], first["role"], first["passes_per_step"], first["size"]) == ("tiny", "student", 1, [16, 16])
     assert (second["id"], second["role"], second["passes_per_step"]) == ("tiny-teacher", "teacher", 2)
+    assert client.get("/v1/models/tiny").json() == first
+    assert client.get("/v1/models/other").status_code == 404
+    assert client.head("/health").status_code == 200
     assert "drawn alone and together" in client.get("/health").json()["models"]["tiny"]
     page = client.get("/")
     assert "default-src 'none'" in page.headers["content-security-policy"]
@@ -345,7 +351,8 @@ def test_a_key(tmp_path: Path) -> None:
     assert status("/metrics") == 401
     assert status("/") == 200
     # With the key it comes as far as the model.
-    assert status(authorization="Bearer secret") == 400
+    assert status(authorization="Bearer secret") == status(authorization="bearer secret") == 400
+    assert status(authorization="Basic secret") == status(authorization="Bearer") == 401
     assert status(authorization="Bearer secret", host="example.org") == 400
 
 
