@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from ..engine import embedded
 from ..engine.options import DeviceOption, JsonOption, ModelOption, OutputOption, config_from, options_of
-from ..engine.terminal import console, is_main_process, print_json, progress_bar, quiet_libraries
+from ..engine.terminal import console, is_main_process, next_command, print_json, progress_bar, quiet_libraries
 from .config import DistillConfig, RunConfig, parse_guidance
 
 
@@ -71,11 +72,12 @@ def distill(
     if as_json:
         print_json({"output": str(output), **asdict(info)})
         return
+    following = next_command("export --trt", model=(model, embedded.MODEL_NAME), student=(output, "outputs/student"))
     preview = f"; preview: {output / 'grid.png'}" if (output / "grid.png").exists() else ""
     console.print(
         f"Student of {info.trainable_parameters:,} parameters in [bold]{output}[/] "
         f"({_explained(info.result.get('guidance_r2'))}{info.result['seconds']:.0f} s){preview}\n"
-        "Next: [bold]boostdiff export --trt[/]"
+        f"Next: [bold]{escape(following)}[/]"
     )
 
 

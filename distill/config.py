@@ -73,7 +73,7 @@ class DistillConfig(GuiderOptions):
     """
 
     method: Annotated[Literal["lora", "dora", "bitfit", "soft-prompt"], typer.Option(help="Adapter.")] = "lora"
-    rank: Annotated[int, typer.Option(min=1, help="LoRA and DoRA rank.")] = 8
+    rank: Annotated[int, typer.Option(min=1, max=4096, help="LoRA and DoRA rank.")] = 8
     alpha: Annotated[
         float | None,
         typer.Option(show_default="the rank", help="LoRA and DoRA alpha; the update is scaled by alpha/rank."),
@@ -82,7 +82,7 @@ class DistillConfig(GuiderOptions):
         str,
         typer.Option(help="Layers of LoRA and DoRA: attention, transformer, all, or endings of names: to_q,to_v."),
     ] = "attention"
-    tokens: Annotated[int, typer.Option(min=1, help="Learned tokens of a soft prompt.")] = 16
+    tokens: Annotated[int, typer.Option(min=1, max=4096, help="Learned tokens of a soft prompt.")] = 16
     guidance: float = 3.0
     guidance_max: float | None = None
     negative_prompt: Annotated[

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,6 +106,12 @@ class _Lenient(io.FileIO):
             return len(content)
 
 
+def next_command(command: str, **options: tuple[object, object]) -> str:
+    """What to run next, with those options that are not their defaults: by name `(value, default)`."""
+    given = {name: str(value) for name, (value, default) in options.items() if str(value) != str(default)}
+    return shlex.join(["boostdiff", *command.split(), *(word for name in given for word in (f"--{name}", given[name]))])
+
+
 def _prepare_streams() -> None:
     """Results don't depend on what standard output and standard error can take.
 
@@ -139,7 +146,9 @@ def run(app: typer.Typer) -> None:
         sys.argv.remove("--debug")
     try:
         check_not_empty(app, sys.argv[1:])
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        # What typer makes of Ctrl-C.
+        sys.exit(_report(typer.Abort()) if code == 130 else code)
     except Exception as error:
         if debug:
             raise

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from ..engine import embedded
 from ..engine.options import DeviceOption, JsonOption, ModelOption, OutputOption, StudentOption, config_from, options_of
-from ..engine.terminal import console, print_json, quiet_libraries
+from ..engine.terminal import console, next_command, print_json, quiet_libraries
 from .config import ExportConfig
 
 
@@ -36,6 +37,10 @@ def export(
     if as_json:
         print_json(asdict(manifest))
         return
-    console.print(
-        f"Engine in [bold]{output}[/]: {', '.join(manifest.artefacts)}\nNext: [bold]boostdiff bench --steps 20[/]"
+    following = next_command(
+        "bench --steps 20",
+        model=(model, embedded.MODEL_NAME),
+        student=(student, "outputs/student"),
+        engine=(output, "outputs/engine"),
     )
+    console.print(f"Engine in [bold]{output}[/]: {', '.join(manifest.artefacts)}\nNext: [bold]{escape(following)}[/]")

@@ -4,6 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+from boostdiff.engine import terminal
+from boostdiff.engine.terminal import next_command
 
 SCRIPT = """
 import sys
@@ -96,3 +99,32 @@ def test_memory_that_ends_is_said_in_our_words(script: Path, kind: str) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith(b"boostdiff: error: out of memory: pass smaller sizes or batches")
     assert done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"model": ("emoji64", "emoji64"), "student": (Path("outputs/student"), "outputs/student")}, ""),
+        (
+            {"model": ("my model", "emoji64"), "student": (Path("s"), "outputs/student")},
+            " --model 'my model' --student s",
+        ),
+    ],
+)
+def test_the_next_command_names_what_was_written(options: dict[str, tuple[object, object]], expected: str) -> None:
+    assert next_command("export --trt", **options) == f"boostdiff export --trt{expected}"
+
+
+def test_an_interruption_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def works() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["boostdiff"])
+    monkeypatch.setattr(terminal, "_prepare_streams", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        terminal.run(app)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.strip() == "boostdiff: error: interrupted"
