@@ -12,7 +12,17 @@ import typer
 from ..engine import embedded
 from ..engine.errors import InputError
 from ..engine.files import check_output
-from ..engine.options import DeviceOption, EngineOption, JsonOption, ModelOption, OutputOption, config_from, options_of
+from ..engine.options import (
+    ENGINE_FOLDER,
+    STUDENT_FOLDER,
+    DeviceOption,
+    EngineOption,
+    JsonOption,
+    ModelOption,
+    OutputOption,
+    config_from,
+    options_of,
+)
 from ..engine.terminal import console, print_json, progress_bar, quiet_libraries
 from .config import BenchConfig, ComposeConfig, Metrics, SamplingConfig, SweepConfig, Table1Config
 
@@ -20,7 +30,7 @@ app = typer.Typer(invoke_without_command=True, rich_markup_mode="rich")
 
 StudentsOption = Annotated[
     list[Path] | None,
-    typer.Option("--student", help="Student folder; repeat it to compare more.", show_default="outputs/student"),
+    typer.Option("--student", help="Student folder; repeat it to compare more.", show_default=str(STUDENT_FOLDER)),
 ]
 PromptsOption = Annotated[
     Path | None,
@@ -62,7 +72,7 @@ def _measure(
     from ..engine.prompts import read_prompts
     from .session import with_sampling
 
-    students, files = students or [Path("outputs/student")], locate(model)
+    students, files = students or [STUDENT_FOLDER], locate(model)
     # An engine may run in two precisions.
     compared = len(students) + 2 * len(more.get("engines", ()))
     if prompts is None and model != embedded.MODEL_NAME:
@@ -101,7 +111,7 @@ def bench(
     *,
     model: ModelOption = embedded.MODEL_NAME,
     student: StudentsOption = None,
-    engine: EngineOption = Path("outputs/engine"),
+    engine: EngineOption = ENGINE_FOLDER,
     output: OutputOption = OUTPUT,
     prompts: PromptsOption = None,
     speed_only: Annotated[bool, typer.Option("--speed-only", help="Leave quality out.")] = False,

@@ -70,7 +70,6 @@ class CaptionedImages(Source):
         with torch.no_grad():
             together = max(1, ENCODED_PIXELS // images[0, 0].numel())
             x = torch.cat([self.model.family.encode_latents(vae, part) for part in images.split(together)])
-            x = x.contiguous()
         timesteps, scales, noise, negatives = [], [], [], []
         for member in self.share.members:
             number = update * self.share.batch_size + member

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from ..engine import embedded
-from ..engine.options import DeviceOption, JsonOption, ModelOption, OutputOption, config_from, options_of
+from ..engine.options import (
+    STUDENT_FOLDER,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    OutputOption,
+    config_from,
+    options_of,
+)
 from ..engine.terminal import console, is_main_process, next_command, print_json, progress_bar, quiet_libraries
 from .config import DistillConfig, RunConfig, parse_guidance
 
@@ -18,7 +25,7 @@ from .config import DistillConfig, RunConfig, parse_guidance
 @options_of(DistillConfig, RunConfig)
 def distill(
     model: ModelOption = embedded.MODEL_NAME,
-    output: OutputOption = Path("outputs/student"),
+    output: OutputOption = STUDENT_FOLDER,
     guidance: Annotated[
         str,
         typer.Option(
@@ -72,7 +79,7 @@ def distill(
     if as_json:
         print_json({"output": str(output), **asdict(info)})
         return
-    following = next_command("export --trt", model=(model, embedded.MODEL_NAME), student=(output, "outputs/student"))
+    following = next_command("export --trt", model=(model, embedded.MODEL_NAME), student=(output, STUDENT_FOLDER))
     preview = f"; preview: {output / 'grid.png'}" if (output / "grid.png").exists() else ""
     console.print(
         f"Student of {info.trainable_parameters:,} parameters in [bold]{output}[/] "

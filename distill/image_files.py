@@ -12,6 +12,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
@@ -145,30 +146,32 @@ def _selected(data: Any, where: str) -> tuple[Any, Callable[[dict[str, Any]], di
     return data.select_columns([image, caption]).cast_column(image, datasets.Image(decode=False)), fields
 
 
-def _saved_dataset(folder: Path) -> Rows:
-    # What datasets and pyarrow raise on files and columns that they can't use is nearly anything.
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """An InputError for what datasets, pyarrow and fsspec raise on damaged files and broken connections: anything."""
     try:
-        table = datasets.load_from_disk(str(folder))
-    except Exception as error:
-        raise InputError(f"can't read the dataset {folder}: {one_line(error)}") from None
-    if isinstance(table, datasets.DatasetDict):
-        if "train" not in table:
-            raise InputError(f"the dataset {folder} has no split train, only {', '.join(table)}")
-        table = table["train"]
-    if not len(table):
-        raise InputError(f"the dataset {folder} is empty")
-    try:
-        selected, fields = _selected(table, f"the dataset {folder}")
+        yield
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"can't read the dataset {folder}: {one_line(error)}") from None
+        raise InputError(f"can't read {what}: {one_line(error)}") from None
+
+
+def _saved_dataset(folder: Path) -> Rows:
+    where = f"the dataset {folder}"
+    with _reading(where):
+        table = datasets.load_from_disk(str(folder))
+        if isinstance(table, datasets.DatasetDict):
+            if "train" not in table:
+                raise InputError(f"{where} has no split train, only {', '.join(table)}")
+            table = table["train"]
+        if not len(table):
+            raise InputError(f"{where} is empty")
+        selected, fields = _selected(table, where)
 
     def row(index: int) -> Row:
-        try:
+        with _reading(f"row {index} of {where}"):
             return Row(**fields(selected[index]))
-        except Exception as error:
-            raise InputError(f"can't read row {index} of the dataset {folder}: {one_line(error)}") from None
 
     return _permuted(len(selected), row)
 
@@ -179,14 +182,9 @@ def _shuffled(stream: datasets.IterableDataset, where: str) -> Rows:
     def rows(seed: int, epoch: int, skip: int) -> Iterator[Row]:
         shuffled = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         shuffled.set_epoch(epoch)
-        try:
+        with _reading(where):
             for row in islice(shuffled, skip, None):
                 yield Row(**row)
-        except InputError:
-            raise
-        # What datasets, pyarrow and fsspec raise on damaged files and broken connections is nearly anything.
-        except Exception as error:
-            raise InputError(f"can't read {where}: {one_line(error)}") from None
 
     return rows
 
@@ -211,12 +209,8 @@ def _hub(name: str) -> Rows:
 
 
 def _table(opened: Callable[[], datasets.IterableDataset], where: str) -> Rows:
-    try:
+    with _reading(where):
         stream, fields = _selected(opened(), where)
-    except InputError:
-        raise
-    except Exception as error:  # as in `_shuffled`
-        raise InputError(f"can't read {where}: {one_line(error)}") from None
     return _shuffled(stream.map(fields, remove_columns=stream.column_names), where)
 
 

@@ -61,8 +61,7 @@ def identity(files: ModelFiles, config: DistillConfig, images: ImageData | None)
 
     Of images that is as far as they are listed: names and sizes, and the captions in files of text.
     """
-    parts = {"denoiser": files.denoiser_sha256(), "model_index": sha256_of(files.folder / "model_index.json")}
-    parts |= files.other_sha256()
+    parts = {"denoiser": files.denoiser_sha256(), **files.other_sha256()}
     if config.prompts:
         parts["prompts"] = sha256_of(config.prompts)
     if images is not None and images.files:

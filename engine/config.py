@@ -14,7 +14,9 @@ import typer
 from .errors import InputError
 from .guiders import GuiderOptions
 from .options import (
+    ENGINE_FOLDER,
     STEPS,
+    STUDENT_FOLDER,
     SeedOption,
     SpacingOption,
     StudentsSamplerOption,
@@ -52,12 +54,12 @@ class GenerateConfig(GuiderOptions):
     student: Annotated[
         Path | None,
         typer.Option(
-            show_default="outputs/student", help="Folder that `boostdiff distill` wrote; an engine includes it."
+            show_default=str(STUDENT_FOLDER), help="Folder that `boostdiff distill` wrote; an engine includes it."
         ),
     ] = None
     engine: Annotated[
         Path | None,
-        typer.Option(show_default="outputs/engine", help="Folder that `boostdiff export` wrote, for its runners."),
+        typer.Option(show_default=str(ENGINE_FOLDER), help="Folder that `boostdiff export` wrote, for its runners."),
     ] = None
     teacher: Annotated[bool, typer.Option("--teacher", help="Two passes with guidance, no student.")] = False
     guidance: Annotated[

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
@@ -200,7 +201,7 @@ class Engine(AbstractContextManager["Engine"]):
         """What gives a model's scheduler, and the number of steps; an InputError where the student takes others."""
         distilled, schedule = self.manifest.distilled, self.model.pipeline.scheduler.config
         name, steps = distilled.choose_sampling(sampler, steps)
-        if not isinstance(steps, int) or isinstance(steps, bool):
+        if not isinstance(steps, Integral) or isinstance(steps, bool):
             raise InputError(f"steps {steps!r} can't be used: pass a whole number")
         check_spacing(schedule, spacing)
         spacing = distilled.choose_spacing(spacing)

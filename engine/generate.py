@@ -32,7 +32,7 @@ from .guiders import GuiderOptions
 from .manifest import read_manifest, verify_configurations
 from .merge import fold_student
 from .model import Model, ModelFiles, load, resolve_device
-from .options import SAMPLER, STEPS
+from .options import ENGINE_FOLDER, SAMPLER, STEPS, STUDENT_FOLDER
 from .prompts import cut_note
 from .runners import Runner, TorchRunner
 from .sampling import batches, default_batch_size, to_pil
@@ -72,7 +72,7 @@ def resolve(files: ModelFiles | None, config: GenerateConfig) -> GenerateConfig:
     """
     distilled = None
     if config.on_engine:
-        folder = config.engine or Path("outputs/engine")
+        folder = config.engine or ENGINE_FOLDER
         manifest = read_manifest(folder)
         verify_configurations(folder, manifest)
         distilled, schedule = manifest.distilled, scheduler_of(folder).config
@@ -81,7 +81,7 @@ def resolve(files: ModelFiles | None, config: GenerateConfig) -> GenerateConfig:
     else:
         schedule = files.scheduler_config
         if not config.teacher:
-            distilled = read_student(config.student or Path("outputs/student"), files)
+            distilled = read_student(config.student or STUDENT_FOLDER, files)
     asked = config.timestep_spacing
     spacing: Any = distilled.choose_spacing(asked) if distilled else asked
     check_spacing(schedule, asked)
@@ -94,7 +94,7 @@ def resolve(files: ModelFiles | None, config: GenerateConfig) -> GenerateConfig:
 @contextmanager
 def open_engine(config: GenerateConfig, device: str) -> Iterator[Sampling]:
     """The engine alone: neither the model's folder nor the student's is read, but to compare a student's hashes."""
-    folder = config.engine or Path("outputs/engine")
+    folder = config.engine or ENGINE_FOLDER
     manifest = read_manifest(folder)
     if config.student is not None:
         manifest.check_student(read_student(config.student), engine=folder)
@@ -141,7 +141,7 @@ def open_teacher(files: ModelFiles, config: GenerateConfig, device: torch.device
 
 def open_student(files: ModelFiles, config: GenerateConfig, device: torch.device) -> Sampling:
     """The student in torch: its adapter beside the weights, merged on runners that compile."""
-    folder = config.student or Path("outputs/student")
+    folder = config.student or STUDENT_FOLDER
     # What the student can't do is said before the weights are read.
     info = read_student(folder, files)
     info.choose_guidance(config.guidance)

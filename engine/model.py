@@ -105,7 +105,10 @@ class ModelFiles:
 
     def other_sha256(self) -> dict[str, str]:
         """One hash for each part but the denoiser's weights: its configuration, words and safetensors files."""
-        hashes = {"denoiser_config": sha256_of(self.denoiser_folder / "config.json")}
+        hashes = {
+            "model_index": sha256_of(self.folder / "model_index.json"),
+            "denoiser_config": sha256_of(self.denoiser_folder / "config.json"),
+        }
         for part in ("vae", "scheduler", *self.family.text_encoders, *self.family.tokenizers):
             if not (self.folder / part).is_dir():
                 continue

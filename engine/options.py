@@ -24,6 +24,8 @@ UNRESOLVED: Any = None
 ModelOption = Annotated[
     str, typer.Option("--model", help="The embedded model [bold]emoji64[/], a diffusers folder or a hub id.")
 ]
+STUDENT_FOLDER, ENGINE_FOLDER = Path("outputs/student"), Path("outputs/engine")
+"""Where `distill` and `export` write, and what comes after them reads, unless told otherwise."""
 StudentOption = Annotated[Path, typer.Option("--student", help="Folder that `boostdiff distill` wrote.")]
 EngineOption = Annotated[Path, typer.Option("--engine", help="Folder that `boostdiff export` wrote.")]
 OutputOption = Annotated[Path, typer.Option("--output", help="Folder to write.")]

@@ -24,6 +24,7 @@ from .files import check_output, give_modes, hash_of, locked, prepare_output, re
 from .generate import Sampling, drawn_by, images_of, opened, png_of
 from .manifest import read_manifest
 from .model import ModelFiles
+from .options import ENGINE_FOLDER, STUDENT_FOLDER
 from .prompts import is_cut
 from .student import read_student
 
@@ -76,9 +77,9 @@ class Job:
         config, files = self.config, self.files
         if config.on_engine:
             student = config.student and config.student.resolve()
-            config = replace(config, engine=(config.engine or Path("outputs/engine")).resolve(), student=student)
+            config = replace(config, engine=(config.engine or ENGINE_FOLDER).resolve(), student=student)
         elif not config.teacher:
-            config = replace(config, student=(config.student or Path("outputs/student")).resolve())
+            config = replace(config, student=(config.student or STUDENT_FOLDER).resolve())
         if files is not None:
             files = replace(files, folder=files.folder.resolve())
         return replace(self, config=config, files=files, output=self.output.resolve())
@@ -87,10 +88,10 @@ class Job:
         """What every byte of the shards depends on, as far as it does not depend on the machine."""
         options = {key: value for key, value in vars(self.config).items() if key not in CONTENT}
         if self.config.on_engine:
-            weights = hash_of(read_manifest(self.config.engine or Path("outputs/engine")).files)
+            weights = hash_of(read_manifest(self.config.engine or ENGINE_FOLDER).files)
         else:
             assert self.files is not None
-            student = None if self.config.teacher else read_student(self.config.student or Path("outputs/student"))
+            student = None if self.config.teacher else read_student(self.config.student or STUDENT_FOLDER)
             adapter = student and student.adapter_sha256
             weights = hash_of([self.files.denoiser_sha256(), adapter, self.files.other_sha256()])
         return {
@@ -180,11 +181,18 @@ def draw_shard(sampling: Sampling, job: Job, shard: int) -> int:
     return sum(is_cut(sampling.model.pipeline, prompt) for prompt in prompts)
 
 
+END = 2 * tarfile.BLOCKSIZE
+"""Bytes of zeros that a tar ends with."""
+
+
 def _is_whole(path: Path) -> bool:
     """Whether a tar is there to its end, two blocks of zeros."""
     try:
         with path.open("rb") as file:
-            return file.seek(0, os.SEEK_END) >= 1024 and file.seek(-1024, os.SEEK_END) >= 0 and not any(file.read())
+            if file.seek(0, os.SEEK_END) < END:
+                return False
+            file.seek(-END, os.SEEK_END)
+            return not any(file.read())
     except FileNotFoundError:
         return False
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from ..engine import embedded
-from ..engine.options import DeviceOption, JsonOption, ModelOption, OutputOption, StudentOption, config_from, options_of
+from ..engine.options import (
+    ENGINE_FOLDER,
+    STUDENT_FOLDER,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    OutputOption,
+    StudentOption,
+    config_from,
+    options_of,
+)
 from ..engine.terminal import console, next_command, print_json, quiet_libraries
 from .config import ExportConfig
 
@@ -18,8 +27,8 @@ from .config import ExportConfig
 @options_of(ExportConfig)
 def export(
     model: ModelOption = embedded.MODEL_NAME,
-    student: StudentOption = Path("outputs/student"),
-    output: OutputOption = Path("outputs/engine"),
+    student: StudentOption = STUDENT_FOLDER,
+    output: OutputOption = ENGINE_FOLDER,
     force: Annotated[bool, typer.Option("--force", help="Export again even if nothing has changed.")] = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -40,7 +49,7 @@ def export(
     following = next_command(
         "bench --steps 20",
         model=(model, embedded.MODEL_NAME),
-        student=(student, "outputs/student"),
-        engine=(output, "outputs/engine"),
+        student=(student, STUDENT_FOLDER),
+        engine=(output, ENGINE_FOLDER),
     )
     console.print(f"Engine in [bold]{output}[/]: {', '.join(manifest.artefacts)}\nNext: [bold]{escape(following)}[/]")

@@ -12,7 +12,7 @@ import torch
 
 from ..engine.conditions import is_live
 from ..engine.errors import BoostDiffError, InputError
-from ..engine.files import hash_of, prepare_output, read_json, sha256_of, staged_folder, write_json
+from ..engine.files import hash_of, prepare_output, read_json, staged_folder, write_json
 from ..engine.manifest import MANIFEST_FILE, Manifest, read_manifest, verified_file
 from ..engine.memory import give_back_memory
 from ..engine.merge import TIMESTEPS, merge_in_place
@@ -149,12 +149,7 @@ def _intended(files: ModelFiles, info: StudentInfo, config: ExportConfig, flavou
     gpu = flavour is not None and flavour.name == "tensorrt"
     return Manifest(
         model=files.name,
-        inputs={
-            "denoiser": info.denoiser_sha256,
-            "adapter": info.adapter_sha256,
-            "model_index": sha256_of(files.folder / "model_index.json"),
-            **files.other_sha256(),
-        },
+        inputs={"denoiser": info.denoiser_sha256, "adapter": info.adapter_sha256, **files.other_sha256()},
         options=config.as_json() | {"flavour": flavour.name if flavour else None},
         student={field.name: getattr(info, field.name) for field in fields(Distilled)}
         | {"guidance_range": list(info.guidance_range) if info.guidance_range else None},

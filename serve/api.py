@@ -275,9 +275,7 @@ def make_app(
     @app.get("/v1/models")
     async def models() -> Any:
         """OpenAI's list, with what each model takes."""
-        common = {"object": "model", "created": started, "owned_by": "boostdiff"}
-        async with asyncio.timeout(10):
-            data = [asdict(await backend.describe()) | common for backend in backends.values()]
+        data = [await model(name) for name in backends]
         return {"object": "list", "data": data, "limits": limits.model_dump()}
 
     @app.get("/v1/models/{name}")

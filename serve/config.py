@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..engine.errors import InputError
-from ..engine.options import check_options, refuse_unused
+from ..engine.options import ENGINE_FOLDER, check_options, refuse_unused
 
 IMPORT_PATH = "boostdiff.serve.deployment:build"
 
@@ -30,7 +30,7 @@ class ServeConfig:
         typer.Option(show_default="start one here", help="Ray cluster to serve on: auto or HOST:PORT."),
     ] = None
     engine: Annotated[
-        Path | None, typer.Option(show_default="outputs/engine", help="Folder that `boostdiff export` wrote.")
+        Path | None, typer.Option(show_default=str(ENGINE_FOLDER), help="Folder that `boostdiff export` wrote.")
     ] = None
     student: Annotated[
         Path | None,
@@ -88,7 +88,7 @@ class ServeConfig:
         if self.student is not None:
             models = [in_torch | {"student": str(self.student.resolve())}]
         else:
-            engine = (self.engine or Path("outputs/engine")).resolve()
+            engine = (self.engine or ENGINE_FOLDER).resolve()
             models = [common | {"engine": str(engine), "runner": self.runner or "auto", "precision": self.precision}]
         limits = {"steps": self.max_steps, "waiting": self.max_waiting, "seconds": self.timeout}
         return {"models": [*models, *([in_torch] if self.teacher else [])], "limits": limits}

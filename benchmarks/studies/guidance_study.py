@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -88,8 +87,8 @@ def effective_guidance(
     Effective guidance is the scale of the teacher whose images of the same seeds are nearest to the student's, by the
     mean cosine distance of features. On `emoji64` and its held-out prompts; prints a Markdown table.
     """
-    rows, asked, config = [], scales_of(scales), BenchConfig(samples=samples, sampler=sampler, steps=steps)
-    config = replace(config, timestep_spacing=timestep_spacing)
+    rows, asked = [], scales_of(scales)
+    config = BenchConfig(samples=samples, sampler=sampler, steps=steps, timestep_spacing=timestep_spacing)
     for folder in students:
         check_plan(config, [folder])
     for folder in students:

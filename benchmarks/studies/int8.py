@@ -24,7 +24,7 @@ from ...engine.guidance_term import State, r2_of, trajectory
 from ...engine.manifest import Manifest, read_manifest
 from ...engine.merge import TIMESTEPS
 from ...engine.model import Model
-from ...engine.options import EngineOption, SamplerOption, SeedOption
+from ...engine.options import ENGINE_FOLDER, EngineOption, SamplerOption, SeedOption
 from ...engine.runners import MADE_BY, GraphRunner, Runner
 from ...engine.sampling import initial_noise
 from ...engine.sessions import OnnxSession
@@ -231,7 +231,7 @@ def speed(session: Session, graphs: dict[str, Path], runs: int) -> list[Table]:
 def int8(
     student: Annotated[Path, typer.Argument(help="A student of the embedded model.")],
     work: Work,
-    engine: EngineOption = Path("outputs/engine"),
+    engine: EngineOption = ENGINE_FOLDER,
     precision: Annotated[Literal["int8", "fp8"], typer.Option(help="Of the 8-bit UNet.")] = "int8",
     samples: Samples = 200,
     sampler: SamplerOption = "ddim",

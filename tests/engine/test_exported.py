@@ -177,6 +177,7 @@ def test_what_the_engine_can_not_do(folder: Path, engines: dict[str, Path]) -> N
             engine(["a red cat", " "])
         with pytest.raises(InputError, match=r"--steps 0 can.t be used"):
             engine(PROMPTS[0], steps=0)
+        assert engine(PROMPTS[0], steps=np.int64(2))
         for steps in (2.5, "2", True):
             with pytest.raises(InputError, match="pass a whole number"):
                 engine(PROMPTS[0], steps=steps)

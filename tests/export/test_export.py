@@ -303,6 +303,10 @@ def test_exporting_again(
     again = export(moved, ExportConfig(trt=True), student=students["lora"], output=copied, device="cpu")
     assert first.items() <= again.files.items()
     assert read_manifest(copied).model == "where/it/is/now"
+    index = tiny_files.folder / "model_index.json"
+    other_index = shutil.copytree(tiny_files.folder, copied.parent / "other model") / index.name
+    other_index.write_text(json.dumps(json.loads(index.read_text()) | {"force_zeros_for_empty_prompt": True}))
+    assert locate(str(other_index.parent)).other_sha256() != tiny_files.other_sha256()
     foreign = copied / "tokenizer/added_tokens.json"
     foreign.write_text("{}")
     # Engines with it are refused, and another export is what that advises.

@@ -101,6 +101,9 @@ def test_effective_guidance_at_each_scale_of_the_range(tmp_path: Path, prompt_fi
     assert len(shards) == 10 + 2
     assert shown("effective-guidance", ranged, "--scales", "3,5", *sampling) == rows
     assert set((tmp_path / "features").iterdir()) == shards
+    # Other timesteps, other images.
+    assert shown("effective-guidance", ranged, "--scales", "3", *sampling, "--timestep-spacing", "trailing")
+    assert len(set((tmp_path / "features").iterdir()) - shards) == 10 + 1
 
 
 def test_scales_that_are_no_numbers_are_refused(student: Path) -> None:
