@@ -24,6 +24,7 @@ from ..engine.model import LARGE_PARAMETERS, Model, ModelFiles, load, resolve_de
 from ..engine.options import refuse_unused
 from ..engine.prompts import cut_note, read_prompts
 from ..engine.student import INFO_FILE, StudentInfo
+from ..engine.terminal import is_main_process
 from ..engine.versions import is_installed, to_install
 from .captioned_images import CaptionedImages
 from .config import DistillConfig, RunConfig
@@ -43,7 +44,9 @@ from .run_folder import (
     exclusive_lock,
     finished_run,
     identity,
+    rescale,
     resumable_state,
+    scale_of,
     work_folder,
     write_student,
 )
@@ -113,8 +116,11 @@ def distill(
         observers.note(taken)
     folder, same = work_folder(output), identity(files, config, images)
     if execution.resume and (ended := finished_run(output, same)):
-        observers.note(f"the run in {output} has ended: there is nothing left to resume")
-        return ended
+        if config.adapter_scale in (None, scale_of(ended)) or not is_main_process():
+            observers.note(f"the run in {output} has ended: there is nothing left to resume")
+            return ended
+        observers.note(f"the run in {output} has ended: its adapter is scaled by {config.adapter_scale:g}, not trained")
+        return rescale(ended, *_load(files, config, execution, target), config.adapter_scale, output, execution.format)
     data = prompts, images
     if not config.stages:
         return _train(files, config, execution, target, data, same, output, observers)
@@ -167,6 +173,8 @@ def _train(
             accelerator.init_trackers("boostdiff", {key: value for key, value in same.items() if value is not None})
         result = run.train(observers, preview.write)
         if accelerator.is_main_process:
+            if config.adapter_scale is not None:
+                run.adapter.scale(config.adapter_scale)
             info = write_student(run, identity=same, result=result)
             publish(folder, output)
             # The last: nothing that goes wrong with a picture is worth a student.

@@ -57,7 +57,7 @@ class Stage:
             updates=config.stage_updates,
             learning_rate=config.learning_rate * STAGE_RATE,
             loss_weight=STAGE_LOSS_WEIGHT,
-            **dict.fromkeys(("few_steps", "stage_updates", "start_from", "preset"), UNRESOLVED),
+            **dict.fromkeys(("few_steps", "stage_updates", "start_from", "preset", "adapter_scale"), UNRESOLVED),
         )
 
     def identity(self, whole: dict[str, Any]) -> dict[str, Any]:
@@ -74,6 +74,18 @@ def _budget(steps: int | None, result: dict[str, Any]) -> dict[str, Any]:
     return {"steps": steps, **{name: result.get(name) for name in BUDGET}}
 
 
+def read_adapter(adapter: Adapter, folder: Path) -> None:
+    """Read a student's weights into a new adapter.
+
+    Raises:
+        InputError: they don't fit.
+    """
+    try:
+        adapter.read(folder)
+    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        raise InputError(f"the adapter in {folder} does not fit: {one_line(error)}") from None
+
+
 class FrozenStudent:
     """The student of the stage before on the same UNet: its weights are swapped in for as long as it predicts."""
 
@@ -83,10 +95,7 @@ class FrozenStudent:
         Raises:
             InputError: they don't fit.
         """
-        try:
-            adapter.read(stage.folder)
-        except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
-            raise InputError(f"the adapter in {stage.folder} does not fit: {one_line(error)}") from None
+        read_adapter(adapter, stage.folder)
         self.adapter, self.stage = adapter, stage
         self.weights = {name: parameter.detach().clone() for name, parameter in adapter.parameters().items()}
         config = model.pipeline.scheduler.config

@@ -132,6 +132,7 @@ class Run:
             device_placement=[False],
         )
         self.good = [parameter.detach().clone() for parameter in self.parameters]
+        self.began = time.monotonic()
         # What R² compares with, and is called: who has learned nothing is the unguided teacher, or of the stage before.
         self.untrained, self.r2 = (
             ("unguided_loss", "guidance_r2") if self.frozen is None else ("before_loss", "stage_r2")
@@ -276,6 +277,7 @@ class Run:
         self.source.restore(state.data, Counter(state.header.get("notes", {})))
         self.replay.restore(state.data)
         self.done = state.step
+        self.began -= state.header.get("seconds", 0.0)
         try:
             for line in _log_lines(self.folder / LOG_FILE, self.done):
                 logged = json.loads(line)
@@ -292,18 +294,19 @@ class Run:
         if not self.accelerator.is_main_process:
             return
         scaler = self.accelerator.scaler
+        header = {"scaler": scaler and scaler.state_dict(), "notes": notes, "seconds": time.monotonic() - self.began}
         save_training_state(
             self.folder / CHECKPOINT_FILE,
             step=self.done,
             weights=dict(self.adapter.parameters()),
             optimizer=self.optimizer,
             data=data,
-            header={"scaler": None if scaler is None else scaler.state_dict(), "notes": notes},
+            header=header,
         )
 
     def train(self, observers: Observers, draw: Callable[[Path], None]) -> dict[str, Any]:
         """Do the updates that are left; what `student.json` says of them."""
-        start, began, pace = self.done, time.monotonic(), Pace(self.config.batch_size)
+        start, pace = self.done, Pace(self.config.batch_size)
         main = self.accelerator.is_main_process
         for note in self.notes if main else ():
             observers.note(note)
@@ -351,7 +354,7 @@ class Run:
             "updates": self.config.updates,
             "resumed_at": start,
             **self.budget(),
-            "seconds": round(time.monotonic() - began, 1),
+            "seconds": round(time.monotonic() - self.began, 1),
             "images_per_second": pace.images_per_second,
             "final_loss": self.watch.mean_loss(),
             self.r2: self.watch.guidance_r2(),

@@ -7,19 +7,21 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..engine.adapters import Lora
+from ..engine.adapters import Adapter, Lora
 from ..engine.errors import InputError
-from ..engine.files import locked, read_json, sha256_of, write_json
-from ..engine.model import ModelFiles
+from ..engine.files import locked, publish, read_json, sha256_of, write_json
+from ..engine.model import Model, ModelFiles
 from ..engine.student import INFO_FILE, StudentInfo, read_student
 from ..engine.versions import versions
 from .checkpoint import CheckpointError, TrainingState, load_training_state
 from .config import DistillConfig
-from .few_steps import SAMPLER, SPACING, STAGES
+from .few_steps import SAMPLER, SPACING, STAGES, read_adapter
 from .images import ImageData
 from .loop import CHECKPOINT_FILE, Observers, Run
 
@@ -78,9 +80,11 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
         # Runs from before there were such settings.
         values = values | {"guider": values.get("guider") or "cfg", "reuse": values.get("reuse") or 1}
         # Of files the content counts; a dataset on the hub has its name alone.
-        return (
-            values | {"prompts": None, "start_from": None} | ({"images": None} if values.get("images_sha256") else {})
-        )
+        ignored = ["prompts", "start_from", *(["images"] if values.get("images_sha256") else [])]
+        if not values.get("few_steps"):
+            # Of use at the end alone; of few steps in the middle.
+            ignored.append("adapter_scale")
+        return values | dict.fromkeys(ignored)
 
     old, new = comparable(before), comparable(now)
     changed = sorted(key for key in new.keys() | old.keys() if old.get(key) != new.get(key))
@@ -139,11 +143,7 @@ def finished_run(output: Path, identity: dict[str, Any]) -> StudentInfo | None:
 def write_student(run: Run, *, identity: dict[str, Any], result: dict[str, Any]) -> StudentInfo:
     """The adapter's files, and `student.json` that names them, in place of the checkpoint."""
     config, adapter, folder = run.config, run.adapter, run.folder
-    paths = adapter.save(folder, run.model.pipeline)
-    if run.execution.format == "kohya":
-        inner = getattr(adapter, "inner", adapter)
-        assert isinstance(inner, Lora)
-        inner.save_kohya(folder)
+    adapter_files = _save(adapter, folder, run.model, run.execution.format)
     low, high = config.guidance_bounds
     sampling: dict[str, Any] = {}
     if run.frozen:
@@ -161,7 +161,7 @@ def write_student(run: Run, *, identity: dict[str, Any], result: dict[str, Any])
         **sampling,
         model=run.model.files.name,
         denoiser_sha256=identity["denoiser_sha256"],
-        adapter_files={path.name: sha256_of(path) for path in paths},
+        adapter_files=adapter_files,
         trainable_parameters=adapter.count(),
         settings=identity | run.execution.as_json(),
         versions=versions(),
@@ -170,3 +170,47 @@ def write_student(run: Run, *, identity: dict[str, Any], result: dict[str, Any])
     info.write(folder)
     (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
     return info
+
+
+def _save(adapter: Adapter, folder: Path, model: Model, form: str | None) -> dict[str, str]:
+    """Write the adapter's files, and return the hashes of those that students are read from."""
+    paths = adapter.save(folder, model.pipeline)
+    if form == "kohya":
+        inner = getattr(adapter, "inner", adapter)
+        assert isinstance(inner, Lora)
+        inner.save_kohya(folder)
+    return {path.name: sha256_of(path) for path in paths}
+
+
+def scale_of(info: StudentInfo) -> float:
+    """What a student's adapter was multiplied by at the end."""
+    return info.settings.get("adapter_scale") or 1.0
+
+
+def rescale(
+    info: StudentInfo, model: Model, adapter: Adapter, scale: float, output: Path, form: str | None
+) -> StudentInfo:
+    """Give a finished student's adapter another scale; its `grid.png`, which shows the one before, goes away.
+
+    Args:
+        info: the student.
+        model: what it was trained on.
+        adapter: a new one on its denoiser.
+        scale: of the adapter as it was trained.
+        output: the student's folder.
+        form: None, or "kohya".
+
+    Raises:
+        InputError: the adapter does not fit.
+    """
+    read_adapter(adapter, output)
+    adapter.scale(scale / scale_of(info))
+    # Not in the work folder: what is there can be resumed.
+    with TemporaryDirectory(prefix=f".{output.name}.scaled-", dir=output.resolve().parent) as parent:
+        folder = Path(parent) / "student"
+        shutil.copytree(output, folder, ignore=shutil.ignore_patterns("grid.png"))
+        settings = info.settings | {"adapter_scale": scale}
+        scaled = replace(info, adapter_files=_save(adapter, folder, model, form), settings=settings)
+        scaled.write(folder)
+        publish(folder, output)
+    return scaled

@@ -77,6 +77,14 @@ class Adapter(ABC):
             SafetensorError, RuntimeError, ValueError, KeyError: it does not fit.
         """
 
+    def scale(self, factor: float) -> None:
+        """Multiply what the adapter adds to the denoiser, in training; LoRA and BitFit alone.
+
+        Raises:
+            NotImplementedError: what this adapter adds is not proportional to its parameters.
+        """
+        raise NotImplementedError(f"{type(self).__name__} can't be scaled")
+
     @staticmethod
     def merge(denoiser: Any) -> None:
         """Fold what `load` put onto a denoiser into its weights; nothing where it is there already, or stays as a hook.
@@ -161,6 +169,14 @@ class Lora(Adapter):
             yield
         finally:
             self.denoiser.enable_adapters()
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        if self.method != "lora":
+            super().scale(factor)
+        for name, parameter in self.parameters().items():
+            if ".lora_B." in name:
+                parameter.mul_(factor)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The tensors by peft's names, on the CPU; the scale α / r is folded into B, so that it is one."""
@@ -258,6 +274,12 @@ class BitFit(Adapter):
     def _swap(self) -> None:
         for name, parameter in self.parameters().items():
             parameter.data, self._base[name] = self._base[name], parameter.data
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        for name, parameter in self.parameters().items():
+            base = self._base[name].to(parameter)
+            parameter.copy_(base + factor * (parameter - base))
 
     def save(self, folder: Path, pipeline: DiffusionPipeline) -> list[Path]:
         """Write every bias by its name."""

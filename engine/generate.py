@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -220,12 +221,13 @@ def draw(
 ) -> list[Path]:
     """Write one PNG per prompt, named after its prompt and seed; prompt and settings stand in its text chunks.
 
+    An image of the same prompt, seed and settings is replaced, one of other settings stays: the new one is numbered.
     Each batch is written as it is ready: what was drawn before an interruption stays.
 
     Args:
         files: the model; an engine needs none.
         config: what to draw, and with what.
-        output: the folder; pictures of other prompts and seeds in it stay.
+        output: the folder.
         device: "auto", "cpu", "cuda", …
         on_step: callback for the number of images that took a step.
         on_note: callback for what of the texts is not used, in words.
@@ -259,19 +261,29 @@ def drawn_by(config: GenerateConfig) -> dict[str, Any]:
     return {"sampler": config.sampler, "steps": config.steps} | {k: v for k, v in chosen.items() if v is not None}
 
 
+def _texts(config: GenerateConfig, prompt: str, *, seed: int, model: str) -> dict[str, str]:
+    """A PNG's text chunks: prompt and settings."""
+    values = {"prompt": prompt, "model": model, "seed": seed} | drawn_by(config)
+    return {key.replace("_", " "): str(value) for key, value in values.items()}
+
+
 def png_of(image: Image.Image, config: GenerateConfig, prompt: str, *, seed: int, model: str) -> bytes:
     """A PNG file's content, with prompt and settings in its text chunks."""
     notes = PngInfo()
-    for key, value in (
-        ("prompt", prompt),
-        ("model", model),
-        ("seed", seed),
-        *drawn_by(config).items(),
-    ):
-        notes.add_itxt(key.replace("_", " "), str(value))
+    for key, text in _texts(config, prompt, seed=seed, model=model).items():
+        notes.add_itxt(key, text)
     content = io.BytesIO()
     image.save(content, format="PNG", pnginfo=notes)
     return content.getvalue()
+
+
+def _drawn(path: Path) -> tuple[tuple[int, int], dict[str, str]] | None:
+    """Size and text chunks of an image; None if it can't be read."""
+    try:
+        with Image.open(path) as image:
+            return image.size, dict(getattr(image, "text", {}))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
 
 
 def _write_png(image: Image.Image, config: GenerateConfig, index: int, *, model: str, folder: Path) -> Path:
@@ -283,7 +295,9 @@ def _write_png(image: Image.Image, config: GenerateConfig, index: int, *, model:
         slug += f"_{hashlib.sha256(prompt.encode()).hexdigest()[:10]}"
     role = "teacher" if config.teacher else "student"
     folder.mkdir(exist_ok=True)
-    path = folder / f"{slug}-{role}-{seed}.png"
+    drawn = image.size, _texts(config, prompt, seed=seed, model=model)
+    names = (f"{slug}-{role}-{seed}{number}.png" for number in chain([""], (f"-{n}" for n in count(2))))
+    path = next(path for path in map(folder.joinpath, names) if not path.exists() or _drawn(path) == drawn)
     partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial_path.write_bytes(png_of(image, config, prompt, seed=seed, model=model))
     partial_path.replace(path)

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -96,13 +97,18 @@ def progress_bar(description: str, total: int) -> Iterator[Any]:
 
 
 class _Lenient(io.FileIO):
-    """A standard stream that takes all: what a full disk or a closed pipe can't take is lost without a word."""
+    """A standard stream that takes all: what a full disk or a closed pipe can't take is lost."""
+
+    full: OSError | None = None
+    """Why something was lost, beside a reader that had enough."""
 
     def write(self, content: Any, /) -> int:
         """See `io.FileIO.write`."""
         try:
             return super().write(content) or 0
-        except OSError:
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                self.full = error
             return len(content)
 
 
@@ -112,8 +118,8 @@ def next_command(command: str, **options: tuple[object, object]) -> str:
     return shlex.join(["boostdiff", *command.split(), *(word for name in given for word in (f"--{name}", given[name]))])
 
 
-def _prepare_streams() -> None:
-    """Results don't depend on what standard output and standard error can take.
+def _prepare_streams() -> _Lenient:
+    """Returns what is below standard output. Results don't depend on what standard output and standard error can take.
 
     In a plain locale the process starts anew in Python's UTF-8 mode: words and paths beyond ASCII come through.
     """
@@ -125,13 +131,14 @@ def _prepare_streams() -> None:
         except OSError:
             # Else the next file to be opened takes the number, and gets what libraries print.
             os.open(os.devnull, os.O_RDWR)
-    for name, number in (("stdout", 1), ("stderr", 2)):
+    streams = {"stdout": _Lenient(1, "w", closefd=False), "stderr": _Lenient(2, "w", closefd=False)}
+    for name, raw in streams.items():
         stream = getattr(sys, name)
         encoding = getattr(stream, "encoding", None) or "utf-8"
-        raw = _Lenient(number, "w", closefd=False)
         lenient = io.TextIOWrapper(io.BufferedWriter(raw), encoding=encoding, errors="replace", line_buffering=True)
         if stream is getattr(sys, f"__{name}__"):
             setattr(sys, name, lenient)
+    return streams["stdout"]
 
 
 def run(app: typer.Typer) -> None:
@@ -140,18 +147,21 @@ def run(app: typer.Typer) -> None:
     Args:
         app: the command.
     """
-    _prepare_streams()
+    output = _prepare_streams()
     debug = "--debug" in sys.argv[1:]
     if debug:
         sys.argv.remove("--debug")
     try:
         check_not_empty(app, sys.argv[1:])
         code = app(standalone_mode=False)
+        sys.stdout.flush()
+        if not code and output.full:
+            raise BoostDiffError(f"not all could be written to standard output: {output.full.strerror}")
         # What typer makes of Ctrl-C.
         sys.exit(_report(typer.Abort()) if code == 130 else code)
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
         sys.exit(_report(error))
     except KeyboardInterrupt:
         sys.exit(_report(typer.Abort()))

@@ -14,7 +14,6 @@ import pytest
 from boostdiff import __version__
 from boostdiff.cli import app, main
 from boostdiff.engine.compiled import missing_compiler
-from boostdiff.engine.errors import InputError
 from boostdiff.engine.terminal import progress_bar
 from rich.console import Console
 from tiny import CPU, save_images
@@ -365,7 +364,28 @@ def test_a_full_disk_while_exporting(
     assert [path.name for path in tmp_path.iterdir()] == ["engine"]
 
 
-def test_a_traceback_only_under_debug(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["boostdiff", "--debug", "distill", "--model", "missing"])
-    with pytest.raises(InputError, match="there is no model"):
-        main()
+@pytest.mark.parametrize("command", [("distill", "--model", "missing"), ("generate", "x", "--steps", "0")])
+def test_a_traceback_under_debug_and_the_same_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    ends = []
+    for words in (command, ("--debug", *command)):
+        monkeypatch.setattr(sys, "argv", ["boostdiff", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr().err
+        ends.append((ended.value.code, printed.splitlines()[-1]))
+        assert ("Traceback" in printed) == ("--debug" in words)
+    assert ends[0] == ends[1]
+    assert ends[0][0] == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+@pytest.mark.parametrize("command", [("distill", "--dry-run", "--json"), ("--version",), ("distill", "--help")])
+def test_results_that_nobody_gets_are_no_success(command: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "boostdiff", *command], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert done.stderr == ("boostdiff: error: not all could be written to standard output: No space left on device\n")

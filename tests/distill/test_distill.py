@@ -160,6 +160,24 @@ def test_sigkill_and_resume_give_the_same_bytes(tiny_files: ModelFiles, prompt_f
         assert info.result[name] == uncut[name]
 
 
+def test_a_resumed_run_counts_the_seconds_before(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(report: object) -> None:
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + 1000)
+        if report.update == 3:
+            raise KeyboardInterrupt
+
+    clock = time.monotonic
+    config = DistillConfig(prompts=prompt_file, updates=4, batch_size=2)
+    begun = Observers(preview=False, on_update=stop)
+    with pytest.raises(KeyboardInterrupt):
+        distill(tiny_files, config, RunConfig(checkpoint_every=1), output=tmp_path / "s", device="cpu", observers=begun)
+    monkeypatch.setattr(time, "monotonic", clock)
+    resumed = distill(tiny_files, config, RunConfig(resume=True), output=tmp_path / "s", device="cpu", observers=SILENT)
+    assert 1000 < resumed.result["seconds"] < 1600
+
+
 def test_resume_refuses_other_settings_and_nothing(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
     config = DistillConfig(prompts=prompt_file, updates=4, batch_size=2)
     resumed = RunConfig(resume=True, compile=False, gradient_checkpointing=True)
@@ -245,8 +263,8 @@ def test_an_earlier_student_stays_until_the_new_one_is_whole(
     [
         ({"method": "magic"}, "unknown method"),
         ({"rank": 0}, "--rank must be at least 1"),
-        ({"guidance": 0.5}, "at least 1"),
-        ({"guidance": float("nan")}, "at least 1"),
+        ({"guidance": 0.5}, "above 1"),
+        ({"guidance": float("nan")}, "above 1"),
         ({"guidance": 1e30}, "at most 10000"),
         ({"alpha": 1e300}, "at most 10000"),
         ({"guidance": 1.0}, "nothing to distill"),

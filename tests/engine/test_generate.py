@@ -2,6 +2,7 @@ import stat
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 from boostdiff.engine.conditions import TextEmbeddings
@@ -40,6 +41,21 @@ def test_an_image_tells_what_it_was_drawn_by(tmp_path: Path) -> None:
         path = _write_png(Image.new("RGB", (8, 8)), config, 0, model="m", folder=tmp_path)
         shared = {"prompt": "a cat", "model": "m", "seed": "0", "sampler": "ddim", "steps": "8"}
         assert Image.open(path).text == shared | {k.replace("_", " "): str(v) for k, v in settings.items()}
+
+
+def test_images_of_other_settings_stay(tmp_path: Path) -> None:
+    def write(side: int = 8, **settings: Any) -> str:
+        config = GenerateConfig(prompts=["a cat"], **settings)
+        return _write_png(Image.new("RGB", (side, side)), config, 0, model="m", folder=tmp_path).name
+
+    assert write(steps=8) == write(steps=8) == "a-cat-student-0.png"
+    assert write(steps=9) == write(steps=9) == "a-cat-student-0-2.png"
+    assert write(steps=9, negative_prompt="a dog") == "a-cat-student-0-3.png"
+    assert write(16, steps=8) == "a-cat-student-0-4.png"
+    assert write(steps=8) == "a-cat-student-0.png"
+    (tmp_path / "a-cat-teacher-0.png").write_bytes(b"no image")
+    assert write(teacher=True) == "a-cat-teacher-0-2.png"
+    assert (tmp_path / "a-cat-teacher-0.png").read_bytes() == b"no image"
 
 
 def test_what_is_cut_is_said(tiny_files: ModelFiles, tmp_path: Path) -> None:

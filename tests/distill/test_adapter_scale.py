@@ -1,0 +1,131 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from boostdiff.distill.config import ADAPTER_SCALES, DistillConfig, RunConfig
+from boostdiff.distill.distill import distill, resolve
+from boostdiff.distill.loop import Observers
+from boostdiff.distill.run_folder import work_folder
+from boostdiff.engine import embedded
+from boostdiff.engine.adapters import KOHYA_FILE, LORA_FILE
+from boostdiff.engine.errors import InputError
+from boostdiff.engine.merge import fold_student
+from boostdiff.engine.model import ModelFiles, load, locate
+from boostdiff.engine.student import StudentInfo, read_student
+from safetensors.torch import load_file
+
+
+def trained(files: ModelFiles, folder: Path, execution: RunConfig | None = None, **settings: Any) -> StudentInfo:
+    config = DistillConfig(updates=4, batch_size=2, learning_rate=0.01, **settings)
+    return distill(files, config, execution, output=folder, device="cpu", observers=Observers(preview=False))
+
+
+def added(files: ModelFiles, folder: Path) -> dict[str, torch.Tensor]:
+    """What a merged student adds to the denoiser's weights."""
+    denoiser = load(files, device=torch.device("cpu")).denoiser
+    before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
+    fold_student(denoiser, folder, read_student(folder, files))
+    return {name: tensor - before[name] for name, tensor in denoiser.state_dict().items()}
+
+
+@pytest.mark.parametrize("settings", [{"method": "lora", "rank": 4, "alpha": 6.0}, {"method": "bitfit"}])
+def test_a_scaled_adapter_adds_that_much_more_and_is_scaled_again_without_training(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    kohya = RunConfig(format="kohya" if settings["method"] == "lora" else None)
+    plain = trained(tiny_files, tmp_path / "1", prompts=prompt_file, **settings)
+    scaled = trained(tiny_files, tmp_path / "s", kohya, prompts=prompt_file, adapter_scale=1.5, **settings)
+    assert (plain.settings["adapter_scale"], scaled.settings["adapter_scale"]) == (1, 1.5)
+    assert scaled.result["guidance_r2"] == plain.result["guidance_r2"], "it is scaled at the end"
+    once, more = added(tiny_files, tmp_path / "1"), added(tiny_files, tmp_path / "s")
+    assert max(difference.abs().max() for difference in once.values()) > 1e-3
+    for name, difference in once.items():
+        torch.testing.assert_close(more[name], 1.5 * difference, rtol=1e-4, atol=1e-6, msg=name)
+
+    before = (tmp_path / "s" / KOHYA_FILE).read_bytes() if kohya.format else b""
+    again = RunConfig(resume=True, format=kohya.format)
+    rescaled = trained(tiny_files, tmp_path / "s", again, prompts=prompt_file, adapter_scale=0.5, **settings)
+    assert rescaled == read_student(tmp_path / "s", tiny_files)
+    assert rescaled.settings == scaled.settings | {"adapter_scale": 0.5}
+    for name, difference in added(tiny_files, tmp_path / "s").items():
+        torch.testing.assert_close(difference, 0.5 * once[name], rtol=1e-4, atol=1e-6, msg=name)
+    if kohya.format:
+        assert (tmp_path / "s" / KOHYA_FILE).read_bytes() != before
+    assert {path.name for path in tmp_path.iterdir()} >= {"1", "s"}
+    assert not list(tmp_path.glob(".s*"))
+    assert not work_folder(tmp_path / "s").exists()
+
+
+def test_an_unfinished_run_may_end_with_another_scale(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path
+) -> None:
+    def stop(report: object) -> None:
+        raise KeyboardInterrupt
+
+    config = DistillConfig(prompts=prompt_file, updates=4, batch_size=2, learning_rate=0.01)
+    observers = Observers(preview=False, on_update=stop)
+    with pytest.raises(KeyboardInterrupt):
+        distill(
+            tiny_files,
+            config,
+            RunConfig(checkpoint_every=1),
+            output=tmp_path / "s",
+            device="cpu",
+            observers=observers,
+        )
+    trained(tiny_files, tmp_path / "s", RunConfig(resume=True), prompts=prompt_file, adapter_scale=2.0)
+    trained(tiny_files, tmp_path / "whole", prompts=prompt_file, adapter_scale=2.0)
+    ends = [load_file(tmp_path / name / LORA_FILE) for name in ("s", "whole")]
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(tensor, ends[1][name], msg=name)
+
+
+def test_a_few_step_student_begins_with_a_scaled_one_and_is_not_scaled_itself(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path
+) -> None:
+    few = {"prompts": prompt_file, "few_steps": "4:2", "stage_updates": 1}
+    trained(tiny_files, tmp_path / "1", **few)
+    trained(tiny_files, tmp_path / "2", adapter_scale=2.0, **few)
+    guidance, last = (
+        [load_file(tmp_path / str(scale) / part / LORA_FILE) for scale in (1, 2)] for part in ("stages/guidance", ".")
+    )
+    names = [name for name in guidance[0] if "lora_B" in name or "lora.up" in name]
+    assert names
+    for name in names:
+        torch.testing.assert_close(guidance[1][name], 2 * guidance[0][name])
+        assert (last[1][name] - guidance[1][name]).abs().max() < guidance[1][name].abs().max() / 2
+    with pytest.raises(InputError, match=r"adapter_scale was 2\.0, is 1\.0"):
+        trained(tiny_files, tmp_path / "2", RunConfig(resume=True), **few)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"method": "dora"}, "--adapter-scale is not used with --method dora"),
+        ({"method": "soft-prompt"}, "--adapter-scale is not used with --method soft-prompt"),
+        ({"negative_prompt": "live"}, "--adapter-scale is not used with --negative-prompt live"),
+        ({"guidance_max": 5.0}, "--adapter-scale is not used with a range of --guidance"),
+        ({"few_steps": "4:2", "start_from": Path("s")}, "--adapter-scale is not used with --start-from"),
+    ],
+)
+def test_adapters_that_are_not_scaled(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        DistillConfig(adapter_scale=1.2, **settings)
+    if "start_from" not in settings:
+        resolved = resolve(DistillConfig(**settings), locate(embedded.MODEL_NAME), torch.device("cpu"))
+        assert resolved.adapter_scale is None
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, 2.01, float("nan")])
+def test_scales_that_are_none(scale: float) -> None:
+    with pytest.raises(InputError, match="--adapter-scale must be above 0"):
+        DistillConfig(adapter_scale=scale)
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_the_embedded_model_has_its_own_scale(tiny_files: ModelFiles, method: Any) -> None:
+    own = resolve(DistillConfig(method=method), locate(embedded.MODEL_NAME), torch.device("cpu"))
+    other = resolve(DistillConfig(method=method), tiny_files, torch.device("cpu"))
+    assert own.adapter_scale == ADAPTER_SCALES[method] > 1
+    assert other.adapter_scale == 1
