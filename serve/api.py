@@ -14,7 +14,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -200,8 +200,14 @@ def make_app(
         metrics: gives the text of `GET /metrics` in Prometheus' format.
         traffic: counts its requests, and closes it.
     """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        files.close()
+
     # Its pages of documentation would ask a server far away.
-    app = FastAPI(title="BoostDiff", docs_url=None, redoc_url=None)
+    app = FastAPI(title="BoostDiff", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_middleware(Guard, key=key, body=limits.body, loopback=loopback, traffic=traffic or Traffic())
     started, default, page = int(time.time()), next(iter(backends)), PAGE.read_text(encoding="utf-8")
     waiting = 0

@@ -17,12 +17,18 @@ class UrlFiles:
     """A folder of images that go away after a lifetime."""
 
     def __init__(self, folder: Path | None, *, seconds: float) -> None:
-        """Keep images for so many seconds in a folder, or in a temporary one that goes with this object."""
+        """Keep images for so many seconds in a folder, or in a temporary one that goes with `close`."""
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         if folder is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="boostdiff-images-")
             folder = Path(self._temporary.name)
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._seconds = folder, seconds
+
+    def close(self) -> None:
+        """Delete the images in a temporary folder."""
+        if self._temporary:
+            self._temporary.cleanup()
 
     def write(self, content: bytes) -> str | None:
         """The name of a new file; None where the disk takes no more. What is too old goes."""

@@ -160,6 +160,21 @@ def test_images_as_files_go_away(tmp_path: Path) -> None:
     assert broken.write(b"3") is None
 
 
+def test_images_in_a_temporary_folder_go_with_the_server(
+    model: ImageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t"))
+    (tmp_path / "t").mkdir()
+    for folder, left in ((None, 0), (tmp_path / "kept", 1)):
+        app = make_app({"tiny": LocalBackend(model)}, limits=LIMITS, files=UrlFiles(folder, seconds=60))
+        with TestClient(app, base_url="http://localhost") as opened:
+            asked = {"prompt": "a red cat", "steps": 1, "response_format": "url"}
+            (image,) = opened.post(URL, json=asked).json()["data"]
+            assert opened.get(image["url"]).status_code == 200
+        assert len(list(tmp_path.rglob("*.png"))) == left
+    assert not list((tmp_path / "t").iterdir())
+
+
 def test_previews_and_the_image_by_events(client: TestClient) -> None:
     asked = {"prompt": "a red cat", "seed": 2, "steps": 6}
     streamed = client.post(URL, json=asked | {"stream": True, "partial_images": 2})
