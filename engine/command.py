@@ -71,8 +71,10 @@ def generate(
     from .prompts import read_prompts
     from .shards import Job
 
-    if bool(prompts) == (prompt_file is not None):
-        raise InputError("pass prompts, or a file of them with --prompts")
+    if not prompts and prompt_file is None:
+        raise InputError("there is nothing to draw: pass prompts, or a file of them with --prompts")
+    if prompts and prompt_file is not None:
+        raise InputError("pass prompts or --prompts FILE, not both")
     if workers is not None and address is None:
         raise InputError("--workers is for --ray")
     if address is not None and not is_installed("ray"):

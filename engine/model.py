@@ -48,6 +48,9 @@ def part_from_config(folder: Path, library: str, class_name: str) -> Any:
         raise InputError(f"{folder} describes no usable {class_name}: {one_line(error)}") from None
 
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
     """A model folder whose configuration has been read, its weights not.
@@ -229,7 +232,7 @@ def locate(model: str, *, weights: bool = True) -> ModelFiles:
 
 def _download(model: str, *, weights: bool) -> Path:
     missing = f"there is no model {model!r}: pass {embedded.MODEL_NAME}, a diffusers pipeline folder or a hub id"
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model):
+    if not HUB_ID.fullmatch(model):
         raise InputError(missing)
     reason, folder = "", None
     # Some repositories hold the fp16 variant alone.

@@ -36,8 +36,9 @@ _UsageError: Any = typer.BadParameter.__base__
 
 def quiet_libraries() -> None:
     """Warnings and progress bars of diffusers and transformers help no user."""
-    # diffusers imports torchao where it is installed, which warns of what this machine lacks.
-    for name in ("torchao", "torch.utils._pytree"):
+    # diffusers imports torchao where it is installed, which warns of what this machine lacks; the hub's client tells of
+    # each retry.
+    for name in ("torchao", "torch.utils._pytree", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import diffusers.utils.logging
     import transformers.utils.logging

@@ -236,7 +236,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, students
         ("generate --teacher --runner onnx x", "--teacher runs in torch only"),
         ("generate --batch-size 0 x", "--batch-size"),
         ("generate", "pass prompts, or a file of them with --prompts"),
-        ("generate --prompts {prompts} x", "pass prompts, or a file of them with --prompts"),
+        ("generate --prompts {prompts} x", "pass prompts or --prompts FILE, not both"),
         ("generate --teacher --prompts nowhere.txt", "can't read the prompt file nowhere.txt"),
         ("generate --teacher --workers 2 x", "--workers is for --ray"),
         ("generate --teacher --shard-size 0 x", "--shard-size"),

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from ...engine import embedded
 from ...engine.errors import InputError, one_line
 from ...engine.files import sha256_of
+from ...engine.model import HUB_ID
 
 BATCH = 32
 
@@ -24,6 +25,8 @@ class ClipScorer:
         # Here, as most benchmarks need none of it.
         from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
+        if not Path(name).is_dir() and not HUB_ID.fullmatch(name):
+            raise InputError(f"there is no CLIP model {name!r}: pass a folder or a hub id, ORGANISATION/NAME")
         try:
             # The processor of PIL needs no torchvision, and is the one that CLIP was made with.
             self._images = CLIPImageProcessorPil.from_pretrained(name)

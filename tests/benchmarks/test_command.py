@@ -124,7 +124,7 @@ def tables(workplace: Path, tiny_folder: Path, *arguments: object) -> list[objec
         (["--reference", "captions.json", "--reference-size", 24], "--reference-size cuts real images"),
         (["--reference", "captions.json"], "can't read the reference captions.json"),
         (["--reference", "real", "--samples", 5], "needs as many prompts: there are 4"),
-        (["--reference", "real", "--clip", "missing"], "can't load the CLIP model 'missing'"),
+        (["--reference", "real", "--clip", "missing"], "there is no CLIP model 'missing'"),
         (["--reference", "real", "--inception-weights", "captions.json"], "can't read the Inception weights"),
         ([], "pass --reference DIR"),
         (["--reference", "real", "--student", "outputs/student", "--student", "outputs/student"], "given twice"),

@@ -88,8 +88,12 @@ def test_color_statistics_of_known_images() -> None:
 
 def test_what_is_no_clip_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for name in (tmp_path / "missing", tmp_path / "empty"):
-        with pytest.raises(InputError, match="can't load the CLIP model"):
+    for name, said in (
+        (tmp_path / "missing", "there is no CLIP model"),
+        ("missing", "there is no CLIP model"),
+        (tmp_path / "empty", "can't load the CLIP model"),
+    ):
+        with pytest.raises(InputError, match=said):
             ClipScorer(str(name), device=CPU)
 
 
