@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..engine.adapters import Adapter, Lora
+from ..engine.adapters import KOHYA_FILE, Adapter, Lora
 from ..engine.errors import InputError
 from ..engine.files import locked, publish, read_json, sha256_of, write_json
 from ..engine.model import Model, ModelFiles
@@ -198,7 +198,7 @@ def rescale(
         adapter: a new one on its denoiser.
         scale: of the adapter as it was trained.
         output: the student's folder.
-        form: None, or "kohya".
+        form: None, or "kohya", which a student that has such a file keeps.
 
     Raises:
         InputError: the adapter does not fit.
@@ -210,6 +210,8 @@ def rescale(
         folder = Path(parent) / "student"
         shutil.copytree(output, folder, ignore=shutil.ignore_patterns("grid.png"))
         settings = info.settings | {"adapter_scale": scale}
+        if (folder / KOHYA_FILE).exists():
+            form = "kohya"
         scaled = replace(info, adapter_files=_save(adapter, folder, model, form), settings=settings)
         scaled.write(folder)
         publish(folder, output)

@@ -44,7 +44,7 @@ def test_a_scaled_adapter_adds_that_much_more_and_is_scaled_again_without_traini
         torch.testing.assert_close(more[name], 1.5 * difference, rtol=1e-4, atol=1e-6, msg=name)
 
     before = (tmp_path / "s" / KOHYA_FILE).read_bytes() if kohya.format else b""
-    again = RunConfig(resume=True, format=kohya.format)
+    again = RunConfig(resume=True)
     rescaled = trained(tiny_files, tmp_path / "s", again, prompts=prompt_file, adapter_scale=0.5, **settings)
     assert rescaled == read_student(tmp_path / "s", tiny_files)
     assert rescaled.settings == scaled.settings | {"adapter_scale": 0.5}
