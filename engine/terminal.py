@@ -120,7 +120,7 @@ def next_command(command: str, **options: tuple[object, object]) -> str:
 
 
 def _prepare_streams() -> _Lenient:
-    """Returns what is below standard output. Results don't depend on what standard output and standard error can take.
+    """Let standard output and standard error take anything; returns what is below standard output.
 
     In a plain locale the process starts anew in Python's UTF-8 mode: words and paths beyond ASCII come through.
     """
