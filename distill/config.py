@@ -35,7 +35,7 @@ REUSE = 2
 LEARNING_RATES = {"lora": 4e-3, "dora": 4e-3, "bitfit": 1e-2, "soft-prompt": 1e-2}
 """That of LoRA was chosen on `emoji64` at this budget: docs/distillation.md, "Recipes"."""
 
-ADAPTER_SCALES = {"lora": 1.2, "bitfit": 1.6}
+ADAPTER_SCALES = {"lora": 1.2, "bitfit": 1.4}
 """Of `emoji64`: docs/distillation.md, "Adapter scale". Other models have 1, as nobody has measured theirs."""
 
 OTHER_MODELS = 1 / 40
@@ -150,7 +150,7 @@ class DistillConfig(GuiderOptions):
     adapter_scale: Annotated[
         float,
         typer.Option(
-            show_default="emoji64 1.2, with bitfit 1.6; other models 1",
+            show_default="emoji64 1.2, with bitfit 1.4; other models 1",
             help="Factor on the trained LoRA or BitFit, up to 2: a student learns less guidance than its teacher has.",
         ),
     ] = UNRESOLVED
