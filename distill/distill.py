@@ -107,7 +107,7 @@ def distill(
     """
     # Plan: all that can be refused, before the weights are read, which can take minutes.
     execution, observers, target = execution or RunConfig(), observers or Observers(), resolve_device(device)
-    config = resolve(config, files, target)
+    asked_scale, config = config.adapter_scale, resolve(config, files, target)
     prompts, images = plan(files, config, execution, target)
     if config.start_from and config.start_from.resolve() == output.resolve():
         raise InputError(f"--start-from and --output are both {output}: pass another --output")
@@ -116,11 +116,12 @@ def distill(
         observers.note(taken)
     folder, same = work_folder(output), identity(files, config, images)
     if execution.resume and (ended := finished_run(output, same)):
-        if config.adapter_scale in (None, scale_of(ended)) or not is_main_process():
+        # A default that has changed since is no reason to touch a finished student.
+        if asked_scale in (None, scale_of(ended)) or not is_main_process():
             observers.note(f"the run in {output} has ended: there is nothing left to resume")
             return ended
-        observers.note(f"the run in {output} has ended: its adapter is scaled by {config.adapter_scale:g}, not trained")
-        return rescale(ended, *_load(files, config, execution, target), config.adapter_scale, output, execution.format)
+        observers.note(f"the run in {output} has ended: its adapter is scaled by {asked_scale:g}, not trained")
+        return rescale(ended, *_load(files, config, execution, target), asked_scale, output, execution.format)
     data = prompts, images
     if not config.stages:
         return _train(files, config, execution, target, data, same, output, observers)
