@@ -122,6 +122,8 @@ def distill(
             return ended
         observers.note(f"the run in {output} has ended: its adapter is scaled by {asked_scale:g}, not trained")
         return rescale(ended, *_load(files, config, execution, target), asked_scale, output, execution.format)
+    if (output / INFO_FILE).is_file():
+        observers.note(f"the student in {output} is replaced when this one is finished")
     data = prompts, images
     if not config.stages:
         return _train(files, config, execution, target, data, same, output, observers)

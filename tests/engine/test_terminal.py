@@ -79,6 +79,14 @@ def test_outputs_that_take_nothing(script: Path, tmp_path: Path, outputs: str, c
     assert b"Error" not in done.stderr
 
 
+@pytest.mark.parametrize("columns", ["0", "", "40"])
+def test_terminals_that_do_not_know_their_width(script: Path, tmp_path: Path, columns: str) -> None:
+    done = call(script, "draw", "words", str(tmp_path / "f"), COLUMNS=columns)
+    assert done.returncode == 0
+    assert done.stdout.count(b"words") == 3
+    assert b"words" in done.stderr
+
+
 def test_words_and_paths_in_a_plain_locale(script: Path, tmp_path: Path) -> None:
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     path = tmp_path / "模型"
