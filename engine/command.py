@@ -109,15 +109,15 @@ def generate(
 def _generate_shards(job: Job, *, address: str | None, workers: int | None, as_json: bool) -> None:
     from .shards import draw_shards, prepared
 
-    with prepared(job) as shards, progress_bar("drawing", len(job.config.prompts)) as advance:
-        for shard in set(range(len(job))) - set(shards):
-            advance(job.images_in(shard))
+    with prepared(job) as shards, progress_bar("drawing", job.config.total_steps) as advance:
 
         def on_shard(shard: int) -> None:
-            advance(job.images_in(shard))
+            advance(job.steps_in(shard))
 
+        for shard in set(range(len(job))) - set(shards):
+            on_shard(shard)
         if address is None or not shards:
-            cut = draw_shards(job, shards, on_shard) if shards else 0
+            cut = draw_shards(job, shards, advance) if shards else 0
         else:
             from .ray_workers import draw_on_cluster
 

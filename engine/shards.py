@@ -68,9 +68,10 @@ class Job:
         """Shards that are not there yet, or were cut short since."""
         return [shard for shard in range(len(self)) if not _is_whole(self.path(shard))]
 
-    def images_in(self, shard: int) -> int:
-        """Images of a shard: the last one may have fewer."""
-        return min(self.shard_size, len(self.config.prompts) - shard * self.shard_size)
+    def steps_in(self, shard: int) -> int:
+        """Denoising steps over all images of a shard: the last one may have fewer."""
+        images = min(self.shard_size, len(self.config.prompts) - shard * self.shard_size)
+        return images * self.config.total_steps // len(self.config.prompts)
 
     def absolute(self) -> Job:
         """The same with absolute paths, for processes that work in other folders."""
@@ -142,8 +143,8 @@ def _clear_abandoned(output: Path) -> None:
         abandoned.unlink()
 
 
-def draw_shard(sampling: Sampling, job: Job, shard: int) -> int:
-    """Draw one shard.
+def draw_shard(sampling: Sampling, job: Job, shard: int, on_step: Callable[[int], None] | None = None) -> int:
+    """Draw one shard; `on_step` is a callback for the number of images that took a step.
 
     Returns:
         How many of its prompts have more tokens than the text encoder takes.
@@ -157,7 +158,8 @@ def draw_shard(sampling: Sampling, job: Job, shard: int) -> int:
     handle, partial = tempfile.mkstemp(dir=job.output, prefix=f".{path.stem}.", suffix=".partial")
     try:
         with os.fdopen(handle, "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
-            for index, image in enumerate(images_of(sampling, job.config, prompts, start=start), start=start):
+            images = images_of(sampling, job.config, prompts, start=start, on_step=on_step)
+            for index, image in enumerate(images, start=start):
                 prompt, seed = job.config.prompts[index], job.config.seed + index
                 model = sampling.model.files.name
                 about = {
@@ -204,11 +206,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(entry, io.BytesIO(content))
 
 
-def draw_shards(job: Job, shards: Sequence[int], on_shard: Callable[[int], None] = lambda shard: None) -> int:
-    """Draw several shards here, one after the other; `on_shard` is told the number of each. As `draw_shard`."""
-    cut = 0
+def draw_shards(job: Job, shards: Sequence[int], on_step: Callable[[int], None] | None = None) -> int:
+    """Draw several shards here, one after the other. As `draw_shard`."""
     with opened(job.files, job.config, job.device) as sampling:
-        for shard in shards:
-            cut += draw_shard(sampling, job, shard)
-            on_shard(shard)
-    return cut
+        return sum(draw_shard(sampling, job, shard, on_step) for shard in shards)
