@@ -128,7 +128,7 @@ def check_options(config: Any) -> None:
             raise InputError(f"{_flag(name, option)} is too large: no number here has more than 63 bits")
 
 
-MAY_BE_EMPTY = {"--negative-prompt", "--recipes"}
+MAY_BE_EMPTY = {"--negative-prompt"}
 """Options whose empty value says something."""
 
 

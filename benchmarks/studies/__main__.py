@@ -16,7 +16,6 @@ from . import (  # noqa: E402
     int8,
     layouts,
     profile,
-    recipes,
     seeds,
     serving,
 )
@@ -32,7 +31,6 @@ app = typer.Typer(
 )
 app.command(context_settings=TAKES_TRAINING_OPTIONS)(seeds.seeds)
 for study in (
-    recipes.recipes,
     few_steps_study.few_steps,
     guidance_study.guidance_r2,
     guidance_study.effective_guidance,

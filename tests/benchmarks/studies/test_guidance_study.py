@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from boostdiff.benchmarks.studies import recipes
 from boostdiff.benchmarks.studies.__main__ import app
 from boostdiff.benchmarks.studies.guidance_study import nearest_scale
 from boostdiff.distill.config import DistillConfig
@@ -122,28 +121,3 @@ def test_seeds_are_averaged(student: Path, tmp_path: Path) -> None:
     assert rows[2][1].endswith(" ± 0.0")
     assert rows[2][5].endswith(" ± 0.000")
     assert rows[0][5] == "0.000"
-
-
-def test_recipes_are_judged_together(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[str]] = []
-
-    def put(folder: Path, options: list[str]) -> Path:
-        asked.append(options)
-        return folder if folder.exists() else shutil.copytree(student, folder)
-
-    monkeypatch.setattr(recipes, "trained", put)
-    arguments = ("recipes", "--work", tmp_path, "--recipes", "default,batch-8", "--budgets", "0.5,2", "--prompts", 2)
-    rows = shown(*arguments, "--seeds", 2, "--samples", 4, "--steps", 1)
-    assert [row[:2] for row in rows] == [["default", "0.5"], ["default", "2"], ["batch-8", "0.5"], ["batch-8", "2"]]
-    # Every student is a copy of one, and seeds leave nothing to vary.
-    assert all(row[6:] == rows[0][6:] for row in rows)
-    assert rows[0][6].endswith(" ± 0.000")
-    assert float(rows[0][6].split()[0]) == pytest.approx(
-        float(shown("guidance-r2", student, "--prompts", 2)[0][1]), abs=2e-3
-    )
-    states = [int(o[o.index("--updates") + 1]) * int(o[o.index("--batch-size") + 1]) for o in asked[::2]]
-    assert states == [4160, 16640] * 2
-    assert [o[o.index("--seed") + 1] for o in asked[:2]] == ["0", "1"]
-    result = CliRunner().invoke(app, ["recipes", "--work", str(tmp_path), "--recipes", "default,nonsense"])
-    assert isinstance(result.exception, InputError)
-    assert "--recipes nonsense is unknown" in str(result.exception)

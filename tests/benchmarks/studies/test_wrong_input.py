@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from boostdiff.benchmarks.studies import held_out, layouts, profile, recipes, seeds
+from boostdiff.benchmarks.studies import held_out, layouts, profile, seeds
 from boostdiff.benchmarks.studies.__main__ import app
 from boostdiff.benchmarks.studies.full_size import STAGES, stages
 from boostdiff.distill.config import DistillConfig
@@ -38,15 +38,6 @@ WRONG = [
     ("layouts emoji64 --output file/x.md", "file is a file"),
     ("layouts emoji64 --output /proc/boostdiff/x.md", "can't write to"),
     ("layouts emoji64 --output=", "--output is empty"),
-    *((f"recipes --work w --budgets {budget}", "--budgets must be at least 0.001") for budget in ("nan", "0", "-1")),
-    ("recipes --work w --budgets 1,inf", "--budgets must be at least 0.001"),
-    ("recipes --work w --budgets x", "--budgets 'x' is no comma-separated list"),
-    ("recipes --work w --samples 1", "--samples 1 has no distribution: pass at least 4, or 0"),
-    ("recipes --work w --samples 100000", "--samples 100000 needs as many prompts"),
-    ("recipes --work w --prompts 100000", "--prompts 100000 needs as many prompts"),
-    ("recipes --work w --prompts 100000 --samples 8", "--prompts 100000 needs as many prompts"),
-    ("recipes --work w --steps 5000", "--steps 5000 can't be used"),
-    ("recipes --work file", "is a file: choose another --work"),
     ("seeds --work w --samples 100000", "--samples 100000 needs as many prompts"),
     ("seeds --work w --steps 5000", "--steps 5000 can't be used"),
     ("seeds --work w --samplers ddim,foo", "unknown sampler 'foo'"),
@@ -99,7 +90,6 @@ def test_wrong_input_is_refused_before_any_work(
         (held_out.subprocess, "run"),
         (profile, "random_model"),
         (layouts, "random_model"),
-        (recipes, "trained"),
         (seeds, "trained"),
     ):
         monkeypatch.setattr(module, name, work)
