@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,19 @@ import numpy as np
 import onnx
 import torch
 
-from ..engine.errors import BoostDiffError, InputError, one_line
-from ..engine.family import Family
+from ..engine.errors import BoostDiffError, one_line
 from ..engine.files import is_full_disk
 from ..engine.guidance_term import r2_of, scale_of
 from ..engine.manifest import Manifest
 from ..engine.memory import give_back_memory
 from ..engine.runners import GraphRunner
 from ..engine.sessions import OnnxSession
-from ..engine.student import Distilled
 from .calibration import Calibration
 from .eight_bits import FP8, INT8, LARGEST, Form
 from .graph import LAYERS, graph_signature, quiet_exporter
 
 BUDGET = 0.01
-"""Layers are kept, the worst first, until the errors of the others add up to no more; see `Judge.error`."""
+"""Layers are kept, the worst first, until the errors of the others add up to no more; see `_error`."""
 ERROR_LIMIT, R2_LIMIT = 0.02, 0.02
 """Largest error of the whole graph, and largest loss of R² of the guidance term."""
 
@@ -187,62 +184,24 @@ def _as_fp8(path: Path) -> None:
     onnx.save(model, path, save_as_external_data=True, location=data.name)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Judge:
-    """Measures graphs against the graph that they were made from, on the scale of the guidance term.
+def _judged(
+    graph: Path, calibration: Calibration, manifest: Manifest, *, lean: bool
+) -> tuple[list[torch.Tensor], float]:
+    """A graph's predictions at the checked states, and its R² of the guidance term; for `lean` see `OnnxSession`."""
+    with OnnxSession(graph, device=torch.device("cpu"), lean=lean) as session:
+        runner = GraphRunner(session, family=calibration.family, denoiser_config=manifest.denoiser_config)
+        made = calibration.predictions(manifest.distilled.denoiser(runner))
+    # The states are in the order that they were predicted in.
+    predictions = iter(made)
+    r2 = r2_of(lambda z_t, t, text: next(predictions).to(z_t), calibration.checked, calibration.text)
+    return made, r2
 
-    Attributes:
-        calibration: the states.
-        student: gives the denoiser.
-        family: the model's family.
-        denoiser_config: the UNet's configuration.
-        expected: predictions of the graph before.
-        r2: its R².
-        lean: see `OnnxSession`.
-    """
 
-    calibration: Calibration
-    student: Distilled
-    family: Family
-    denoiser_config: dict[str, Any]
-    expected: list[torch.Tensor]
-    r2: float
-    lean: bool
-
-    @classmethod
-    def of(cls, graph: Path, calibration: Calibration, manifest: Manifest, *, lean: bool) -> Judge:
-        """By the graph before."""
-        judge = cls(
-            calibration=calibration,
-            student=manifest.distilled,
-            family=calibration.family,
-            denoiser_config=manifest.denoiser_config,
-            expected=[],
-            r2=math.nan,
-            lean=lean,
-        )
-        if not scale_of(calibration.checked):
-            raise InputError("8 bits are judged by what guidance changes, and this student's guidance changes nothing")
-        expected, r2 = judge._of(graph)
-        return cls(**{**vars(judge), "expected": expected, "r2": r2})
-
-    def _of(self, graph: Path) -> tuple[list[torch.Tensor], float]:
-        with OnnxSession(graph, device=torch.device("cpu"), lean=self.lean) as session:
-            denoiser = self.student.denoiser(
-                GraphRunner(session, family=self.family, denoiser_config=self.denoiser_config)
-            )
-            predictions = iter(made := self.calibration.predictions(denoiser))
-        # The states are in the order that they were predicted in.
-        r2 = r2_of(lambda z_t, t, text: next(predictions).to(z_t), self.calibration.checked, self.calibration.text)
-        return made, r2
-
-    def measured(self, graph: Path) -> tuple[float, float]:
-        """A graph's error, Σ‖ε̂_8 − ε̂‖² / Σ‖ε̂_1 − ε̂_w‖², and its R² of the guidance term."""
-        predictions, r2 = self._of(graph)
-        pairs = zip(predictions, self.expected, strict=True)
-        error = sum((got.double() - expected.double()).square().sum().item() for got, expected in pairs)
-        error /= scale_of(self.calibration.checked)
-        return (error if math.isfinite(error) else math.inf), r2
+def _error(made: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], scale: float) -> float:
+    """Σ‖ε̂_8 − ε̂‖² / Σ‖ε̂_1 − ε̂_w‖², of which the denominator is `scale`."""
+    pairs = zip(made, expected, strict=True)
+    error = sum((got.double() - before.double()).square().sum().item() for got, before in pairs) / scale
+    return error if math.isfinite(error) else math.inf
 
 
 def kept_layers(errors: Mapping[str, torch.Tensor], budget: float) -> list[str]:
@@ -292,15 +251,16 @@ def quantize_unet(
     kept = kept_layers(errors, BUDGET)
     if len(kept) == len(layers):
         raise BoostDiffError("no layer of the UNet can be quantized within the limits: leave --quantize out")
-    judge = Judge.of(graph, calibration, manifest, lean=large)
+    expected, r2_before = _judged(graph, calibration, manifest, lean=large)
     give_back_memory()
     chosen = [name for name in layers if name not in kept]
     nodes = [node for name in chosen for node in layers[name]]
     output = graph.with_name(f"model.{form.precision}.onnx")
     quantized(graph, output, nodes, calibration.states, form=form)
     give_back_memory()
-    error, r2 = judge.measured(output)
-    check = {"error": error, "r2": r2, "r2_before": judge.r2, "r2_loss": judge.r2 - r2}
+    made, r2 = _judged(output, calibration, manifest, lean=large)
+    error = _error(made, expected, scale_of(calibration.checked))
+    check = {"error": error, "r2": r2, "r2_before": r2_before, "r2_loss": r2_before - r2}
     allowed = {"error": ERROR_LIMIT, "r2_loss": R2_LIMIT}
     if wrong := [name for name, limit in allowed.items() if not check[name] <= limit]:
         beyond = " and ".join(f"{name} {check[name]:.3f} (allowed: {allowed[name]:g})" for name in wrong)

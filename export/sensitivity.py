@@ -95,7 +95,7 @@ def layer_errors(
 
     Returns:
         A vector per layer, by its name: the square of the sum of some layers' vectors is what these cost together,
-        Σ‖J d‖² / Σ‖ε̂_1 − ε̂_w‖². See `quantize.Judge.measured`.
+        Σ‖J d‖² / Σ‖ε̂_1 − ε̂_w‖².
     """
     generator = torch.Generator().manual_seed(SEED)
     products: dict[str, list[torch.Tensor]] = {name: [] for name in ranges}
