@@ -1,9 +1,6 @@
 import json
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -127,37 +124,6 @@ def test_pace_leaves_out_the_first_update(monkeypatch: pytest.MonkeyPatch) -> No
     pace = Pace(batch_size=10)
     assert pace.images_per_second is None
     assert [pace.after_update() for _ in range(3)] == [0.1, 5.0, 5.0]
-
-
-@pytest.mark.slow
-def test_sigkill_and_resume_give_the_same_bytes(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
-    """The whole run and the resumed one are of this process, the killed one is of another."""
-    config, execution = DistillConfig(prompts=prompt_file, updates=40, batch_size=4), RunConfig(checkpoint_every=8)
-    distill(tiny_files, config, execution, output=tmp_path / "whole", device="cpu", observers=SILENT)
-    command = [
-        *(sys.executable, "-m", "boostdiff", "distill", "--model", str(tiny_files.folder), "--prompts", prompt_file),
-        *("--updates", "40", "--batch-size", "4", "--checkpoint-every", "8", "--device", "cpu"),
-        *("--output", str(tmp_path / "cut")),
-    ]
-    killed = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    unfinished = work_folder(tmp_path / "cut")
-    deadline = time.monotonic() + 120
-    while not (unfinished / CHECKPOINT_FILE).exists():
-        assert time.monotonic() < deadline
-        assert killed.poll() is None
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
-    assert not (tmp_path / "cut").exists()
-    resumed = RunConfig(checkpoint_every=8, resume=True)
-    info = distill(tiny_files, config, resumed, output=tmp_path / "cut", device="cpu", observers=SILENT)
-    assert 8 <= info.result["resumed_at"] < 40
-    whole, cut = (tmp_path / name / next(iter(info.adapter_files)) for name in ("whole", "cut"))
-    assert whole.read_bytes() == cut.read_bytes()
-    assert logged(tmp_path / "whole") == logged(tmp_path / "cut")
-    uncut = read_student(tmp_path / "whole", tiny_files).result
-    for name in ("final_loss", "guidance_r2"):
-        assert info.result[name] == uncut[name]
 
 
 def test_a_resumed_run_counts_the_seconds_before(
