@@ -89,6 +89,8 @@ class BenchResult:
         student, sentences = quality.student, []
         if student.distance is None:
             sentences.append("There was no reference of real images to measure the distance to.")
+        elif student.distance_interval is None:
+            sentences.append(f"N = {quality.images} images are too few to compare quality: --samples 200 is usual.")
         elif delta := student.delta_to_guided:
             sentence = f"Its {quality.features} is {_compared(delta)}"
             if share := student.gain_recovered:
@@ -119,7 +121,7 @@ class BenchResult:
 def _compared(delta: Estimate) -> str:
     """A student's distance compared with the guided teacher's."""
     if delta.low <= 0 <= delta.high:
-        return f"level with the teacher's ({delta:+.1f})"
+        return f"within noise of the teacher's ({delta:+.1f})"
     if delta.value > 0:
         return f"worse than the teacher's by {delta:.1f}"
     better = Estimate(value=-delta.value, low=-delta.high, high=-delta.low, coverage=delta.coverage)

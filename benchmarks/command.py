@@ -132,7 +132,7 @@ def bench(
     if random_weights:
         _refuse(context, (*QUALITY, *TRAINED), "has no use with --random-weights, which measures speed alone")
     if speed_only:
-        _refuse(context, QUALITY, "has no use with --speed-only")
+        _refuse(context, (*QUALITY, "seed"), "has no use with --speed-only")
     quiet_libraries()
     config = config_from(BenchConfig, options, **({"samples": 0} if speed_only or random_weights else {}))
     from .bench import bench as measure

@@ -142,6 +142,8 @@ def exported_entries(
     device, shape = session.model.device, session.model.latent_shape
     for folder, manifest in manifests.items():
         student = student_of(folder, manifest, session.students)
+        names = [path.resolve().name for path in manifests]
+        called = str(folder) if names.count(folder.resolve().name) > 1 else folder.resolve().name
         made = {entry["precision"] for path, entry in manifest.artefacts.items() if path.startswith(manifest.denoiser)}
         runners: list[tuple[str, str | None]] = [("onnx", None), ("tensorrt", None)]
         if "int8" in made and device.type == "cpu":
@@ -149,7 +151,7 @@ def exported_entries(
         for name, precision in runners:
             if reason := available_runners(manifest, device, [name])[name]:
                 if name != "tensorrt" or manifest.plan in manifest.files:
-                    left_out[f"{folder.name}, {name}"] = reason
+                    left_out[f"{called}, {name}"] = reason
                 continue
             engine = opened.enter_context(Engine.load(folder, runner=name, device=str(device), precision=precision))
             if engine.model.latent_shape != shape:
@@ -163,7 +165,7 @@ def exported_entries(
                 yield _entry(
                     variant,
                     engine.model,
-                    f"{folder.name}: {name}",
+                    f"{called}: {name}",
                     label,
                     {"engine": hash_of([name, label, manifest.files])},
                     few_steps=student.info.steps is not None,

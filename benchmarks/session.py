@@ -14,7 +14,7 @@ from accelerate import PartialState
 from diffusers import SchedulerMixin
 
 from ..engine.errors import InputError
-from ..engine.files import sha256_of
+from ..engine.files import hash_of, sha256_of
 from ..engine.guidance import teacher_denoiser
 from ..engine.guiders import Guider
 from ..engine.merge import merge
@@ -33,7 +33,7 @@ from .quality.features import EfficientNetLite0Features, InceptionFeatures
 from .quality.reference import reference_of
 from .quality.samples import SampleCache, SamplingVariant, bounded_memory, launched_processes
 from .speed.device import hardware
-from .speed.fastest import MANY_PASSES, FastestRunners
+from .speed.fastest import DRAWN_BY, MANY_PASSES, FastestRunners
 
 RESEED = 1_000_003
 """Added to the seed for the reseeded teacher: the distance that chance alone makes."""
@@ -50,20 +50,20 @@ class Student:
 
 
 def read_students(
-    folders: Sequence[Path], files: ModelFiles, guidance: float | None
+    folders: Sequence[Path], files: ModelFiles, guidance: float | None, *, one_scale: bool = True
 ) -> tuple[list[StudentInfo], float]:
-    """Descriptions of the students, and the guidance scale of all of them; see `Session.open`."""
+    """Descriptions of the students, and the guidance scale of all of them, or the first one's; see `Session.open`."""
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise InputError("a --student is given twice")
     infos = [read_student(folder, files) for folder in folders]
-    scales = {info.choose_guidance(guidance) or info.guidance for info in infos}
+    scales = list(dict.fromkeys(info.choose_guidance(guidance) or info.guidance for info in infos))
     if len({info.negative_prompt for info in infos}) > 1:
         raise InputError("the students were distilled with different negative prompts: compare them one at a time")
     if any(info.teacher_guider != infos[0].teacher_guider for info in infos):
         raise InputError("the students were distilled with different guiders: compare them one at a time")
-    if len(scales) > 1:
+    if one_scale and len(scales) > 1:
         raise InputError("the students were distilled at different guidance: compare them one at a time")
-    return infos, scales.pop()
+    return infos, scales[0]
 
 
 def scales_for(info: Distilled, asked: Sequence[float]) -> list[float]:
@@ -172,7 +172,7 @@ class Session:
         """
         config = with_sampling(config, students)
         check_spacing(files.scheduler_config, config.timestep_spacing)
-        infos, scale = read_students(students, files, guidance)
+        infos, scale = read_students(students, files, guidance, one_scale=not isinstance(config, SweepConfig))
         if guided and not scale > 1:
             raise InputError(f"--guidance {scale:g} is no guidance, there is nothing to compare: it must be above 1")
         if getattr(config, "alternatives", False) and infos and infos[0].guider != "cfg":
@@ -232,6 +232,11 @@ class Session:
         """Timestep spacing of few-step students, and so of all rows beside them; None is the model's own."""
         own = next((each.info.timestep_spacing for each in self.students if each.info.steps is not None), None)
         return own or self.config.timestep_spacing
+
+    @property
+    def runner_name(self) -> str:
+        """Of the runner that draws the images whose quality is measured."""
+        return getattr(self.runner, "name", "torch")
 
     @property
     def guider(self) -> Guider:
@@ -310,7 +315,7 @@ class Session:
             negative_prompt=self.students[0].info.negative_prompt if self.students else "",
             folder=folder,
             # Images of two runners differ in the last bits.
-            identity=identity_of(self.model) | {"runner": getattr(self.runner, "name", "torch")} if folder else {},
+            identity=identity_of(self.model) | {"runner": self.runner_name} if folder else {},
             on_images=on_images,
         )
 
@@ -328,15 +333,21 @@ class Session:
         if isinstance(self.config, BenchConfig):
             settings["batch_sizes"] = list(self.config.batch_sizes_on(device))
         if cache:
-            hashes["features"] = cache.network.sha256
+            hashes |= {"features": cache.network.sha256, "prompts": hash_of(cache.prompts)}
+            if cache.reference:
+                hashes["reference"] = cache.reference.sha256
             if cache.clip:
                 hashes["clip"] = cache.clip.sha256
             texts = {"prompts": cache.prompts, "negative prompts": [cache.negative_prompt]}
             notes += [note for what, cut in texts.items() if (note := cut_note(self.model.pipeline, cut, what))]
             notes += cache.reference.notes if cache.reference else ()
+            if self.runner_name in DRAWN_BY and not isinstance(self.config, ComposeConfig):
+                notes.append(f"images of quality are drawn by {DRAWN_BY[self.runner_name]}")
         own = self.model.pipeline.scheduler.config.get("timestep_spacing")
-        if self.spacing not in (None, own) and not isinstance(self.config, ComposeConfig):
-            notes.append(f"timesteps of all rows are {self.spacing}, the model's own {own}")
+        # Columns beside few-step students have these students' own, as their headings say.
+        spacing = self.config.timestep_spacing if isinstance(self.config, Table1Config) else self.spacing
+        if spacing not in (None, own) and not isinstance(self.config, ComposeConfig):
+            notes.append(f"timesteps of all rows are {spacing}, the model's own {own}")
         return {
             "model": self.model.files.name,
             "guidance": self.guidance,
@@ -345,8 +356,16 @@ class Session:
             "hardware": hardware(device),
             "commit": source_commit(),
             "versions": versions("torchmetrics", "torch_fidelity", "tensorrt", "tensorrt_rtx"),
-            "students": {str(s.folder): {"method": s.info.method, "settings": s.info.settings} for s in self.students},
+            "students": {
+                str(each.folder): {
+                    "method": each.info.method,
+                    "adapter_sha256": each.info.adapter_sha256,
+                    "settings": each.info.settings,
+                }
+                for each in self.students
+            },
             "sampling_batch_size": self.batch_size,
+            "sampling_runner": self.runner_name,
             "hashes": hashes,
             "notes": notes,
             "weights": "trained",

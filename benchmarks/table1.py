@@ -109,7 +109,9 @@ def table1_places(session: Session, config: Table1Config) -> Places:
     places: list[tuple[str, SamplingVariant]] = []
     for at in (session.at(sampler, steps) for sampler in config.samplers for steps in config.steps):
         students = [at.student(student, at.guidance) for student in at.students]
-        column = f"{SAMPLER_NAMES[at.sampler]}, {at.steps} steps"
+        # Beside a few-step student all rows of the column have its timesteps.
+        spaced = f", {at.spacing}" if at.spacing != config.timestep_spacing else ""
+        column = f"{SAMPLER_NAMES[at.sampler]}, {at.steps} steps{spaced}"
         places += [(column, variant) for variant in (at.teacher(at.guidance), at.teacher(1.0), *students)]
     return places
 

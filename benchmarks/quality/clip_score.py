@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from ...engine import embedded
 from ...engine.errors import InputError, one_line
-from ...engine.files import sha256_of
+from ...engine.files import hash_of, sha256_of
 from ...engine.model import HUB_ID
 
 BATCH = 32
@@ -41,9 +41,10 @@ class ClipScorer:
         # The embedded caption model scores lower than CLIP does: its figures must not be taken for CLIP's.
         score = "caption score" if path == embedded.CAPTION_MODEL else "CLIP score"
         self.label = f"{score} ({path.name})"
-        files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+        # Tokenizer and preprocessor, too.
+        files = sorted(p for p in Path(name).iterdir() if p.is_file()) if Path(name).is_dir() else []
         commit = getattr(self._model.config, "_commit_hash", None)
-        self.sha256 = "-".join(map(sha256_of, files)) if files else f"{name}@{commit}"
+        self.sha256 = hash_of([sha256_of(file) for file in files]) if files else f"{name}@{commit}"
 
     def scores(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Scores `(N,)` float32 of uint8 images `(N, 3, H, W)` by N prompts, on the CPU; 0 to 100."""

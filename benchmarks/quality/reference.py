@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +44,11 @@ class Reference:
         """From the features `(N, D)` of the reference set and `(M, D)` of other real images."""
         x = features.double()
         return cls(mean=x.mean(dim=0), covariance=torch.cov(x.T), count=len(x), features=held_out.float())
+
+    @property
+    def sha256(self) -> str:
+        """Of the statistics, to tell references apart."""
+        return hashlib.sha256(self.mean.numpy().tobytes() + self.covariance.numpy().tobytes()).hexdigest()
 
     def save(self, path: Path) -> None:
         """Write safetensors: the covariance's upper triangle in float32, features in float16."""

@@ -13,7 +13,7 @@ from ...engine.errors import InputError
 from ...engine.files import read_json
 from ..bench import SCHEMA_VERSION
 from ..speed.throughput import RunnerMode
-from ..stats import Estimate
+from ..stats import CONFIDENCE, Estimate
 from .report import terminal_table
 from .tables import NOTHING, Table, formatted, variant_name
 
@@ -30,8 +30,8 @@ class Difference:
         name: figure, with its unit.
         a: value in the first report; without an interval, `low` and `high` are the value.
         b: value in the second.
-        change: b / a − 1; None where a is zero.
-        apart: whether the intervals share no point; None without intervals.
+        change: b / a − 1; None of differences, and where a is next to nothing.
+        apart: whether the intervals share no point; None without intervals of 95%.
     """
 
     name: str
@@ -63,7 +63,7 @@ def compare_reports(first: Path, second: Path) -> Comparison:
     shared = [name for name in a if name in b]
     if not shared:
         raise InputError(f"{first} and {second} have no figure in common: compare runs with the same batch sizes")
-    here, there = (_flat(report["provenance"] | {"students": {}}) for report in reports)
+    here, there = (_flat(report["provenance"] | {"students": _adapters(report)}) for report in reports)
     return Comparison(
         differences=[_difference(name, a[name], b[name]) for name in shared],
         settings={
@@ -76,8 +76,9 @@ def compare_reports(first: Path, second: Path) -> Comparison:
 
 
 def _difference(name: str, a: Estimate, b: Estimate) -> Difference:
-    apart = not a.overlaps(b) if a.coverage and b.coverage else None
-    return Difference(name=name, a=a, b=b, change=b.value / a.value - 1 if a.value else None, apart=apart)
+    apart = not a.overlaps(b) if min(a.coverage, b.coverage) >= CONFIDENCE else None
+    relative = "delta to" not in name and abs(a.value) > 1e-9
+    return Difference(name=name, a=a, b=b, change=b.value / a.value - 1 if relative else None, apart=apart)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -89,6 +90,13 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(report.get("provenance"), dict):
         raise InputError(f"{path} is damaged: it has no provenance; measure again")
     return report
+
+
+def _adapters(report: dict[str, Any]) -> str:
+    """Of the students, which may lie in other folders."""
+    students = report["provenance"].get("students")
+    of_each = students.values() if isinstance(students, dict) else ()
+    return ", ".join(str(each.get("adapter_sha256")) for each in of_each if isinstance(each, dict))
 
 
 def _figures(report: dict[str, Any]) -> dict[str, Estimate]:
@@ -134,16 +142,17 @@ def terminal_comparison(comparison: Comparison) -> RenderableType:
             "": row.name,
             "A": f"{row.a.value:.4g}",
             "B": f"{row.b.value:.4g}",
-            "change": formatted(row.change, "+.1%"),
-            "beyond noise": NOTHING if row.apart is None else "yes" if row.apart else "no",
+            "change": f"{row.b.value - row.a.value:+.3g}" if row.change is None else formatted(row.change, "+.1%"),
+            "intervals apart": NOTHING if row.apart is None else "yes" if row.apart else "no",
         }
         for row in comparison.differences
     ]
-    compared = [side for row in comparison.differences if row.apart is not None for side in (row.a, row.b)]
     notes = [f"{name}: {a} in A, {b} in B" for name, (a, b) in comparison.settings.items()]
-    if compared:
-        levels = ", ".join(sorted({f"{side.coverage:.0%}" for side in compared}))
-        notes.insert(0, f"Beyond noise: the two intervals ({levels}) share no point.")
+    notes.insert(
+        0,
+        "Intervals apart: the two, of 95% each, share no point. "
+        "Figures of the same prompts and seeds may differ where they overlap.",
+    )
     if comparison.only:
         notes.append(f"{len(comparison.only)} figures are in one report alone: --json names them.")
     return Group(terminal_table("A against B", Table.of(rows)), *(Text(note, style="dim") for note in notes))

@@ -14,11 +14,11 @@ from rich.text import Text
 
 from ...engine.files import write_json
 from ..quality.composition import Composition, Row
-from ..stats import CONFIDENCE, GROUPS
+from ..stats import CONFIDENCE
 from .page import html_plot, html_table, page
 from .plots import COLORS, finished
 from .report import replaced_files, terminal_table
-from .tables import Table, formatted
+from .tables import Table, formatted, intervals_note
 
 TITLE = "What to take: quality and time"
 COLOR_OF_ROLE = COLORS | {"alternative": "#c98a2b"}
@@ -57,8 +57,8 @@ def note(result: Composition) -> str:
         f"{result.runs} rounds' ratios, all rows interleaved; their intervals have a coverage of {coverage:.0%}. Stock "
         f"diffusers: its pipeline call, eager, with guidance in {result.steps} steps, "
         f"{1e3 * result.stock_seconds.value:.1f} ms per image. Quality: N = {result.images} images per row by the same "
-        f"runner, same prompts, seeds and noise; 95% by a jackknife over {GROUPS} groups of prompts; teacher: "
-        f"{result.rows[0].quality.name}. *: no row is at least as fast and nearer to real images (Pareto front)."
+        f"runner, same prompts, seeds and noise; teacher: {result.rows[0].quality.name}. "
+        f"{intervals_note(result.images)} *: no row is at least as fast and nearer to real images (Pareto front)."
     )
 
 

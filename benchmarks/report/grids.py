@@ -10,12 +10,11 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from ...engine.files import write_json
-from ..stats import GROUPS
 from ..table1 import Cell, Grid
 from .page import html_plot, html_table, page
 from .plots import sweep_plot
 from .report import replaced_files, terminal_table
-from .tables import NOTHING, Table, formatted
+from .tables import NOTHING, Table, formatted, intervals_note
 
 
 def _table(grid: Grid, shown: Callable[[Cell], str]) -> Table:
@@ -58,15 +57,15 @@ def note(grid: Grid) -> str:
     return (
         f"{grid.features} to {grid.reference_images} real images, lower is better; model {grid.provenance['model']}, "
         f"N = {grid.images} images per cell, same prompts, seeds (from {grid.provenance['config']['seed']} on) and "
-        f"noise. In brackets: 95%, jackknife over {GROUPS} groups of prompts. The teacher makes two passes per "
-        "step where w > 1, all others one."
+        f"noise. {intervals_note(grid.images)} A guided step of the teacher is two passes, all others are one."
     )
 
 
 def markdown(grid: Grid) -> str:
     """A title, the tables, and how they were measured."""
     further = [line for _, words, table in further_tables(grid) for line in (words, "", table.markdown(), "")]
-    return "\n".join([f"# {grid.title}", "", grid_table(grid).markdown(), "", *further, note(grid), ""])
+    notes = [line for each in grid.provenance["notes"] for line in ("", f"- {each}")]
+    return "\n".join([f"# {grid.title}", "", grid_table(grid).markdown(), "", *further, note(grid), *notes, ""])
 
 
 def terminal_grid(grid: Grid) -> RenderableType:

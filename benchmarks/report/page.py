@@ -139,6 +139,7 @@ def page(title: str, parts: list[str], provenance: dict[str, Any]) -> str:
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><main>",
         f"<h1>{html.escape(title)}</h1>",
         *parts,
+        *map(_note, provenance["notes"]),
         "<h2>Provenance</h2><details><summary>Hardware, versions, settings, hashes</summary>",
         f"<pre>{values}</pre></details></main></body></html>",
     ]

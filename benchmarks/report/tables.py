@@ -10,7 +10,7 @@ from ..quality.distances import KID_SUBSET, KID_SUBSETS
 from ..quality.quality import Quality, QualityRow
 from ..quality.samples import COLORS
 from ..speed.throughput import RunnerMode, Speed, SpeedRatio
-from ..stats import CONFIDENCE, GROUPS, Estimate, Spread
+from ..stats import CONFIDENCE, Estimate, Spread, leave_one_group_out
 
 NOTHING = "–"
 MODE_NAMES = {"teacher": "teacher, CFG", "student": "student", "unguided": "teacher, no CFG"}
@@ -136,7 +136,7 @@ def quality_table(quality: Quality) -> Table:
                 "passes per step": f"{row.passes:g}",
                 f"{quality.features} [95%]": formatted(row.distance_interval or row.distance),
                 "ΔFD to the guided teacher": formatted(row.delta_to_guided, "+.1f"),
-                "guidance gain recovered": _gain(row, row.gain_recovered, row.distance),
+                "guidance gain recovered": _gain(row, row.gain_recovered, row.distance_interval),
                 **(captions if label else {}),
                 "KID ×1000 (± spread of subsets)": _kid_cell(row),
                 "distance to the teacher's image": f"{row.distance_to_teacher_image:.3f}",
@@ -178,8 +178,8 @@ def alternatives_table(quality: Quality) -> Table:
 
 
 ALTERNATIVES_NOTE = (
-    "Each method's settings were swept at equal cost, and the best is shown. It was chosen on the images that it is "
-    "compared by, which flatters it. Cost counts UNet passes, a guided step as two."
+    "Each method's settings were swept at the same cost or one pass less, and the best is shown. It was chosen on the "
+    "images that it is compared by, which flatters it. Cost counts UNet passes, a guided step as two."
 )
 
 
@@ -198,6 +198,13 @@ def speed_note(result: BenchResult) -> str:
     )
 
 
+def intervals_note(images: int) -> str:
+    """What the brackets of figures of so many images are."""
+    if not (groups := len(leave_one_group_out(images))):
+        return "So few images have no intervals: they begin with 4."
+    return f"In brackets: 95%, jackknife over {groups} groups of prompts, the same in all rows."
+
+
 def quality_note(quality: Quality) -> str:
     """How the quality was measured."""
     note = f"N = {quality.images} images per row, with the same prompts, seeds and noise."
@@ -209,7 +216,7 @@ def quality_note(quality: Quality) -> str:
         note += f" {quality.caption_label[0].upper()}{quality.caption_label[1:]}: 100 times the cosine of image and "
         note += "prompt, higher is better."
     return (
-        f"{note} Intervals: jackknife over {GROUPS} groups of prompts, the same in all rows. Gain recovered: share of "
+        f"{note} {intervals_note(quality.images)} Gain recovered: share of "
         f"the teacher's gain by guidance; none is given where that gain is within noise. KID: mean of {KID_SUBSETS} "
         f"subsets of up to {KID_SUBSET} images, ± their standard deviation. "
         "Distance to the teacher's image: cosine distance of features, same seed."

@@ -38,6 +38,8 @@ def stages_of(student: Path) -> dict[int | None, Path]:
             f"the student in {student} is no few-step student: pass one of `boostdiff distill --few-steps`"
         )
     started = info.settings["start_from"]
+    if started and read_student(Path(started)).adapter_sha256 != info.settings["start_from_sha256"]:
+        raise InputError(f"{started} is no longer the student that the one in {student} began with")
     folders = {None: Path(started) if started else student / STAGES / "guidance"}
     earlier = {int(path.name): path for path in (student / STAGES).glob("*") if path.name.isdecimal()}
     return folders | dict(sorted(earlier.items(), reverse=True)) | {info.steps: student}

@@ -17,7 +17,7 @@ import typer
 from ...distill.config import PAPER
 from ...engine import embedded
 from ...engine.errors import InputError
-from ...engine.files import check_output, read_json, sha256_of, staged_folder
+from ...engine.files import check_output, read_json, sha256_of, staged_folder, write_json
 from ...engine.guidance_input import make_adapter
 from ...engine.model import locate, resolve_device
 from ...engine.options import SeedOption
@@ -31,6 +31,9 @@ from .held_out import Configuration, Device, Runs, Steps, usable_work
 
 STAGES = ("speed", "layouts", "folder", "training", "export", "engine", "compiled-training", "compiled")
 """Names of the measurements, in the order in which they can run."""
+
+SETTINGS = "full-size.json"
+"""In both folders: what the results in them are of."""
 
 TRAINED_PASSES = 4
 """UNet passes of one sample's FLOPs: the teacher's two, the student's, and the backward pass to the activations, as
@@ -223,8 +226,14 @@ def full_size(
     if unknown := set(wanted) - set(planned):
         raise InputError(f"unknown stage {unknown.pop()!r}: choose from {', '.join(planned)}")
     check_output(output)
+    settings = {"model": model, "steps": steps, "runs": runs, "updates": updates, "batch_sizes": batch_sizes}
+    for begun in (work / SETTINGS, output / SETTINGS):
+        if begun.exists() and (before := read_json(begun)) != settings:
+            options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in before.items())
+            raise InputError(f"{begun.parent} holds results of {options}: pass these again, or another folder")
     for folder in (work, output):
         folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / SETTINGS, settings)
     failed: dict[str, str] = {}
     for name in (name for name in planned if name in wanted):
         if reason := planned[name].run(name, seconds):

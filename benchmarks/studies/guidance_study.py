@@ -41,7 +41,8 @@ def guidance_r2(
     for folder in students:
         with held_out([folder], config, model=model) as (session, _):
             (student,), loaded = session.students, session.model
-            text = loaded.family.encode(loaded.pipeline, session.prompts[:prompts])
+            negative = student.info.negative_prompt
+            text = loaded.family.encode(loaded.pipeline, session.prompts[:prompts], negative_prompt=negative)
             for scale in scales_for(student.info, asked):
                 states = trajectory(loaded, text, scale, session.guider)
                 denoiser = student.info.denoiser(TorchRunner(student.denoiser), scale)

@@ -246,14 +246,17 @@ def int8(
     UNet before, FP32 or, of FP8, FP16. FP8 has no speed on a CPU.
     """
     manifest, form = read_manifest(engine), FORMS[precision]
+    if manifest.distilled.guidance_range:
+        raise InputError("8 bits are measured at one guidance scale, and this student takes a range")
     graphs = student_graphs(manifest, engine, form)
     config = BenchConfig(samples=samples, sampler=sampler, steps=steps, seed=seed, compile=False)
     with held_out([student], config, work=work) as (session, cache):
-        manifest.check_student(session.students[0].info, engine=engine)
+        info = session.students[0].info
+        manifest.check_student(info, engine=engine)
         teacher = teacher_graphs(session, manifest, work / "teacher" / "unet", form)
         rows = rows_of(session, graphs, teacher, form)
         model = session.model
-        text = model.family.encode(model.pipeline, session.prompts[:R2_PROMPTS])
+        text = model.family.encode(model.pipeline, session.prompts[:R2_PROMPTS], negative_prompt=info.negative_prompt)
         states: list[State] = trajectory(model, text, session.guidance, session.guider)
 
         def r2(row: Row, denoiser: Denoiser, text: TextEmbeddings = text) -> float:

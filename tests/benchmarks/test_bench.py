@@ -43,11 +43,22 @@ MANY = [f"{prompt} on a red background" for prompt in PROMPTS] * 6
     [
         (-19.6, -25.0, -14.2, "better than the teacher's by 19.6 [14.2, 25.0]"),
         (3.0, 1.0, 5.0, "worse than the teacher's by 3.0 [1.0, 5.0]"),
-        (-1.0, -3.0, 1.0, "level with the teacher's (-1.0 [-3.0, +1.0])"),
+        (-1.0, -3.0, 1.0, "within noise of the teacher's (-1.0 [-3.0, +1.0])"),
     ],
 )
 def test_the_verdict_tells_who_is_ahead(value: float, low: float, high: float, says: str) -> None:
     assert _compared(Estimate(value=value, low=low, high=high, coverage=0.95)) == says
+
+
+def test_too_few_images_are_said(result: BenchResult) -> None:
+    assert result.quality
+    rows = [
+        replace(row, distance_interval=None, delta_to_guided=None, gain_recovered=None) for row in result.quality.rows
+    ]
+    few = replace(result, quality=replace(result.quality, rows=rows, images=2))
+    assert "N = 2 images are too few to compare quality" in few.verdict()
+    column = quality_table(few.quality).headings.index("guidance gain recovered")
+    assert {row[column] for row in quality_table(few.quality).cells} == {"–"}
 
 
 def test_every_runner_here_is_timed(result: BenchResult) -> None:

@@ -62,6 +62,7 @@ def test_random_weights_then_compare(
         (["--reference-size", "64"], "pass their folder with --reference"),
         (["--prompts", "missing.json"], "can't read the prompt file missing.json"),
         (["--inception-weights", "missing.pt"], "no file of Inception weights missing.pt"),
+        (["--seed", 5, "--speed-only"], "--seed has no use with --speed-only"),
         (["--alternatives", "--speed-only"], "--alternatives has no use with --speed-only"),
         (["--steps", 5, "table1"], "--steps is an option of `bench` alone: put it after `table1`"),
         (["table1", "--engine", "x"], "No such option: --engine"),

@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,11 @@ from boostdiff.benchmarks.quality.features import EfficientNetLite0Features, fea
 from boostdiff.benchmarks.quality.reference import Reference
 from boostdiff.benchmarks.quality.samples import SampleCache
 from boostdiff.benchmarks.report.grids import further_tables, grid_table, markdown, terminal_grid, write_grid
-from boostdiff.benchmarks.session import Session, Student, scales_for
+from boostdiff.benchmarks.session import Session, Student, read_students, scales_for
 from boostdiff.benchmarks.speed.random_weights import locate_configs
-from boostdiff.benchmarks.table1 import PAPER, Cell, Grid, measure_grid, papers_figures
+from boostdiff.benchmarks.table1 import PAPER, Cell, Grid, measure_grid, papers_figures, table1_places
 from boostdiff.engine.errors import InputError
+from boostdiff.engine.files import hash_of
 from boostdiff.engine.guidance import GuidedDenoiser
 from boostdiff.engine.model import Model, ModelFiles, load, locate
 from boostdiff.engine.runners import TorchRunner
@@ -150,10 +152,57 @@ def test_all_forms_show_the_same_figures(grids: list[Grid], tmp_path: Path) -> N
         assert page.count("<img") == (grid.name == "sweep")
 
 
-def test_prompts_that_are_cut_are_said(grids: list[Grid]) -> None:
+def test_prompts_that_are_cut_are_said(grids: list[Grid], tmp_path: Path) -> None:
     for grid in grids:
         (note,) = grid.provenance["notes"]
         assert note.startswith(f"1 of {SAMPLES} prompts are cut to ")
+        assert f"\n- {note}\n" in markdown(grid)
+        write_grid(grid, tmp_path)
+        assert f'<p class="note">{note}' in (tmp_path / f"{grid.name}.html").read_text()
+
+
+def test_a_table_says_what_it_was_measured_of(grids: list[Grid], students: dict[str, Path], reference: Path) -> None:
+    for grid in grids:
+        found = grid.provenance
+        assert found["hashes"]["prompts"] == hash_of(MANY)
+        assert found["hashes"]["reference"] == Reference.load(reference).sha256
+        assert found["sampling_runner"] == "torch"
+        adapters = [each["adapter_sha256"] for each in found["students"].values()]
+        assert adapters == [read_student(students[name]).adapter_sha256 for name in ("lora", "bitfit")]
+        assert "jackknife over 4 groups" in markdown(grid)
+
+
+def test_columns_beside_few_step_students_name_their_timesteps(tiny: Model, students: dict[str, Path]) -> None:
+    info = replace(read_student(students["lora"]), sampler="ddim", steps=2, timestep_spacing="trailing")
+    student = Student(name="few", folder=students["lora"], info=info, denoiser=tiny.denoiser)
+    for spacing, first, notes in ((None, "DDIM, 2 steps, trailing", 0), ("trailing", "DDIM, 2 steps", 1)):
+        config = Table1Config(samplers=("ddim",), steps=(2, 3), timestep_spacing=spacing)
+        session = Session(model=tiny, students=[student], config=config)
+        places = table1_places(session, config)
+        assert list(dict.fromkeys(column for column, _ in places)) == [first, "DDIM, 3 steps"]
+        said = session.provenance(None)["notes"]
+        assert [note.startswith("timesteps of all rows are trailing") for note in said] == [True] * notes
+
+
+def test_a_sweep_takes_students_of_several_scales(
+    tiny_folder: Path, students: dict[str, Path], reference: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(students["bitfit"], tmp_path / "w5"))
+    replace(read_student(other), guidance=5.0).write(other)
+    grid = measure_grid(
+        locate(str(tiny_folder)),
+        SweepConfig(guidance=(1.0,), steps=1, samples=2),
+        students=[students["lora"], other],
+        prompts=MANY,
+        metrics=Metrics(reference=reference),
+        device="cpu",
+    )
+    assert grid
+    found = {(cell.row, cell.guidance) for cell in grid.cells if cell.row != "teacher"}
+    assert found == {("student lora", 3.0), ("student bitfit", 5.0)}
+    assert "So few images have no intervals" in markdown(grid)
+    with pytest.raises(InputError, match="distilled at different guidance"):
+        read_students([students["lora"], other], locate(str(tiny_folder)), None)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +247,7 @@ def test_the_papers_figures_stand_beside_its_own_model() -> None:
         images=10,
         reference_images=20,
         features="FID",
-        provenance={"model": "x", "config": {"seed": 0}},
+        provenance={"model": "x", "config": {"seed": 0}, "notes": []},
     )
     assert "| student lora | 16.0 (paper: FID 15.6) |" in markdown(grid)
     assert "CLIP" not in markdown(grid)

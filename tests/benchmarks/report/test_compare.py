@@ -62,7 +62,10 @@ def test_differences_and_settings(report: dict[str, Any], tmp_path: Path) -> Non
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(terminal_comparison(compare_reports(*written(tmp_path, report, other))))
     shown = console.export_text()
-    assert "the two intervals (75%, 95%) share no point" in shown
+    (line,) = [line for line in shown.splitlines() if "whole images, batch 8" in line]
+    assert line.split()[-1] == "–", "intervals of 75% tell nothing"
+    (line,) = [line for line in shown.splitlines() if "images/s" in line]
+    assert line.split()[-1] == "yes"
     (line,) = [line for line in shown.splitlines() if "student lora, distance" in line]
     assert line.split()[-4:] == ["220", "231", "+5.0%", "–"]
 
@@ -74,9 +77,30 @@ def test_shares_and_captions_are_compared_with_their_intervals(report: dict[str,
     assert rows["student lora, caption score"].apart is False
 
 
+def test_changes_of_differences_are_differences(report: dict[str, Any], tmp_path: Path) -> None:
+    report["quality"]["rows"][0] |= {"delta_to_guided": estimate(-77, 9), "distance_to_teacher_image": 8e-17}
+    other = copy.deepcopy(report)
+    other["quality"]["rows"][0] |= {"delta_to_guided": estimate(43, 9), "distance_to_teacher_image": 3e-16}
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(terminal_comparison(compare_reports(*written(tmp_path, report, other))))
+    lines = console.export_text().splitlines()
+    (delta,) = [line.split() for line in lines if "delta to guided" in line]
+    assert delta[-4:] == ["-77", "43", "+120", "yes"]
+    (image,) = [line.split() for line in lines if "distance to teacher image" in line]
+    assert "%" not in image[-2]
+
+
+def test_other_prompts_and_students_are_said(report: dict[str, Any], tmp_path: Path) -> None:
+    other = copy.deepcopy(report)
+    for each, prompts, adapter in ((report, "p", "a1"), (other, "q", "b2")):
+        each["provenance"] |= {"hashes": {"prompts": prompts}, "students": {"s": {"adapter_sha256": adapter}}}
+    settings = compare_reports(*written(tmp_path, report, other)).settings
+    assert settings == {"hashes.prompts": ("p", "q"), "students": ("a1", "b2")}
+
+
 def test_a_report_equals_itself(report: dict[str, Any], tmp_path: Path) -> None:
     comparison = compare_reports(*written(tmp_path, report, report))
-    assert all(row.change == 0 and not row.apart for row in comparison.differences)
+    assert all(not row.change and not row.apart for row in comparison.differences)
     assert not comparison.settings
     assert not comparison.only
 

@@ -1,10 +1,11 @@
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from boostdiff.benchmarks.speed import throughput
 from boostdiff.benchmarks.speed.flops import Flops, count_flops
-from boostdiff.benchmarks.speed.throughput import TimedVariant, interleaved, measure
+from boostdiff.benchmarks.speed.throughput import RunnerMode, TimedVariant, interleaved, measure
 from boostdiff.engine.model import Model
 from boostdiff.engine.runners import TorchRunner
 from boostdiff.engine.schedulers import make_scheduler
@@ -96,6 +97,50 @@ def test_what_fails_while_it_is_timed_takes_no_other_row_along(tiny: Model) -> N
         ("teacher", "images"),
         ("teacher", "denoiser"),
     }
+
+
+def test_the_graph_of_live_negative_prompts_times_all_modes(tiny: Model) -> None:
+    """It reads two texts per row, of which the teacher, at two rows an image, has one."""
+    seen: dict[str, set[tuple[int, int]]] = {}
+
+    class Live(TorchRunner):
+        name = "live"
+
+        def __init__(self, mode: str) -> None:
+            super().__init__(tiny.denoiser)
+            self.mode = mode
+            self.config = dict(tiny.denoiser.config) | {"live_negative_prompt": True}
+
+        def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+            seen.setdefault(self.mode, set()).add(tuple(inputs["encoder_hidden_states"].shape[:2]))
+            return super().predict(inputs)
+
+    tokens = tiny.pipeline.tokenizer.model_max_length
+    speed = measure(
+        [TimedVariant(mode=mode, runner=Live(mode)) for mode in ("teacher", "student", "unguided")],
+        tiny,
+        prompts=["a red cat"],
+        guidance=3.0,
+        make_scheduler=lambda: make_scheduler("ddim", tiny.pipeline.scheduler.config),
+        steps=1,
+        batch_sizes=(2,),
+        runs=3,
+    )
+    assert not speed.left_out
+    assert seen == {"teacher": {(4, 2 * tokens)}, "student": {(2, 2 * tokens)}, "unguided": {(2, 2 * tokens)}}
+
+
+@pytest.mark.parametrize(
+    ("with_teacher", "compared"), [(["torch"], "torch"), (["torch", "fast"], "fast"), ([], "fast")]
+)
+def test_the_baselines_are_compared_with_what_the_verdict_speaks_of(with_teacher: list[str], compared: str) -> None:
+    times = {"torch": 2.0, "fast": 1.0}
+    measured = {RunnerMode(name, "student"): [{"total": t, "denoiser": t}] * 3 for name, t in times.items()}
+    for name in (*with_teacher, "stock diffusers"):
+        measured[RunnerMode(name, "teacher")] = [{"total": 4.0, "denoiser": 4.0}] * 3
+    work = SimpleNamespace(prompts=["a"], teacher_passes=2, steps=4)
+    ratios = throughput._ratios(measured, work, Flops(denoiser=1, vae_decode=1, text_encoder=1))  # type: ignore[arg-type]
+    assert {ratio.faster.runner for ratio in ratios if ratio.slower.runner == "stock diffusers"} == {compared}
 
 
 def test_a_variant_is_timed_at_its_own_batch_sizes(tiny: Model) -> None:

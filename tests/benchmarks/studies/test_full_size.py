@@ -5,6 +5,7 @@ import pytest
 from boostdiff import cli
 from boostdiff.benchmarks.studies.__main__ import app
 from boostdiff.benchmarks.studies.full_size import Stage, stages, summary, training_row
+from boostdiff.engine.errors import InputError
 from boostdiff.engine.files import read_json, write_json
 from boostdiff.engine.model import locate
 from boostdiff.engine.student import read_student
@@ -96,3 +97,15 @@ def test_an_unknown_stage_is_named(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["full-size", "--work", str(tmp_path), "--only", "speed,flight"])
     assert "unknown stage 'flight'" in str(result.exception)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", [["--steps", "33"], ["--model", "sdxl"], ["--batch-sizes", "4"]])
+def test_results_of_other_settings_are_not_taken_for_these(tmp_path: Path, option: list[str]) -> None:
+    work = ["full-size", "--work", str(tmp_path / "w"), "--only", "speed"]
+    done = tmp_path / "w/results/speed/report.json"
+    done.parent.mkdir(parents=True)
+    write_json(done, {"speed": {}})
+    assert CliRunner().invoke(app, work).exit_code == 0
+    result = CliRunner().invoke(app, [*work, *option])
+    assert isinstance(result.exception, InputError)
+    assert "holds results of --model sd21-base --steps 20" in str(result.exception)

@@ -1,5 +1,6 @@
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from boostdiff.engine.guidance_term import r2_of, trajectory
 from boostdiff.engine.guiders import Guider
 from boostdiff.engine.model import Model, locate
 from boostdiff.engine.runners import TorchRunner
+from boostdiff.engine.student import read_student
 from tiny import PROMPTS
 from typer.testing import CliRunner
 
@@ -71,6 +73,13 @@ def test_r2_over_all_timesteps_lies_within_those_of_each(student: Path) -> None:
     overall, *by_timestep = (float(cell) for cell in cells)
     assert len(by_timestep) == 4
     assert min(by_timestep) <= overall <= max(by_timestep)
+
+
+def test_r2_is_of_the_teacher_with_the_students_negative_prompt(student: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(student, tmp_path / "w3"))
+    replace(read_student(other), negative_prompt="a red apple").write(other)
+    rows = [shown("guidance-r2", folder, "--prompts", 2)[0] for folder in (student, other)]
+    assert rows[0] != rows[1]
 
 
 def test_effective_guidance_is_that_of_the_nearest_teacher() -> None:
