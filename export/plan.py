@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..engine.errors import BoostDiffError, one_line
+from ..engine.terminal import quiet_libraries
 from ..engine.trt import RTX_COMPUTE_CAPABILITIES, TENSORRT_FLAVOURS, load_tensorrt
 from ..engine.versions import is_installed, to_install
 from .graph import graph_signature
@@ -115,9 +116,15 @@ def plan_in_a_process(graph: Path, plan: Path, *, flavour: Flavour, **options: A
         BoostDiffError: see `plan_from_onnx`; or the process died, as one that is out of memory does.
     """
     # TensorRT builds for the current GPU, TensorRT for RTX needs none.
-    on_gpu = (torch.cuda.set_device, (torch.cuda.current_device(),)) if flavour.name == "tensorrt" else (None, ())
-    with ProcessPoolExecutor(1, get_context("spawn"), *on_gpu) as processes:
+    gpu = torch.cuda.current_device() if flavour.name == "tensorrt" else None
+    with ProcessPoolExecutor(1, get_context("spawn"), quiet_libraries) as processes:
         try:
-            return processes.submit(plan_from_onnx, graph, plan, flavour=flavour, **options).result()
+            return processes.submit(_plan_on, gpu, graph, plan, flavour=flavour, **options).result()
         except BrokenProcessPool:
             raise BoostDiffError(f"{flavour.name} died while it built the {plan.parent.name}'s plan") from None
+
+
+def _plan_on(gpu: int | None, graph: Path, plan: Path, **options: Any) -> dict[str, Any]:
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+    return plan_from_onnx(graph, plan, **options)

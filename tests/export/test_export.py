@@ -449,12 +449,15 @@ def test_a_size_that_the_model_can_not_make(tiny_files: ModelFiles, students: di
 
 
 @pytest.mark.slow
-def test_a_plan_built_in_a_process_of_its_own(engine: Path, tmp_path: Path) -> None:
+def test_a_plan_built_in_a_process_of_its_own(
+    engine: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """It equals the one that was built here but for its bytes, and its errors arrive as one line."""
     here = read_manifest(engine).artefacts["text_encoder/model.plan"]
     profile = {name: [tuple(shape) for shape in shapes] for name, shapes in here["profile"].items()}
     build = partial(plan_in_a_process, flavour=Flavour(name=here["flavour"], reason="a test"), profile=profile)
     entry = build(engine / "text_encoder/model.fp16.onnx", tmp_path / "model.plan")
+    assert not capfd.readouterr().err, "libraries warn where they are imported"
     assert (tmp_path / "model.plan").stat().st_size > 1000
     assert {key: value for key, value in here.items() if key in entry} == entry | {"reason": here["reason"]}
     (tmp_path / "broken.onnx").write_bytes(b"no graph")
