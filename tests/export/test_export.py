@@ -449,9 +449,7 @@ def test_a_size_that_the_model_can_not_make(tiny_files: ModelFiles, students: di
 
 
 @pytest.mark.slow
-def test_a_plan_built_in_a_process_of_its_own(
-    engine: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_plan_built_in_a_process_of_its_own(engine: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """It equals the one that was built here but for its bytes, and its errors arrive as one line."""
     here = read_manifest(engine).artefacts["text_encoder/model.plan"]
     profile = {name: [tuple(shape) for shape in shapes] for name, shapes in here["profile"].items()}
