@@ -96,10 +96,11 @@ def entries_of(session: Session, config: ComposeConfig) -> Iterator[Entry]:
             variants.append(at.teacher(1.0))
             settings = candidates(steps=steps, guidance=at.guidance) if config.alternatives else []
             variants += map(at.alternative, settings)
-        yield from (_entry(variant, model, runner.name, precision, identity) for variant in variants)
+        own = model.pipeline.scheduler.config.get("timestep_spacing")
+        yield from (_entry(variant, model, runner.name, precision, identity, own=own) for variant in variants)
         for student in (each for each in at.students if each.info.steps or steps in config.steps):
             variant, few = _student(at, student), student.info.steps is not None
-            yield _entry(variant, model, runner.name, precision, identity, few_steps=few)
+            yield _entry(variant, model, runner.name, precision, identity, own=own, few_steps=few)
 
 
 def _student(session: Session, student: Student) -> SamplingVariant:
@@ -115,11 +116,10 @@ def _entry(
     precision: str,
     identity: dict[str, Any],
     *,
+    own: str | None,
     few_steps: bool = False,
 ) -> Entry:
-    own, spacing = (
-        each.config.get("timestep_spacing") for each in (model.pipeline.scheduler, variant.make_scheduler())
-    )
+    spacing = variant.make_scheduler().config.get("timestep_spacing")
     # Names of alternatives and of few-step students have their steps.
     steps = [] if variant.role == "alternative" or few_steps else [f"{variant.steps} steps"]
     parts = [variant.name, *steps, *([spacing] if spacing != own else []), f"{runner} {precision}"]
@@ -168,6 +168,7 @@ def exported_entries(
                     f"{called}: {name}",
                     label,
                     {"engine": hash_of([name, label, manifest.files])},
+                    own=session.model.pipeline.scheduler.config.get("timestep_spacing"),
                     few_steps=student.info.steps is not None,
                 )
 

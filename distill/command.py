@@ -54,13 +54,13 @@ def distill(
     execution = config_from(RunConfig, options)
     files = locate(model, weights=not dry_run)
     target = resolve_device(device)
-    config = resolve(config, files, target)
+    resolved = resolve(config, files, target)
     if dry_run:
         check_output(output, replaces=INFO_FILE)
-        print_json({"model": model, "output": str(output), **dry(files, config, execution, target)})
+        print_json({"model": model, "output": str(output), **dry(files, resolved, execution, target)})
         return
-    updates = (config.updates or 0) + len(config.stages) * (config.stage_updates or 0)
-    with progress_bar(f"distilling {config.method}", updates) as advance:
+    updates = (resolved.updates or 0) + len(resolved.stages) * (resolved.stage_updates or 0)
+    with progress_bar(f"distilling {resolved.method}", updates) as advance:
 
         def show(done: UpdateReport) -> None:
             pace = f"{done.images_per_second:.1f} images/s, {done.peak_memory / 2**30:.1f} GB"
@@ -73,6 +73,7 @@ def distill(
             on_update=show,
             on_note=lambda note: console.print(note, style="yellow", markup=False),
         )
+        # Not resolved: which options were given matters to a run that has ended.
         info = train(files, config, execution, output=output, device=device, observers=observers)
     if not is_main_process():
         return

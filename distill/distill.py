@@ -122,11 +122,12 @@ def distill(
             return ended
         observers.note(f"the run in {output} has ended: its adapter is scaled by {asked_scale:g}, not trained")
         return rescale(ended, *_load(files, config, execution, target), asked_scale, output, execution.format)
-    if (output / INFO_FILE).is_file():
-        observers.note(f"the student in {output} is replaced when this one is finished")
-    data = prompts, images
+    replaces, data = (output / INFO_FILE).is_file(), (prompts, images)
     if not config.stages:
-        return _train(files, config, execution, target, data, same, output, observers)
+        info = _train(files, config, execution, target, data, same, output, observers)
+        if replaces:
+            observers.note(f"the student that was in {output} is replaced")
+        return info
 
     def train(student: Path, stage: Stage | None) -> StudentInfo:
         # A stage of a resumed run may have been begun, or not.
@@ -140,7 +141,10 @@ def distill(
         begin(folder, same, observers)
     with exclusive_lock(folder):
         finished = observers.on_start or (lambda updates: None)
-        return train_in_stages(config, train, folder=folder, output=output, finished=finished)
+        info = train_in_stages(config, train, folder=folder, output=output, finished=finished)
+    if replaces:
+        observers.note(f"the student that was in {output} is replaced")
+    return info
 
 
 def _train(

@@ -163,7 +163,9 @@ def write_student(run: Run, *, identity: dict[str, Any], result: dict[str, Any])
         denoiser_sha256=identity["denoiser_sha256"],
         adapter_files=adapter_files,
         trainable_parameters=adapter.count(),
-        settings=identity | run.execution.as_json(),
+        settings=identity
+        | run.execution.as_json()
+        | {"prediction_type": run.model.files.scheduler_config.get("prediction_type")},
         versions=versions(),
         result=result,
     )

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from ..engine.conditions import PromptEmbeds
 from ..engine.errors import InputError, one_line
 from ..engine.files import read_json
-from ..engine.model import ModelFiles, load_text
+from ..engine.model import ModelFiles
+from ..engine.text_encoders import load_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -317,7 +317,8 @@ class SoftPromptHook(torch.nn.Module):
         if not self.enabled:
             return None
         hidden = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
-        longer = torch.cat([hidden, self.tokens.to(hidden).expand(len(hidden), -1, -1)], dim=1)
+        # Not `len`, which a traced graph would hold as a number.
+        longer = torch.cat([hidden, self.tokens.to(hidden).expand(hidden.shape[0], -1, -1)], dim=1)
         if len(args) > 2:
             return (*args[:2], longer, *args[3:]), kwargs
         return args, kwargs | {"encoder_hidden_states": longer}

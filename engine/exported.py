@@ -35,7 +35,7 @@ from .model import Model, ModelFiles, resolve_device
 from .prompts import cut_note
 from .runners import EXPORTED, GraphRunner, available_runners, open_session
 from .sampling import batches, decode, default_batch_size, initial_noise, sampling, to_pil, verify_finite
-from .schedulers import check_schedule, check_spacing, check_steps, completed
+from .schedulers import check_schedule, check_spacing, check_steps, completed, make_scheduler
 from .sessions import PROVIDERS, Session
 
 
@@ -329,7 +329,11 @@ def _assemble(
     components[family.denoiser] = GraphRunner(
         session, family=family, denoiser_config=manifest.denoiser_config, precision=precision
     )
-    components["scheduler"] = scheduler_of(folder)
+    scheduler, few = scheduler_of(folder), manifest.distilled
+    if few.steps:
+        # The pipeline's own must be the student's, too.
+        scheduler = make_scheduler(str(few.sampler), scheduler.config, spacing=few.timestep_spacing)
+    components["scheduler"] = scheduler
     pipeline = family.assemble(components, index)
     pipeline.set_progress_bar_config(disable=True)
     files = ModelFiles(name=manifest.model, folder=folder, family=family, denoiser_config=manifest.denoiser_config)

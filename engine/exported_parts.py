@@ -13,8 +13,9 @@ from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 from .errors import InputError
 from .family import Family
 from .manifest import Manifest
-from .model import default_dtype, load_text, locate
+from .model import default_dtype, locate
 from .sessions import Session
+from .text_encoders import load_text
 
 HIDDEN_STATES = "hidden_states."
 """Prefix of a text encoder's outputs after each layer, numbered from 0, the embedding, as Optimum names them."""

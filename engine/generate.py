@@ -58,6 +58,7 @@ class Sampling:
     model: Model
     denoiser: Denoiser
     negative_prompt: str | None
+    adapter: str | None = None
 
     def encode(self, prompts: Sequence[str]) -> TextEmbeddings:
         """The text embeddings of B prompts, in the denoiser's dtype."""
@@ -107,6 +108,7 @@ def open_engine(config: GenerateConfig, device: str) -> Iterator[Sampling]:
             model=model,
             denoiser=engine.denoiser(config.guidance),
             negative_prompt=negative_prompt,
+            adapter=manifest.inputs["adapter"],
         )
 
 
@@ -159,7 +161,7 @@ def open_student(files: ModelFiles, config: GenerateConfig, device: torch.device
     if config.lora_scale is not None:
         model.denoiser.set_adapters(ADAPTER_NAME, config.lora_scale)
     denoiser = info.denoiser(IN_TORCH[config.runner](model.denoiser), config.guidance)
-    return Sampling(model=model, denoiser=denoiser, negative_prompt=negative_prompt)
+    return Sampling(model=model, denoiser=denoiser, negative_prompt=negative_prompt, adapter=info.adapter_sha256)
 
 
 @contextmanager
@@ -244,33 +246,36 @@ def draw(
             if note := cut_note(sampling.model.pipeline, texts, what):
                 on_note(note)
         for image in images_of(sampling, config, config.prompts, on_step=on_step):
-            paths.append(_write_png(image, config, len(paths), model=sampling.model.files.name, folder=output))
+            about: dict[str, Any] = {"model": sampling.model.files.name, "adapter": sampling.adapter}
+            paths.append(_write_png(image, config, len(paths), folder=output, **about))
     return paths
 
 
-def drawn_by(config: GenerateConfig) -> dict[str, Any]:
-    """What an image was drawn by beside prompt, seed and model, as far as it isn't the student's own."""
+def drawn_by(config: GenerateConfig, adapter: str | None) -> dict[str, Any]:
+    """What an image was drawn by beside prompt, seed and model, and what isn't the student's own; and its adapter."""
     names = (
         "guidance",
         "negative_prompt",
         *(field.name for field in fields(GuiderOptions)),
         "timestep_spacing",
         "lora_scale",
+        "precision",
     )
     chosen = {name: getattr(config, name) for name in names}
+    chosen |= {"runner": None if config.runner == "torch" else config.runner, "adapter_sha256": adapter}
     return {"sampler": config.sampler, "steps": config.steps} | {k: v for k, v in chosen.items() if v is not None}
 
 
-def _texts(config: GenerateConfig, prompt: str, *, seed: int, model: str) -> dict[str, str]:
+def _texts(config: GenerateConfig, prompt: str, *, seed: int, model: str, adapter: str | None) -> dict[str, str]:
     """A PNG's text chunks: prompt and settings."""
-    values = {"prompt": prompt, "model": model, "seed": seed} | drawn_by(config)
+    values = {"prompt": prompt, "model": model, "seed": seed} | drawn_by(config, adapter)
     return {key.replace("_", " "): str(value) for key, value in values.items()}
 
 
-def png_of(image: Image.Image, config: GenerateConfig, prompt: str, *, seed: int, model: str) -> bytes:
-    """A PNG file's content, with prompt and settings in its text chunks."""
+def png_of(image: Image.Image, config: GenerateConfig, prompt: str, **about: Any) -> bytes:
+    """A PNG file's content, with prompt and settings in its text chunks; `about` is `seed`, `model` and `adapter`."""
     notes = PngInfo()
-    for key, text in _texts(config, prompt, seed=seed, model=model).items():
+    for key, text in _texts(config, prompt, **about).items():
         notes.add_itxt(key, text)
     content = io.BytesIO()
     image.save(content, format="PNG", pnginfo=notes)
@@ -286,19 +291,22 @@ def _drawn(path: Path) -> tuple[tuple[int, int], dict[str, str]] | None:
         return None
 
 
-def _write_png(image: Image.Image, config: GenerateConfig, index: int, *, model: str, folder: Path) -> Path:
+def _write_png(
+    image: Image.Image, config: GenerateConfig, index: int, *, folder: Path, model: str, adapter: str | None = None
+) -> Path:
     """Write the image of one prompt, whole or not at all."""
     prompt, seed = config.prompts[index], config.seed + index
+    about: dict[str, Any] = {"seed": seed, "model": model, "adapter": adapter}
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
     if slug.replace("-", " ") != prompt:
         # Other prompts have the same slug; this one's hash is its alone.
         slug += f"_{hashlib.sha256(prompt.encode()).hexdigest()[:10]}"
     role = "teacher" if config.teacher else "student"
     folder.mkdir(exist_ok=True)
-    drawn = image.size, _texts(config, prompt, seed=seed, model=model)
+    drawn = image.size, _texts(config, prompt, **about)
     names = (f"{slug}-{role}-{seed}{number}.png" for number in chain([""], (f"-{n}" for n in count(2))))
     path = next(path for path in map(folder.joinpath, names) if not path.exists() or _drawn(path) == drawn)
     partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial_path.write_bytes(png_of(image, config, prompt, seed=seed, model=model))
+    partial_path.write_bytes(png_of(image, config, prompt, **about))
     partial_path.replace(path)
     return path

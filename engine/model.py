@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from .family import Family
 from .files import read_json, sha256_of, without_marks
 from .int8_weights import freeze_int8, int8_weights
 from .schedulers import is_flow, make_scheduler
+from .text_encoders import load_text
 
 HASHED = {".json", ".txt", ".model", ".safetensors"}
 """Suffixes of the files that make a model."""
@@ -96,6 +96,7 @@ class ModelFiles:
             files = [*folder.glob(f"{stem}.safetensors"), *sorted(folder.glob(f"{stem}-?????-of-?????.safetensors"))]
             if files:
                 return variant, files
+        _refuse_broken_links(self.denoiser_folder)
         raise InputError(
             f"{self.denoiser_folder} holds no diffusion_pytorch_model.safetensors: "
             "only safetensors weights are read; convert others with diffusers' save_pretrained"
@@ -217,6 +218,7 @@ def locate(model: str, *, weights: bool = True) -> ModelFiles:
     if not os.path.exists(folder):
         folder = _download(model, weights=weights)
     if not (folder / "model_index.json").is_file():
+        _refuse_broken_links(folder)
         raise InputError(f"{folder} is no diffusers pipeline folder: it has no model_index.json")
     index = read_json(folder / "model_index.json")
     family = family_of(index)
@@ -228,6 +230,12 @@ def locate(model: str, *, weights: bool = True) -> ModelFiles:
         denoiser_config=read_json(folder / family.denoiser / "config.json"),
         scheduler_config=family.scheduler_config(parts["scheduler"]),
     )
+
+
+def _refuse_broken_links(folder: Path) -> None:
+    """A hub's cache holds links, which lead nowhere where they alone were copied."""
+    if broken := next((path for path in sorted(folder.glob("*")) if not path.exists()), None):
+        raise InputError(f"{broken} is a link to nothing: copy the files that such links lead to, as `cp -rL` does")
 
 
 def _download(model: str, *, weights: bool) -> Path:
@@ -275,6 +283,8 @@ def load(
     """
     dtype = dtype or default_dtype(device, files.family)
     variant, _ = files.denoiser_weights()
+    names = files.family.text_encoders if text_encoders else ()
+    encoders = load_text(files, names, device=torch.device("cpu"), dtype=dtype)
     try:
         with without_marks(files.folder) as folder:
             pipeline = files.family.pipeline_class.from_pretrained(
@@ -284,8 +294,7 @@ def load(
                 use_safetensors=True,
                 local_files_only=True,
                 low_cpu_mem_usage=True,
-                **files.absent_parts,
-                **({} if text_encoders else dict.fromkeys(files.family.text_encoders)),
+                **files.absent_parts | dict.fromkeys(files.family.text_encoders) | encoders,
                 **({"quantization_config": int8_weights(files.family.denoiser)} if int8 else {}),
                 **files.family.load_options,
             )
@@ -294,36 +303,19 @@ def load(
     # On damaged settings diffusers, transformers and tokenizers raise nearly anything, the last bare exceptions.
     except Exception as error:
         raise InputError(f"can't load the model in {files.folder}: {one_line(error)}") from None
+    for name, part in pipeline.components.items():
+        # diffusers leaves what a file lacks without numbers.
+        tensors = part.state_dict().items() if isinstance(part, torch.nn.Module) else ()
+        if lacking := [key for key, tensor in tensors if tensor.is_meta]:
+            raise InputError(
+                f"{files.folder / name} lacks tensors ({len(lacking)}, such as {lacking[0]}): save the model again, "
+                "without a LoRA that is loaded (fuse_lora, unload_lora_weights)"
+            )
     _check_special_tokens(pipeline, files)
     if int8:
         freeze_int8(getattr(pipeline, files.family.denoiser))
     prepare_for_inference(pipeline, files.family)
     return Model(files=files, pipeline=pipeline.to(device))
-
-
-def load_text(files: ModelFiles, names: Iterable[str], *, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Text encoders and tokenizers of a folder, by their names in a pipeline; those that it leaves out are not there.
-
-    Raises:
-        InputError: a file is missing, damaged or not safetensors.
-    """
-    index, found = read_json(files.folder / "model_index.json"), dict[str, Any]()
-    for name in names:
-        if name in files.absent_parts:
-            continue
-        known, folder = getattr(transformers, index[name][1]), files.folder / name
-        try:
-            if "tokenizer" in name:
-                found[name] = known.from_pretrained(folder, local_files_only=True)
-                continue
-            encoder = known.from_pretrained(folder, local_files_only=True, dtype=dtype, use_safetensors=True)
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
-        # As in `load`.
-        except Exception as error:
-            raise InputError(f"can't load {folder}: {one_line(error)}") from None
-        found[name] = encoder.to(device).requires_grad_(False).eval()
-    return found
 
 
 def _check_special_tokens(pipeline: DiffusionPipeline, files: ModelFiles) -> None:

@@ -93,9 +93,9 @@ class Runner(AbstractContextManager["Runner"]):
 
     def __call__(
         self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor | float,
-        encoder_hidden_states: torch.Tensor,
+        sample: torch.Tensor | None = None,
+        timestep: torch.Tensor | float = 0,
+        encoder_hidden_states: torch.Tensor | None = None,
         *,
         timestep_cond: torch.Tensor | None = None,
         added_cond_kwargs: dict[str, torch.Tensor] | None = None,
@@ -107,6 +107,10 @@ class Runner(AbstractContextManager["Runner"]):
         Raises:
             InputError: an argument that this runner can't honor was given.
         """
+        if sample is None or encoder_hidden_states is None:
+            raise InputError(
+                "stock pipelines draw with UNets on a runner, not with transformers: use the Engine's call"
+            )
         refused = [name for name, value in unsupported.items() if value is not None]
         if refused:
             raise InputError(f"the {self.name} runner can't take {', '.join(refused)}")

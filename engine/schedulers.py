@@ -273,7 +273,9 @@ def check_schedule(class_name: str, config: Mapping[str, Any], *, flow: bool = F
             )
         _check_flow_schedule(class_name, config)
         return
-    if class_name not in KarrasDiffusionSchedulers.__members__ or "beta_start" not in config:
+    # What an EDM scheduler's file has of betas is another's.
+    known_betas = "beta_start" in config and not class_name.startswith("EDM")
+    if class_name not in KarrasDiffusionSchedulers.__members__ or not known_betas:
         raise InputError(f"{class_name} has another noise schedule than {', '.join(SAMPLERS)}: it is not supported")
     for key, values in {
         "prediction_type": PREDICTION_TYPES,

@@ -167,9 +167,10 @@ def draw_shard(sampling: Sampling, job: Job, shard: int, on_step: Callable[[int]
                     "seed": seed,
                     "model": Path(model).name,
                     "role": "teacher" if job.config.teacher else "student",
-                    **drawn_by(job.config),
+                    **drawn_by(job.config, sampling.adapter),
                 }
-                _add(tar, f"{index:09}.png", png_of(image, job.config, prompt, seed=seed, model=model))
+                content = png_of(image, job.config, prompt, seed=seed, model=model, adapter=sampling.adapter)
+                _add(tar, f"{index:09}.png", content)
                 _add(tar, f"{index:09}.txt", prompt.encode())
                 _add(tar, f"{index:09}.json", json.dumps(about).encode())
             # A name must not be on the disk before its content.

@@ -279,6 +279,12 @@ def read_student(folder: Path, files: ModelFiles | None = None, *, instead: str 
             f"the student in {folder} belongs to another model ({info.model}), not to {files.name}: "
             "pass the --model it was trained on, or distill one for this model"
         )
+    if files is not None and "prediction_type" in info.settings:
+        known, now = info.settings["prediction_type"], files.scheduler_config.get("prediction_type")
+        if known != now:
+            raise InputError(
+                f"the student in {folder} learned from a model of prediction_type {known}, this is of {now}"
+            )
     return info
 
 

@@ -148,7 +148,8 @@ def _intended(files: ModelFiles, info: StudentInfo, config: ExportConfig, flavou
     """The manifest as far as it is known before any work."""
     gpu = flavour is not None and flavour.name == "tensorrt"
     return Manifest(
-        model=files.name,
+        # A folder's path holds from other folders, too.
+        model=str(files.folder.resolve()) if Path(files.name).is_dir() else files.name,
         inputs={"denoiser": info.denoiser_sha256, "adapter": info.adapter_sha256, **files.other_sha256()},
         options=config.as_json() | {"flavour": flavour.name if flavour else None},
         student={field.name: getattr(info, field.name) for field in fields(Distilled)}

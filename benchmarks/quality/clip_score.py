@@ -13,6 +13,7 @@ from ...engine import embedded
 from ...engine.errors import InputError, one_line
 from ...engine.files import hash_of, sha256_of
 from ...engine.model import HUB_ID
+from ...engine.text_encoders import check_complete
 
 BATCH = 32
 
@@ -31,11 +32,12 @@ class ClipScorer:
             # The processor of PIL needs no torchvision, and is the one that CLIP was made with.
             self._images = CLIPImageProcessorPil.from_pretrained(name)
             self._tokens = AutoTokenizer.from_pretrained(name)
-            self._model = CLIPModel.from_pretrained(name, use_safetensors=True)
+            self._model, report = CLIPModel.from_pretrained(name, use_safetensors=True, output_loading_info=True)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, HFValidationError) as error:
             raise InputError(
                 f"can't load the CLIP model {name!r}: pass a folder or a hub id ({one_line(error)})"
             ) from None
+        check_complete(report, name)
         self._model.to(device).eval().requires_grad_(False)
         path = Path(name).resolve()
         # The embedded caption model scores lower than CLIP does: its figures must not be taken for CLIP's.

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from boostdiff.cli import app
 from boostdiff.distill.config import ADAPTER_SCALES, DistillConfig, RunConfig
 from boostdiff.distill.distill import distill, resolve
 from boostdiff.distill.loop import Observers
@@ -14,6 +15,7 @@ from boostdiff.engine.merge import fold_student
 from boostdiff.engine.model import ModelFiles, load, locate
 from boostdiff.engine.student import StudentInfo, read_student
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 
 def trained(files: ModelFiles, folder: Path, execution: RunConfig | None = None, **settings: Any) -> StudentInfo:
@@ -55,6 +57,22 @@ def test_a_scaled_adapter_adds_that_much_more_and_is_scaled_again_without_traini
     assert trained(tiny_files, tmp_path / "s", again, prompts=prompt_file, **settings) == rescaled, "none was asked for"
     assert not list(tmp_path.glob(".s*"))
     assert not work_folder(tmp_path / "s").exists()
+
+
+def test_the_command_leaves_a_finished_students_scale_alone(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path
+) -> None:
+    words = ["distill", "--model", str(tiny_files.folder), "--prompts", str(prompt_file), "--device", "cpu"]
+    words += ["--updates", "1", "--batch-size", "2", "--output", str(tmp_path / "s")]
+
+    def run(*more: str) -> tuple[float, bytes]:
+        assert CliRunner().invoke(app, [*words, *more]).exit_code == 0
+        return read_student(tmp_path / "s").settings["adapter_scale"], (tmp_path / "s" / LORA_FILE).read_bytes()
+
+    assert run()[0] == 1
+    scaled = run("--resume", "--adapter-scale", "1.7")
+    assert scaled[0] == 1.7
+    assert run("--resume") == scaled
 
 
 def test_an_unfinished_run_may_end_with_another_scale(

@@ -205,7 +205,7 @@ def test_resuming_where_the_run_has_ended_or_its_prompts_have_changed(
         run(tmp_path / "prompts.txt", RunConfig(resume=True))
     assert len(notes) == 1
     run(tmp_path / "prompts.txt", RunConfig())
-    assert notes[1:] == [f"the student in {tmp_path / 's'} is replaced when this one is finished"]
+    assert notes[1:] == [f"the student that was in {tmp_path / 's'} is replaced"]
 
 
 def test_an_earlier_student_stays_until_the_new_one_is_whole(

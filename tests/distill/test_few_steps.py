@@ -456,6 +456,7 @@ def test_an_engine_of_a_few_step_student(
     paths += draw(None, config, output=tmp_path / "onnx", device="cpu")
     with Engine.load(tmp_path / "engine", runner="onnx", device="cpu") as engine:
         (image,) = engine("a")
+        assert engine.model.pipeline.scheduler.config.timestep_spacing == "trailing", "stock's call draws the same"
         with pytest.raises(InputError, match="distilled for 4 steps of ddim and can't make 20 steps of ddim"):
             engine("a", steps=20)
         with pytest.raises(InputError, match="can't make 4 steps of unipc"):

@@ -69,6 +69,7 @@ def changed(folder: Path, target: Path, name: str, **values: Any) -> str:
         (SCHEDULER, {"use_flow_sigmas": True}, "use_flow_sigmas True is not supported"),
         (SCHEDULER, {"timestep_spacing": "even"}, "timestep_spacing 'even' is not supported"),
         ("model_index.json", {"scheduler": ["diffusers", "TCDScheduler"]}, "TCDScheduler has another noise schedule"),
+        ("model_index.json", {"scheduler": ["diffusers", "EDMEulerScheduler"]}, "EDMEulerScheduler has another noise"),
         ("model_index.json", {"vae": ["diffusers", "AutoencoderKLWan"]}, "vae of class diffusers.AutoencoderKLWan"),
         ("model_index.json", {"unet": ["my_unet", "UNet2DConditionModel"]}, "my_unet.UNet2DConditionModel"),
         (

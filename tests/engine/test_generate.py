@@ -10,6 +10,7 @@ from boostdiff.engine.config import GenerateConfig
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.generate import Sampling, _write_png, draw, images_of, opened, resolve
 from boostdiff.engine.model import ModelFiles
+from boostdiff.engine.student import read_student
 from PIL import Image
 
 LONG = "a very long prompt " * 20
@@ -43,6 +44,17 @@ def test_an_image_tells_what_it_was_drawn_by(tmp_path: Path) -> None:
         assert Image.open(path).text == shared | {k.replace("_", " "): str(v) for k, v in settings.items()}
 
 
+def test_images_of_other_students_stay(tiny_files: ModelFiles, students: dict[str, Path], tmp_path: Path) -> None:
+    names, told = [], []
+    for method in ("lora", "bitfit", "lora"):
+        config = GenerateConfig(prompts=["a red cat"], student=students[method], steps=1)
+        (path,) = draw(tiny_files, config, output=tmp_path, device="cpu")
+        names.append(path.name)
+        told.append(Image.open(path).text["adapter sha256"])
+    assert names == ["a-red-cat-student-0.png", "a-red-cat-student-0-2.png", "a-red-cat-student-0.png"]
+    assert told == [read_student(students[method]).adapter_sha256 for method in ("lora", "bitfit", "lora")]
+
+
 def test_images_of_other_settings_stay(tmp_path: Path) -> None:
     def write(side: int = 8, **settings: Any) -> str:
         config = GenerateConfig(prompts=["a cat"], **settings)
@@ -52,6 +64,7 @@ def test_images_of_other_settings_stay(tmp_path: Path) -> None:
     assert write(steps=9) == write(steps=9) == "a-cat-student-0-2.png"
     assert write(steps=9, negative_prompt="a dog") == "a-cat-student-0-3.png"
     assert write(16, steps=8) == "a-cat-student-0-4.png"
+    assert write(steps=8, runner="onnx") == "a-cat-student-0-5.png"
     assert write(steps=8) == "a-cat-student-0.png"
     (tmp_path / "a-cat-teacher-0.png").write_bytes(b"no image")
     assert write(teacher=True) == "a-cat-teacher-0-2.png"

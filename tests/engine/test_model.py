@@ -8,6 +8,7 @@ from boostdiff.engine.errors import InputError
 from boostdiff.engine.files import read_json, write_json
 from boostdiff.engine.model import load, locate, resolve_device
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 CPU = torch.device("cpu")
 
@@ -83,6 +84,35 @@ def test_truncated_weights(copied: Path, component: str) -> None:
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(InputError, match="can't load the model"):
         load(locate(str(copied)), device=CPU)
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+def test_weights_that_lack_a_tensor_are_refused(copied: Path, component: str) -> None:
+    """transformers would draw random numbers for it."""
+    (path,) = (copied / component).glob("*.safetensors")
+    tensors = load_file(path)
+    # Of these text encoders the position embedding is not tied to another.
+    gone = next(name for name in sorted(tensors) if "position_embedding" in name or "conv_out.weight" in name)
+    del tensors[gone]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"{component} lacks tensors \(1, such as .*{gone.split('.')[-2]}"):
+        load(locate(str(copied)), device=CPU)
+
+
+def test_weights_that_were_saved_with_a_lora_loaded_are_refused(copied: Path) -> None:
+    (path,) = (copied / "unet").glob("*.safetensors")
+    tensors = {name.replace("to_q.weight", "to_q.base_layer.weight"): x for name, x in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"unet lacks tensors .*to_q\.weight.*unload_lora_weights"):
+        load(locate(str(copied)), device=CPU)
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "unet/diffusion_pytorch_model.safetensors"])
+def test_links_that_lead_nowhere_are_named(copied: Path, name: str) -> None:
+    (copied / name).unlink()
+    (copied / name).symlink_to("../../blobs/0123")
+    with pytest.raises(InputError, match=rf"{Path(name).name} is a link to nothing: .*cp -rL"):
+        locate(str(copied)).denoiser_weights()
 
 
 def test_pickled_weights_are_refused(copied: Path) -> None:

@@ -93,3 +93,16 @@ def test_biases_of_another_architecture(tiny_files: ModelFiles, tmp_path: Path) 
     save_file(wrong, tmp_path / BITFIT_FILE)
     with pytest.raises(ValueError, match="has shape"):
         BitFit.load(unet, tmp_path)
+
+
+@pytest.mark.parametrize("now", ["v_prediction", "sample"])
+def test_a_student_of_another_prediction_type_is_refused(
+    tiny_folder: Path, students: dict[str, Path], tmp_path: Path, now: str
+) -> None:
+    """The denoiser's file alone does not tell what its numbers mean."""
+    copied = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    path = copied / "scheduler/scheduler_config.json"
+    assert read_student(students["lora"], locate(str(copied)))
+    write_json(path, read_json(path) | {"prediction_type": now})
+    with pytest.raises(InputError, match=f"learned from a model of prediction_type epsilon, this is of {now}"):
+        read_student(students["lora"], locate(str(copied)))

@@ -13,6 +13,7 @@ import torch
 import typer
 from boostdiff.distill.config import DistillConfig
 from boostdiff.distill.distill import distill
+from boostdiff.distill.loop import Observers
 from boostdiff.engine.config import GenerateConfig
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.exported import Engine
@@ -155,6 +156,18 @@ def test_compare_refuses_nan(engine: Path, tiny: Model) -> None:
             compare(session, tiny_part(tiny).cases, what="unet", tolerance=1.0)
 
 
+def test_a_soft_prompt_is_in_the_graph_at_any_batch(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_files.folder.parent)
+    files = locate(tiny_files.folder.name)
+    config = DistillConfig(prompts=prompt_file, method="soft-prompt", tokens=3, updates=1, batch_size=2)
+    distill(files, config, output=tmp_path / "s", device="cpu", observers=Observers(preview=False))
+    # It compares batches of several sizes.
+    manifest = export(files, ExportConfig(), student=tmp_path / "s", output=tmp_path / "engine", device="cpu")
+    assert manifest.model == str(tiny_files.folder.resolve()), "a relative path is another's in another folder"
+
+
 def test_the_onnx_runner_drives_a_stock_pipeline(
     engine: Path, tiny_folder: Path, tiny: Model, students: dict[str, Path]
 ) -> None:
@@ -171,6 +184,8 @@ def test_the_onnx_runner_drives_a_stock_pipeline(
     with Engine.load(engine, runner="onnx", device="cpu") as exported:
         runner = exported.model.denoiser
         got = images(runner)
+        with pytest.raises(InputError, match="not with transformers"):
+            runner(hidden_states=torch.zeros(1, 4, 8, 8), timestep=3)
         with pytest.raises(InputError, match="can't take timestep_cond"):
             runner(torch.zeros(1, 4, 8, 8), 3, torch.zeros(1, 16, 32), timestep_cond=torch.zeros(1))
     assert np.abs(got - images(merged)).max() <= 2 / 255

@@ -1,6 +1,7 @@
 """Distances against computations of other hands, CLIP scores, and Inception weights."""
 
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,15 @@ def test_what_is_no_clip_model_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=said):
             ClipScorer(str(name), device=CPU)
+
+
+def test_a_clip_model_that_lacks_a_tensor_is_refused(clip_folder: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(clip_folder, tmp_path / "clip"))
+    tensors = load_file(copied / "model.safetensors")
+    del tensors["visual_projection.weight"]
+    save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"clip lacks tensors \(1, such as visual_projection"):
+        ClipScorer(str(copied), device=torch.device("cpu"))
 
 
 def test_clip_is_imported_where_it_is_asked_for() -> None:
