@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from ...engine import embedded
 from ...engine.errors import InputError, one_line
 from ...engine.files import hash_of, sha256_of
-from ...engine.model import HUB_ID
+from ...engine.model import HASHED, HUB_ID
 from ...engine.text_encoders import check_complete
 
 BATCH = 32
@@ -44,7 +44,7 @@ class ClipScorer:
         score = "caption score" if path == embedded.CAPTION_MODEL else "CLIP score"
         self.label = f"{score} ({path.name})"
         # Tokenizer and preprocessor, too.
-        files = sorted(p for p in Path(name).iterdir() if p.is_file()) if Path(name).is_dir() else []
+        files = sorted(file for file in Path(name).glob("*") if file.suffix in HASHED)
         commit = getattr(self._model.config, "_commit_hash", None)
         self.sha256 = hash_of([sha256_of(file) for file in files]) if files else f"{name}@{commit}"
 
