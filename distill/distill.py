@@ -123,11 +123,6 @@ def distill(
         observers.note(f"the run in {output} has ended: its adapter is scaled by {asked_scale:g}, not trained")
         return rescale(ended, *_load(files, config, execution, target), asked_scale, output, execution.format)
     replaces, data = (output / INFO_FILE).is_file(), (prompts, images)
-    if not config.stages:
-        info = _train(files, config, execution, target, data, same, output, observers)
-        if replaces:
-            observers.note(f"the student that was in {output} is replaced")
-        return info
 
     def train(student: Path, stage: Stage | None) -> StudentInfo:
         # A stage of a resumed run may have been begun, or not.
@@ -135,13 +130,16 @@ def distill(
         how, whose = replace(execution, resume=begun), stage.identity(same) if stage else same
         return _train(files, config, how, target, data, whose, student, observers, stage)
 
-    if execution.resume:
-        resumable_state(folder, same)
+    if not config.stages:
+        info = _train(files, config, execution, target, data, same, output, observers)
     else:
-        begin(folder, same, observers)
-    with exclusive_lock(folder):
-        finished = observers.on_start or (lambda updates: None)
-        info = train_in_stages(config, train, folder=folder, output=output, finished=finished)
+        if execution.resume:
+            resumable_state(folder, same)
+        else:
+            begin(folder, same, observers)
+        with exclusive_lock(folder):
+            finished = observers.on_start or (lambda updates: None)
+            info = train_in_stages(config, train, folder=folder, output=output, finished=finished)
     if replaces:
         observers.note(f"the student that was in {output} is replaced")
     return info

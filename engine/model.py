@@ -97,6 +97,12 @@ class ModelFiles:
             if files:
                 return variant, files
         _refuse_broken_links(self.denoiser_folder)
+        # Such as diffusion_pytorch_model.bf16.safetensors.
+        if others := sorted({path.name.split(".")[1] for path in folder.glob("diffusion_pytorch_model.*.safetensors")}):
+            raise InputError(
+                f"{folder} holds the variant {' and '.join(others)} alone, and only fp16 is read: load the pipeline "
+                f"in Python with from_pretrained(…, variant={others[0]!r}), and save it with save_pretrained(FOLDER)"
+            )
         raise InputError(
             f"{self.denoiser_folder} holds no diffusion_pytorch_model.safetensors: "
             "only safetensors weights are read; convert others with diffusers' save_pretrained"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -38,6 +39,16 @@ def _hint(dtype: torch.dtype) -> str:
     return ": the model's weights, its adapter or the guidance scale are at fault"
 
 
+def check_seed(seed: Any, count: int) -> None:
+    """Refuse a seed that can't be that of `count` images, each of which adds one to it.
+
+    Raises:
+        InputError: it is no whole number, or an image's is negative or doesn't fit torch's 64 bits.
+    """
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed <= 2**64 - count:
+        raise InputError(f"the seed {seed!r} can't be used: it must be a whole number between 0 and 2^64 - 1")
+
+
 def initial_noise(shape: tuple[int, int, int], *, count: int, seed: int) -> torch.Tensor:
     """Standard normal latents, `(count, *shape)` float32 on the CPU.
 
@@ -46,10 +57,9 @@ def initial_noise(shape: tuple[int, int, int], *, count: int, seed: int) -> torc
     batch that it was made in.
 
     Raises:
-        InputError: an image's seed is negative, or doesn't fit torch's 64 bits.
+        InputError: see `check_seed`.
     """
-    if not 0 <= seed <= 2**64 - count:
-        raise InputError(f"the seed {seed} can't be used: it must lie between 0 and 2^63 - 1")
+    check_seed(seed, count)
     return torch.stack(
         [torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed + i))[0] for i in range(count)]
     )
@@ -151,8 +161,10 @@ def batches(
         `(B, 3, H, W)` float32 in [0, 1], on the CPU.
 
     Raises:
+        InputError: see `check_seed`.
         BoostDiffError: latents or images hold NaN or Inf.
     """
+    check_seed(seed, len(text))
     for start in range(0, len(text), batch_size):
         chunk = text[start : start + batch_size]
         noise = initial_noise(model.latent_shape, count=len(chunk), seed=seed + start)

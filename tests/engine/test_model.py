@@ -131,6 +131,14 @@ def test_an_fp16_variant_is_found(copied: Path, tiny_folder: Path) -> None:
     assert load(locate(str(copied)), device=CPU).denoiser.dtype == torch.float32
 
 
+@pytest.mark.parametrize("variant", ["bf16", "non_ema"])
+def test_another_variant_alone_is_named(copied: Path, variant: str) -> None:
+    path = copied / "unet" / "diffusion_pytorch_model.safetensors"
+    path.rename(path.with_suffix(f".{variant}.safetensors"))
+    with pytest.raises(InputError, match=f"the variant {variant} alone, .*variant='{variant}'"):
+        load(locate(str(copied)), device=CPU)
+
+
 @pytest.mark.parametrize("refuses", [False, True])
 def test_a_hub_repository_of_the_fp16_variant_alone(
     copied: Path, monkeypatch: pytest.MonkeyPatch, refuses: bool

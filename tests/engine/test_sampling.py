@@ -156,8 +156,8 @@ def test_images_that_are_not_finite_are_an_error(tiny: Model, bad: float) -> Non
         decode(tiny, latents)
 
 
-@pytest.mark.parametrize("seed", [-1, 2**64 - 1, 2**64])
-def test_seeds_of_images_have_64_bits(seed: int) -> None:
+@pytest.mark.parametrize("seed", [-1, 2**64 - 1, 2**64, None, 1.5, True, "7"])
+def test_seeds_of_images_have_64_bits(seed: Any) -> None:
     for largest in (2**63 - 1, 2**63 + RESEED, 2**64 - 2):
         initial_noise((4, 8, 8), count=2, seed=largest)
     with pytest.raises(InputError, match="the seed"):
