@@ -36,6 +36,7 @@ LEARNING_RATES = {"lora": 4e-3, "dora": 4e-3, "bitfit": 1e-2, "soft-prompt": 1e-
 """That of LoRA was chosen on `emoji64` at this budget: docs/distillation.md, "Recipes"."""
 
 ADAPTER_SCALES = {"lora": 1.2, "bitfit": 1.4}
+LIVE_SCALE = 1.75
 """Of `emoji64`: docs/distillation.md, "Adapter scale". Other models have 1, as nobody has measured theirs."""
 
 OTHER_MODELS = 1 / 40
@@ -52,9 +53,9 @@ LIVE = "live"
 RANGE_UPDATES = 4
 """Factor of the updates of a guidance-conditioned student: it learns many scales; figures in docs/distillation.md."""
 
-STAGE_LOSS_WEIGHT: Literal["truncated-snr"] = "truncated-snr"
-"""Of the stages of `--few-steps`. "snr" would give the first step, which has almost no signal, almost no weight, and at
-few steps all later ones depend on what it decides (Salimans & Ho 2022, §4)."""
+STAGE_LOSS_WEIGHT: Literal["clamped-snr"] = "clamped-snr"
+"""Of the stages of `--few-steps`. The first step changes x̂ ten times as much as the last, and images suffer from errors
+of the later ones; truncated SNR (Salimans & Ho 2022, §4) is all about the first."""
 
 STAGE_RATE = 1 / 10
 """Factor of the learning rate in these stages. Two steps of a student differ little from one: at the full rate the
@@ -141,7 +142,7 @@ class DistillConfig(GuiderOptions):
         ),
     ] = UNRESOLVED
     loss_weight: Annotated[
-        Literal["constant", "snr", "truncated-snr", "snr+1", "min-snr", "flow"],
+        Literal["constant", "snr", "truncated-snr", "snr+1", "min-snr", "clamped-snr", "flow"],
         typer.Option(
             show_default="snr; flow for flow matching",
             help="Weight of the x-space loss over noise levels; the paper's is constant.",
@@ -150,8 +151,9 @@ class DistillConfig(GuiderOptions):
     adapter_scale: Annotated[
         float,
         typer.Option(
-            show_default="emoji64 1.2, with bitfit 1.4; other models 1",
-            help="Factor on the trained LoRA or BitFit, up to 2: a student learns less guidance than its teacher has.",
+            show_default="emoji64 1.2, with bitfit 1.4, with live 1.75; ranges and other models 1",
+            help="Factor on the trained LoRA or BitFit, of live on the texts' difference (at a range's end), up to 3: "
+            "a student learns less guidance than its teacher has.",
         ),
     ] = UNRESOLVED
     few_steps: Annotated[
@@ -202,8 +204,8 @@ class DistillConfig(GuiderOptions):
             raise InputError("--learning-rate must lie between 0 and 1")
         if self.alpha is not None and not 0 < self.alpha <= LARGEST:
             raise InputError(f"--alpha must be above 0, and at most {LARGEST}")
-        if self.adapter_scale is not None and not 0 < self.adapter_scale <= 2:
-            raise InputError("--adapter-scale must be above 0, and at most 2")
+        if self.adapter_scale is not None and not 0 < self.adapter_scale <= 3:
+            raise InputError("--adapter-scale must be above 0, and at most 3")
         if unscaled := self.unscaled:
             refuse_unused(self, unscaled, "adapter_scale")
         if self.prompts and self.images:
@@ -232,11 +234,9 @@ class DistillConfig(GuiderOptions):
     @property
     def unscaled(self) -> str:
         """Why the adapter isn't scaled at the end, to follow "is not used"; "" where it may be."""
-        if self.method not in ADAPTER_SCALES:
+        if self.method not in ADAPTER_SCALES and not self.live_negative_prompt:
             return f"with --method {self.method}"
-        if self.live_negative_prompt:
-            return "with --negative-prompt live, whose scales are learned"
-        if self.guidance_conditioned:
+        if self.guidance_conditioned and not self.live_negative_prompt:
             return "with a range of --guidance"
         return "with --start-from, whose adapter has been scaled" if self.start_from else ""
 
@@ -299,6 +299,7 @@ class DistillConfig(GuiderOptions):
             InputError: a batch can't be shared between new and earlier samples.
         """
         updates = UPDATES * (RANGE_UPDATES if self.guidance_conditioned else 1)
+        scale = LIVE_SCALE if self.live_negative_prompt else ADAPTER_SCALES.get(self.method, 1.0)
         defaults: dict[str, Any] = {
             "updates": None if self.start_from else updates,
             "stage_updates": updates if self.few_steps else None,
@@ -306,7 +307,7 @@ class DistillConfig(GuiderOptions):
             "learning_rate": LEARNING_RATES[self.method] * (1 if embedded else OTHER_MODELS),
             "loss_weight": None if self.start_from else "flow" if flow else LOSS_WEIGHT,
             "precision": "bf16" if in_bfloat16 else "fp32",
-            "adapter_scale": None if self.unscaled else ADAPTER_SCALES[self.method] if embedded else 1.0,
+            "adapter_scale": None if self.unscaled else scale if embedded and not self.guidance_conditioned else 1.0,
             "guider": "cfg",
             **self.guider_settings,
             **(PAPER if self.preset else {}),

@@ -179,7 +179,7 @@ def _train(
         result = run.train(observers, preview.write)
         if accelerator.is_main_process:
             if config.adapter_scale is not None:
-                run.adapter.scale(config.adapter_scale)
+                run.adapter.scale(config.adapter_scale, config.guidance_max)
             info = write_student(run, identity=same, result=result)
             publish(folder, output)
             # The last: nothing that goes wrong with a picture is worth a student.

@@ -16,12 +16,16 @@ from ..engine.schedulers import is_flow
 MIN_SNR_GAMMA = 5.0
 """γ of min-SNR-γ (Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy")."""
 
+CLAMP = (1 / 50, 1.0)
+"""Bounds of "clamped-snr"; the lower one is for the first step, whose SNR is 0 in zero-terminal-SNR schedules."""
+
 LOSS_WEIGHTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "constant": torch.ones_like,
     "snr": lambda snr: snr,
     "truncated-snr": lambda snr: snr.clamp(min=1),
     "snr+1": lambda snr: snr + 1,
     "min-snr": lambda snr: snr.clamp(max=MIN_SNR_GAMMA),
+    "clamped-snr": lambda snr: snr.clamp(*CLAMP),
     "flow": lambda snr: (1 + snr.sqrt()).square(),
 }
 """ω(λ) as a function of the SNR e^λ = α²/σ², for an x-space loss (Salimans & Ho 2022, §4).

@@ -206,7 +206,7 @@ def rescale(
         InputError: the adapter does not fit.
     """
     read_adapter(adapter, output)
-    adapter.scale(scale / scale_of(info))
+    adapter.scale(scale / scale_of(info), info.guidance_range and info.guidance_range[1])
     # Not in the work folder: what is there can be resumed.
     with TemporaryDirectory(prefix=f".{output.name}.scaled-", dir=output.resolve().parent) as parent:
         folder = Path(parent) / "student"

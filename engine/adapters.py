@@ -77,8 +77,12 @@ class Adapter(ABC):
             SafetensorError, RuntimeError, ValueError, KeyError: it does not fit.
         """
 
-    def scale(self, factor: float) -> None:
-        """Multiply what the adapter adds to the denoiser, in training; LoRA and BitFit alone.
+    def scale(self, factor: float, largest: float | None = None) -> None:
+        """Multiply what the adapter adds to the denoiser, in training; of LoRA, BitFit and live negative prompts.
+
+        Args:
+            factor: above 0; of a guidance-conditioned student that at its largest guidance scale.
+            largest: that scale; None for a student of one.
 
         Raises:
             NotImplementedError: what this adapter adds is not proportional to its parameters.
@@ -171,9 +175,9 @@ class Lora(Adapter):
             self.denoiser.enable_adapters()
 
     @torch.no_grad()
-    def scale(self, factor: float) -> None:
+    def scale(self, factor: float, largest: float | None = None) -> None:
         if self.method != "lora":
-            super().scale(factor)
+            super().scale(factor, largest)
         for name, parameter in self.parameters().items():
             if ".lora_B." in name:
                 parameter.mul_(factor)
@@ -276,7 +280,7 @@ class BitFit(Adapter):
             parameter.data, self._base[name] = self._base[name], parameter.data
 
     @torch.no_grad()
-    def scale(self, factor: float) -> None:
+    def scale(self, factor: float, largest: float | None = None) -> None:
         for name, parameter in self.parameters().items():
             base = self._base[name].to(parameter)
             parameter.copy_(base + factor * (parameter - base))

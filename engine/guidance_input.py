@@ -50,6 +50,12 @@ class GuidanceConditioned(Adapter):
     def disabled(self) -> AbstractContextManager[None]:
         return self.inner.disabled()
 
+    def scale(self, factor: float, largest: float | None = None) -> None:
+        """See `Adapter.scale`; nothing tells how a plain adapter's additions grow with w."""
+        if not isinstance(self.inner, LiveNegative):
+            super().scale(factor, largest)
+        self.inner.scale(factor, largest)
+
     def save(self, folder: Path, pipeline: DiffusionPipeline) -> list[Path]:
         """Write the other adapter, and the projection in another file."""
         weights = {"time_embedding.cond_proj.weight": self.projection.weight.detach().cpu().contiguous()}

@@ -2,7 +2,8 @@
 
 Its cross-attention reads both texts, apart: a = a_n + s (a_c − a_n), where a_c attends to the prompt and a_n to the
 negative prompt. The scale s is learned, one per head, and depends on the timestep, since it is read off the UNet's time
-embedding. Of a guidance-conditioned student s − 1 grows as w − 1, as what the student has to learn does.
+embedding. Of a guidance-conditioned student s − 1 grows as w − 1, as what the student has to learn does; scaled after
+training (`LiveNegative.scale`), faster.
 
 In a stock diffusers pipeline: `LiveNegative.load(pipe.unet, folder)`, and as `prompt_embeds` the negative prompt's
 embeddings and the prompt's, joined along the tokens in this order, with `guidance_scale=1`.
@@ -10,6 +11,7 @@ embeddings and the prompt's, joined along the tokens in this order, with `guidan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,12 +41,13 @@ class _Shared:
     Attributes:
         enabled: whether the UNet is the student; else it attends as the base does.
         time_embedding: the newest, `(B, E)`: attention processors are not given it.
-        growth: the newest 5 sin((w − 1) / 10), about (w − 1) / 2, `(B, 1)`, of a guidance-conditioned student, else
-            None.
+        growth: the newest `growth_at` w, `(B, 1)`, of a guidance-conditioned student, else None.
+        rise: s − 1 is multiplied by exp(rise · growth).
     """
 
     def __init__(self) -> None:
         self.enabled = True
+        self.rise = 0.0
         self.time_embedding: torch.Tensor | None = None
         self.growth: torch.Tensor | None = None
 
@@ -61,7 +64,12 @@ class _Shared:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the UNet has no use for another's activations, which torch can't copy while they carry gradients.
-        return {"enabled": self.enabled, "time_embedding": None, "growth": None}
+        return {"enabled": self.enabled, "rise": self.rise, "time_embedding": None, "growth": None}
+
+
+def growth_at(guidance: float) -> float:
+    """What s − 1 grows by with the guidance scale w: 5 sin((w − 1) / 10), about (w − 1) / 2."""
+    return 5 * math.sin((guidance - 1) / 10)
 
 
 class LiveNegativeAttention(torch.nn.Module):
@@ -110,7 +118,11 @@ class LiveNegativeAttention(torch.nn.Module):
         )
         embedding = torch.nn.functional.silu(self.shared.time_embedding)
         scale = INITIAL_SCALE - 1 + GAIN * (self.scale + embedding @ self.slope.T)
-        scale = 1 + (scale if self.shared.growth is None else self.shared.growth * scale)
+        if (growth := self.shared.growth) is not None:
+            scale = growth * scale
+            if self.shared.rise:
+                scale = torch.exp(self.shared.rise * growth) * scale
+        scale = 1 + scale
         attended = negative + scale[:, :, None, None].to(prompt.dtype) * (prompt - negative)
         dropout = attn.to_out[1]
         return dropout(attn.to_out[0](attended.transpose(1, 2).flatten(2))) / attn.rescale_output_factor
@@ -157,22 +169,28 @@ class LiveNegative(Adapter):
         self.inner = inner
         self.processors = attach(unet)
 
+    @property
+    def shared(self) -> _Shared:
+        """What the processors share."""
+        return next(iter(self.processors.values())).shared
+
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {**self.inner.parameters(), **_scales(self.processors)}
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        shared = next(iter(self.processors.values())).shared
-        shared.enabled = False
+        self.shared.enabled = False
         try:
             with self.inner.disabled():
                 yield
         finally:
-            shared.enabled = True
+            self.shared.enabled = True
 
     def save(self, folder: Path, pipeline: DiffusionPipeline) -> list[Path]:
         """Write the other adapter, and the scales in a file beside it."""
         tensors = {name: p.detach().cpu().contiguous() for name, p in _scales(self.processors).items()}
+        if rise := self.shared.rise:
+            tensors["rise"] = torch.tensor(rise)
         save_file(tensors, folder / LIVE_FILE)
         return [*self.inner.save(folder, pipeline), folder / LIVE_FILE]
 
@@ -181,13 +199,30 @@ class LiveNegative(Adapter):
     def load(unet: UNet2DConditionModel, folder: str | Path) -> None:
         """See `Adapter.load`, of the scales; the other adapter has a file of its own."""
         processors = attach(unet)
-        copy_by_name(_scales(processors), load_file(Path(folder) / LIVE_FILE))
+        _read(processors, Path(folder))
         for processor in processors.values():
             processor.to(unet.dtype).requires_grad_(False)
 
+    @torch.no_grad()
+    def scale(self, factor: float, largest: float | None = None) -> None:
+        """Multiply s − 1, at every head and timestep; the other adapter stays as it is."""
+        if largest is not None:
+            # By the whole factor at the largest guidance scale, by hardly any near 1, where no guidance is missing.
+            self.shared.rise += math.log(factor) / growth_at(largest)
+            return
+        for processor in self.processors.values():
+            processor.scale.mul_(factor).add_((factor - 1) * (INITIAL_SCALE - 1) / GAIN)
+            processor.slope.mul_(factor)
+
     def read(self, folder: Path) -> None:
         self.inner.read(folder)
-        copy_by_name(_scales(self.processors), load_file(folder / LIVE_FILE))
+        _read(self.processors, folder)
+
+
+def _read(processors: dict[str, LiveNegativeAttention], folder: Path) -> None:
+    tensors = load_file(folder / LIVE_FILE)
+    next(iter(processors.values())).shared.rise = float(tensors.pop("rise", 0.0))
+    copy_by_name(_scales(processors), tensors)
 
 
 def _scales(processors: dict[str, LiveNegativeAttention]) -> dict[str, torch.nn.Parameter]:

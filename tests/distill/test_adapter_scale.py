@@ -4,13 +4,14 @@ from typing import Any
 import pytest
 import torch
 from boostdiff.cli import app
-from boostdiff.distill.config import ADAPTER_SCALES, DistillConfig, RunConfig
+from boostdiff.distill.config import ADAPTER_SCALES, LIVE_SCALE, DistillConfig, RunConfig
 from boostdiff.distill.distill import distill, resolve
 from boostdiff.distill.loop import Observers
 from boostdiff.distill.run_folder import work_folder
 from boostdiff.engine import embedded
 from boostdiff.engine.adapters import KOHYA_FILE, LORA_FILE
 from boostdiff.engine.errors import InputError
+from boostdiff.engine.live_negative import GAIN, INITIAL_SCALE, LIVE_FILE
 from boostdiff.engine.merge import fold_student
 from boostdiff.engine.model import ModelFiles, load, locate
 from boostdiff.engine.student import StudentInfo, read_student
@@ -57,6 +58,38 @@ def test_a_scaled_adapter_adds_that_much_more_and_is_scaled_again_without_traini
     assert trained(tiny_files, tmp_path / "s", again, prompts=prompt_file, **settings) == rescaled, "none was asked for"
     assert not list(tmp_path.glob(".s*"))
     assert not work_folder(tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_of_a_live_negative_prompt_what_tells_the_texts_apart_is_scaled(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, method: Any
+) -> None:
+    settings = {"prompts": prompt_file, "negative_prompt": "live", "method": method}
+    plain = trained(tiny_files, tmp_path / "1", adapter_scale=1.0, **settings)
+    trained(tiny_files, tmp_path / "s", adapter_scale=1.5, **settings)
+    trained(tiny_files, tmp_path / "s", RunConfig(resume=True), adapter_scale=2.0, **settings)
+    assert (tmp_path / "1" / LORA_FILE).read_bytes() == (tmp_path / "s" / LORA_FILE).read_bytes()
+    once, twice = (load_file(tmp_path / name / LIVE_FILE) for name in ("1", "s"))
+    for name, tensor in once.items():
+        # The part of s − 1 that does not depend on the timestep, and the slope over the time embedding.
+        constant = INITIAL_SCALE - 1 if name.endswith(".scale") else 0.0
+        torch.testing.assert_close(constant + GAIN * twice[name], 2 * (constant + GAIN * tensor), msg=name)
+    assert any(tensor.any() for name, tensor in once.items() if name.endswith(".slope"))
+    assert plain.settings["adapter_scale"] == 1
+
+
+def test_of_a_range_the_scale_is_that_at_its_upper_end(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path
+) -> None:
+    settings = {"prompts": prompt_file, "negative_prompt": "live", "guidance": 1.5, "guidance_max": 5.0}
+    trained(tiny_files, tmp_path / "1", adapter_scale=1.0, **settings)
+    trained(tiny_files, tmp_path / "s", adapter_scale=1.5, **settings)
+    trained(tiny_files, tmp_path / "s", RunConfig(resume=True), adapter_scale=2.0, **settings)
+    trained(tiny_files, tmp_path / "whole", adapter_scale=2.0, **settings)
+    for name in (LIVE_FILE, LORA_FILE):
+        ends = [load_file(tmp_path / each / name) for each in ("s", "whole")]
+        for key, tensor in ends[0].items():
+            torch.testing.assert_close(tensor, ends[1][key], msg=key)
 
 
 def test_the_command_leaves_a_finished_students_scale_alone(
@@ -122,7 +155,6 @@ def test_a_few_step_student_begins_with_a_scaled_one_and_is_not_scaled_itself(
     [
         ({"method": "dora"}, "--adapter-scale is not used with --method dora"),
         ({"method": "soft-prompt"}, "--adapter-scale is not used with --method soft-prompt"),
-        ({"negative_prompt": "live"}, "--adapter-scale is not used with --negative-prompt live"),
         ({"guidance_max": 5.0}, "--adapter-scale is not used with a range of --guidance"),
         ({"few_steps": "4:2", "start_from": Path("s")}, "--adapter-scale is not used with --start-from"),
     ],
@@ -135,15 +167,23 @@ def test_adapters_that_are_not_scaled(settings: dict[str, Any], reason: str) -> 
         assert resolved.adapter_scale is None
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, 2.01, float("nan")])
+@pytest.mark.parametrize("scale", [0.0, -1.0, 3.01, float("nan")])
 def test_scales_that_are_none(scale: float) -> None:
     with pytest.raises(InputError, match="--adapter-scale must be above 0"):
         DistillConfig(adapter_scale=scale)
 
 
-@pytest.mark.parametrize("method", ["lora", "bitfit"])
-def test_the_embedded_model_has_its_own_scale(tiny_files: ModelFiles, method: Any) -> None:
-    own = resolve(DistillConfig(method=method), locate(embedded.MODEL_NAME), torch.device("cpu"))
-    other = resolve(DistillConfig(method=method), tiny_files, torch.device("cpu"))
-    assert own.adapter_scale == ADAPTER_SCALES[method] > 1
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({"method": "lora"}, ADAPTER_SCALES["lora"]),
+        ({"method": "bitfit"}, ADAPTER_SCALES["bitfit"]),
+        ({"method": "dora", "negative_prompt": "live"}, LIVE_SCALE),
+        ({"negative_prompt": "live", "guidance_max": 5.0}, 1),
+    ],
+)
+def test_the_embedded_model_has_its_own_scale(tiny_files: ModelFiles, settings: Any, scale: float) -> None:
+    own = resolve(DistillConfig(**settings), locate(embedded.MODEL_NAME), torch.device("cpu"))
+    other = resolve(DistillConfig(**settings), tiny_files, torch.device("cpu"))
+    assert own.adapter_scale == scale
     assert other.adapter_scale == 1

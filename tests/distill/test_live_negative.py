@@ -23,7 +23,7 @@ from boostdiff.engine.exported import Engine
 from boostdiff.engine.generate import draw
 from boostdiff.engine.guidance import guidance_embedding
 from boostdiff.engine.guidance_input import make_adapter
-from boostdiff.engine.live_negative import INITIAL_SCALE, LIVE_FILE, LiveNegative, LiveNegativeAttention
+from boostdiff.engine.live_negative import INITIAL_SCALE, LIVE_FILE, LiveNegative, LiveNegativeAttention, growth_at
 from boostdiff.engine.merge import merge, merge_in_place
 from boostdiff.engine.model import Model, ModelFiles, load, locate
 from boostdiff.engine.runners import TorchRunner
@@ -101,16 +101,21 @@ def test_without_training_only_the_scale_leads_away(tiny: Model) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("factor", [1.0, 2.0])
 @pytest.mark.parametrize("w", [1.0, 1.5, 5.0])
-def test_of_a_range_the_scale_grows_as_w_minus_1(tiny: Model, w: float) -> None:
-    """It predicts what a student of one scale does whose s − 1 is (w − 1) / 2 times what it is at w = 3."""
+def test_of_a_range_the_scale_grows_as_w_minus_1(tiny: Model, w: float, factor: float) -> None:
+    """It predicts what a student of one scale does whose s − 1 is (w − 1) / 2 times what it is at w = 3.
+
+    Scaled, it is the whole factor more at the largest w, and its power with the growth as exponent below.
+    """
     text, z_t = encoded(tiny, "two green birds", 2), torch.randn(2, *tiny.latent_shape)
     fixed, ranged = (copy.deepcopy(tiny.denoiser) for _ in range(2))
     alone = make_adapter("lora", fixed, live_negative_prompt=True)
     assert isinstance(alone, LiveNegative)
     for processor in alone.processors.values():
-        processor.scale.fill_((1 + 0.2 * (w - 1) / 2 - INITIAL_SCALE) / 10)
-    make_adapter("lora", ranged, guidance_input=True, live_negative_prompt=True)
+        more = factor ** (growth_at(w) / growth_at(5.0))
+        processor.scale.fill_((1 + 0.2 * more * (w - 1) / 2 - INITIAL_SCALE) / 10)
+    make_adapter("lora", ranged, guidance_input=True, live_negative_prompt=True).scale(factor, 5.0)
     embedding = guidance_embedding(torch.tensor([w, w]), ranged.config.time_cond_proj_dim)
     joined = text.joined().tensors()
     got = ranged(z_t, 500, timestep_cond=embedding, **joined, return_dict=False)[0]

@@ -51,6 +51,7 @@ def test_loss_equals_a_float64_reference(schedule: NoiseSchedule, weight: str) -
             "constant": 1.0,
             "snr": snr,
             "truncated-snr": max(snr, 1.0),
+            "clamped-snr": min(max(snr, 0.02), 1.0),
             "snr+1": snr + 1,
             "min-snr": min(snr, 5.0),
             "flow": (1 + snr**0.5) ** 2,
