@@ -45,7 +45,7 @@ def check_seed(seed: Any, count: int) -> None:
     Raises:
         InputError: it is no whole number, or an image's is negative or doesn't fit torch's 64 bits.
     """
-    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed <= 2**64 - count:
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= int(seed) <= 2**64 - count:
         raise InputError(f"the seed {seed!r} can't be used: it must be a whole number between 0 and 2^64 - 1")
 
 
