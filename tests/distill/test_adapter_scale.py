@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from boostdiff.distill.run_folder import work_folder
 from boostdiff.engine import embedded
 from boostdiff.engine.adapters import KOHYA_FILE, LORA_FILE
 from boostdiff.engine.errors import InputError
-from boostdiff.engine.live_negative import GAIN, INITIAL_SCALE, LIVE_FILE
-from boostdiff.engine.merge import fold_student
+from boostdiff.engine.live_negative import GAIN, INITIAL_SCALE, LIVE_FILE, LiveNegativeAttention, growth_at
+from boostdiff.engine.merge import fold_student, merge
 from boostdiff.engine.model import ModelFiles, load, locate
 from boostdiff.engine.student import StudentInfo, read_student
 from safetensors.torch import load_file
@@ -90,6 +91,11 @@ def test_of_a_range_the_scale_is_that_at_its_upper_end(
         ends = [load_file(tmp_path / each / name) for each in ("s", "whole")]
         for key, tensor in ends[0].items():
             torch.testing.assert_close(tensor, ends[1][key], msg=key)
+    merged = merge(load(tiny_files, device=torch.device("cpu")), tmp_path / "s", read_student(tmp_path / "s"))
+    processors = [p for p in merged.attn_processors.values() if isinstance(p, LiveNegativeAttention)]
+    assert processors
+    for processor in processors:
+        assert math.exp(processor.shared.rise * growth_at(5.0)) == pytest.approx(2)
 
 
 def test_the_command_leaves_a_finished_students_scale_alone(
