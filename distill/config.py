@@ -37,7 +37,7 @@ LEARNING_RATES = {"lora": 4e-3, "dora": 4e-3, "bitfit": 1e-2, "soft-prompt": 1e-
 
 ADAPTER_SCALES = {"lora": 1.2, "bitfit": 1.4}
 LIVE_SCALE = 1.75
-"""Of `emoji64`: docs/distillation.md, "Adapter scale". Other models have 1, as nobody has measured theirs."""
+"""Both of `emoji64` at one guidance scale: docs/distillation.md, "Adapter scale". All else has 1."""
 
 OTHER_MODELS = 1 / 40
 """Factor of the learning rate for other models than `emoji64`: 1e-4 for LoRA, as is usual for Stable Diffusion."""
@@ -54,8 +54,8 @@ RANGE_UPDATES = 4
 """Factor of the updates of a guidance-conditioned student: it learns many scales; figures in docs/distillation.md."""
 
 STAGE_LOSS_WEIGHT: Literal["clamped-snr"] = "clamped-snr"
-"""Of the stages of `--few-steps`. The first step changes x̂ ten times as much as the last, and images suffer from errors
-of the later ones; truncated SNR (Salimans & Ho 2022, §4) is all about the first."""
+"""Of the stages of `--few-steps`. The first step changes x̂ most by far, and images suffer from errors of later ones:
+truncated SNR (Salimans & Ho 2022, §4) gives more than half of the loss to the first."""
 
 STAGE_RATE = 1 / 10
 """Factor of the learning rate in these stages. Two steps of a student differ little from one: at the full rate the
@@ -152,8 +152,8 @@ class DistillConfig(GuiderOptions):
         float,
         typer.Option(
             show_default="emoji64 1.2, with bitfit 1.4, with live 1.75; ranges and other models 1",
-            help="Factor on the trained LoRA or BitFit, of live on the texts' difference (at a range's end), up to 3: "
-            "a student learns less guidance than its teacher has.",
+            help="Factor, up to 3, on the trained LoRA or BitFit; with a live negative prompt on how far the prompt "
+            "leads away from it (at the upper end of a range): a student learns less guidance than its teacher has.",
         ),
     ] = UNRESOLVED
     few_steps: Annotated[
@@ -234,10 +234,11 @@ class DistillConfig(GuiderOptions):
     @property
     def unscaled(self) -> str:
         """Why the adapter isn't scaled at the end, to follow "is not used"; "" where it may be."""
-        if self.method not in ADAPTER_SCALES and not self.live_negative_prompt:
-            return f"with --method {self.method}"
-        if self.guidance_conditioned and not self.live_negative_prompt:
-            return "with a range of --guidance"
+        if not self.live_negative_prompt:
+            if self.method not in ADAPTER_SCALES:
+                return f"with --method {self.method}"
+            if self.guidance_conditioned:
+                return "with a range of --guidance"
         return "with --start-from, whose adapter has been scaled" if self.start_from else ""
 
     @property

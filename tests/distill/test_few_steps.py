@@ -31,6 +31,7 @@ from boostdiff.engine.exported import Engine
 from boostdiff.engine.files import read_json, write_json
 from boostdiff.engine.generate import draw
 from boostdiff.engine.guidance_input import make_adapter
+from boostdiff.engine.live_negative import LIVE_FILE
 from boostdiff.engine.manifest import read_manifest
 from boostdiff.engine.model import Model, ModelFiles, load, locate
 from boostdiff.engine.schedulers import make_scheduler
@@ -243,7 +244,7 @@ def test_a_stage_brings_the_student_to_two_steps_of_the_one_before(
 def test_stages_of_other_students(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, kind: str) -> None:
     options: dict[str, Any] = {
         "bitfit": {"method": "bitfit"},
-        "live range": {"negative_prompt": "live", "guidance": 2.0, "guidance_max": 5.0},
+        "live range": {"negative_prompt": "live", "guidance": 2.0, "guidance_max": 5.0, "adapter_scale": 2.0},
         "images": {"images": str(tmp_path / "images")},
     }[kind]
     if kind == "images":
@@ -254,6 +255,9 @@ def test_stages_of_other_students(tiny_files: ModelFiles, prompt_file: Path, tmp
     info = distill(tiny_files, DistillConfig(**few, **options), output=tmp_path / "s", device="cpu", observers=SILENT)
     live = kind == "live range"
     assert (info.steps, info.live_negative_prompt, info.guidance_range is not None) == (1, live, live)
+    if live:
+        rises = [load_file(folder / LIVE_FILE)["rise"] for folder in (tmp_path / "s", tmp_path / "s/stages/guidance")]
+        assert rises[0] == rises[1] > 0, "the scale of the student of guidance goes on"
     drawing = GenerateConfig(prompts=["a red cat"], student=tmp_path / "s")
     (path,) = draw(tiny_files, drawing, output=tmp_path / "o", device="cpu")
     assert (Image.open(path).text["sampler"], Image.open(path).text["steps"]) == ("ddim", "1")

@@ -236,7 +236,7 @@ def test_resumed_runs_give_the_same_bytes(
 
 
 def test_a_conditioned_student_takes_both(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
-    config = config_of(prompt_file, guidance=1.5, guidance_max=5.0, updates=12)
+    config = config_of(prompt_file, guidance=1.5, guidance_max=5.0, updates=12, adapter_scale=2.0)
     info = distill(tiny_files, config, output=tmp_path / "s", device="cpu", observers=Observers())
     assert (tmp_path / "s" / "grid.png").exists()
     model = load(tiny_files, device=CPU)
@@ -245,6 +245,11 @@ def test_a_conditioned_student_takes_both(tiny_files: ModelFiles, prompt_file: P
     with torch.no_grad():
         low, high = (info.denoiser(TorchRunner(model.denoiser), w)(z_t, torch.tensor(500), text) for w in (1.5, 5.0))
     assert (low - high).abs().max() > 1e-4
+    export(tiny_files, ExportConfig(), student=tmp_path / "s", output=tmp_path / "engine", device="cpu")
+    with Engine.load(tmp_path / "engine", device="cpu") as engine:
+        for w, expected in ((1.5, low), (5.0, high)):
+            got = engine.denoiser(w)(z_t, torch.tensor(500), text)
+            assert (got - expected).abs().max() < (low - high).abs().max() / 100
     with pytest.raises(InputError, match=r"for guidance 1\.5 to 5"):
         info.denoiser(TorchRunner(model.denoiser), 7.0)
 
