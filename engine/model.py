@@ -256,13 +256,14 @@ def _download(model: str, *, weights: bool) -> Path:
                 return Path(snapshot_download(model, allow_patterns=["model_index.json", "*/*.json"]))
             folder = Path(DiffusionPipeline.download(model, use_safetensors=True, variant=variant))
         except Exception as error:
-            # The hub client raises dozens of types, from "repository not found" to the socket's.
-            reason = reason or one_line(error)
+            # The hub client raises dozens of types, from "repository not found" to the socket's; where it can't be
+            # reached diffusers says so of its cache, and points to the cause.
+            reason = reason or one_line(error.__cause__ or error)
             continue
         if any(path for part in ("unet", "transformer") for path in (folder / part).glob("*.safetensors")):
             break
     if folder is None:
-        raise InputError(f"{missing} (no such folder here, and the hub says: {reason})")
+        raise InputError(f"{missing} (no such folder here or in the hub's cache, and the hub says: {reason})")
     return folder
 
 

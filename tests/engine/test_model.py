@@ -39,6 +39,14 @@ def test_a_missing_model_says_what_to_pass(name: str) -> None:
         locate(name)
 
 
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_hub_that_cannot_be_reached_is_named(weights: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="in the hub's cache, and the hub says: Cannot reach ") as raised:
+        locate("organisation/missing", weights=weights)
+    assert "stacktrace" not in str(raised.value)
+
+
 def test_a_hub_id_is_read_from_the_cache(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Offline, and for its configuration no weights are asked for."""
     entry = tmp_path / "models--organisation--tiny"
