@@ -274,7 +274,8 @@ def _run(
     schedule = frozen.schedule if frozen else schedule
     common: dict[str, Any] = {
         "share": Share(batch_size=config.new_samples, index=accelerator.process_index, count=accelerator.num_processes),
-        "seed": config.seed,
+        # Each stage draws prompts and noise of its own.
+        "seed": config.seed + (stage.steps if stage else 0),
         "guidance": config.guidance_bounds,
     }
     negatives = NegativePrompts(model, negative, live=config.live_negative_prompt, store=store)

@@ -1,7 +1,8 @@
 """Few-step students: progressive distillation (Salimans & Ho 2022) of the student of guidance, with one adapter.
 
-Each stage halves the number of DDIM steps: one step of the adapter that is trained equals two of the stage before,
-whose weights are frozen. The adapter is trained on from stage to stage, so one file holds guidance and few steps.
+Each stage halves the number of DDIM steps: where noise prevails, one step of the adapter that is trained equals two of
+the stage before, whose weights are frozen. The adapter is trained on from stage to stage, so one file holds guidance
+and few steps.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ from .objective import NoiseSchedule, ddim_step, x_of_ddim_step
 
 SAMPLER, SPACING = "ddim", "trailing"
 """Trailing timesteps begin at the last one, where there is most noise: with few steps another start is far from it."""
+
+MAX_SNR = 1.0
+"""Steps from less noise than signal stay as they are. Two of them sharpen what one does; one pass learned half of that,
+which cost more FD than nothing of it (docs/experiments.md, "Few steps")."""
 
 STAGES = "stages"
 """Folder of the students before the last, in the student's."""
@@ -109,12 +114,15 @@ class FrozenStudent:
         self._middle, self._end = torch.full((2, len(self.schedule)), -1, device=device)
         self._middle[self.timesteps] = torch.tensor(middle, device=device)
         self._end[self.timesteps] = torch.tensor([*self.timesteps[1:], -1], device=device)
+        self._halved = (self.schedule.alphas / self.schedule.sigmas).square() <= MAX_SNR
 
     @torch.no_grad()
     def targets(
         self, z_t: torch.Tensor, t: torch.Tensor, x_at: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The x̃ with which one step ends where two of the frozen student's end, and the x̂ of its first: `(B, C, H, W)`.
+
+        Above `MAX_SNR` both are x̂.
 
         Args:
             z_t: `(B, C, H, W)`.
@@ -126,7 +134,8 @@ class FrozenStudent:
             x = x_at(z_t, t)
             halfway = ddim_step(z_t, x, *at, *middle)
             arrived = ddim_step(halfway, x_at(halfway, self._middle[t]), *middle, *end)
-        return x_of_ddim_step(z_t, arrived, *at, *end), x
+        halved = self._halved[t][:, None, None, None]
+        return torch.where(halved, x_of_ddim_step(z_t, arrived, *at, *end), x), x
 
 
 def adopted(config: DistillConfig) -> DistillConfig:
