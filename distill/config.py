@@ -54,8 +54,8 @@ RANGE_UPDATES = 4
 """Factor of the updates of a guidance-conditioned student: it learns many scales; figures in docs/distillation.md."""
 
 STAGE_LOSS_WEIGHT: Literal["clamped-snr"] = "clamped-snr"
-"""Of the stages of `--few-steps`. The first step changes x̂ most by far, and images suffer from errors of later ones:
-truncated SNR (Salimans & Ho 2022, §4) gives more than half of the loss to the first."""
+"""Of the stages of `--few-steps`. Truncated SNR (Salimans & Ho 2022, §4) gives more than half of the loss to the first
+step, which changes x̂ most by far."""
 
 STAGE_RATE = 1 / 10
 """Factor of the learning rate in these stages. Two steps of a student differ little from one: at the full rate the
@@ -174,7 +174,7 @@ class DistillConfig(GuiderOptions):
     base_precision: Annotated[
         Literal["int8"] | None,
         typer.Option(
-            show_default="that of --precision",
+            show_default="that of --precision; on a CPU fp32",
             help="Precision of the frozen linear layers' weights: int8 takes half of bf16's memory.",
         ),
     ] = None
@@ -331,7 +331,7 @@ class DistillConfig(GuiderOptions):
 class RunConfig:
     """How a run is executed: all of it may be another when a run is resumed."""
 
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the unfinished run of this output.")] = False
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run, or rescale a finished student.")] = False
     max_bad_samples: Annotated[
         int, typer.Option(min=0, help="Unreadable samples of --images to skip in an epoch before the run stops.")
     ] = 0
@@ -348,7 +348,7 @@ class RunConfig:
         Path | None,
         typer.Option(
             show_default="none",
-            help="Folder of text embeddings: made once by the text encoders, which then take no memory in training.",
+            help="Folder of the prompts' embeddings: made once by the text encoders, which then take no memory.",
         ),
     ] = None
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Updates between checkpoints.")] = 50

@@ -80,7 +80,7 @@ class GenerateConfig(GuiderOptions):
         float | None,
         typer.Option(
             show_default="1",
-            help="LoRA scale of a student of method lora, 0 to 2: 0 is no guidance, 1 what it learned, above 1 more.",
+            help="LoRA scale of a plain LoRA student, 0 to 2: 0 is no guidance, 1 what it learned, above 1 more.",
         ),
     ] = None
     runner: Annotated[

@@ -14,7 +14,7 @@ from boostdiff.export.export import export
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 COUNT, STEPS = 16, 20
-RUNNERS = (("onnx", "fp32"), ("onnx", "fp16"), ("compiled", None), ("tensorrt", None))
+RUNNERS = (("onnx", "fp32"), ("onnx", "fp16"), ("compiled", None), ("captured", None), ("tensorrt", None))
 LOWEST_PSNR = {"onnx fp32": 60.0, STOCK: 60.0, "onnx fp16": 40.0}
 """In dB of any image; the others, in bfloat16, 30."""
 
