@@ -57,7 +57,7 @@ STAGE_LOSS_WEIGHT: Literal["clamped-snr"] = "clamped-snr"
 """Of the stages of `--few-steps`. Truncated SNR (Salimans & Ho 2022, §4) gives more than half of the loss to the first
 step, which changes x̂ most by far."""
 
-STAGE_RATE = 1 / 10
+STAGE_RATE = 1 / 5
 """Factor of the learning rate in these stages. Two steps of a student differ little from one: at the full rate the
 first updates undo more than a short stage learns (docs/experiments.md, "Few steps")."""
 
