@@ -129,10 +129,10 @@ class Traffic:
 
 
 class Guard:
-    """Around the application: the key, size and time of bodies, and on the loopback the name that was asked for."""
+    """Around the application: the key, the size of bodies, and on the loopback the name that was asked for."""
 
-    def __init__(self, app: Any, *, key: str | None, limits: Limits, loopback: bool, traffic: Traffic) -> None:
-        self.app, self.key, self.limits, self.loopback, self.traffic = app, key, limits, loopback, traffic
+    def __init__(self, app: Any, *, key: str | None, body: int, loopback: bool, traffic: Traffic) -> None:
+        self.app, self.key, self.body, self.loopback, self.traffic = app, key, body, loopback, traffic
 
     def _refusal(self, scope: Any) -> JSONResponse | None:
         if self.traffic.closed:
@@ -149,10 +149,10 @@ class Guard:
         length = headers.get(b"content-length", b"0")
         if not length.isdigit():
             return error_answer(400, "Content-Length is not a number")
-        return self._too_large() if len(length) > 18 or int(length) > self.limits.body else None
+        return self._too_large() if len(length) > 18 or int(length) > self.body else None
 
     def _too_large(self) -> JSONResponse:
-        return error_answer(413, f"the request has more than {self.limits.body} bytes", code="request_too_large")
+        return error_answer(413, f"the request has more than {self.body} bytes", code="request_too_large")
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """See the ASGI specification."""
@@ -162,20 +162,14 @@ class Guard:
         if refusal := self._refusal(scope):
             await refusal(scope, receive, send)
             return
-        received, whole = 0, False
-        deadline = asyncio.get_running_loop().time() + self.limits.seconds
+        received = 0
 
         async def limited() -> Any:
-            nonlocal received, whole
-            try:
-                async with asyncio.timeout_at(None if whole else deadline):  # then for the client to leave
-                    message = await receive()
-            except TimeoutError:
-                raise HTTPException(408, f"the request took {self.limits.seconds:g} seconds to arrive") from None
-            whole = not message.get("more_body")
+            nonlocal received
+            message = await receive()
             received += len(message.get("body", b""))
-            if received > self.limits.body:
-                raise HTTPException(413, f"the request has more than {self.limits.body} bytes")
+            if received > self.body:
+                raise HTTPException(413, f"the request has more than {self.body} bytes")
             return message
 
         self.traffic.ongoing += 1
@@ -214,7 +208,7 @@ def make_app(
 
     # Its pages of documentation would ask a server far away.
     app = FastAPI(title="BoostDiff", docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.add_middleware(Guard, key=key, limits=limits, loopback=loopback, traffic=traffic or Traffic())
+    app.add_middleware(Guard, key=key, body=limits.body, loopback=loopback, traffic=traffic or Traffic())
     started, default, page = int(time.time()), next(iter(backends)), PAGE.read_text(encoding="utf-8")
     waiting = 0
 

@@ -242,27 +242,6 @@ def test_bodies_that_are_no_request(client: TestClient) -> None:
     assert client.get("/docs").status_code == 404
 
 
-@pytest.mark.parametrize("pause", [0.02, 60])
-def test_a_body_that_does_not_arrive_has_a_deadline(model: ImageModel, pause: float, tmp_path: Path) -> None:
-    """Drop by drop, or not at all."""
-    backends = {"tiny": LocalBackend(model)}
-    app = make_app(backends, limits=Limits(seconds=0.2), files=UrlFiles(tmp_path, seconds=60))
-    scope = {"type": "http", "method": "POST", "path": URL, "query_string": b"", "http_version": "1.1"}
-    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
-    sent: list[dict[str, Any]] = []
-
-    async def receive() -> dict[str, Any]:
-        await asyncio.sleep(pause)
-        return {"type": "http.request", "body": b" ", "more_body": True}
-
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message)
-
-    asyncio.run(asyncio.wait_for(app({**scope, "headers": headers}, receive, send), timeout=30))
-    assert sent[0]["status"] == 408
-    assert "took 0.2 seconds to arrive" in sent[1]["body"].decode()
-
-
 def test_models_health_and_the_page(client: TestClient) -> None:
     first, second = client.get("/v1/models").json()["data"]
     assert (first["id"], first["role"], first["passes_per_step"], first["size"]) == ("tiny", "student", 1, [16, 16])
