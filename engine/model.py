@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import diffusers
@@ -256,9 +257,9 @@ def _download(model: str, *, weights: bool) -> Path:
                 return Path(snapshot_download(model, allow_patterns=["model_index.json", "*/*.json"]))
             folder = Path(DiffusionPipeline.download(model, use_safetensors=True, variant=variant))
         except Exception as error:
-            # The hub client raises dozens of types, from "repository not found" to the socket's; where it can't be
-            # reached diffusers says so of its cache, and points to the cause.
-            reason = reason or one_line(error.__cause__ or error)
+            # The hub client raises dozens of types, from "repository not found" to the socket's; diffusers says of each
+            # that its cache lacks the model, and points to the cause. What a repository asks for stands in later lines.
+            reason = reason or shorten(str(error.__cause__ or error), width=500)
             continue
         if any(path for part in ("unet", "transformer") for path in (folder / part).glob("*.safetensors")):
             break

@@ -63,9 +63,9 @@ class ServeConfig:
         int, typer.Option(min=1, help="Images drawn or waited for; a request beyond them is answered with 503.")
     ] = 64
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until a request is given up.")] = 120.0
-    host: Annotated[str, typer.Option(help="Address to listen on; any but the loopback needs BOOSTDIFF_API_KEY.")] = (
-        "127.0.0.1"
-    )
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but the loopback (localhost) needs BOOSTDIFF_API_KEY.")
+    ] = "127.0.0.1"
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000
 
     def __post_init__(self) -> None:

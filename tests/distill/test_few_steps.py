@@ -181,6 +181,7 @@ def test_the_teacher_of_a_stage_is_the_student_before_as_it_was(
 ) -> None:
     made: list[FrozenStudent] = []
     seen: list[list[torch.Tensor]] = []
+    states: list[torch.Tensor] = []
 
     class Recorded(FrozenStudent):
         def __init__(self, *args: Any) -> None:
@@ -188,6 +189,8 @@ def test_the_teacher_of_a_stage_is_the_student_before_as_it_was(
             made.append(self)
 
         def targets(self, z_t: torch.Tensor, t: torch.Tensor, x_at: Callable[..., torch.Tensor]) -> Any:
+            states.append(z_t.clone())
+
             def recorded(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
                 seen.append([p.detach().clone() for p in self.adapter.parameters().values()])
                 return x_at(z, t)
@@ -199,6 +202,7 @@ def test_the_teacher_of_a_stage_is_the_student_before_as_it_was(
     info = distill(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
     assert [frozen.stage.steps for frozen in made] == [2, 1]
     assert len(seen) == 2 * 2 * 3, "a target costs two passes"
+    assert not torch.equal(states[0], states[3]), "each stage has noise of its own"
     output = tmp_path / "s"
     for number, (frozen, folder) in enumerate(
         zip(made, (output / "stages/guidance", output / "stages/2"), strict=True)

@@ -1,5 +1,6 @@
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from boostdiff.engine import embedded
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.files import read_json, write_json
 from boostdiff.engine.model import load, locate, resolve_device
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 CPU = torch.device("cpu")
@@ -45,6 +46,17 @@ def test_a_hub_that_cannot_be_reached_is_named(weights: bool, monkeypatch: pytes
     with pytest.raises(InputError, match="in the hub's cache, and the hub says: Cannot reach ") as raised:
         locate("organisation/missing", weights=weights)
     assert "stacktrace" not in str(raised.value)
+
+
+@pytest.mark.parametrize("code", ["403 Client Error.\n\nCannot access gated repo", "404 Client Error.\n\nNot Found"])
+def test_what_the_hub_answers_is_said_to_its_last_line(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: Any, **options: Any) -> None:
+        raise OSError("not cached: check out the root cause in the stacktrace above") from RuntimeError(code)
+
+    monkeypatch.setattr(DiffusionPipeline, "download", refused)
+    with pytest.raises(InputError) as raised:
+        locate("organisation/gated")
+    assert f"the hub says: {' '.join(code.split())})" in str(raised.value)
 
 
 def test_a_hub_id_is_read_from_the_cache(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
