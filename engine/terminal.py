@@ -18,6 +18,10 @@ from typing import Any
 os.environ.setdefault("USE_TF", "0")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+# How often OpenMP's threads look for work before they sleep. Where another process takes one of two cores, the thread
+# that waits keeps the other from the free core: by the default, 300,000, an update of `distill` then takes 4 to 9 s in
+# place of 0.4, by 5,000 1.0, and where nothing else runs as long as before.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 # Of a terminal whose width is unknown; rich would print nothing in it.
 if os.environ.get("COLUMNS") == "0":
@@ -147,11 +151,7 @@ def _prepare_streams() -> _Lenient:
 
 
 def run(app: typer.Typer) -> None:
-    """Run a command and end the process: errors as one line on standard error and exit code 1 or 2.
-
-    Args:
-        app: the command.
-    """
+    """Run a command and end the process: errors as one line on standard error and exit code 1 or 2."""
     output = _prepare_streams()
     debug = "--debug" in sys.argv[1:]
     if debug:

@@ -112,6 +112,14 @@ def test_memory_that_ends_is_said_in_our_words(script: Path, kind: str) -> None:
     assert done.stderr.count(b"\n") == 1
 
 
+@pytest.mark.parametrize(("own", "taken"), [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_openmp_is_told_to_spin_less_before_it_is_loaded(own: dict[str, str], taken: str) -> None:
+    code = "import os, sys, boostdiff.cli; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | own
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+    assert done.stdout.decode().split() == [taken, "False"]
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
