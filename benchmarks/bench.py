@@ -14,17 +14,18 @@ import torch
 
 from ..engine.captured import CapturedRunner
 from ..engine.compiled import CompiledRunner, missing_compiler, with_bfloat16_vae
+from ..engine.config import EXPORTED
 from ..engine.errors import BoostDiffError, InputError
 from ..engine.exported import Engine
 from ..engine.manifest import read_manifest
 from ..engine.memory import give_back_memory
 from ..engine.model import Model, ModelFiles, resolve_device
 from ..engine.options import STEPS
-from ..engine.runners import EXPORTED, Runner, TorchRunner, available_runners, chosen_graph
+from ..engine.runners import Runner, TorchRunner, chosen_graph, unavailable
 from ..engine.schedulers import check_spacing, check_steps
 from ..engine.student import read_student
 from .config import BenchConfig, Metrics
-from .quality.alternatives import candidates
+from .quality.baselines import candidates
 from .quality.quality import Quality, evaluate
 from .quality.samples import SamplingVariant, bounded_memory
 from .session import Session, with_sampling
@@ -173,14 +174,14 @@ def bench(
     )
     with opened as session:
         session = session.at(sampler, steps)
-        guided, unguided, *others = _quality_variants(session, config)
+        variants = _quality_variants(session, config)
         samples = None
         if config.samples:
             # Before speed: a network or reference that can't be used must not cost a measurement.
             samples = session.sample_cache(metrics, folder=cache, on_images=on_images)
             if samples.reference is None:
                 report("quality: no --reference, so distances to real images are left out")
-            samples = session.shared_out(samples, [guided, unguided, *others])
+            samples = session.shared_out(samples, variants)
         if session.processes and not session.processes.is_main_process:
             return None
         speed, skipped = _measure_speed(session, config, report, engine=engine)
@@ -189,7 +190,7 @@ def bench(
         quality = None
         if samples:
             with bounded_memory(session.batch_size):
-                quality = evaluate(samples, guided=guided, unguided=unguided, others=others)
+                quality = evaluate(samples, variants)
         return BenchResult(
             speed=speed,
             skipped=skipped,
@@ -207,7 +208,7 @@ def _quality_variants(session: Session, config: BenchConfig) -> list[SamplingVar
         session.teacher(guidance),
         session.teacher(1.0),
         *(session.student(student, guidance) for student in session.students),
-        *(session.alternative(setting) for setting in settings),
+        *(session.baseline(setting) for setting in settings),
         session.teacher(guidance, reseeded=True),
     ]
 
@@ -250,7 +251,7 @@ def _measure_speed(
     with ExitStack() as opened:
         student = session.students[0].denoiser if session.students else model.denoiser
         variants, skipped = _in_torch(model, student, config)
-        reasons = available_runners(read_manifest(engine), device, EXPORTED) if engine else {}
+        reasons = {name: unavailable(name, read_manifest(engine), device) for name in EXPORTED} if engine else {}
         for name, reason in reasons.items():
             if reason is not None or engine is None:
                 skipped[name] = str(reason)
@@ -289,19 +290,20 @@ def _in_torch(model: Model, student: Any, config: BenchConfig) -> tuple[list[Tim
     if denoiser.config.get("time_cond_proj_dim") is None:
         # Else the stock pipeline makes one pass at any guidance.
         variants.append(StockVariant(mode="teacher", runner=TorchRunner(denoiser), pipeline=stock_pipeline(model)))
-    others: list[tuple[Any, Sequence[int] | None]] = [(CapturedRunner, None)] if on_gpu else []
-    if pays_to_compile(denoiser) if config.compile is None else config.compile:
-        others.append((CompiledRunner, config.compiled_batch_sizes()))
-    for runner, batch_sizes in others:
-        if runner is CompiledRunner and (reason := missing_compiler(model.device)):
-            skipped[runner.name] = reason
+    others: list[tuple[str, Any, Sequence[int] | None]] = [("captured", CapturedRunner, None)] if on_gpu else []
+    if config.max_autotune or pays_to_compile(denoiser) if config.compile is None else config.compile:
+        compiled = partial(CompiledRunner, max_autotune=config.max_autotune)
+        others.append(("compiled", compiled, config.compiled_batch_sizes()))
+    for name, runner, batch_sizes in others:
+        if name == "compiled" and (reason := missing_compiler(model.device)):
+            skipped[name] = reason
             continue
         try:
             made = _modes(partial(_copied, runner) if on_gpu else runner, denoiser, student)
         except torch.OutOfMemoryError:
-            skipped[runner.name] = "out of memory"
+            skipped[name] = "out of memory"
             continue
-        parts = with_bfloat16_vae(model) if runner is CompiledRunner else None
+        parts = with_bfloat16_vae(model) if name == "compiled" else None
         variants += [replace(variant, batch_sizes=batch_sizes, parts=parts) for variant in made]
     return variants, skipped
 

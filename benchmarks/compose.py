@@ -13,29 +13,29 @@ from typing import Any
 import torch
 
 from ..engine.compiled import CompiledRunner, with_bfloat16_vae
-from ..engine.errors import BoostDiffError, InputError, one_line
+from ..engine.errors import InputError, one_line
 from ..engine.exported import Engine
 from ..engine.files import hash_of
 from ..engine.guidance import SinglePassDenoiser
 from ..engine.manifest import Manifest, read_manifest
 from ..engine.model import Model, ModelFiles
-from ..engine.runners import Runner, TorchRunner, available_runners
+from ..engine.runners import Runner, TorchRunner, unavailable
 from ..engine.sampling import decode, initial_noise, sample
 from ..engine.schedulers import check_steps
 from .config import ComposeConfig, Metrics
-from .quality.alternatives import candidates
+from .quality.baselines import candidates
 from .quality.composition import Composition, Row, loss_of, with_front
-from .quality.quality import Figures, QualityRow, row_of
-from .quality.samples import SampleCache, SamplingVariant, bounded_memory
+from .quality.quality import compared
+from .quality.samples import SamplingVariant, bounded_memory
 from .session import Session, Student
-from .speed.device import synchronize
+from .speed.device import in_turns, synchronize
 from .speed.stock import StockVariant, stock_pipeline
-from .speed.throughput import Workload, interleaved
+from .speed.throughput import Workload
 from .stats import median_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class Configuration:
     """A combination: what draws, and on what.
 
     Attributes:
@@ -78,7 +78,7 @@ class Entry:
         return time.perf_counter() - began
 
 
-def entries_of(session: Session, config: ComposeConfig) -> Iterator[Entry]:
+def torch_configurations(session: Session, config: ComposeConfig) -> Iterator[Configuration]:
     """In torch: the teacher and students in each number of steps, and what needs no training in the most.
 
     A few-step student is there in its own steps alone, which need not be among those of the others; rows of as many
@@ -87,20 +87,25 @@ def entries_of(session: Session, config: ComposeConfig) -> Iterator[Entry]:
     runner: Runner = session.runner(session.model.denoiser)
     model = with_bfloat16_vae(session.model) if isinstance(runner, CompiledRunner) else session.model
     precision = str(runner.precision).removeprefix("torch.")
-    identity = {"runner": runner.name, "vae": str(model.pipeline.vae.dtype)}
-    own = {student.info.steps for student in session.students if student.info.steps} - set(config.steps)
-    for steps in (*sorted(config.steps, reverse=True), *sorted(own, reverse=True)):
+    make = partial(
+        _configuration,
+        model=model,
+        runner=runner.name,
+        precision=precision,
+        identity={"runner": runner.name, "vae": str(model.pipeline.vae.dtype)},
+        own_spacing=model.pipeline.scheduler.config.get("timestep_spacing"),
+    )
+    few = {student.info.steps for student in session.students if student.info.steps} - set(config.steps)
+    for steps in (*sorted(config.steps, reverse=True), *sorted(few, reverse=True)):
         at = session.at(session.sampler, steps)
         variants = [at.teacher(at.guidance)] if steps in config.steps else []
         if steps == max(config.steps):
             variants.append(at.teacher(1.0))
             settings = candidates(steps=steps, guidance=at.guidance) if config.alternatives else []
-            variants += map(at.alternative, settings)
-        own = model.pipeline.scheduler.config.get("timestep_spacing")
-        yield from (_entry(variant, model, runner.name, precision, identity, own=own) for variant in variants)
+            variants += map(at.baseline, settings)
+        yield from map(make, variants)
         for student in (each for each in at.students if each.info.steps or steps in config.steps):
-            variant, few = _student(at, student), student.info.steps is not None
-            yield _entry(variant, model, runner.name, precision, identity, own=own, few_steps=few)
+            yield make(_student(at, student), few_steps=student.info.steps is not None)
 
 
 def _student(session: Session, student: Student) -> SamplingVariant:
@@ -109,32 +114,32 @@ def _student(session: Session, student: Student) -> SamplingVariant:
     return replace(variant, name=f"few-step {variant.name}") if student.info.steps else variant
 
 
-def _entry(
+def _configuration(
     variant: SamplingVariant,
+    *,
     model: Model,
     runner: str,
     precision: str,
     identity: dict[str, Any],
-    *,
-    own: str | None,
+    own_spacing: str | None,
     few_steps: bool = False,
-) -> Entry:
+) -> Configuration:
     spacing = variant.make_scheduler().config.get("timestep_spacing")
-    # Names of alternatives and of few-step students have their steps.
+    # Names of training-free baselines and of few-step students have their steps.
     steps = [] if variant.role == "alternative" or few_steps else [f"{variant.steps} steps"]
-    parts = [variant.name, *steps, *([spacing] if spacing != own else []), f"{runner} {precision}"]
+    parts = [variant.name, *steps, *([spacing] if spacing != own_spacing else []), f"{runner} {precision}"]
     named = replace(variant, name=", ".join(parts))
-    return Entry(variant=named, model=model, runner=runner, precision=precision, identity=identity)
+    return Configuration(variant=named, model=model, runner=runner, precision=precision, identity=identity)
 
 
-def exported_entries(
+def exported_configurations(
     session: Session,
     config: ComposeConfig,
     manifests: dict[Path, Manifest],
     *,
     opened: ExitStack,
     left_out: dict[str, str],
-) -> Iterator[Entry]:
+) -> Iterator[Configuration]:
     """Each engine on each runner that this machine has, in each precision that is of use on it.
 
     `left_out` takes the reason by engine and runner that it has not.
@@ -149,7 +154,7 @@ def exported_entries(
         if "int8" in made and device.type == "cpu":
             runners.append(("onnx", "int8"))
         for name, precision in runners:
-            if reason := available_runners(manifest, device, [name])[name]:
+            if reason := unavailable(name, manifest, device):
                 if name != "tensorrt" or manifest.plan in manifest.files:
                     left_out[f"{called}, {name}"] = reason
                 continue
@@ -162,13 +167,13 @@ def exported_entries(
                 at = session.at(session.sampler, steps)
                 scale = at.guidance if student.info.guidance_range else None
                 variant = replace(_student(at, student), open=partial(engine.denoiser, scale))
-                yield _entry(
+                yield _configuration(
                     variant,
-                    engine.model,
-                    f"{called}: {name}",
-                    label,
-                    {"engine": hash_of([name, label, manifest.files])},
-                    own=session.model.pipeline.scheduler.config.get("timestep_spacing"),
+                    model=engine.model,
+                    runner=f"{called}: {name}",
+                    precision=label,
+                    identity={"engine": hash_of([name, label, manifest.files])},
+                    own_spacing=session.model.pipeline.scheduler.config.get("timestep_spacing"),
                     few_steps=student.info.steps is not None,
                 )
 
@@ -179,17 +184,19 @@ def _batch(session: Session) -> tuple[list[str], torch.Tensor]:
     return prompts, initial_noise(session.model.latent_shape, count=len(prompts), seed=0)
 
 
-def able(session: Session, entries: Iterable[Entry], left_out: dict[str, str]) -> Iterator[Entry]:
+def usable(
+    session: Session, configurations: Iterable[Configuration], left_out: dict[str, str]
+) -> Iterator[Configuration]:
     """Those that draw a batch; the reasons of the others are put into `left_out`, by name."""
     prompts, noise = _batch(session)
-    for entry in entries:
+    for each in configurations:
         try:
-            entry.seconds(prompts, noise)
+            each.seconds(prompts, noise)
         except Exception as error:
             # Out of memory, or a batch beyond an engine's profile: each library raises a type of its own.
-            left_out[entry.variant.name] = one_line(error)
+            left_out[each.variant.name] = one_line(error)
         else:
-            yield entry
+            yield each
 
 
 def student_of(folder: Path, manifest: Manifest, students: Sequence[Student]) -> Student:
@@ -208,33 +215,18 @@ def student_of(folder: Path, manifest: Manifest, students: Sequence[Student]) ->
     raise refused
 
 
-def qualities(entries: Sequence[Entry], samples: SampleCache) -> list[QualityRow]:
-    """Each entry's images, compared with those of the first, the guided teacher."""
-    figures = [
-        Figures.of(replace(samples, model=entry.model, identity=samples.identity | entry.identity), entry.variant)
-        for entry in entries
-    ]
-    unguided = next(found for e, found in zip(entries, figures, strict=True) if e.variant.role == "unguided")
-    return [
-        row_of(entry.variant, found, guided=figures[0], unguided=unguided, reference=samples.reference)
-        for entry, found in zip(entries, figures, strict=True)
-    ]
-
-
 def timed(
     session: Session,
-    entries: Sequence[Entry],
+    configurations: Sequence[Configuration],
     *,
     runs: int,
     report: Callable[[str], None],
     left_out: dict[str, str],
 ) -> list[list[float]]:
-    """Seconds per batch of stock diffusers with guidance and of each entry, round by round.
-
-    What fails has no times, and its reason is put into `left_out`, by name.
+    """Seconds per batch of stock diffusers with guidance and of each configuration, round by round; see `in_turns`.
 
     Raises:
-        BoostDiffError: stock diffusers or the first entry failed, what all is compared with.
+        BoostDiffError: stock diffusers or the first configuration failed, what all is compared with.
     """
     model, (prompts, noise) = session.model, _batch(session)
     work = Workload(
@@ -246,34 +238,10 @@ def timed(
         guider=session.guider,
     )
     stock = StockVariant(mode="teacher", runner=TorchRunner(model.denoiser), pipeline=stock_pipeline(model))
-    draw: list[tuple[str, Callable[[], float]]] = [("stock diffusers", lambda: stock.time(work)["total"])]
-    draw += [(entry.variant.name, partial(entry.seconds, prompts, noise)) for entry in entries]
-    times: list[list[float]] = [[] for _ in draw]
-    failed: set[int] = set()
-
-    def attempt(index: int) -> float | None:
-        name, call = draw[index]
-        if index in failed:
-            return None
-        try:
-            return call()
-        except Exception as error:
-            # Out of memory, or a batch beyond an engine's profile: each library raises a type of its own.
-            if index < 2:
-                raise BoostDiffError(f"{name} can't be timed: {one_line(error)}") from error
-            left_out[name] = one_line(error)
-            failed.add(index)
-            times[index].clear()
-            return None
-
-    for index, (name, _) in enumerate(draw):
-        report(f"warming up {name}")
-        attempt(index)
-    for number, index in interleaved(len(draw), runs):
-        report(f"round {number + 1} of {runs}, {draw[index][0]}")
-        if seconds := attempt(index):
-            times[index].append(seconds)
-    return times
+    calls: list[tuple[str, Callable[[], float]]] = [("stock diffusers", lambda: stock.time(work)["total"])]
+    calls += [(each.variant.name, partial(each.seconds, prompts, noise)) for each in configurations]
+    found = in_turns(calls, runs, device=model.device, left_out=left_out, report=report, needed=2)
+    return [seconds for seconds, _ in found]
 
 
 def compose(
@@ -310,24 +278,26 @@ def compose(
             raise InputError("bench compose times every row: run it in one process")
         session, left_out = replace(session, sampler=config.sampler), dict[str, str]()
         samples = session.sample_cache(metrics, folder=cache, on_images=on_images)
-        entries = [
-            *entries_of(session, config),
-            *able(session, exported_entries(session, config, manifests, opened=exported, left_out=left_out), left_out),
-        ]
+        of_engines = exported_configurations(session, config, manifests, opened=exported, left_out=left_out)
+        configurations = [*torch_configurations(session, config), *usable(session, of_engines, left_out)]
         report(f"sampling {config.samples} images per row")
         with bounded_memory(session.batch_size):
-            measured = qualities(entries, samples)
+            sampled = (
+                (replace(samples, model=each.model, identity=samples.identity | each.identity), each.variant)
+                for each in configurations
+            )
+            measured = [row for row, _ in compared(sampled)]
         at = session.at(config.sampler, max(config.steps))
-        stock, *others = timed(at, entries, runs=config.runs, report=report, left_out=left_out)
+        stock, *others = timed(at, configurations, runs=config.runs, report=report, left_out=left_out)
         teacher, rows = measured[0], []
-        for entry, quality, seconds in zip(entries, measured, others, strict=True):
+        for each, quality, seconds in zip(configurations, measured, others, strict=True):
             if seconds:
                 ratios = [one / other for one, other in zip(stock, seconds, strict=True)]
                 rows.append(
                     Row(
-                        runner=entry.runner,
-                        precision=entry.precision,
-                        seconds_per_image=median_of([each / session.batch_size for each in seconds]),
+                        runner=each.runner,
+                        precision=each.precision,
+                        seconds_per_image=median_of([total / session.batch_size for total in seconds]),
                         speedup=median_of(ratios),
                         quality=quality,
                         loss=loss_of(quality, teacher),
@@ -336,7 +306,7 @@ def compose(
         return Composition(
             rows=with_front(rows),
             steps=max(config.steps),
-            stock_seconds=median_of([each / session.batch_size for each in stock]),
+            stock_seconds=median_of([total / session.batch_size for total in stock]),
             images=config.samples,
             batch_size=session.batch_size,
             runs=config.runs,

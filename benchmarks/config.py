@@ -18,12 +18,14 @@ from ..engine import embedded
 from ..engine.errors import InputError
 from ..engine.options import (
     STEPS,
+    MaxAutotuneOption,
     SamplerOption,
     SeedOption,
     SpacingOption,
     StudentsSamplerOption,
     StudentsStepsOption,
     check_options,
+    refuse_unused,
 )
 
 if TYPE_CHECKING:
@@ -117,6 +119,7 @@ class BenchConfig(SamplingConfig):
             show_default="for small models on CPUs with bfloat16; never on a GPU",
         ),
     ] = None
+    max_autotune: MaxAutotuneOption = False
     precision: Annotated[
         Literal["fp32", "fp16", "int8"] | None,
         typer.Option(
@@ -131,13 +134,15 @@ class BenchConfig(SamplingConfig):
         super().__post_init__()
         if self.batch_sizes is not None and min(self.batch_sizes, default=0) < 1:
             raise InputError("--batch-sizes must be at least 1, as in --batch-sizes 1,2,4")
+        if self.compile is False:
+            refuse_unused(self, "with --no-compile", "max_autotune")
         if self.alternatives and not self.samples:
             raise InputError("--alternatives evaluates quality: leave --speed-only out")
         if self.alternatives and self.steps == 1:
             raise InputError("--alternatives needs --steps of at least 2: with one, no pass can be saved")
 
     def image_steps(self, students: int) -> int:
-        from .quality.alternatives import candidates
+        from .quality.baselines import candidates
 
         steps = self.steps or STEPS
         swept = candidates(steps=steps, guidance=1.0) if self.alternatives else []
@@ -221,6 +226,7 @@ class ComposeConfig(SamplingConfig):
     sampler: SamplerOption = "ddim"
     guidance: GuidanceOption = None
     runs: Annotated[int, typer.Option(min=3, help="Timed batches per row; the intervals reach 95% with 6.")] = 5
+    max_autotune: MaxAutotuneOption = False
     alternatives: Annotated[
         bool, typer.Option("--alternatives", help="Also what saves passes without training, in the most steps.")
     ] = False
@@ -235,7 +241,7 @@ class ComposeConfig(SamplingConfig):
             raise InputError("--alternatives needs --steps of at least 2: with one, no pass can be saved")
 
     def image_steps(self, students: int) -> int:
-        from .quality.alternatives import candidates
+        from .quality.baselines import candidates
 
         swept = candidates(steps=max(self.steps), guidance=1.0) if self.alternatives else []
         steps = (students + 1) * sum(self.steps) + max(self.steps) + sum(one.steps for one in swept)

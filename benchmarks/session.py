@@ -20,14 +20,14 @@ from ..engine.guiders import Guider
 from ..engine.merge import merge
 from ..engine.model import Model, ModelFiles, load, resolve_device
 from ..engine.options import SAMPLER, STEPS
-from ..engine.prompts import cut_note
+from ..engine.prompts import truncation_note
 from ..engine.runners import Runner, TorchRunner
 from ..engine.sampling import default_batch_size
 from ..engine.schedulers import check_spacing
 from ..engine.student import Distilled, StudentInfo, read_student
 from ..engine.versions import source_commit, versions
 from .config import BenchConfig, ComposeConfig, Metrics, SamplingConfig, SweepConfig, Table1Config
-from .quality.alternatives import Alternative
+from .quality.baselines import Baseline
 from .quality.clip_score import ClipScorer
 from .quality.features import EfficientNetLite0Features, InceptionFeatures
 from .quality.reference import reference_of
@@ -194,13 +194,17 @@ class Session:
         passes, compiles = config.image_steps(len(students)), getattr(config, "compile", None) is not False
         # Where runners are timed, too, it is not the number of images that chooses them.
         composed = isinstance(config, ComposeConfig)
+        max_autotune = isinstance(config, ComposeConfig) and config.max_autotune
         opened = FastestRunners(
             model,
             passes=MANY_PASSES if composed else passes,
             compiles=compiles,
             freezing=composed,
+            max_autotune=max_autotune,
             batch_size=batch_size,
         )
+        if max_autotune and opened.name != "compiled":
+            raise InputError(f"--max-autotune is for rows by torch.compile: here they are by {opened.name}")
         with opened as runners:
             yield cls(
                 model=model,
@@ -281,8 +285,8 @@ class Session:
             identity={"mode": "student", "adapter": student.info.adapter_sha256, "guidance": scale},
         )
 
-    def alternative(self, setting: Alternative) -> SamplingVariant:
-        """What saves passes without training."""
+    def baseline(self, setting: Baseline) -> SamplingVariant:
+        """A training-free baseline."""
         return self._variant(
             name=setting.name,
             role="alternative",
@@ -339,7 +343,7 @@ class Session:
             if cache.clip:
                 hashes["clip"] = cache.clip.sha256
             texts = {"prompts": cache.prompts, "negative prompts": [cache.negative_prompt]}
-            notes += [note for what, cut in texts.items() if (note := cut_note(self.model.pipeline, cut, what))]
+            notes += [note for what, cut in texts.items() if (note := truncation_note(self.model.pipeline, cut, what))]
             notes += cache.reference.notes if cache.reference else ()
             if self.runner_name in DRAWN_BY and not isinstance(self.config, ComposeConfig):
                 notes.append(f"images of quality are drawn by {DRAWN_BY[self.runner_name]}")

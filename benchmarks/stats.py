@@ -57,15 +57,15 @@ def median_of(values: Sequence[float]) -> Estimate:
     )
 
 
-def jackknifed(value: float, left_out: Sequence[float]) -> Estimate:
+def jackknifed(value: float, replicates: Sequence[float]) -> Estimate:
     """A statistic with its delete-a-group jackknife interval (Efron & Tibshirani 1993, §11.5).
 
     The variance is (g − 1) / g · Σ (θ_j − θ̄)² over g groups, the interval Student's with g − 1 degrees of freedom.
     All θ_j come from samples of one size, so a bias that depends on the size alone cancels: the reason to prefer it
     to the bootstrap for Fréchet distances, which repeated samples push up.
     """
-    groups = len(left_out)
-    error = float(np.sqrt((groups - 1) * np.var(left_out)))
+    groups = len(replicates)
+    error = float(np.sqrt((groups - 1) * np.var(replicates)))
     half = float(t.ppf((1 + CONFIDENCE) / 2, groups - 1)) * error
     return Estimate(value=value, low=value - half, high=value + half, coverage=CONFIDENCE)
 
@@ -82,11 +82,11 @@ class Statistic:
 
     Attributes:
         value: of all images.
-        left_out: without each group of prompts in turn; empty with too few images for an interval.
+        replicates: the jackknife's, without each group of prompts in turn; empty with too few images for an interval.
     """
 
     value: float
-    left_out: tuple[float, ...] = ()
+    replicates: tuple[float, ...] = ()
 
     better: ClassVar[int] = -1
     """Sign of an improvement: -1 where lower is better."""
@@ -94,24 +94,26 @@ class Statistic:
     @property
     def interval(self) -> Estimate | None:
         """Over prompts and noise."""
-        return jackknifed(self.value, self.left_out) if self.left_out else None
+        return jackknifed(self.value, self.replicates) if self.replicates else None
 
-    def delta_to(self, other: Statistic) -> Estimate | None:
-        """This less another, with the interval of the paired difference."""
-        if not self.left_out:
+    def delta_to(self, other: Statistic | None) -> Estimate | None:
+        """This less another, with the interval of the paired difference; None for itself, or without intervals."""
+        if other is None or other is self or not self.replicates:
             return None
-        return jackknifed(self.value - other.value, [a - b for a, b in zip(self.left_out, other.left_out, strict=True)])
+        return jackknifed(
+            self.value - other.value, [a - b for a, b in zip(self.replicates, other.replicates, strict=True)]
+        )
 
     def gain_recovered(self, *, guided: Statistic, unguided: Statistic) -> Estimate | None:
         """The share of the guidance gain recovered: (this − unguided) / (guided − unguided).
 
         None where the gain of guidance is not beyond noise: a ratio to it means nothing then.
         """
-        gains = [self.better * (g - u) for g, u in zip(guided.left_out, unguided.left_out, strict=True)]
+        gains = [self.better * (g - u) for g, u in zip(guided.replicates, unguided.replicates, strict=True)]
         if not gains or min(gains) <= 0 or jackknifed(sum(gains) / len(gains), gains).low <= 0:
             return None
         shares = [
-            self.better * (x - u) / gain for x, u, gain in zip(self.left_out, unguided.left_out, gains, strict=True)
+            self.better * (x - u) / gain for x, u, gain in zip(self.replicates, unguided.replicates, gains, strict=True)
         ]
         return jackknifed((self.value - unguided.value) / (guided.value - unguided.value), shares)
 
@@ -125,12 +127,14 @@ class Score(Statistic):
     def of(cls, values: Sequence[float]) -> Score:
         """Of one value per image."""
         x = np.asarray(values, dtype=np.float64)
-        return cls(value=float(x.mean()), left_out=tuple(float(x[mask].mean()) for mask in leave_one_group_out(len(x))))
+        return cls(
+            value=float(x.mean()), replicates=tuple(float(x[mask].mean()) for mask in leave_one_group_out(len(x)))
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spread:
-    """Repeated measurements of a time, in seconds."""
+class Percentiles:
+    """Of repeated measurements of a time, in seconds."""
 
     median: float
     p10: float
@@ -138,7 +142,7 @@ class Spread:
     runs: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
+    def of(cls, values: Sequence[float]) -> Percentiles:
         """From the measurements themselves."""
         p10, median, p90 = np.percentile(values, [10, 50, 90]).tolist()
         return cls(median=median, p10=p10, p90=p90, runs=len(values))

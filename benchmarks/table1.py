@@ -13,12 +13,11 @@ from ..engine.options import STEPS
 from ..engine.schedulers import check_steps
 from ..engine.student import Distilled, StudentInfo
 from .config import SAMPLER_NAMES, Metrics, SweepConfig, Table1Config
-from .quality.quality import Figures
+from .quality.quality import QualityRow, compared
 from .quality.samples import SampleCache, SamplingVariant, bounded_memory
 from .session import Session, Student, with_sampling
-from .stats import Estimate
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Version of `table1.json` and `sweep.json`."""
 
 PAPER_PARAMETERS = 865_910_724
@@ -41,31 +40,19 @@ PAPER: dict[tuple[str, str, int], float] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One figure.
+    """A row at one setting.
 
     Attributes:
-        row: "teacher w=3", "student lora", …
         column: "DDIM, 20 steps", or "w=3".
-        sampler: see `SamplingVariant`, as for `steps`, `guidance` and `cost`.
-        distance: Fréchet distance to real images.
-        interval: interval of `distance`; None below N = 4.
-        delta_to_guided: ΔFD to the teacher that comes first in the column, paired; None for itself.
-        caption_score: mean of `Grid.caption_label`; None without a CLIP model.
-        caption_delta_to_guided: like `delta_to_guided`.
+        sampler: see `SamplingVariant`, as for `guidance`.
+        quality: compared with the teacher that comes first in the column; its name is the row's.
         paper: the paper's figure; None where it has none, or has another model.
     """
 
-    row: str
     column: str
     sampler: str
-    steps: int
     guidance: float
-    cost: int
-    distance: float
-    interval: Estimate | None
-    delta_to_guided: Estimate | None
-    caption_score: Estimate | None = None
-    caption_delta_to_guided: Estimate | None = None
+    quality: QualityRow
     paper: float | None = None
 
 
@@ -75,7 +62,7 @@ class Grid:
 
     Attributes:
         name: "table1" or "sweep", also the name of its files.
-        cells: row by row; not every place is taken.
+        cells: column by column; not every row has one in each.
         images: N, of each cell.
         reference_images: real images behind the reference's statistics.
         features: name of the distance.
@@ -95,37 +82,36 @@ class Grid:
         """Plain JSON values."""
         return {"schema_version": SCHEMA_VERSION} | asdict(self)
 
-    def place(self, row: str, column: str) -> Cell | None:
-        """The cell in a place, or None."""
-        return next((cell for cell in self.cells if (cell.row, cell.column) == (row, column)), None)
+    def cell(self, row: str, column: str) -> Cell | None:
+        """The cell of a row and column, or None."""
+        return next((cell for cell in self.cells if (cell.quality.name, cell.column) == (row, column)), None)
 
 
-Places = Sequence[tuple[str, SamplingVariant]]
-"""What is sampled for each cell, with the cell's column; its row is the variant's name."""
+Columns = dict[str, list[SamplingVariant]]
+"""What is sampled for the cells of each column; a cell's row is the variant's name."""
 
 
-def table1_places(session: Session, config: Table1Config) -> Places:
+def table1_columns(session: Session, config: Table1Config) -> Columns:
     """Guided teacher, unguided teacher and students in each column; a column per sampler and number of steps."""
-    places: list[tuple[str, SamplingVariant]] = []
+    columns: Columns = {}
     for at in (session.at(sampler, steps) for sampler in config.samplers for steps in config.steps):
         students = [at.student(student, at.guidance) for student in at.students]
         # Beside a few-step student all rows of the column have its timesteps.
         spaced = f", {at.spacing}" if at.spacing != config.timestep_spacing else ""
         column = f"{SAMPLER_NAMES[at.sampler]}, {at.steps} steps{spaced}"
-        places += [(column, variant) for variant in (at.teacher(at.guidance), at.teacher(1.0), *students)]
-    return places
+        columns[column] = [at.teacher(at.guidance), at.teacher(1.0), *students]
+    return columns
 
 
-def sweep_places(session: Session, config: SweepConfig) -> Places:
+def sweep_columns(session: Session, config: SweepConfig) -> Columns:
     """The teacher at every scale; students only at scales that they were distilled for, see `with_sampling`."""
-    session, places = session.at(str(config.sampler), config.steps or STEPS), []
+    session, columns = session.at(str(config.sampler), config.steps or STEPS), Columns()
     for scale in config.guidance:
-        variants = [replace(session.teacher(scale), name="teacher")]
+        variants = columns[f"w={scale:g}"] = [replace(session.teacher(scale), name="teacher")]
         for student in session.students:
             low, high = student.info.guidance_range or (student.info.guidance, student.info.guidance)
             variants += [session.student(student, scale)] if low <= scale <= high else []
-        places += [(f"w={scale:g}", variant) for variant in variants]
-    return places
+    return columns
 
 
 def is_papers(info: StudentInfo) -> bool:
@@ -152,36 +138,19 @@ def papers_figures(files: ModelFiles, students: Sequence[Student]) -> dict[tuple
     return {key: fid for key, fid in PAPER.items() if key[0] in rows and key[1:] not in others}
 
 
-def measured_cells(cache: SampleCache, places: Places, *, paper: Mapping[tuple[str, str, int], float]) -> list[Cell]:
-    """Measure the cells, each after the first of its column, a teacher; `paper` is what `papers_figures` gave."""
-    cells = []
-    teachers: dict[str, Figures] = {}
-    for column, variant in places:
-        figures = Figures.of(cache, variant)
-        teacher = teachers.setdefault(column, figures)
-
-        def delta(name: str, figures: Figures = figures, teacher: Figures = teacher) -> Estimate | None:
-            figure = getattr(figures, name)
-            return None if figures is teacher or figure is None else figure.delta_to(getattr(teacher, name))
-
-        assert figures.distance
-        cells.append(
-            Cell(
-                row=variant.name,
-                column=column,
-                sampler=variant.sampler,
-                steps=variant.steps,
-                guidance=variant.guidance,
-                cost=variant.cost,
-                distance=figures.distance.value,
-                interval=figures.distance.interval,
-                delta_to_guided=delta("distance"),
-                caption_score=figures.caption.interval if figures.caption else None,
-                caption_delta_to_guided=delta("caption"),
-                paper=paper.get((variant.name, variant.sampler, variant.steps)),
-            )
+def measured_cells(cache: SampleCache, columns: Columns, *, paper: Mapping[tuple[str, str, int], float]) -> list[Cell]:
+    """Measure the cells, each beside the first of its column, a teacher; `paper` is what `papers_figures` gave."""
+    return [
+        Cell(
+            column=column,
+            sampler=variant.sampler,
+            guidance=variant.guidance,
+            quality=row,
+            paper=paper.get((row.name, variant.sampler, row.steps)),
         )
-    return cells
+        for column, variants in columns.items()
+        for variant, (row, _) in zip(variants, compared((cache, each) for each in variants), strict=True)
+    ]
 
 
 def measure_grid(
@@ -213,19 +182,19 @@ def measure_grid(
     )
     with opened as session:
         if isinstance(config, Table1Config):
-            name, title, places = "table1", "Table 1", table1_places(session, config)
+            name, title, columns = "table1", "Table 1", table1_columns(session, config)
         else:
             name, title = "sweep", f"Guidance sweep, {SAMPLER_NAMES[str(config.sampler)]}, {config.steps} steps"
-            places = sweep_places(session, config)
+            columns = sweep_columns(session, config)
         filled = session.sample_cache(metrics, folder=cache, on_images=on_images)
         report(f"sampling {config.samples} images per cell")
-        samples = session.shared_out(filled, [variant for _, variant in places])
+        samples = session.shared_out(filled, [variant for variants in columns.values() for variant in variants])
         if samples is None:
             return None
         with bounded_memory(session.batch_size):
             # The paper's are of the model's own timesteps.
             paper = {} if config.timestep_spacing else papers_figures(files, session.students)
-            cells = measured_cells(samples, places, paper=paper)
+            cells = measured_cells(samples, columns, paper=paper)
         return Grid(
             name=name,
             title=title,

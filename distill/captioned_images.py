@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..engine.model import Model
-from ..engine.prompts import is_cut, token_limit
+from ..engine.prompts import is_truncated, token_limit
 from .images import ImageData, ImageStream
-from .negatives import NegativePrompts
 from .objective import NoiseSchedule
-from .order import Share, noise_of
-from .source import Batch, Source, TextCache, draw_guidance
+from .order import noise_of
+from .source import Batch, Source, draw_guidance
 
 ENCODED_PIXELS = 2**21
 """What the VAE encodes at once, eight images of 512x512: its activations are hundreds of times their size."""
@@ -32,29 +32,26 @@ class CaptionedImages(Source):
         data: ImageData,
         schedule: NoiseSchedule,
         *,
-        share: Share,
-        seed: int,
-        guidance: tuple[float, float],
-        negatives: NegativePrompts | None = None,
         max_bad_samples: int = 0,
         timesteps: Sequence[int] | None = None,
+        **common: Any,
     ) -> None:
-        """Open the data; images are diffused to one of the timesteps, by default of all."""
-        self.model, self.schedule, self.share, self.seed = model, schedule, share, seed
-        self.guidance_bounds = guidance
+        """Open the data; images are diffused to one of the timesteps, by default of all.
+
+        For what is `common` to all sources see `Source`.
+        """
+        super().__init__(model, schedule, **common)
         self.timesteps = range(len(schedule)) if timesteps is None else timesteps
-        self.embed = TextCache(model)
-        self.negatives = negatives or NegativePrompts(model)
         height, width = image_size(model)
         cut = f"with a caption cut to {token_limit(model.pipeline)} tokens"
         self.stream = ImageStream(
             data,
             height=height,
             width=width,
-            batch_size=share.batch_size,
-            seed=seed,
+            batch_size=self.share.batch_size,
+            seed=self.seed,
             max_bad_samples=max_bad_samples,
-            note_on=lambda caption: cut if is_cut(model.pipeline, caption) else "",
+            note_on=lambda caption: cut if is_truncated(model.pipeline, caption) else "",
         )
         # The same in every process, whatever its share of the data.
         self.other_captions = self.stream.captions(CAPTIONS) if self.negatives.live else []
@@ -105,7 +102,7 @@ class CaptionedImages(Source):
     def restore(self, state: dict[str, torch.Tensor], notes: Counter[str]) -> None:
         """See `Source.restore`; one process goes on with the counts of all."""
         self.stream.restore(state)
-        if self.share.index == 0:
+        if self.share.rank == 0:
             self.stream.notes = notes
 
 

@@ -16,13 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..engine.errors import InputError
 from ..engine.files import give_modes
 
 _FORMAT = "boostdiff-training-state-1"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is unreadable, truncated or not one of ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,18 +75,18 @@ def load_training_state(path: Path) -> TrainingState:
     """Read what `save_training_state` wrote.
 
     Raises:
-        CheckpointError: the file is missing, damaged or of another format.
+        InputError: the file is missing, damaged or of another format.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
-                raise CheckpointError(f"{path} is not a BoostDiff checkpoint")
+                raise InputError(f"{path} is no checkpoint of BoostDiff's: delete it, and the run begins anew")
             # Cloned into torch's own aligned memory: on a CPU alignment changes the last bit of a matrix product,
             # and a resumed run must give the bytes of an uninterrupted one.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"can't read the checkpoint {path}: {error}") from None
+        raise InputError(f"can't read the checkpoint {path}: {error}; delete it, and the run begins anew") from None
     groups: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "data": {}}
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():

@@ -46,7 +46,8 @@ def distill(
     from ..engine.model import locate, resolve_device
     from ..engine.student import INFO_FILE
     from .distill import distill as train
-    from .distill import dry, resolve
+    from .distill import dry_run as resolved_settings
+    from .distill import resolve
     from .loop import Observers, UpdateReport
 
     low, high = parse_guidance(guidance)
@@ -57,15 +58,15 @@ def distill(
     resolved = resolve(config, files, target)
     if dry_run:
         check_output(output, replaces=INFO_FILE)
-        print_json({"model": model, "output": str(output), **dry(files, resolved, execution, target)})
+        print_json({"model": model, "output": str(output), **resolved_settings(files, resolved, execution, target)})
         return
     updates = (resolved.updates or 0) + len(resolved.stages) * (resolved.stage_updates or 0)
     with progress_bar(f"distilling {resolved.method}", updates) as advance:
 
         def show(done: UpdateReport) -> None:
-            pace = f"{done.images_per_second:.1f} images/s, {done.peak_memory / 2**30:.1f} GB"
+            speed = f"{done.images_per_second:.1f} images/s, {done.peak_memory / 2**30:.1f} GB"
             stage = f"{done.steps} steps: " if done.steps else ""
-            advance(note=f"{stage}loss {done.loss:.3g}, {_explained(done.guidance_r2)}{pace}")
+            advance(note=f"{stage}loss {done.loss:.3g}, {_explained(done.guidance_r2)}{speed}")
 
         observers = Observers(
             # Wrong data shows in the first update: no bar before it.

@@ -6,7 +6,7 @@ Nothing here imports torch: the help of a command must not wait for it.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -322,10 +322,6 @@ class DistillConfig(GuiderOptions):
             raise InputError(f"--batch-size {chosen.batch_size} must be a multiple of --reuse {chosen.reuse}")
         return chosen
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -371,11 +367,6 @@ class RunConfig:
             InputError: a value can't be used.
         """
         check_options(self)
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain JSON values, as `student.json` records them."""
-        values = {name: value for name, value in asdict(self).items() if name != "resume"}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def parse_guidance(text: str) -> tuple[float, float | None]:

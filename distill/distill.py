@@ -17,12 +17,11 @@ from accelerate.utils import broadcast_object_list
 from ..engine import embedded
 from ..engine.adapters import Adapter
 from ..engine.compiled import has_bfloat16, missing_compiler, use_plain_attention
-from ..engine.conditions import TextEmbeddings
 from ..engine.errors import InputError
 from ..engine.files import check_output, prepare_output, publish
 from ..engine.model import LARGE_PARAMETERS, Model, ModelFiles, load, resolve_device
-from ..engine.options import refuse_unused
-from ..engine.prompts import cut_note, read_prompts
+from ..engine.options import config_as_json, refuse_unused
+from ..engine.prompts import read_prompts, truncation_note
 from ..engine.student import INFO_FILE, StudentInfo
 from ..engine.terminal import is_main_process
 from ..engine.versions import is_installed, to_install
@@ -39,6 +38,7 @@ from .preview import Preview
 from .replay import Replay
 from .run_folder import (
     CONFIG_FILE,
+    adapter_scale_of,
     at_work_in,
     begin,
     exclusive_lock,
@@ -46,11 +46,10 @@ from .run_folder import (
     identity,
     rescale,
     resumable_state,
-    scale_of,
     work_folder,
     write_student,
 )
-from .source import Source, TextCache
+from .source import Source
 from .text_store import TextStore
 from .trajectories import GridTrajectories, Trajectories
 
@@ -64,7 +63,7 @@ def resolve(config: DistillConfig, files: ModelFiles, device: torch.device) -> D
     )
 
 
-def dry(files: ModelFiles, config: DistillConfig, execution: RunConfig, device: torch.device) -> dict[str, Any]:
+def dry_run(files: ModelFiles, config: DistillConfig, execution: RunConfig, device: torch.device) -> dict[str, Any]:
     """The resolved configuration, and the parameters that would be trained, from configuration files and data alone.
 
     Raises:
@@ -73,7 +72,8 @@ def dry(files: ModelFiles, config: DistillConfig, execution: RunConfig, device: 
     plan(files, config, execution, device, needs_data=False)
     counted = count_parameters(files, config)
     memory = memory_needed(files, config, execution, counted["trainable_parameters"], device)
-    return config.as_json() | execution.as_json() | counted | {"memory_bytes": memory}
+    settings = config_as_json(config) | config_as_json(execution, "resume")
+    return settings | counted | {"memory_bytes": memory}
 
 
 def distill(
@@ -88,15 +88,7 @@ def distill(
     """Train an adapter that makes one conditional pass predict what guided sampling predicts.
 
     The run works in `work_folder(output)`, which takes the name `output` only when all is there. Under
-    `accelerate launch` every process calls this with the same arguments.
-
-    Args:
-        files: the model.
-        config: what determines the adapter; what it leaves out is resolved.
-        execution: how the run is executed.
-        output: the student's folder.
-        device: "auto", "cpu", "cuda", …
-        observers: what watches the run.
+    `accelerate launch` every process calls this with the same arguments. What `config` leaves out is resolved.
 
     Returns:
         What `student.json` says.
@@ -113,15 +105,16 @@ def distill(
         raise InputError(f"--start-from and --output are both {output}: pass another --output")
     prepare_output(output, replaces=INFO_FILE)
     if taken := adopted_in_words(config):
-        observers.note(taken)
+        observers.on_note(taken)
     folder, same = work_folder(output), identity(files, config, images)
     if execution.resume and (ended := finished_run(output, same)):
         # A default that has changed since is no reason to touch a finished student.
-        if asked_scale in (None, scale_of(ended)) or not is_main_process():
-            observers.note(f"the run in {output} has ended: there is nothing left to resume")
+        if asked_scale in (None, adapter_scale_of(ended)) or not is_main_process():
+            observers.on_note(f"the run in {output} has ended: there is nothing left to resume")
             return ended
-        observers.note(f"the run in {output} has ended: its adapter is scaled by {asked_scale:g}, not trained")
-        return rescale(ended, *_load(files, config, execution, target), asked_scale, output, execution.format)
+        observers.on_note(f"the run in {output} has ended: its adapter is scaled by {asked_scale:g}, not trained")
+        kohya = execution.format == "kohya"
+        return rescale(ended, *_load(files, config, execution, target), asked_scale, output, kohya=kohya)
     replaces, data = (output / INFO_FILE).is_file(), (prompts, images)
 
     def train(student: Path, stage: Stage | None) -> StudentInfo:
@@ -138,10 +131,9 @@ def distill(
         else:
             begin(folder, same, observers)
         with exclusive_lock(folder):
-            finished = observers.on_start or (lambda updates: None)
-            info = train_in_stages(config, train, folder=folder, output=output, finished=finished)
+            info = train_in_stages(config, train, folder=folder, output=output, finished=observers.on_start)
     if replaces:
-        observers.note(f"the student that was in {output} is replaced")
+        observers.on_note(f"the student that was in {output} is replaced")
     return info
 
 
@@ -191,17 +183,7 @@ def _train(
 def plan(
     files: ModelFiles, config: DistillConfig, execution: RunConfig, device: torch.device, *, needs_data: bool = True
 ) -> tuple[list[str], ImageData | None]:
-    """Find the data, and refuse what can't be trained.
-
-    Args:
-        files: the model.
-        config: resolved.
-        execution: how the run is executed.
-        device: resolved.
-        needs_data: whether to refuse a run without data.
-
-    Returns:
-        Prompts, or captioned images.
+    """Find the data, prompts or captioned images, and refuse what can't be trained; `config` is resolved.
 
     Raises:
         InputError: there is no data, or model, configuration and device don't go together.
@@ -267,26 +249,26 @@ def _run(
         store = TextStore(execution.cache_text, files, base_dtype(config, device))
         with accelerator.main_process_first():
             encoded = store.fill(prompts, [negative], device)
-        observers.note(f"{encoded} texts encoded into {execution.cache_text}")
+        observers.on_note(f"{encoded} texts encoded into {execution.cache_text}")
     model, adapter = _load(files, config, execution, device)
-    schedule = NoiseSchedule.of(model.make_scheduler("ddim"), device)
     frozen = FrozenStudent(model, adapter, stage, device) if stage else None
-    schedule = frozen.schedule if frozen else schedule
+    schedule = frozen.schedule if frozen else NoiseSchedule.of(model.make_scheduler("ddim"), device)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    share = Share(batch_size=config.new_samples, rank=rank, world_size=world_size)
     common: dict[str, Any] = {
-        "share": Share(batch_size=config.new_samples, index=accelerator.process_index, count=accelerator.num_processes),
+        "share": share,
         # Each stage draws prompts and noise of its own.
         "seed": config.seed + (stage.steps if stage else 0),
         "guidance": config.guidance_bounds,
+        "negatives": NegativePrompts(model, negative, live=config.live_negative_prompt, store=store),
     }
-    negatives = NegativePrompts(model, negative, live=config.live_negative_prompt, store=store)
     source: Source
-    notes = [cut_note(model.pipeline, [negative], "negative prompts")]
+    notes = [truncation_note(model.pipeline, [negative], "negative prompts")]
     if images is not None:
         source = CaptionedImages(
             model,
             images,
             schedule,
-            negatives=negatives,
             max_bad_samples=execution.max_bad_samples,
             timesteps=frozen.timesteps if frozen else None,
             **common,
@@ -295,26 +277,13 @@ def _run(
         notes += images.notes
     else:
         trajectories = partial(GridTrajectories, timesteps=frozen.timesteps) if frozen else Trajectories
-        source = trajectories(model, prompts, schedule, negatives=negatives, store=store, **common)
-        notes.append(cut_note(model.pipeline, prompts))
-    replay = Replay(common["share"], uses=config.reuse, seed=config.seed)
+        source = trajectories(model, prompts, schedule, store=store, **common)
+        notes.append(truncation_note(model.pipeline, prompts))
+    replay = Replay(share, uses=config.reuse, seed=config.seed)
     run = Run(accelerator, model, adapter, source, replay, schedule, config, execution, folder, frozen=frozen)
     run.notes = [note for note in notes if note]
-    text = None
-    if store is not None:
-        conditional, unconditional = TextCache(model, store=store)(shown), negatives.embeddings([negative])
-        text = TextEmbeddings(conditional=conditional, unconditional=unconditional).to(model.denoiser.dtype)
-    preview = Preview(
-        model,
-        adapter,
-        shown,
-        config,
-        steps=stage.steps if stage else None,
-        autocast=accelerator.autocast,
-        note=observers.note,
-        text=text,
-    )
-    return run, preview
+    text = None if store is None else source.text(shown, [negative]).to(model.denoiser.dtype)
+    return run, Preview(run, shown, text, note=observers.on_note)
 
 
 def _load(
@@ -364,12 +333,13 @@ def _affordable(
     # A training sample takes two passes of the teacher, and one forward and backward of the student.
     passes = preview.steps * len(preview.prompts) * (1 + 3 * len(preview.scales))
     seconds = passes / 5 / (result["images_per_second"] or math.inf)
-    small = preview.model.denoiser.num_parameters() < LARGE_PARAMETERS
+    model = preview.run.model
+    small = model.denoiser.num_parameters() < LARGE_PARAMETERS
     if small or device.type != "cpu" or seconds < max(60, result["seconds"] / 2):
         return True
-    observers.note(
+    observers.on_note(
         f"no grid.png: drawing it would take {seconds / 60:.0f} minutes on this CPU; "
-        f"`boostdiff generate PROMPT --model {preview.model.files.name} --student {output}` draws an image"
+        f"`boostdiff generate PROMPT --model {model.files.name} --student {output}` draws an image"
     )
     return False
 

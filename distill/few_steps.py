@@ -92,7 +92,7 @@ def read_adapter(adapter: Adapter, folder: Path) -> None:
 
 
 class FrozenStudent:
-    """The student of the stage before on the same UNet: its weights are swapped in for as long as it predicts."""
+    """The student of the stage before on the same denoiser: its weights are swapped in for as long as it predicts."""
 
     def __init__(self, model: Model, adapter: Adapter, stage: Stage, device: torch.device) -> None:
         """Read its weights into the adapter, which is trained on from there.
@@ -107,7 +107,7 @@ class FrozenStudent:
         finer, scheduler = (make_scheduler(SAMPLER, config, spacing=SPACING) for _ in range(2))
         finer.set_timesteps(2 * stage.steps)
         scheduler.set_timesteps(stage.steps)
-        self.schedule = NoiseSchedule.of(scheduler, device).ending_as(scheduler)
+        self.schedule = NoiseSchedule.of(scheduler, device)
         self.timesteps: list[int] = scheduler.timesteps.tolist()
         middle = finer.timesteps[1::2].tolist()
         # By timestep: where the two steps meet, and where they end.
@@ -127,7 +127,7 @@ class FrozenStudent:
         Args:
             z_t: `(B, C, H, W)`.
             t: `(B,)`, on the stage's grid.
-            x_at: the UNet's x̂, with the weights that it has, at latents and timesteps.
+            x_at: the denoiser's x̂, with the weights that it has, at latents and timesteps.
         """
         at, middle, end = (self.schedule.at(each) for each in (t, self._middle[t], self._end[t]))
         with self.adapter.swapped(self.weights):
@@ -151,14 +151,12 @@ def adopted(config: DistillConfig) -> DistillConfig:
         raise InputError(
             f"the student in {config.start_from} takes {info.steps} steps: pass --few-steps {info.steps}:END"
         )
-    known, plain = info.settings, DistillConfig()
-    settings: dict[str, Any] = {}
-    for name in (*STUDENTS_OWN, *(each for names in GUIDERS.values() for each in names)):
-        own, asked = known.get(name), getattr(config, name)
-        settings[name] = tuple(own) if isinstance(own, list) else own
-        if name == "guider":
-            settings[name] = own or "cfg"
-        if asked not in (settings[name], getattr(plain, name)):
+    known, plain = info.settings | {"guider": info.guider}, DistillConfig()
+    names = (*STUDENTS_OWN, *(name for settings in GUIDERS.values() for name in settings))
+    settings: dict[str, Any] = {name: known.get(name) for name in names}
+    for name, own in settings.items():
+        asked = getattr(config, name)
+        if asked not in (own, getattr(plain, name)):
             option = name.replace("_", "-")
             raise InputError(
                 f"--{option} {asked}: the student in {config.start_from} was trained with {own}, leave it out"

@@ -109,11 +109,7 @@ class ImageStream:
         """Start before the first row.
 
         Args:
-            data: from `open_images`.
-            height: of the pixels.
-            width: of the pixels.
             batch_size: rows per update, over all processes.
-            seed: of the order.
             max_bad_samples: how many bad samples an epoch may have.
             note_on: what of a caption is not used, in words; or "".
         """
@@ -130,17 +126,14 @@ class ImageStream:
         """Advance by one update.
 
         Args:
-            members: the slots of the batch wanted here, as `order.Share` divides them; at least one.
+            members: the slots of the batch wanted here, as `order.Share` divides them.
 
         Returns:
             b captions and their pixels, `(b, 3, height, width)` float32 in [-1, 1].
 
         Raises:
             InputError: more bad samples than allowed, a whole epoch without a good one, or unreadable data.
-            ValueError: `members` is empty.
         """
-        if not members:
-            raise ValueError("a process without members can't follow the others: use fewer processes")
         first_epoch = self.epoch
         while True:
             window = [self._next_row() for _ in range(self.batch_size)]

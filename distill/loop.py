@@ -1,7 +1,7 @@
 """The training loop, on one process or many.
 
 Every process holds the model and works on its share of each batch; the adapter is small, so one all-reduce of its
-gradients per update is all that they exchange, and no wrapper comes between the loop and the UNet.
+gradients per update is all that they exchange, and no wrapper comes between the loop and the denoiser.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from .checkpoint import TrainingState, save_training_state
 from .config import DistillConfig, RunConfig, learning_rate_at
 from .few_steps import FrozenStudent
 from .images import in_words
-from .monitoring import LossWatch, Pace, StopRequest, peak_memory, stop_request
+from .monitoring import LossWatch, StopRequest, Throughput, peak_memory, stop_request
 from .objective import NoiseSchedule, distillation_loss, guidance_weight, x_from_prediction
+from .order import reduce_together
 from .replay import Replay
 from .source import Batch, Source
 
@@ -44,15 +45,11 @@ LOG_FILE = "log.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateReport:
-    """What `distill` reports after each update.
+    """What `distill` reports after each update: loss and speed over all processes, this one's peak memory in bytes.
 
     Attributes:
         update: number of updates done.
-        loss: loss of this one, over all processes.
-        guidance_r2: see `LossWatch.guidance_r2`.
         steps: number of steps of the student that a stage trains; None for guidance.
-        images_per_second: samples per second over all processes, as `Pace` counts them.
-        peak_memory: bytes, of this process.
     """
 
     update: int
@@ -74,15 +71,10 @@ class Observers:
         preview: whether to draw `grid.png` at the end.
     """
 
-    on_start: Callable[[int], None] | None = None
-    on_update: Callable[[UpdateReport], None] | None = None
-    on_note: Callable[[str], None] | None = None
+    on_start: Callable[[int], None] = lambda update: None
+    on_update: Callable[[UpdateReport], None] = lambda report: None
+    on_note: Callable[[str], None] = lambda note: None
     preview: bool = True
-
-    def note(self, message: str) -> None:
-        """Call `on_note`."""
-        if self.on_note:
-            self.on_note(message)
 
 
 @dataclass
@@ -90,17 +82,8 @@ class Run:
     """One training run's moving parts.
 
     Attributes:
-        accelerator: precision and processes.
-        model: model with the adapter on its UNet.
-        adapter: the trained part.
         source: supply of batches.
-        replay: samples of earlier updates.
-        schedule: α and σ by timestep.
-        config: resolved training configuration.
-        execution: how the run is executed.
-        folder: folder of checkpoint and log.
         done: number of updates done.
-        watch: all losses so far.
         notes: what of the data is not used, in words.
         frozen: student of the stage before, of a stage of few steps.
         parts: passes per update; more than configured where memory does not suffice.
@@ -131,15 +114,13 @@ class Run:
             torch.optim.AdamW(self.parameters, lr=self.config.learning_rate, weight_decay=0.0),
             device_placement=[False],
         )
-        self.good = [parameter.detach().clone() for parameter in self.parameters]
+        self.last_good_weights = [parameter.detach().clone() for parameter in self.parameters]
         self.began = time.monotonic()
-        # What R² compares with, and is called: who has learned nothing is the unguided teacher, or of the stage before.
-        self.untrained, self.r2 = (
-            ("unguided_loss", "guidance_r2") if self.frozen is None else ("before_loss", "stage_r2")
-        )
+        # What the log calls the loss of the baseline, and R².
+        self.baseline, self.r2 = ("before_loss", "stage_r2") if self.frozen else ("unguided_loss", "guidance_r2")
 
     def targets(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The teacher's x̂_w, and the x̂ of who has learned nothing, each `(B, C, H, W)`.
+        """The teacher's x̂_w, and the x̂ of the baseline, a student that has learned nothing, each `(B, C, H, W)`.
 
         The latter is the teacher's conditional pass, which x̂_w needs anyway. In a stage of few steps x̃ takes the place
         of x̂_w, and the frozen student's first step that of the conditional pass.
@@ -179,10 +160,10 @@ class Run:
         """Compute this process's gradients of the mean loss, in `parts` passes.
 
         Returns:
-            The batch with targets, and this process's share of the mean over its samples of their loss and of that of
-            who has learned nothing, `(2,)`. Samples that the student has not been trained on: it counts for R².
+            The batch with targets, and this process's share of the mean over its samples of their loss and of the
+            baseline's, `(2,)`. Samples that the student has not been trained on: it counts for R².
         """
-        teacher_x, untrained_x = map(torch.cat, zip(*map(self.targets, batch.split(self.parts)), strict=True))
+        teacher_x, baseline_x = map(torch.cat, zip(*map(self.targets, batch.split(self.parts)), strict=True))
         batch = replace(batch, teacher_x=teacher_x)
         whole = self.replay.extended(batch, self.source, update)
         seen = []
@@ -191,7 +172,7 @@ class Run:
             # The sum over shares and parts is the mean over all processes' samples.
             self.accelerator.backward(losses.sum() / self.config.batch_size)
             seen.append(losses.detach())
-        both = torch.cat(seen)[: len(batch)], self.losses(untrained_x, batch)
+        both = torch.cat(seen)[: len(batch)], self.losses(baseline_x, batch)
         return batch, torch.stack([losses.sum() for losses in both]) / self.config.new_samples
 
     def update(self, update: int, request: StopRequest, note: Callable[[str], None]) -> bool:
@@ -202,7 +183,7 @@ class Run:
         """
         batch = self.source.batch(update)
         batch, total = self.within_memory(batch, update, note)
-        loss_value, unguided_value, stop = self.reduce(total, request)
+        loss_value, baseline_value, stop = self.reduce(total, request)
         if not math.isfinite(loss_value):
             self.refuse(f"the loss is {loss_value} at update {update}")
         norm = self.accelerator.clip_grad_norm_(self.parameters, 1.0)
@@ -217,7 +198,7 @@ class Run:
         self.replay.add(batch)
         self.source.advance(batch.teacher_x)
         self.done = update + 1
-        self.watch.add(loss_value, unguided_value)
+        self.watch.add(loss_value, baseline_value)
         if self.watch.diverges():
             self.refuse(f"the loss diverges: {loss_value:.3g} at update {update}")
         return stop
@@ -248,20 +229,14 @@ class Run:
 
     def reduce(self, losses: torch.Tensor, request: StopRequest) -> tuple[float, float, bool]:
         """Sum gradients, losses `(2,)` and requests to stop over all processes, in one exchange."""
-        stopped = request.name is not None
+        stops = losses.new_tensor(float(request.name is not None))
         if self.accelerator.num_processes > 1:
             # What the prediction does not depend on, such as the text's way out of Qwen-Image's last block, has no
             # gradient, in any process.
-            parameters = [parameter for parameter in self.parameters if parameter.grad is not None]
-            others = [losses, losses.new_tensor([float(stopped)])]
-            flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None] + others)
-            flat = self.accelerator.reduce(flat, reduction="sum")
-            pieces = flat.split([parameter.numel() for parameter in parameters] + [2, 1])
-            for parameter, piece in zip(parameters, pieces[:-2], strict=True):
-                parameter.grad = piece.view_as(parameter)
-            losses, stopped = pieces[-2], pieces[-1].item() > 0
-        loss, unguided = losses.tolist()
-        return loss, unguided, stopped
+            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+            reduce_together(self.accelerator, [*gradients, losses, stops], "sum")
+        loss, baseline = losses.tolist()
+        return loss, baseline, stops.item() > 0
 
     def restore(self, state: TrainingState) -> None:
         """Continue from a checkpoint.
@@ -281,10 +256,10 @@ class Run:
         try:
             for line in _log_lines(self.folder / LOG_FILE, self.done):
                 logged = json.loads(line)
-                self.watch.add(logged["loss"], logged[self.untrained])
+                self.watch.add(logged["loss"], logged[self.baseline])
         except (ValueError, KeyError, TypeError):
             raise InputError(f"can't resume: {self.folder / LOG_FILE} is damaged; run without --resume") from None
-        self.good = [parameter.detach().clone() for parameter in self.parameters]
+        self.last_good_weights = [parameter.detach().clone() for parameter in self.parameters]
         if self.accelerator.scaler is not None and state.header.get("scaler"):
             self.accelerator.scaler.load_state_dict(state.header["scaler"])
 
@@ -306,31 +281,29 @@ class Run:
 
     def train(self, observers: Observers, draw: Callable[[Path], None]) -> dict[str, Any]:
         """Do the updates that are left; what `student.json` says of them."""
-        start, pace = self.done, Pace(self.config.batch_size)
+        start, throughput = self.done, Throughput(self.config.batch_size)
         main = self.accelerator.is_main_process
         for note in self.notes if main else ():
-            observers.note(note)
-        if observers.on_start:
-            observers.on_start(start)
+            observers.on_note(note)
+        observers.on_start(start)
         with _open_log(self.folder / LOG_FILE, start, main) as log, stop_request() as request:
             for update in range(start, self.config.updates):
-                stop = self.update(update, request, observers.note)
-                loss, unguided = self.watch.losses[-1], self.watch.unguided[-1]
-                r2 = self.watch.guidance_r2()
-                values = {"loss": loss, self.untrained: unguided, self.r2: r2}
+                stop = self.update(update, request, observers.on_note)
+                loss, r2 = self.watch.losses[-1], self.watch.guidance_r2()
+                values = {"loss": loss, self.baseline: self.watch.baseline[-1], self.r2: r2}
                 values["teacher_evaluations"] = self.budget()["teacher_evaluations"]
                 values["lr"] = learning_rate_at(update, self.config)
                 log.write(json.dumps({"update": update, **values}) + "\n")
-                images_per_second = pace.after_update()
+                images_per_second = throughput.after_update()
                 if self.execution.log_with:
                     self.accelerator.log({**values, "images/s": images_per_second}, step=update)
                 last = self.done == self.config.updates
                 if (self.done % self.execution.checkpoint_every == 0 or stop) and not last:
                     log.flush()
                     self.checkpoint()
-                    self.good = [parameter.detach().clone() for parameter in self.parameters]
-                if observers.on_update:
-                    report = UpdateReport(
+                    self.last_good_weights = [parameter.detach().clone() for parameter in self.parameters]
+                observers.on_update(
+                    UpdateReport(
                         update=self.done,
                         loss=loss,
                         guidance_r2=r2,
@@ -338,7 +311,7 @@ class Run:
                         peak_memory=peak_memory(self.model.device),
                         steps=self.frozen.stage.steps if self.frozen else None,
                     )
-                    observers.on_update(report)
+                )
                 if self.execution.preview_every and self.done % self.execution.preview_every == 0 and main:
                     (self.folder / "previews").mkdir(exist_ok=True)
                     draw(self.folder / "previews" / f"{self.done:06}.png")
@@ -349,13 +322,13 @@ class Run:
                     )
         notes = in_words(self.source.notes())
         for note in notes if main else ():
-            observers.note(note)
+            observers.on_note(note)
         return {
             "updates": self.config.updates,
             "resumed_at": start,
             **self.budget(),
             "seconds": round(time.monotonic() - self.began, 1),
-            "images_per_second": pace.images_per_second,
+            "images_per_second": throughput.images_per_second,
             "final_loss": self.watch.mean_loss(),
             self.r2: self.watch.guidance_r2(),
             "gradient_accumulation_steps": self.parts,
@@ -377,7 +350,7 @@ class Run:
             BoostDiffError: always.
         """
         with torch.no_grad():
-            for parameter, good in zip(self.parameters, self.good, strict=True):
+            for parameter, good in zip(self.parameters, self.last_good_weights, strict=True):
                 parameter.copy_(good)
         if self.accelerator.is_main_process:
             self.adapter.save(self.folder, self.model.pipeline)

@@ -1,4 +1,4 @@
-"""What a training run watches: requests to stop, its losses, pace, memory."""
+"""What a training run watches: requests to stop, its losses, throughput, memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 import torch
@@ -18,15 +19,11 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 
+@dataclass
 class StopRequest:
-    """Set by SIGINT or SIGTERM, to be honoured between two updates.
+    """The name of the signal, SIGINT or SIGTERM, that asked the run to stop after this update; None before one did."""
 
-    Attributes:
-        name: name of the signal, or None while there was none.
-    """
-
-    def __init__(self) -> None:
-        self.name: str | None = None
+    name: str | None = None
 
 
 @contextmanager
@@ -58,7 +55,8 @@ class LossWatch:
 
     Attributes:
         losses: equation (4), one per update.
-        unguided: the same for the teacher's conditional pass, which is a student that has learned nothing.
+        baseline: the same for a student that has learned nothing: the teacher's conditional pass, or in a stage of few
+            steps the student of the stage before.
     """
 
     WINDOW = 10
@@ -66,23 +64,23 @@ class LossWatch:
 
     def __init__(self) -> None:
         self.losses: list[float] = []
-        self.unguided: list[float] = []
+        self.baseline: list[float] = []
 
-    def add(self, loss: float, unguided: float) -> None:
+    def add(self, loss: float, baseline: float) -> None:
         """Take in one more update."""
         self.losses.append(loss)
-        self.unguided.append(unguided)
+        self.baseline.append(baseline)
 
     def diverges(self) -> bool:
         """Whether the loss has left the range that it began in.
 
         The loss of an update depends much on the noise levels drawn, so windows are compared: the newest `WINDOW`
-        losses with `FACTOR` times the first, and with more where the unguided losses of the newest samples are larger.
+        losses with `FACTOR` times the first, and with more where the baselines of the newest samples are larger.
         """
         if len(self.losses) < 2 * self.WINDOW:
             return False
         first, newest = slice(self.WINDOW), slice(-self.WINDOW, None)
-        before, now = sum(self.unguided[first]), sum(self.unguided[newest])
+        before, now = sum(self.baseline[first]), sum(self.baseline[newest])
         harder = max(1.0, now / before) if before > 0 else 1.0
         return sum(self.losses[newest]) > self.FACTOR * harder * sum(self.losses[first])
 
@@ -96,16 +94,16 @@ class LossWatch:
         return self._newest(self.losses)
 
     def guidance_r2(self) -> float | None:
-        """R² of the guidance term, over the newest tenth of the updates: 1 − loss / unguided loss.
+        """R² of the guidance term, over the newest tenth of the updates: 1 − loss / baseline.
 
-        It is 0 for a student that predicts what the unguided teacher does, 1 for the guided teacher itself, and below 0
-        for one that is further from it than the unguided teacher. None where guidance changes nothing.
+        It is 0 for a student that has learned nothing, 1 for the guided teacher itself, and below 0 for one that is
+        further from it than the baseline. None where guidance changes nothing.
         """
-        unguided = self._newest(self.unguided)
-        return 1 - self._newest(self.losses) / unguided if unguided > 0 else None
+        baseline = self._newest(self.baseline)
+        return 1 - self._newest(self.losses) / baseline if baseline > 0 else None
 
 
-class Pace:
+class Throughput:
     """How fast a run goes. The first update counts only while it is the only one: kernels are chosen or compiled in it.
 
     Attributes:
@@ -120,12 +118,11 @@ class Pace:
     def after_update(self) -> float:
         """`images_per_second`, with one more update of `batch_size` images."""
         now = time.monotonic()
-        pace = self.batch_size * max(self._updates, 1) / (now - self._since)
+        self.images_per_second = self.batch_size * max(self._updates, 1) / (now - self._since)
         if self._updates == 0:
             self._since = now
         self._updates += 1
-        self.images_per_second = pace
-        return pace
+        return self.images_per_second
 
 
 def peak_memory(device: torch.device) -> int:

@@ -8,8 +8,7 @@ import numpy as np
 
 from ..engine.conditions import PromptEmbeds
 from ..engine.model import Model
-from .source import TextCache
-from .text_store import TextStore
+from .text_store import TextCache, TextStore
 
 COMMON = (
     "blurry",

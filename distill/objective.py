@@ -6,10 +6,10 @@ Legend: z_t latents (B, C, H, W), α and σ the noise schedule at t as (B, 1, 1,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from diffusers import DDIMScheduler, SchedulerMixin
+from diffusers import SchedulerMixin
 
 from ..engine.schedulers import is_flow
 
@@ -44,7 +44,7 @@ class NoiseSchedule:
         sigmas: `(T,)` float32.
         timesteps: `(T,)`, as the denoiser takes them.
         prediction_type: see `x_from_prediction`.
-        end: α and σ at t = −1, the clean end.
+        end: α and σ at t = −1, where the last step ends.
     """
 
     alphas: torch.Tensor
@@ -70,20 +70,18 @@ class NoiseSchedule:
                 prediction_type="flow_prediction",
             )
         alphas_cumprod = scheduler.alphas_cumprod.double()
+        # Of many models the last step of a sampler ends at a little noise (`set_alpha_to_one`).
+        end = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
         return cls(
             alphas=alphas_cumprod.sqrt().float().to(device),
             sigmas=(1 - alphas_cumprod).sqrt().float().to(device),
             timesteps=torch.arange(len(alphas_cumprod), device=device),
             prediction_type=scheduler.config.prediction_type,
+            end=(end**0.5, (1 - end) ** 0.5),
         )
 
     def __len__(self) -> int:
         return len(self.alphas)
-
-    def ending_as(self, scheduler: DDIMScheduler) -> NoiseSchedule:
-        """The same with the end of a sampler's last step: of many models it is a little noise (`set_alpha_to_one`)."""
-        squared = float(scheduler.final_alpha_cumprod)
-        return replace(self, end=(squared**0.5, (1 - squared) ** 0.5))
 
     def at(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """α and σ at timesteps `(B,)`, each `(B, 1, 1, 1)`; at t = −1 those of `end`."""
@@ -113,12 +111,7 @@ def x_from_prediction(
 ) -> torch.Tensor:
     """x̂ from what the network predicts (Salimans & Ho 2022, §4 and appendix D).
 
-    Args:
-        prediction: `(B, C, H, W)`.
-        z_t: `(B, C, H, W)`.
-        alpha: `(B, 1, 1, 1)`.
-        sigma: `(B, 1, 1, 1)`.
-        prediction_type: as in a diffusers scheduler: "epsilon", "v_prediction", "sample" or "flow_prediction".
+    The prediction type is a diffusers scheduler's: "epsilon", "v_prediction", "sample" or "flow_prediction".
 
     Raises:
         ValueError: the prediction type is unknown.
@@ -135,29 +128,20 @@ def x_from_prediction(
     raise ValueError(f"unknown prediction type {prediction_type!r}")
 
 
-SMALLEST_EXCESS = 0.5
-"""Guidance nearer to 1 than this counts as this far from it, or the weight of a range's lower end would explode."""
-
-
 def guidance_weight(guidance: torch.Tensor) -> torch.Tensor:
-    """1 / (w − 1)² for scales `(B,)`: what the student must learn, x̂_w − x̂_1, grows as w − 1."""
-    return (guidance - 1).clamp(min=SMALLEST_EXCESS).square().reciprocal()
+    """1 / (w − 1)² for scales `(B,)`: what the student must learn, x̂_w − x̂_1, grows as w − 1.
+
+    w − 1 is taken to be at least 0.5, or the weight of a range's lower end would explode.
+    """
+    return (guidance - 1).clamp(min=0.5).square().reciprocal()
 
 
 def distillation_loss(
     student_x: torch.Tensor, teacher_x: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, weight: str
 ) -> torch.Tensor:
-    """Equation (4) for each sample: ω(λ_t) ‖x̂_{θ+Δθ}(z_t, c) − x̂_w(z_t)‖², the norm as a mean over elements.
+    """Equation (4) for each sample: ω(λ_t) ‖x̂_{θ+Δθ}(z_t, c) − x̂_w(z_t)‖², the norm as a mean over elements, `(B,)`.
 
-    Args:
-        student_x: `(B, C, H, W)`, carries the gradient.
-        teacher_x: `(B, C, H, W)`, equation (3).
-        alpha: `(B, 1, 1, 1)`.
-        sigma: `(B, 1, 1, 1)`.
-        weight: a key of `LOSS_WEIGHTS`.
-
-    Returns:
-        `(B,)`; the expectation of equation (4) is its mean.
+    The teacher's x̂ is that of equation (3); `weight` is a key of `LOSS_WEIGHTS`.
     """
     snr = (alpha / sigma).square()
     squared = (student_x - teacher_x).square().mean(dim=(1, 2, 3), keepdim=True)
@@ -206,14 +190,7 @@ def dpm_solver_2m(
 ) -> torch.Tensor:
     """DPM-Solver++(2M)'s estimate of x̂ over the coming step (Lu et al. 2022, "DPM-Solver++", algorithm 2).
 
-    A DDIM step with it in place of x̂ is a step of the second-order multistep solver.
-
-    Args:
-        x: `(B, C, H, W)` the prediction at the current timestep.
-        x_previous: the same at the timestep before.
-        half_log_snr_previous: log(α / σ) there, `(B, 1, 1, 1)`.
-        half_log_snr: at the current timestep.
-        half_log_snr_next: at the next.
+    A DDIM step with it in place of x̂ is a step of the second-order multistep solver. Half of log SNR is log(α / σ).
     """
     ratio = (half_log_snr - half_log_snr_previous) / (half_log_snr_next - half_log_snr)
     return x + (x - x_previous) / (2 * ratio)

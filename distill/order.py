@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 T = TypeVar("T")
@@ -20,27 +21,33 @@ class Share:
 
     Attributes:
         batch_size: samples per update, over all processes.
-        index: index of this process.
-        count: number of processes.
+        rank: index of this process.
+        world_size: number of processes.
     """
 
     batch_size: int
-    index: int = 0
-    count: int = 1
+    rank: int = 0
+    world_size: int = 1
 
     @property
     def members(self) -> range:
         """This process's members, consecutive, sizes differing by one at most."""
-        bounds = [self.batch_size * i // self.count for i in (self.index, self.index + 1)]
-        return range(*bounds)
+        return range(*(self.batch_size * i // self.world_size for i in (self.rank, self.rank + 1)))
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """All processes' rows in the batch's order, on the CPU."""
-        return torch.cat(gather_object([rows.detach().cpu()])) if self.count > 1 else rows
+        return torch.cat(gather_object([rows.detach().cpu()])) if self.world_size > 1 else rows
 
     def gather_list(self, items: list[T]) -> list[T]:
         """All processes' items, in the processes' order; they must pickle."""
-        return gather_object(items) if self.count > 1 else items
+        return gather_object(items) if self.world_size > 1 else items
+
+
+def reduce_together(accelerator: Accelerator, tensors: Sequence[torch.Tensor], reduction: str) -> None:
+    """Make each tensor its "sum" or "mean" over all processes, in one exchange; `Accelerator.reduce` makes one each."""
+    flat = accelerator.reduce(torch.cat([tensor.flatten() for tensor in tensors]), reduction=reduction)
+    for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(piece.view_as(tensor))
 
 
 @lru_cache(maxsize=1)

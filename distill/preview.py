@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..engine.adapters import Adapter
 from ..engine.conditions import TextEmbeddings
 from ..engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
 from ..engine.model import Model
 from ..engine.pictures import labelled_grid
 from ..engine.runners import TorchRunner
 from ..engine.sampling import default_batch_size, generate, to_uint8
-from .config import DistillConfig
 from .few_steps import SAMPLER, SPACING
+from .loop import Run
 
 PREVIEW_STEPS = 20
 
 
 class AutocastRunner(TorchRunner):
-    """The UNet in a training run's precision; a VAE that would overflow in it keeps its own."""
+    """The denoiser in a training run's precision; a VAE that would overflow in it keeps its own."""
 
     def __init__(self, model: Model, autocast: Callable[[], AbstractContextManager[None]]) -> None:
         super().__init__(model.denoiser)
@@ -42,35 +42,21 @@ class Preview:
     """
 
     def __init__(
-        self,
-        model: Model,
-        adapter: Adapter,
-        prompts: list[str],
-        config: DistillConfig,
-        *,
-        steps: int | None = None,
-        autocast: Callable[[], AbstractContextManager[None]],
-        note: Callable[[str], None],
-        text: TextEmbeddings | None = None,
+        self, run: Run, prompts: list[str], text: TextEmbeddings | None = None, *, note: Callable[[str], None]
     ) -> None:
         """Take note of what will be drawn.
 
         Args:
-            model: with the adapter on, as training leaves it.
-            adapter: switched off for the teacher's columns.
+            run: its model has the adapter on, as training leaves it.
             prompts: a handful.
-            config: names the method and the guidance; both ends of a range are drawn.
-            steps: of a few-step student, for all columns.
-            autocast: the run's precision.
+            text: their embeddings, where the model has no text encoders.
             note: callback for warnings.
-            text: embeddings of the prompts, where the model has no text encoders.
         """
-        self.note, self.text = note, text
-        self.steps, self.spacing = steps or PREVIEW_STEPS, SPACING if steps else None
-        self.model, self.adapter, self.prompts, self.config = model, adapter, prompts, config
-        self.scales = sorted(set(config.guidance_bounds))
-        self.runner = AutocastRunner(model, autocast)
-        self.guider = config.chosen_guider.for_schedule(model.pipeline.scheduler.config)
+        self.run, self.prompts, self.text, self.note = run, prompts, text, note
+        self.steps = run.frozen.stage.steps if run.frozen else PREVIEW_STEPS
+        self.spacing = SPACING if run.frozen else None
+        self.scales = sorted(set(run.config.guidance_bounds))
+        self.runner = AutocastRunner(run.model, run.autocast)
         self.teacher: dict[str, torch.Tensor] = {}
 
     def write(self, path: Path) -> None:
@@ -82,31 +68,34 @@ class Preview:
 
     @torch.no_grad()
     def _write(self, path: Path) -> None:
-        text = self.text or self.model.family.encode(
-            self.model.pipeline, self.prompts, negative_prompt=self.config.fixed_negative_prompt
-        )
-        draw = partial(
-            generate,
-            self.model,
-            text=text,
-            make_scheduler=partial(self.model.make_scheduler, SAMPLER, spacing=self.spacing),
-            steps=self.steps,
-            seed=0,
-            batch_size=default_batch_size(self.model),
+        model, config = self.run.model, self.run.config
+        text = self.text or model.family.encode(
+            model.pipeline, self.prompts, negative_prompt=config.fixed_negative_prompt
         )
         if not self.teacher:
-            with self.adapter.disabled():
-                unguided = to_uint8(draw(SinglePassDenoiser(self.runner)))
-                self.teacher = {"teacher w=1": unguided}
-                for scale in self.scales:
-                    guided = GuidedDenoiser(self.runner, scale, self.guider)
-                    self.teacher[f"teacher w={scale:g}"] = to_uint8(draw(guided))
-        columns = dict(self.teacher)
-        for scale in self.scales:
-            student: Denoiser = SinglePassDenoiser(
+            teacher: dict[str, Denoiser] = {"teacher w=1": SinglePassDenoiser(self.runner)}
+            for scale in self.scales:
+                teacher[f"teacher w={scale:g}"] = GuidedDenoiser(self.runner, scale, self.run.guider)
+            with self.run.adapter.disabled():
+                self.teacher = self._drawn(teacher, text)
+        student = {
+            f"{config.method} w={scale:g}": SinglePassDenoiser(
                 self.runner,
-                scale if self.config.guidance_conditioned else None,
-                live_negative_prompt=self.config.live_negative_prompt,
+                scale if config.guidance_conditioned else None,
+                live_negative_prompt=config.live_negative_prompt,
             )
-            columns[f"{self.config.method} w={scale:g}"] = to_uint8(draw(student))
-        labelled_grid(columns, self.prompts).save(path)
+            for scale in self.scales
+        }
+        labelled_grid(self.teacher | self._drawn(student, text), self.prompts).save(path)
+
+    def _drawn(self, denoisers: Mapping[str, Denoiser], text: TextEmbeddings) -> dict[str, torch.Tensor]:
+        """A column of images by each denoiser, under its heading."""
+        model = self.run.model
+        sampling: dict[str, Any] = {
+            "text": text,
+            "make_scheduler": partial(model.make_scheduler, SAMPLER, spacing=self.spacing),
+            "steps": self.steps,
+            "seed": 0,
+            "batch_size": default_batch_size(model),
+        }
+        return {heading: to_uint8(generate(model, denoiser, **sampling)) for heading, denoiser in denoisers.items()}

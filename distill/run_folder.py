@@ -17,9 +17,10 @@ from ..engine.adapters import KOHYA_FILE, Adapter, Lora
 from ..engine.errors import InputError
 from ..engine.files import locked, publish, read_json, sha256_of, write_json
 from ..engine.model import Model, ModelFiles
+from ..engine.options import config_as_json
 from ..engine.student import INFO_FILE, StudentInfo, read_student
 from ..engine.versions import versions
-from .checkpoint import CheckpointError, TrainingState, load_training_state
+from .checkpoint import TrainingState, load_training_state
 from .config import DistillConfig
 from .few_steps import SAMPLER, SPACING, STAGES, read_adapter
 from .images import ImageData
@@ -70,7 +71,7 @@ def identity(files: ModelFiles, config: DistillConfig, images: ImageData | None)
         parts["images"] = hashlib.sha256(json.dumps(images.content()).encode()).hexdigest()
     if config.start_from:
         parts["start_from"] = read_student(config.start_from).adapter_sha256
-    return config.as_json() | {f"{name}_sha256": value for name, value in parts.items()}
+    return config_as_json(config) | {f"{name}_sha256": value for name, value in parts.items()}
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -104,7 +105,7 @@ def begin(folder: Path, identity: dict[str, Any], observers: Observers) -> None:
                 names = chain([".abandoned"], (f".abandoned-{number}" for number in count(2)))
                 aside = next(path for path in map(folder.with_suffix, names) if not path.exists())
                 folder.replace(aside)
-                observers.note(f"an unfinished run, which --resume would have continued, is now in {aside}")
+                observers.on_note(f"an unfinished run, which --resume would have continued, is now in {aside}")
             else:
                 shutil.rmtree(folder)
     folder.mkdir()
@@ -115,18 +116,14 @@ def resumable_state(folder: Path, identity: dict[str, Any]) -> TrainingState | N
     """What the checkpoint holds; None if none was written yet. Every process reads it.
 
     Raises:
-        InputError: there is nothing to resume, or it was begun under other settings.
+        InputError: there is nothing to resume, it was begun under other settings, or the checkpoint is damaged.
     """
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"there is nothing to resume in {folder}: run without --resume")
     if changes := _changes(read_json(folder / CONFIG_FILE), identity):
         raise InputError(f"can't resume under other settings ({changes}): repeat them, or run without --resume")
-    if not (folder / CHECKPOINT_FILE).is_file():
-        return None
-    try:
-        return load_training_state(folder / CHECKPOINT_FILE)
-    except CheckpointError as error:
-        raise InputError(f"can't resume: {error}; run without --resume") from None
+    path = folder / CHECKPOINT_FILE
+    return load_training_state(path) if path.is_file() else None
 
 
 def finished_run(output: Path, identity: dict[str, Any]) -> StudentInfo | None:
@@ -143,7 +140,7 @@ def finished_run(output: Path, identity: dict[str, Any]) -> StudentInfo | None:
 def write_student(run: Run, *, identity: dict[str, Any], result: dict[str, Any]) -> StudentInfo:
     """The adapter's files, and `student.json` that names them, in place of the checkpoint."""
     config, adapter, folder = run.config, run.adapter, run.folder
-    adapter_files = _save(adapter, folder, run.model, run.execution.format)
+    adapter_files = _save(adapter, folder, run.model, kohya=run.execution.format == "kohya")
     low, high = config.guidance_bounds
     sampling: dict[str, Any] = {}
     if run.frozen:
@@ -164,7 +161,7 @@ def write_student(run: Run, *, identity: dict[str, Any], result: dict[str, Any])
         adapter_files=adapter_files,
         trainable_parameters=adapter.count(),
         settings=identity
-        | run.execution.as_json()
+        | config_as_json(run.execution, "resume")
         | {"prediction_type": run.model.files.scheduler_config.get("prediction_type")},
         versions=versions(),
         result=result,
@@ -174,23 +171,23 @@ def write_student(run: Run, *, identity: dict[str, Any], result: dict[str, Any])
     return info
 
 
-def _save(adapter: Adapter, folder: Path, model: Model, form: str | None) -> dict[str, str]:
+def _save(adapter: Adapter, folder: Path, model: Model, *, kohya: bool) -> dict[str, str]:
     """Write the adapter's files, and return the hashes of those that students are read from."""
     paths = adapter.save(folder, model.pipeline)
-    if form == "kohya":
-        inner = getattr(adapter, "inner", adapter)
-        assert isinstance(inner, Lora)
-        inner.save_kohya(folder)
+    if kohya:
+        # `plan` lets nothing else through.
+        assert isinstance(adapter, Lora)
+        adapter.save_kohya(folder)
     return {path.name: sha256_of(path) for path in paths}
 
 
-def scale_of(info: StudentInfo) -> float:
+def adapter_scale_of(info: StudentInfo) -> float:
     """What a student's adapter was multiplied by at the end."""
     return info.settings.get("adapter_scale") or 1.0
 
 
 def rescale(
-    info: StudentInfo, model: Model, adapter: Adapter, scale: float, output: Path, form: str | None
+    info: StudentInfo, model: Model, adapter: Adapter, scale: float, output: Path, *, kohya: bool
 ) -> StudentInfo:
     """Give a finished student's adapter another scale; its `grid.png`, which shows the one before, goes away.
 
@@ -200,21 +197,20 @@ def rescale(
         adapter: a new one on its denoiser.
         scale: of the adapter as it was trained.
         output: the student's folder.
-        form: None, or "kohya", which a student that has such a file keeps.
+        kohya: whether to write that file, too; a student that has it keeps it.
 
     Raises:
         InputError: the adapter does not fit.
     """
     read_adapter(adapter, output)
-    adapter.scale(scale / scale_of(info), info.guidance_range and info.guidance_range[1])
+    adapter.scale(scale / adapter_scale_of(info), info.guidance_range and info.guidance_range[1])
     # Not in the work folder: what is there can be resumed.
     with TemporaryDirectory(prefix=f".{output.name}.scaled-", dir=output.resolve().parent) as parent:
         folder = Path(parent) / "student"
         shutil.copytree(output, folder, ignore=shutil.ignore_patterns("grid.png"))
         settings = info.settings | {"adapter_scale": scale}
-        if (folder / KOHYA_FILE).exists():
-            form = "kohya"
-        scaled = replace(info, adapter_files=_save(adapter, folder, model, form), settings=settings)
+        adapter_files = _save(adapter, folder, model, kohya=kohya or (folder / KOHYA_FILE).exists())
+        scaled = replace(info, adapter_files=adapter_files, settings=settings)
         scaled.write(folder)
         publish(folder, output)
     return scaled

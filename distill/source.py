@@ -5,23 +5,21 @@ Everything random is drawn from (seed, counter) pairs, so a resumed run sees wha
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..engine.conditions import PromptEmbeds, TextEmbeddings
+from ..engine.conditions import TextEmbeddings
 from ..engine.model import Model
-from .text_store import TextStore
-
-if TYPE_CHECKING:
-    from .negatives import NegativePrompts
+from .negatives import NegativePrompts
+from .objective import NoiseSchedule
+from .order import Share
+from .text_store import TextCache, TextStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,27 +53,29 @@ class Batch:
         return [self[int(piece[0]) : int(piece[-1]) + 1] for piece in pieces]
 
     def __getitem__(self, rows: slice) -> Batch:
-        return Batch(
-            z_t=self.z_t[rows],
-            t=self.t[rows],
-            prompts=self.prompts[rows],
-            negative_prompts=self.negative_prompts[rows],
-            text=self.text[rows],
-            guidance=self.guidance[rows],
-            teacher_x=None if self.teacher_x is None else self.teacher_x[rows],
-        )
+        parts: dict[str, Any] = {name: None if each is None else each[rows] for name, each in vars(self).items()}
+        return Batch(**parts)
 
 
 class Source(ABC):
-    """A supply of batches. What it gives depends on seeds and on the share's batch size, not on the processes.
+    """A supply of batches. What it gives depends on seeds and on the share's batch size, not on the processes."""
 
-    Attributes:
-        embed: embeds prompts.
-        negatives: draws and embeds negative prompts.
-    """
-
-    embed: TextCache
-    negatives: NegativePrompts
+    def __init__(
+        self,
+        model: Model,
+        schedule: NoiseSchedule,
+        *,
+        share: Share,
+        seed: int,
+        guidance: tuple[float, float],
+        negatives: NegativePrompts | None = None,
+        store: TextStore | None = None,
+    ) -> None:
+        """Guidance scales are drawn between the two; texts are embedded by the model, or read from a store."""
+        self.model, self.schedule, self.share, self.seed = model, schedule, share, seed
+        self.guidance_bounds = guidance
+        self.embed = TextCache(model, store=store)
+        self.negatives = negatives or NegativePrompts(model)
 
     def text(self, prompts: Sequence[str], negative_prompts: Sequence[str]) -> TextEmbeddings:
         """Embeddings of a batch's texts."""
@@ -100,34 +100,6 @@ class Source(ABC):
 
     def restore(self, state: dict[str, torch.Tensor], notes: Counter[str]) -> None:
         """Continue from `state()` and `notes()`."""
-
-
-class TextCache:
-    """Embeddings of prompts (or negative prompts), each computed once, kept on the CPU in at most `limit` bytes."""
-
-    def __init__(
-        self, model: Model, *, negative: bool = False, limit: int = 2**30, store: TextStore | None = None
-    ) -> None:
-        """Embed by the model's text encoders, or read from a store that has been filled."""
-        self.model = model
-        family, pipeline = model.family, model.pipeline
-        if store is not None:
-            # Few, as reading one again is cheap.
-            self._embedded = lru_cache(maxsize=100)(lambda prompt: store.read(prompt, negative=negative))
-            return
-        numbers = sum(math.prod(shape) for shape in family.prompt_shapes(pipeline).values())
-        # One at a time goes through the text encoder: the batch around a prompt changes its last bits, and a resumed
-        # run must give the bytes of an uninterrupted one.
-        self._embedded = lru_cache(maxsize=max(1, limit // (4 * numbers)))(
-            lambda prompt: (
-                family.embed_negative(pipeline, prompt) if negative else family.embed(pipeline, [prompt])
-            ).to("cpu")
-        )
-
-    def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """Embeddings of B prompts, float32, on the model's device."""
-        found = PromptEmbeds.cat([self._embedded(prompt) for prompt in prompts])
-        return found.to(self.model.device, torch.float32)
 
 
 def draw_guidance(random: np.random.Generator, bounds: tuple[float, float]) -> float:

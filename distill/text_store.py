@@ -1,14 +1,16 @@
-"""Text embeddings on disk: computed once, so that a run holds no text encoder in memory."""
+"""Text embeddings, each computed once: in memory, or on disk, so that a run holds no text encoder in memory."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -20,22 +22,12 @@ from safetensors.torch import load_file, save_file
 from ..engine.conditions import PromptEmbeds
 from ..engine.errors import InputError, one_line
 from ..engine.files import read_json
-from ..engine.model import ModelFiles
+from ..engine.model import Model, ModelFiles
 from ..engine.text_encoders import load_text
 
 
-@dataclass(frozen=True, kw_only=True)
-class _StandIn:
-    """A part that is not needed, but for what pipelines read of it."""
-
-    config: FrozenDict
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def temperal_downsample(self) -> Any:
-        """Of a video VAE; pipelines read it off the module."""
-        return self.config.get("temperal_downsample")
+class _StandIn(SimpleNamespace):
+    """A part that is not needed, but for what pipelines read of it; a plain `SimpleNamespace` has no `__module__`."""
 
 
 class TextStore:
@@ -44,17 +36,10 @@ class TextStore:
     def __init__(self, folder: Path, files: ModelFiles, dtype: torch.dtype) -> None:
         self.folder, self.files, self.dtype = folder, files, dtype
         hashes = files.other_sha256()
-        names = (*files.family.text_encoders, *files.family.tokenizers)
+        parts = {name: hashes.get(name) for name in (*files.family.text_encoders, *files.family.tokenizers)}
         size = files.family.latent_shape(files.denoiser_config)
         self._index = read_json(files.folder / "model_index.json")
-        settings = files.family.settings(self._index)
-        self.identity = [
-            files.family.name,
-            {name: hashes.get(name) for name in names},
-            list(size),
-            str(dtype),
-            settings,
-        ]
+        self.identity = [files.family.name, parts, list(size), str(dtype), files.family.settings(self._index)]
 
     def path(self, prompt: str, *, negative: bool) -> Path:
         """Where a prompt's embeddings lie."""
@@ -80,9 +65,7 @@ class TextStore:
         Raises:
             InputError: the folder can't be written, or a text encoder can't be loaded.
         """
-        wanted = [(text, False) for text in dict.fromkeys(prompts)] + [
-            (text, True) for text in dict.fromkeys(negatives)
-        ]
+        wanted = dict.fromkeys([(text, False) for text in prompts] + [(text, True) for text in negatives])
         missing = [(text, negative) for text, negative in wanted if not self.path(text, negative=negative).exists()]
         if not missing:
             return 0
@@ -105,12 +88,45 @@ class TextStore:
     def _text_pipeline(self, device: torch.device) -> Any:
         """A stock pipeline of tokenizers and text encoders; of the other parts it has the configurations."""
         files, family = self.files, self.files.family
-        stand_in: dict[str, Any] = {"dtype": self.dtype, "device": device}
+
+        def stand_in(config: dict[str, Any]) -> _StandIn:
+            # Read off the module, of a video VAE.
+            more = {"temperal_downsample": config.get("temperal_downsample")}
+            return _StandIn(config=FrozenDict(config), dtype=self.dtype, device=device, **more)
+
         components: dict[str, Any] = {
-            family.denoiser: _StandIn(config=FrozenDict(files.denoiser_config), **stand_in),
-            "vae": _StandIn(config=FrozenDict(read_json(files.folder / "vae" / "config.json")), **stand_in),
+            family.denoiser: stand_in(files.denoiser_config),
+            "vae": stand_in(read_json(files.folder / "vae" / "config.json")),
             "scheduler": getattr(diffusers, self._index["scheduler"][1]).from_config(dict(files.scheduler_config)),
         }
         names = (*family.tokenizers, *family.text_encoders)
         components |= load_text(files, names, device=device, dtype=self.dtype)
         return family.assemble(components, self._index)
+
+
+class TextCache:
+    """Embeddings of prompts (or negative prompts), each computed once, kept on the CPU in at most `limit` bytes."""
+
+    def __init__(
+        self, model: Model, *, negative: bool = False, limit: int = 2**30, store: TextStore | None = None
+    ) -> None:
+        """Embed by the model's text encoders, or read from a store that has been filled."""
+        self.model = model
+        family, pipeline = model.family, model.pipeline
+        if store is not None:
+            # Few, as reading one again is cheap.
+            self._embedded = lru_cache(maxsize=100)(lambda prompt: store.read(prompt, negative=negative))
+            return
+        numbers = sum(math.prod(shape) for shape in family.prompt_shapes(pipeline).values())
+        # One at a time goes through the text encoder: the batch around a prompt changes its last bits, and a resumed
+        # run must give the bytes of an uninterrupted one.
+        self._embedded = lru_cache(maxsize=max(1, limit // (4 * numbers)))(
+            lambda prompt: (
+                family.embed_negative(pipeline, prompt) if negative else family.embed(pipeline, [prompt])
+            ).to("cpu")
+        )
+
+    def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
+        """Embeddings of B prompts, float32, on the model's device."""
+        found = PromptEmbeds.cat([self._embedded(prompt) for prompt in prompts])
+        return found.to(self.model.device, torch.float32)

@@ -10,11 +10,9 @@ import numpy as np
 import torch
 
 from ..engine.model import Model
-from .negatives import NegativePrompts
 from .objective import NoiseSchedule, ddim_step, dpm_solver_2m
-from .order import Share, epoch_order, noise_of
-from .source import Batch, Source, TextCache, draw_guidance
-from .text_store import TextStore
+from .order import epoch_order, noise_of
+from .source import Batch, Source, draw_guidance
 
 
 class Trajectories(Source):
@@ -31,30 +29,18 @@ class Trajectories(Source):
     STEPS = (4, 16)
     """Fewest and most steps of a trajectory: short ones bring more prompts and noise into a run."""
 
-    def __init__(
-        self,
-        model: Model,
-        prompts: list[str],
-        schedule: NoiseSchedule,
-        *,
-        share: Share,
-        seed: int,
-        guidance: tuple[float, float],
-        negatives: NegativePrompts | None = None,
-        store: TextStore | None = None,
-    ) -> None:
-        self.model, self.prompts, self.schedule, self.seed = model, prompts, schedule, seed
-        self.share, self.guidance_bounds = share, guidance
-        self.embed = TextCache(model, store=store)
-        self.negatives = negatives or NegativePrompts(model)
-        size = share.batch_size
+    def __init__(self, model: Model, prompts: list[str], schedule: NoiseSchedule, **common: Any) -> None:
+        """For what is `common` to all sources see `Source`."""
+        super().__init__(model, schedule, **common)
+        self.prompts = prompts
+        size = self.share.batch_size
         self.number = torch.zeros(size, dtype=torch.int64)
         self.stride, self.position, self.first_stride = (torch.zeros(size) for _ in range(3))
         self.t, self.t_previous = torch.full((size,), -1), torch.full((size,), -1)
         self.multistep = torch.zeros(size, dtype=torch.bool)
         self.guidance = torch.zeros(size)
         self.texts, self.negative_texts = [""] * size, [""] * size
-        self.z_t = torch.zeros(len(share.members), *model.latent_shape, device=model.device)
+        self.z_t = torch.zeros(len(self.share.members), *model.latent_shape, device=model.device)
         self.x_previous = torch.zeros_like(self.z_t)
         self.started = 0
         self._refill(range(size))

@@ -103,7 +103,7 @@ class Adapter(ABC):
 
     @contextmanager
     def swapped(self, weights: dict[str, torch.Tensor]) -> Iterator[None]:
-        """A context in which the UNet has other trained parameters, by name: those of a frozen student."""
+        """A context in which the denoiser has other trained parameters, by name: those of a frozen student."""
         own = {name: parameter.data for name, parameter in self.parameters().items()}
         try:
             for name, parameter in self.parameters().items():
@@ -234,15 +234,8 @@ class Lora(Adapter):
     def save_kohya(self, folder: Path) -> Path:
         """Write a LoRA once more by the names that ComfyUI, A1111 and kohya's scripts read.
 
-        The conversion is diffusers' (`convert_state_dict_to_kohya`); each alpha is the rank.
-
-        Raises:
-            InputError: the adapter is no plain LoRA of a UNet.
+        The conversion is diffusers' (`convert_state_dict_to_kohya`), of a UNet's LoRA alone; each alpha is the rank.
         """
-        if self.method != "lora":
-            raise InputError(f"--format kohya is for --method lora, not {self.method}")
-        if _prefix(self.denoiser) != "unet":
-            raise InputError("--format kohya is for UNets: diffusers has no converter for others")
         tensors = convert_state_dict_to_kohya({f"unet.{name}": t for name, t in self.state_dict().items()})
         save_file({name: t.contiguous() for name, t in tensors.items()}, folder / KOHYA_FILE, metadata={"format": "pt"})
         return folder / KOHYA_FILE
@@ -267,17 +260,8 @@ class BitFit(Adapter):
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return _biases(self.denoiser)
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    def _swap(self) -> None:
-        for name, parameter in self.parameters().items():
-            parameter.data, self._base[name] = self._base[name], parameter.data
+    def disabled(self) -> AbstractContextManager[None]:
+        return self.swapped(self._base)
 
     @torch.no_grad()
     def scale(self, factor: float, largest: float | None = None) -> None:

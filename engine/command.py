@@ -117,17 +117,17 @@ def _generate_shards(job: Job, *, address: str | None, workers: int | None, as_j
         for shard in set(range(len(job))) - set(shards):
             on_shard(shard)
         if address is None or not shards:
-            cut = draw_shards(job, shards, advance) if shards else 0
+            truncated = draw_shards(job, shards, advance) if shards else 0
         else:
             from .ray_workers import draw_on_cluster
 
-            cut = draw_on_cluster(job.absolute(), shards, address=address, workers=workers, on_shard=on_shard)
-    if cut:
-        console.print(
-            f"{cut} of the prompts drawn are cut: they have more tokens than the text encoder takes", style="yellow"
-        )
+            truncated = draw_on_cluster(job.absolute(), shards, address=address, workers=workers, on_shard=on_shard)
+    if truncated:
+        note = f"{truncated} of the prompts drawn are cut: they have more tokens than the text encoder takes"
+        console.print(note, style="yellow")
     if as_json:
-        print_json({"shards": [str(job.path(shard)) for shard in range(len(job))], "drawn": len(shards), "cut": cut})
+        paths = [str(job.path(shard)) for shard in range(len(job))]
+        print_json({"shards": paths, "drawn": len(shards), "cut": truncated})
         return
     images = f"{len(job.config.prompts)} images in {len(job)} shards"
     console.print(f"{images} in [bold]{job.output}[/], {len(shards)} of them drawn now")

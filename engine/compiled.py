@@ -6,9 +6,9 @@ import copy
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,12 +79,8 @@ def _compile(denoiser: torch.nn.Module, *, backend: str, mode: str | None = None
     return torch.compile(denoiser, backend=backend, mode=mode, dynamic=False)
 
 
-@contextmanager
-def _without_remarks() -> Iterator[None]:
-    """Dynamo's warnings of diffusers' code help no user."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+_without_warnings = partial(warnings.catch_warnings, action="ignore")
+"""Dynamo's warnings of diffusers' code help no user."""
 
 
 class CompiledRunner(TorchRunner):
@@ -98,7 +94,13 @@ class CompiledRunner(TorchRunner):
     name = "compiled"
 
     def __init__(
-        self, denoiser: Any, *, batches: Sequence[int] = (), backend: str = "inductor", freezing: bool = True
+        self,
+        denoiser: Any,
+        *,
+        batches: Sequence[int] = (),
+        backend: str = "inductor",
+        freezing: bool = True,
+        max_autotune: bool = False,
     ) -> None:
         """Wrap; the first call with each batch size compiles, which takes from half a minute to many.
 
@@ -107,6 +109,7 @@ class CompiledRunner(TorchRunner):
             batches: sizes to compile for: others are filled up to the next of these, and compiled for beyond them.
             backend: of `torch.compile`.
             freezing: whether code on a CPU holds the weights; without, all denoisers of one architecture share it.
+            max_autotune: whether Inductor times several forms of each matrix product on a CPU, too.
         """
         super().__init__(denoiser)
         self.batches, self.freezing = sorted(batches), freezing
@@ -121,7 +124,8 @@ class CompiledRunner(TorchRunner):
             use_plain_attention(denoiser)
         if self._graphs:
             denoiser.to(memory_format=torch.channels_last)
-        self.denoiser = _compile(denoiser, backend=backend, mode="max-autotune" if self._graphs else None)
+        tuned = "max-autotune" if self._graphs else "max-autotune-no-cudagraphs"
+        self.denoiser = _compile(denoiser, backend=backend, mode=tuned if self._graphs or max_autotune else None)
 
     def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         batch = len(inputs["sample"])
@@ -135,10 +139,12 @@ class CompiledRunner(TorchRunner):
                 for name, tensor in inputs.items()
             }
         if not self._graphs:
-            with torch.no_grad(), _without_remarks(), inductor_config.patch(freezing=self.freezing):
+            # What is timed would be printed.
+            silent = inductor_config.patch(freezing=self.freezing, autotune_num_choices_displayed=0)
+            with torch.no_grad(), _without_warnings(), silent:
                 return super().predict(inputs)[:batch].to(self.dtype)
         torch.compiler.cudagraph_mark_step_begin()
-        with torch.inference_mode(False), torch.no_grad(), _without_remarks():
+        with torch.inference_mode(False), torch.no_grad(), _without_warnings():
             # Tensors born in inference mode are another type to dynamo, which would compile once more for them.
             copies = {name: tensor.clone() for name, tensor in inputs.items()}
             # The next replay of the graph overwrites its output.
@@ -161,5 +167,5 @@ class TrainingRunner(TorchRunner):
         self.denoiser = _compile(denoiser, backend=backend)
 
     def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        with _without_remarks():
+        with _without_warnings():
             return super().predict(inputs)

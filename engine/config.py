@@ -17,6 +17,7 @@ from .options import (
     ENGINE_FOLDER,
     STEPS,
     STUDENT_FOLDER,
+    MaxAutotuneOption,
     SeedOption,
     SpacingOption,
     StudentsSamplerOption,
@@ -90,6 +91,7 @@ class GenerateConfig(GuiderOptions):
             "or an engine's: onnx, tensorrt."
         ),
     ] = "torch"
+    max_autotune: MaxAutotuneOption = False
     precision: Annotated[
         Literal["fp32", "fp16", "int8", "fp8"] | None,
         typer.Option(
@@ -133,6 +135,8 @@ class GenerateConfig(GuiderOptions):
                 refuse_unused(self, "with --guidance 1, which is one pass", "negative_prompt", "guider")
         if self.runner != "torch":
             refuse_unused(self, f"with --runner {self.runner}, where the LoRA is merged", "lora_scale")
+        if self.runner != "compiled":
+            refuse_unused(self, f"with --runner {self.runner}: it is for --runner compiled", "max_autotune")
         if self.runner != "onnx":
             refuse_unused(self, f"with --runner {self.runner}: it is for ONNX Runtime's graphs", "precision")
 

@@ -24,7 +24,7 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from .conditions import TextEmbeddings
-from .config import PIXEL_MULTIPLE
+from .config import EXPORTED, PIXEL_MULTIPLE
 from .errors import BoostDiffError, InputError
 from .exported_parts import ExportedTextEncoder, ExportedVaeDecoder, text_in_torch
 from .families import family_of
@@ -32,8 +32,8 @@ from .files import read_json
 from .guidance import Denoiser
 from .manifest import Manifest, read_manifest, verify_configurations
 from .model import Model, ModelFiles, resolve_device
-from .prompts import cut_note
-from .runners import EXPORTED, GraphRunner, available_runners, open_session
+from .prompts import truncation_note
+from .runners import GraphRunner, open_session, unavailable
 from .sampling import batches, decode, default_batch_size, initial_noise, sampling, to_pil, verify_finite
 from .schedulers import check_schedule, check_spacing, check_steps, completed, make_scheduler
 from .sessions import PROVIDERS, Session
@@ -80,18 +80,18 @@ class Engine(AbstractContextManager["Engine"]):
         runner: str = "auto",
         device: str = "auto",
         precision: str | None = None,
-        lean: bool = False,
+        low_memory: bool = False,
     ) -> Self:
         """Open what `boostdiff export` wrote. Every file is checked against the manifest first.
 
         Args:
             folder: the engine folder.
-            runner: a name in `runners.EXPORTED`, or "auto": TensorRT where the device can run the plan, else ONNX
+            runner: a name in `config.EXPORTED`, or "auto": TensorRT where the device can run the plan, else ONNX
                 Runtime.
             device: "auto", "cpu", "cuda", "cuda:1", …; TensorRT runs on no CPU.
             precision: "fp32", "fp16", "int8" or "fp8" of the ONNX graphs; by default which of the first two the device
                 is faster at.
-            lean: less memory in ONNX Runtime, but slower.
+            low_memory: less memory in ONNX Runtime, but slower.
 
         Raises:
             InputError: the engine is missing, incomplete or was changed.
@@ -102,12 +102,11 @@ class Engine(AbstractContextManager["Engine"]):
         if device == "auto" and target.type not in PROVIDERS:
             target = torch.device("cpu")
         if runner == "auto":
-            (reason,) = available_runners(manifest, target, ["tensorrt"]).values()
             # A plan has one precision.
-            runner = "onnx" if reason or precision else "tensorrt"
+            runner = "onnx" if precision or unavailable("tensorrt", manifest, target) else "tensorrt"
         if runner not in EXPORTED:
             raise InputError(f"an engine has no runner {runner!r}: choose one of {', '.join(EXPORTED)}")
-        if reason := available_runners(manifest, target, [runner])[runner]:
+        if reason := unavailable(runner, manifest, target):
             # What was never exported is the user's to change, what the machine lacks is not.
             fault = InputError if runner == "tensorrt" and manifest.plan not in manifest.files else BoostDiffError
             raise fault(f"can't run the engine in {folder} with {runner}: {reason}")
@@ -116,7 +115,13 @@ class Engine(AbstractContextManager["Engine"]):
             raise InputError(f"{folder / unknown[0]} is no part of the engine: remove it, or export again")
         with ExitStack() as stack:
             session = partial(
-                open_session, runner, folder=folder, manifest=manifest, device=target, precision=precision, lean=lean
+                open_session,
+                runner,
+                folder=folder,
+                manifest=manifest,
+                device=target,
+                precision=precision,
+                low_memory=low_memory,
             )
             model = _assemble(folder, manifest, lambda part: stack.enter_context(session(part)), target, precision)
             return cls(manifest=manifest, model=model, opened=stack.pop_all())
@@ -126,7 +131,7 @@ class Engine(AbstractContextManager["Engine"]):
 
     @property
     def runner(self) -> str:
-        """The runner's name, one in `runners.EXPORTED`."""
+        """The runner's name, one in `config.EXPORTED`."""
         return self.model.denoiser.name
 
     def close(self) -> None:
@@ -172,7 +177,7 @@ class Engine(AbstractContextManager["Engine"]):
     ) -> TextEmbeddings:
         """Embeddings of the prompts, and of the negative prompts where the student takes any.
 
-        Warns, once a call, if prompts are cut to what the text encoder takes.
+        Warns, once a call, if prompts are truncated to what the text encoder takes.
 
         Args:
             prompts: B of them.
@@ -189,7 +194,7 @@ class Engine(AbstractContextManager["Engine"]):
         chosen = [self.manifest.distilled.choose_negative_prompt(each) for each in given]
         negatives = [each for each in chosen if each is not None]
         for texts, what in ((prompts, "prompts"), (negatives, "negative prompts")):
-            if note := cut_note(model.pipeline, texts, what):
+            if note := truncation_note(model.pipeline, texts, what):
                 # Of who calls `__call__` or iterates over `stream`.
                 warnings.warn(note, stacklevel=3)
         text = model.family.encode(model.pipeline, prompts, negative_prompt=negatives or None)

@@ -36,10 +36,7 @@ class ExportedTextEncoder(_ExportedPart):
     def forward(self, input_ids: torch.Tensor, attention_mask: None = None, **options: Any) -> Any:
         """As `CLIPTextModel.forward`, or `CLIPTextModelWithProjection.forward` where the graph has `text_embeds`.
 
-        Args:
-            input_ids: `(B, L)` token numbers.
-            attention_mask: not used by any Stable Diffusion.
-            options: `output_hidden_states`, which are there anyway where the family needs them.
+        `input_ids` are `(B, L)`; no Stable Diffusion uses the mask; hidden states are there where a family needs them.
         """
         batch, length = input_ids.shape
         widths = {"pooler_output": (self.config["hidden_size"],), "text_embeds": (self.config.get("projection_dim"),)}

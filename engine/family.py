@@ -18,7 +18,7 @@ from .checks import Parts
 from .conditions import PromptEmbeds, TextEmbeddings, is_live
 from .guidance import combine
 
-ENCODED_TOGETHER = 64
+TEXT_BATCH_SIZE = 64
 """Prompts that the text encoder takes at once."""
 
 ATTENTION = ("to_k", "to_out.0", "to_q", "to_v")
@@ -123,8 +123,8 @@ class Family(ABC):
         embedding out.
         """
         chunks = [
-            self.embed(pipeline, list(prompts[i : i + ENCODED_TOGETHER]))
-            for i in range(0, len(prompts), ENCODED_TOGETHER)
+            self.embed(pipeline, list(prompts[i : i + TEXT_BATCH_SIZE]))
+            for i in range(0, len(prompts), TEXT_BATCH_SIZE)
         ]
         unconditional = None
         if negative_prompt is not None:
@@ -142,10 +142,8 @@ class Family(ABC):
     def forward(self, denoiser: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The denoiser's prediction `(B, C, H, W)`, as the stock pipeline steps on it but for guidance.
 
-        Args:
-            denoiser: the network.
-            inputs: `sample` `(B, C, H, W)`; `timestep` `(B,)`, the scheduler's; the tensors of `PromptEmbeds` by name;
-                for a guidance-conditioned student `timestep_cond` `(B, E)`.
+        `inputs` are `sample` `(B, C, H, W)`; `timestep` `(B,)`, the scheduler's; the tensors of `PromptEmbeds` by name;
+        for a guidance-conditioned student `timestep_cond` `(B, E)`.
         """
 
     def guide(

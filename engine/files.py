@@ -132,7 +132,7 @@ def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 @contextmanager
-def without_marks(folder: Path) -> Iterator[Path]:
+def without_bom(folder: Path) -> Iterator[Path]:
     """The folder, or links to its files where JSON in it begins with a byte order mark, at which libraries fail."""
     files = [path for path in (*folder.glob("*"), *folder.glob("*/*")) if path.is_file()]
     marked = {path for path in files if path.suffix == ".json" and path.open("rb").read(3).startswith(codecs.BOM_UTF8)}
@@ -151,10 +151,13 @@ def without_marks(folder: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write beside the final name, then rename."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    """Write beside the final name, then rename; what can't be written whole leaves nothing behind."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

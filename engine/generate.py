@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,21 +25,21 @@ from .conditions import TextEmbeddings
 from .config import PIXEL_MULTIPLE, GenerateConfig
 from .errors import BoostDiffError, InputError
 from .exported import Engine, scheduler_of
-from .family import ENCODED_TOGETHER
-from .files import check_output, prepare_output, read_json
+from .family import TEXT_BATCH_SIZE
+from .files import check_output, prepare_output, read_json, write_whole
 from .guidance import Denoiser, GuidedDenoiser, teacher_denoiser
 from .guiders import GuiderOptions
 from .manifest import read_manifest, verify_configurations
-from .merge import fold_student
+from .merge import merge_student
 from .model import Model, ModelFiles, load, resolve_device
 from .options import ENGINE_FOLDER, SAMPLER, STEPS, STUDENT_FOLDER
-from .prompts import cut_note
+from .prompts import truncation_note
 from .runners import Runner, TorchRunner
 from .sampling import batches, default_batch_size, to_pil
 from .schedulers import check_spacing, check_steps
 from .student import apply_student, read_student
 
-IN_TORCH: dict[str, Callable[[Any], Runner]] = {
+IN_TORCH: dict[str, Callable[..., Runner]] = {
     "torch": TorchRunner,
     "captured": CapturedRunner,
     "compiled": CompiledRunner,
@@ -132,12 +131,16 @@ def load_sized(files: ModelFiles, config: GenerateConfig, device: torch.device) 
     return with_bfloat16_vae(model) if config.runner == "compiled" else model
 
 
+def _runner(config: GenerateConfig, denoiser: Any) -> Runner:
+    return IN_TORCH[config.runner](denoiser, **({"max_autotune": True} if config.max_autotune else {}))
+
+
 def open_teacher(files: ModelFiles, config: GenerateConfig, device: torch.device) -> Sampling:
     """The teacher in torch: two passes with guidance, one where w is 1."""
     model = load_sized(files, config, device)
     scale = DEFAULT_GUIDANCE if config.guidance is None else config.guidance
     guider = config.chosen_guider.for_schedule(model.pipeline.scheduler.config)
-    denoiser = teacher_denoiser(IN_TORCH[config.runner](model.denoiser), scale, guider)
+    denoiser = teacher_denoiser(_runner(config, model.denoiser), scale, guider)
     negative_prompt = (config.negative_prompt or "") if isinstance(denoiser, GuidedDenoiser) else None
     return Sampling(model=model, denoiser=denoiser, negative_prompt=negative_prompt)
 
@@ -150,17 +153,25 @@ def open_student(files: ModelFiles, config: GenerateConfig, device: torch.device
     info.choose_guidance(config.guidance)
     negative_prompt = info.choose_negative_prompt(config.negative_prompt)
     info.check_guider(config)
-    if config.lora_scale is not None and (other := info.more_than_lora):
-        raise InputError(f"--lora-scale is for students of method lora and one guidance scale, not {other} ones")
+    if config.lora_scale is not None:
+        # At LoRA scale 0 these would not be the base (a DoRA's magnitudes stay), or the base at too few steps.
+        others = {
+            "guidance-conditioned": info.guidance_range,
+            "live negative prompt": info.live_negative_prompt,
+            "few-step": info.steps,
+            info.method: info.method != "lora",
+        }
+        if other := next((name for name, there in others.items() if there), None):
+            raise InputError(f"--lora-scale is for students of method lora and one guidance scale, not {other} ones")
     model = load_sized(files, config, device)
     if config.runner == "torch":
         apply_student(model.denoiser, folder, info)
     else:
         # Adapters would cost time in every layer.
-        fold_student(model.denoiser, folder, info)
+        merge_student(model.denoiser, folder, info)
     if config.lora_scale is not None:
         model.denoiser.set_adapters(ADAPTER_NAME, config.lora_scale)
-    denoiser = info.denoiser(IN_TORCH[config.runner](model.denoiser), config.guidance)
+    denoiser = info.denoiser(_runner(config, model.denoiser), config.guidance)
     return Sampling(model=model, denoiser=denoiser, negative_prompt=negative_prompt, adapter=info.adapter_sha256)
 
 
@@ -196,7 +207,7 @@ def images_of(
     assert config.steps is not None
     batch_size = config.batch_size or default_batch_size(sampling.model)
     # The embeddings of a whole shard can be gigabytes. Of whole batches, so that the same images are drawn together.
-    part = batch_size * max(1, ENCODED_TOGETHER // batch_size)
+    part = batch_size * max(1, TEXT_BATCH_SIZE // batch_size)
     for first in range(0, len(prompts), part):
         drawn = batches(
             sampling.model,
@@ -224,15 +235,8 @@ def draw(
     """Write one PNG per prompt, named after its prompt and seed; prompt and settings stand in its text chunks.
 
     An image of the same prompt, seed and settings is replaced, one of other settings stays: the new one is numbered.
-    Each batch is written as it is ready: what was drawn before an interruption stays.
-
-    Args:
-        files: the model; an engine needs none.
-        config: what to draw, and with what.
-        output: the folder.
-        device: "auto", "cpu", "cuda", …
-        on_step: callback for the number of images that took a step.
-        on_note: callback for what of the texts is not used, in words.
+    Each batch is written as it is ready: what was drawn before an interruption stays. An engine needs no `files`.
+    `on_step` is told the number of images that took a step, `on_note` what of the texts is not used, in words.
 
     Raises:
         InputError: the student, the engine or the output can't be used.
@@ -243,11 +247,11 @@ def draw(
     with opened(files, config, device) as sampling:
         prepare_output(output)
         for what, texts in (("prompts", config.prompts), ("negative prompts", [config.negative_prompt or ""])):
-            if note := cut_note(sampling.model.pipeline, texts, what):
+            if note := truncation_note(sampling.model.pipeline, texts, what):
                 on_note(note)
+        model, adapter = sampling.model.files.name, sampling.adapter
         for image in images_of(sampling, config, config.prompts, on_step=on_step):
-            about: dict[str, Any] = {"model": sampling.model.files.name, "adapter": sampling.adapter}
-            paths.append(_write_png(image, config, len(paths), folder=output, **about))
+            paths.append(_write_png(image, config, len(paths), folder=output, model=model, adapter=adapter))
     return paths
 
 
@@ -266,16 +270,16 @@ def drawn_by(config: GenerateConfig, adapter: str | None) -> dict[str, Any]:
     return {"sampler": config.sampler, "steps": config.steps} | {k: v for k, v in chosen.items() if v is not None}
 
 
-def _texts(config: GenerateConfig, prompt: str, *, seed: int, model: str, adapter: str | None) -> dict[str, str]:
+def texts_of(config: GenerateConfig, prompt: str, *, seed: int, model: str, adapter: str | None) -> dict[str, str]:
     """A PNG's text chunks: prompt and settings."""
     values = {"prompt": prompt, "model": model, "seed": seed} | drawn_by(config, adapter)
     return {key.replace("_", " "): str(value) for key, value in values.items()}
 
 
-def png_of(image: Image.Image, config: GenerateConfig, prompt: str, **about: Any) -> bytes:
-    """A PNG file's content, with prompt and settings in its text chunks; `about` is `seed`, `model` and `adapter`."""
+def png_of(image: Image.Image, texts: dict[str, str]) -> bytes:
+    """A PNG file's content, with these text chunks."""
     notes = PngInfo()
-    for key, text in _texts(config, prompt, **about).items():
+    for key, text in texts.items():
         notes.add_itxt(key, text)
     content = io.BytesIO()
     image.save(content, format="PNG", pnginfo=notes)
@@ -296,17 +300,15 @@ def _write_png(
 ) -> Path:
     """Write the image of one prompt, whole or not at all."""
     prompt, seed = config.prompts[index], config.seed + index
-    about: dict[str, Any] = {"seed": seed, "model": model, "adapter": adapter}
+    texts = texts_of(config, prompt, seed=seed, model=model, adapter=adapter)
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
     if slug.replace("-", " ") != prompt:
         # Other prompts have the same slug; this one's hash is its alone.
         slug += f"_{hashlib.sha256(prompt.encode()).hexdigest()[:10]}"
     role = "teacher" if config.teacher else "student"
     folder.mkdir(exist_ok=True)
-    drawn = image.size, _texts(config, prompt, **about)
     names = (f"{slug}-{role}-{seed}{number}.png" for number in chain([""], (f"-{n}" for n in count(2))))
+    drawn = image.size, texts
     path = next(path for path in map(folder.joinpath, names) if not path.exists() or _drawn(path) == drawn)
-    partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial_path.write_bytes(png_of(image, config, prompt, **about))
-    partial_path.replace(path)
+    write_whole(path, png_of(image, texts))
     return path

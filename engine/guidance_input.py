@@ -17,7 +17,7 @@ from .guidance import smooth_columns
 from .live_negative import LiveNegative
 
 GUIDANCE_FILE = "guidance_embedding.safetensors"
-
+PROJECTION = "time_embedding.cond_proj.weight"
 
 GUIDANCE_WIDTH = 256
 """Width of the guidance embedding, as in latent consistency models (Luo et al. 2023) and diffusers' examples."""
@@ -39,8 +39,7 @@ class GuidanceConditioned(Adapter):
         self.projection.weight.register_hook(lambda gradient: gradient * smooth)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        name = "time_embedding.cond_proj.weight"
-        return {**self.inner.parameters(), name: self.denoiser.get_parameter(name)}
+        return {**self.inner.parameters(), PROJECTION: self.denoiser.get_parameter(PROJECTION)}
 
     def count(self) -> int:
         """See `Adapter.count`: the projection's smooth columns alone."""
@@ -58,15 +57,14 @@ class GuidanceConditioned(Adapter):
 
     def save(self, folder: Path, pipeline: DiffusionPipeline) -> list[Path]:
         """Write the other adapter, and the projection in another file."""
-        weights = {"time_embedding.cond_proj.weight": self.projection.weight.detach().cpu().contiguous()}
-        save_file(weights, folder / GUIDANCE_FILE)
+        save_file({PROJECTION: self.projection.weight.detach().cpu().contiguous()}, folder / GUIDANCE_FILE)
         return [*self.inner.save(folder, pipeline), folder / GUIDANCE_FILE]
 
     @staticmethod
     @torch.no_grad()
     def load(unet: UNet2DConditionModel, folder: str | Path) -> None:
         """See `Adapter.load`, of the projection alone."""
-        weight = load_file(Path(folder) / GUIDANCE_FILE)["time_embedding.cond_proj.weight"]
+        weight = load_file(Path(folder) / GUIDANCE_FILE)[PROJECTION]
         projection = add_guidance_embedding(unet, weight.shape[1]).to(unet.dtype).requires_grad_(False)
         if weight.shape != projection.weight.shape:
             raise ValueError(f"its guidance embedding has shape {tuple(weight.shape)}")
@@ -74,9 +72,7 @@ class GuidanceConditioned(Adapter):
 
     def read(self, folder: Path) -> None:
         self.inner.read(folder)
-        weights = load_file(folder / GUIDANCE_FILE)
-        name = "time_embedding.cond_proj.weight"
-        copy_by_name({name: self.denoiser.get_parameter(name)}, weights)
+        copy_by_name({PROJECTION: self.denoiser.get_parameter(PROJECTION)}, load_file(folder / GUIDANCE_FILE))
 
 
 def add_guidance_embedding(unet: UNet2DConditionModel, width: int = GUIDANCE_WIDTH) -> torch.nn.Linear:
@@ -110,15 +106,9 @@ def make_adapter(
 ) -> Adapter:
     """Put a new adapter on a frozen denoiser; its initial weights come from torch's default generator.
 
-    Args:
-        method: one of `METHODS`.
-        denoiser: its parameters must not require gradients.
-        rank: LoRA rank r.
-        alpha: LoRA alpha; by default the rank.
-        targets: a key of `Family.targets`, or comma-separated endings of module names.
-        tokens: number of a soft prompt's tokens.
-        guidance_input: whether the student is guidance-conditioned.
-        live_negative_prompt: whether the student takes any negative prompt.
+    The denoiser's parameters must not require gradients. `alpha` is the rank by default, `targets` a key of
+    `Family.targets` or comma-separated endings of module names, `tokens` the length of a soft prompt; with
+    `guidance_input` the student is guidance-conditioned.
 
     Raises:
         InputError: no layer has such a name, or the tuner can't take one that has; or the family's students can't be
@@ -130,8 +120,8 @@ def make_adapter(
         "a range of --guidance": guidance_input,
         "--negative-prompt live": live_negative_prompt,
     }
-    if not family.takes_more and any(asked.values()):
-        option = next(name for name, given in asked.items() if given)
+    option = next((name for name, given in asked.items() if given), None)
+    if option and not family.takes_more:
         raise InputError(f"{option} is for UNets, not for a {family.name} model")
     adapter: Adapter
     if method == "bitfit":

@@ -39,13 +39,13 @@ class MergeProof:
 
 
 def merge(model: Model, folder: Path, info: StudentInfo) -> Any:
-    """The student as a plain denoiser, see `fold_student`; the model is left as it is."""
+    """The student as a plain denoiser, see `merge_student`; the model is left as it is."""
     merged = copy.deepcopy(model.denoiser)
-    fold_student(merged, folder, info)
+    merge_student(merged, folder, info)
     return merged
 
 
-def fold_student(denoiser: Any, folder: Path, info: StudentInfo) -> None:
+def merge_student(denoiser: Any, folder: Path, info: StudentInfo) -> None:
     """Turn a base denoiser into the student; a guidance input is added, a soft prompt stays a hook, as graphs take it.
 
     Raises:

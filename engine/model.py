@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -21,7 +22,7 @@ from .contract import check_folder
 from .errors import InputError, one_line
 from .families import family_of
 from .family import Family
-from .files import read_json, sha256_of, without_marks
+from .files import read_json, sha256_of, without_bom
 from .int8_weights import freeze_int8, int8_weights
 from .schedulers import is_flow, make_scheduler
 from .text_encoders import load_text
@@ -40,16 +41,21 @@ def part_from_config(folder: Path, library: str, class_name: str) -> Any:
         InputError: the configuration is of no such class.
     """
     known = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
+    path = folder / ("scheduler_config.json" if folder.name == "scheduler" else "config.json")
     try:
-        if library == "diffusers":
-            name = "scheduler_config.json" if folder.name == "scheduler" else "config.json"
-            return known.from_config(read_json(folder / name))
-        return known(known.config_class(**read_json(folder / "config.json")))
+        config = read_json(path)
+        return known.from_config(config) if library == "diffusers" else known(known.config_class(**config))
     except (TypeError, ValueError, KeyError) as error:
-        raise InputError(f"{folder} describes no usable {class_name}: {one_line(error)}") from None
+        raise InputError(f"{path} describes no usable {class_name}: {one_line(error)}") from None
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@lru_cache
+def _sha256_at(path: Path, size: int, modified: int) -> str:
+    """SHA-256 of weights, which can be gigabytes: a file is read once a process while it keeps its size and time."""
+    return sha256_of(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +118,8 @@ class ModelFiles:
     def denoiser_sha256(self) -> str:
         """One hash for the denoiser's weight files."""
         _, files = self.denoiser_weights()
-        return "-".join(sha256_of(path) for path in files)
+        paths = [path.resolve() for path in files]
+        return "-".join(_sha256_at(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
 
     def other_sha256(self) -> dict[str, str]:
         """One hash for each part but the denoiser's weights: its configuration, words and safetensors files."""
@@ -140,13 +147,8 @@ class ModelFiles:
 
     def empty_denoiser(self) -> Any:
         """The denoiser on the meta device: shapes without memory."""
-        denoiser_class: Any = self.family.denoiser_class
-        try:
-            with torch.device("meta"):
-                return denoiser_class.from_config(self.denoiser_config)
-        except (TypeError, ValueError, KeyError) as error:
-            path, name = self.denoiser_folder / "config.json", denoiser_class.__name__
-            raise InputError(f"{path} describes no usable {name}: {one_line(error)}") from None
+        with torch.device("meta"):
+            return part_from_config(self.denoiser_folder, "diffusers", self.family.denoiser_class.__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,11 +207,9 @@ def default_dtype(device: torch.device, family: Family) -> torch.dtype:
 
 
 def locate(model: str, *, weights: bool = True) -> ModelFiles:
-    """Find a model and read its configuration.
+    """Find `emoji64`, a pipeline folder, or a hub id such as "organisation/name", and read its configuration.
 
-    Args:
-        model: `emoji64`, a pipeline folder, or a hub id such as "organisation/name".
-        weights: whether to fetch everything for a hub id, not the configuration alone.
+    Without `weights`, a hub id's configuration alone is fetched.
 
     Raises:
         InputError: there is no such model, or it is not one that can be used.
@@ -276,15 +276,10 @@ def load(
     text_encoders: bool = True,
     int8: bool = False,
 ) -> Model:
-    """Load the whole pipeline from safetensors.
+    """Load the whole pipeline from safetensors, by default in `default_dtype`.
 
-    Args:
-        files: the model.
-        device: where to.
-        dtype: by default `default_dtype`.
-        text_encoders: whether to load them.
-        int8: whether to hold the weights of the denoiser's linear layers in 8 bits, with a scale per output (torchao's
-            `Int8WeightOnlyConfig`); they are multiplied in `dtype`, see `int8_weights`.
+    With `int8`, the weights of the denoiser's linear layers are held in 8 bits, with a scale per output (torchao's
+    `Int8WeightOnlyConfig`), and multiplied in `dtype`, see `int8_weights`.
 
     Raises:
         InputError: a file is missing, damaged or not safetensors.
@@ -294,7 +289,7 @@ def load(
     names = files.family.text_encoders if text_encoders else ()
     encoders = load_text(files, names, device=torch.device("cpu"), dtype=dtype)
     try:
-        with without_marks(files.folder) as folder:
+        with without_bom(files.folder) as folder:
             pipeline = files.family.pipeline_class.from_pretrained(
                 folder,
                 dtype=dtype,

@@ -52,6 +52,14 @@ SpacingOption = Annotated[
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of everything random.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto (the GPU if there is one), cpu, cuda, cuda:1, …")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+MaxAutotuneOption = Annotated[
+    bool,
+    typer.Option(
+        "--max-autotune",
+        help="torch.compile times several forms of each matrix product: minutes more to start, and faster passes on "
+        "CPUs with AMX. On a GPU it always does.",
+    ),
+]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Config = TypeVar("Config")
@@ -63,18 +71,12 @@ def options_of(*configs: type) -> Callable[[Command], Command]:
     The command's parameters keep their place and win over fields of the same name. What is passed in `options` has
     the fields' names, so `Config(**options)` takes it.
 
-    Args:
-        configs: dataclasses; of each, the fields whose annotation holds a `typer.Option` are taken, in their order.
-
-    Raises:
-        TypeError: the command has no `**options`, or two configs declare one name.
+    `configs` are dataclasses; of each, the fields whose annotation holds a `typer.Option` are taken, in their order.
     """
 
     def decorate(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
         parameters = list(signature.parameters.values())
-        if not parameters or parameters[-1].kind is not inspect.Parameter.VAR_KEYWORD:
-            raise TypeError(f"{command.__name__} takes no **options")
         taken = {parameter.name: parameter for parameter in parameters[:-1]}
         declared: dict[str, inspect.Parameter] = {}
         for config in configs:
@@ -82,8 +84,6 @@ def options_of(*configs: type) -> Callable[[Command], Command]:
             for field in dataclasses.fields(config):
                 if field.name in taken or _option(hints[field.name]) is None:
                     continue
-                if field.name in declared:
-                    raise TypeError(f"{field.name} is declared twice")
                 declared[field.name] = inspect.Parameter(
                     field.name,
                     inspect.Parameter.KEYWORD_ONLY,
@@ -103,6 +103,15 @@ def config_from(config: type[Config], options: dict[str, Any], **more: Any) -> C
     """A config of those of a command's options that it declares, and of `more`."""
     names = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
     return config(**{name: value for name, value in options.items() if name in names} | more)
+
+
+def config_as_json(config: Any, *left_out: str) -> dict[str, Any]:
+    """A config's fields, but for some, as plain JSON values."""
+    return {
+        name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        for name, value in vars(config).items()
+        if name not in left_out
+    }
 
 
 def check_options(config: Any) -> None:
@@ -135,9 +144,7 @@ MAY_BE_EMPTY = {"--negative-prompt"}
 def check_not_empty(app: typer.Typer, words: Sequence[str]) -> None:
     """Refuse an option's empty value, as of a shell variable that isn't set: of a path it would be this folder.
 
-    Args:
-        app: the command.
-        words: its command line.
+    `words` is the command line.
 
     Raises:
         InputError: one is empty.
@@ -174,12 +181,9 @@ def check_text(text: str) -> None:
 
 
 def refuse_unused(config: Any, why: str, *names: str) -> None:
-    """Refuse options that would be ignored.
+    """Refuse options that would be ignored: of the fields called `names`, those that don't have their defaults.
 
-    Args:
-        config: of its fields, those that don't have their defaults were asked for.
-        why: when they are ignored, to follow "is not used".
-        names: the fields.
+    `why` says when they are ignored, to follow "is not used".
 
     Raises:
         InputError: one of them was asked for.

@@ -107,16 +107,16 @@ def token_limit(pipeline: Any) -> int:
     return min(limit for _, limit in _tokenizers(pipeline))
 
 
-def is_cut(pipeline: Any, text: str) -> bool:
+def is_truncated(pipeline: Any, text: str) -> bool:
     """Whether a text has more tokens than a text encoder takes."""
     return any(len(tokenizer(text)["input_ids"]) > limit for tokenizer, limit in _tokenizers(pipeline))
 
 
-def cut_note(pipeline: Any, texts: Iterable[str], what: str = "prompts") -> str | None:
-    """One line that says how many of several texts are cut, and to how many tokens; None where all are used."""
+def truncation_note(pipeline: Any, texts: Iterable[str], what: str = "prompts") -> str | None:
+    """One line that says how many of several texts are truncated, and to how many tokens; None where all are used."""
     distinct = list(dict.fromkeys(texts))
-    cut = sum(is_cut(pipeline, text) for text in distinct)
-    return f"{cut} of {len(distinct)} {what} are cut to {token_limit(pipeline)} tokens" if cut else None
+    count = sum(is_truncated(pipeline, text) for text in distinct)
+    return f"{count} of {len(distinct)} {what} are cut to {token_limit(pipeline)} tokens" if count else None
 
 
 def _tokenizers(pipeline: Any) -> list[tuple[Any, int]]:

@@ -18,7 +18,7 @@ def rotary_for_graphs(denoiser: Any) -> Iterator[None]:
     if not torch.compiler.is_exporting():
         yield
         return
-    functions: dict[str, Any] = {"apply_rotary_emb_qwen": _turned, "compute_text_seq_len_from_mask": _length}
+    functions: dict[str, Any] = {"apply_rotary_emb_qwen": _rotated, "compute_text_seq_len_from_mask": _length}
     rope = denoiser.pos_embed
     with patch.multiple(transformer_qwenimage, **functions), patch.object(rope, "forward", partial(_angles, rope)):
         yield
@@ -42,7 +42,7 @@ def _angles(rope: Any, shapes: Any, *, max_txt_seq_len: int, device: torch.devic
     return of_image, positions[:, None] * torch.cat(rates)
 
 
-def _turned(x: torch.Tensor, angles: torch.Tensor, use_real: bool = False) -> torch.Tensor:
+def _rotated(x: torch.Tensor, angles: torch.Tensor, use_real: bool = False) -> torch.Tensor:
     """As `apply_rotary_emb_qwen`: pairs of numbers of x `(B, L, heads, D)` turned by their angles `(L, D / 2)`."""
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)

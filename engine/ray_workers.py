@@ -19,7 +19,7 @@ from .generate import Sampling, opened
 from .shards import Job, draw_shard
 from .terminal import quiet_libraries
 
-PATIENCE = 10
+CONNECT_TIMEOUT = 10
 """Seconds for a cluster to take a connection."""
 
 ATTEMPTS = 3
@@ -41,11 +41,9 @@ class Worker:
 
 
 def start_ray(address: str, *, cpus: int | None = None) -> None:
-    """Connect to a cluster by its address or "auto"; "local" starts Ray on this machine alone.
+    """Connect to a cluster at HOST:PORT or "auto"; "local" starts Ray on this machine alone.
 
-    Args:
-        address: "auto", "local" or HOST:PORT.
-        cpus: those that Ray counts on where it is started; None takes all of this process.
+    Started here, Ray counts on `cpus` CPUs, or on all of this process.
 
     Raises:
         InputError: there is no such cluster.
@@ -58,7 +56,7 @@ def start_ray(address: str, *, cpus: int | None = None) -> None:
     try:
         if found := re.fullmatch(r"(?:ray://)?\[?([^\[\]]+?)\]?:(\d{1,5})", address):
             # Ray itself tries for minutes.
-            socket.create_connection((found[1], int(found[2])), timeout=PATIENCE).close()
+            socket.create_connection((found[1], int(found[2])), timeout=CONNECT_TIMEOUT).close()
         ray.init(address=address, log_to_driver=False, configure_logging=False, **started)
     except (OSError, RuntimeError, ValueError, OverflowError) as error:
         raise InputError(f"can't reach a Ray cluster at {address!r}: {one_line(error)}") from None
@@ -98,15 +96,11 @@ def draw_on_cluster(
 ) -> int:
     """Draw shards on a Ray cluster, whose machines have BoostDiff and the job's folders under the same paths.
 
-    Args:
-        job: what to draw.
-        shards: their numbers.
-        address: see `start_ray`.
-        workers: how many draw at once; None as `worker_options` has it.
-        on_shard: told the number of each shard that is there.
+    `address` is as for `start_ray`, `workers` as for `worker_options`; `on_shard` is told the number of each shard that
+    is there.
 
     Returns:
-        How many prompts were cut, see `draw_shard`.
+        How many prompts were truncated, see `draw_shard`.
 
     Raises:
         InputError: there is no such cluster, or the job can't be drawn.
@@ -134,7 +128,7 @@ def _connected(address: str) -> Iterator[None]:
 def _draw(job: Any, waiting: list[int], count: int, options: dict[str, Any], on_shard: Callable[[int], None]) -> int:
     # Over the machines, where each has its own memory and disk.
     spread = ray.remote(Worker).options(max_restarts=0, scheduling_strategy="SPREAD", **options)
-    idle, running, losses, cut = list[Any](), dict[Any, tuple[Any, int | None]](), dict[int | None, int](), 0
+    idle, running, losses, truncated = list[Any](), dict[Any, tuple[Any, int | None]](), dict[int | None, int](), 0
 
     def start_worker() -> None:
         worker = spread.remote()
@@ -167,6 +161,6 @@ def _draw(job: Any, waiting: list[int], count: int, options: dict[str, Any], on_
         losses.pop(shard, None)
         idle.append(worker)
         if shard is not None:
-            cut += result
+            truncated += result
             on_shard(shard)
-    return cut
+    return truncated

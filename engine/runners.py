@@ -1,13 +1,12 @@
 """Runners: one denoiser, several modes of execution, one call signature.
 
 Each is a context manager; that of a UNet can be set as `pipe.unet` in a stock diffusers pipeline. To add one, subclass
-`Runner`, or `sessions.Session` for an exported graph, and give it a row in `available_runners`.
+`Runner`, or `sessions.Session` for an exported graph, and name it in `unavailable`.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,6 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from .conditions import BOTH_TEXTS, PromptEmbeds, is_live
-from .config import EXPORTED
 from .errors import BoostDiffError, InputError
 from .families import family_of_denoiser
 from .family import Family
@@ -70,14 +68,7 @@ class Runner(AbstractContextManager["Runner"]):
 
     @abstractmethod
     def predict(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Run once.
-
-        Args:
-            inputs: see `Family.forward`.
-
-        Returns:
-            `(B, C, H, W)`.
-        """
+        """The prediction `(B, C, H, W)` for the inputs of `Family.forward`."""
 
     def denoise(
         self,
@@ -183,17 +174,17 @@ def open_session(
     manifest: Manifest,
     device: torch.device,
     precision: str | None = None,
-    lean: bool = False,
+    low_memory: bool = False,
 ) -> Session:
     """Open one part of an exported engine, after checking it against its manifest.
 
     Args:
-        name: a name in `EXPORTED`; TensorRT needs a GPU.
+        name: a name in `config.EXPORTED`; TensorRT needs a GPU.
         part: "unet", "transformer", "text_encoder", "text_encoder_2" or "vae_decoder".
         precision: "fp32", "fp16" or, if it was quantized, "int8" or "fp8", of an ONNX graph; None takes which of the
             first two the device is faster at, if it is there. A part other than the denoiser that has no such graph
             runs in what it has.
-        lean: see `OnnxSession`.
+        low_memory: see `OnnxSession`.
 
     Raises:
         InputError: a file is missing or was changed, or the engine has no such precision.
@@ -206,7 +197,7 @@ def open_session(
         path = verified_file(folder, manifest, plan)
         return TensorRTSession(path, artefact=manifest.artefacts[plan], device=device)
     graph = chosen_graph(part, folder=folder, manifest=manifest, device=device, precision=precision)
-    return OnnxSession(verified_file(folder, manifest, graph), device=device, lean=lean)
+    return OnnxSession(verified_file(folder, manifest, graph), device=device, low_memory=low_memory)
 
 
 def chosen_graph(
@@ -238,23 +229,18 @@ def chosen_graph(
     return graph
 
 
-def available_runners(
-    manifest: Manifest, device: torch.device, names: Sequence[str] = ("torch", *EXPORTED)
-) -> dict[str, str | None]:
-    """Which of these runners can execute an exported engine on a device: the reason against each, or None.
+def unavailable(name: str, manifest: Manifest, device: torch.device) -> str | None:
+    """Why a runner can't execute an exported engine on a device, or None.
 
-    What is not asked for is not loaded: TensorRT takes long to import, and keeps its other flavour out of the process.
+    Other runners are not loaded: TensorRT takes long to import, and keeps its other flavour out of the process.
     """
-    reasons: dict[str, str | None] = {}
-    for name in names:
-        reasons[name] = None
-        try:
-            if name == "tensorrt":
-                if manifest.plan not in manifest.files:
-                    raise BoostDiffError("the engine was exported without --trt")
-                check_plan(manifest.artefacts[manifest.plan], device)
-            elif name == "onnx":
-                execution_provider(device)
-        except BoostDiffError as error:
-            reasons[name] = str(error)
-    return reasons
+    try:
+        if name == "tensorrt":
+            if manifest.plan not in manifest.files:
+                return "the engine was exported without --trt"
+            check_plan(manifest.artefacts[manifest.plan], device)
+        elif name == "onnx":
+            execution_provider(device)
+    except BoostDiffError as error:
+        return str(error)
+    return None

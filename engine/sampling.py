@@ -16,7 +16,7 @@ from .errors import BoostDiffError, InputError
 from .guidance import Denoiser
 from .model import Model
 
-MIDDLING = 64**2
+LATENT_AREA_512 = 64**2
 """Latents of an image, one channel, at 512 pixels."""
 
 
@@ -106,7 +106,7 @@ def decode(model: Model, latents: torch.Tensor, finite: Sequence[torch.Tensor] =
     """
     vae = model.pipeline.vae
     area = latents.shape[2] * latents.shape[3]
-    together = len(latents) if area < MIDDLING else max(1, 4 * MIDDLING // area)
+    together = len(latents) if area < LATENT_AREA_512 else max(1, 4 * LATENT_AREA_512 // area)
     images, in_range = [], []
     for part in latents.split(together):
         decoded = model.family.decode_latents(vae, model.family.denormalized(part.to(vae.dtype), vae)).float()
@@ -124,7 +124,7 @@ def decode(model: Model, latents: torch.Tensor, finite: Sequence[torch.Tensor] =
 def default_batch_size(model: Model) -> int:
     """Images to denoise together: 8 of up to 512 pixels, so many fewer of larger ones, such as 2 of 1024."""
     _, height, width = model.latent_shape
-    return min(8, max(1, 8 * MIDDLING // (height * width)))
+    return min(8, max(1, 8 * LATENT_AREA_512 // (height * width)))
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:

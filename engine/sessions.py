@@ -109,10 +109,10 @@ class OnnxSession(Session):
 
     name = "onnx"
 
-    def __init__(self, path: Path, *, device: torch.device, lean: bool = False) -> None:
+    def __init__(self, path: Path, *, device: torch.device, low_memory: bool = False) -> None:
         """Open a graph that was verified, on a CPU or through CUDA.
 
-        `lean` keeps no second copy of the weights, neither packed for speed nor, of an FP16 graph on a CPU, in FP32.
+        `low_memory` keeps no second copy of the weights, packed for speed or, of an FP16 graph on a CPU, in FP32.
 
         Raises:
             BoostDiffError: ONNX Runtime is missing, can't use the device, or can't load the graph.
@@ -129,7 +129,7 @@ class OnnxSession(Session):
         # Threads of one session that wait busily for its next run would hold up the others, and torch.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         left_out = []
-        if lean:
+        if low_memory:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
             # The one would cast weights, the other write those of convolutions in another order.

@@ -21,11 +21,11 @@ from typing import Any
 from .config import GenerateConfig
 from .errors import InputError
 from .files import check_output, give_modes, hash_of, locked, prepare_output, read_json, write_json
-from .generate import Sampling, drawn_by, images_of, opened, png_of
+from .generate import Sampling, drawn_by, images_of, opened, png_of, texts_of
 from .manifest import read_manifest
 from .model import ModelFiles
 from .options import ENGINE_FOLDER, STUDENT_FOLDER
-from .prompts import is_cut
+from .prompts import is_truncated
 from .student import read_student
 
 CONTENT = ("prompts", "model", "student", "engine")
@@ -34,7 +34,7 @@ CONTENT = ("prompts", "model", "student", "engine")
 JOB_FILE = "job.json"
 """In the folder of the shards: what they are drawn by."""
 
-PARTIAL_JOB = f".{JOB_FILE}.partial"
+PARTIAL_JOB = f".{JOB_FILE}.*partial"
 """While it is written, see `files.write_whole`."""
 
 
@@ -114,7 +114,7 @@ def prepared(job: Job) -> Iterator[list[int]]:
     output, identity = job.output, job.identity()
     check_output(output)
     # A process that was killed early leaves the beginning of the job's file alone.
-    others = {path.name for path in output.iterdir()} - {PARTIAL_JOB} if output.is_dir() else ()
+    others = [path for path in output.glob("*") if not path.match(PARTIAL_JOB)]
     if others and not (output / JOB_FILE).is_file():
         raise InputError(f"the output {output} holds something else: choose another --output for the shards")
     prepare_output(output)
@@ -169,8 +169,8 @@ def draw_shard(sampling: Sampling, job: Job, shard: int, on_step: Callable[[int]
                     "role": "teacher" if job.config.teacher else "student",
                     **drawn_by(job.config, sampling.adapter),
                 }
-                content = png_of(image, job.config, prompt, seed=seed, model=model, adapter=sampling.adapter)
-                _add(tar, f"{index:09}.png", content)
+                texts = texts_of(job.config, prompt, seed=seed, model=model, adapter=sampling.adapter)
+                _add(tar, f"{index:09}.png", png_of(image, texts))
                 _add(tar, f"{index:09}.txt", prompt.encode())
                 _add(tar, f"{index:09}.json", json.dumps(about).encode())
             # A name must not be on the disk before its content.
@@ -181,7 +181,7 @@ def draw_shard(sampling: Sampling, job: Job, shard: int, on_step: Callable[[int]
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
-    return sum(is_cut(sampling.model.pipeline, prompt) for prompt in prompts)
+    return sum(is_truncated(sampling.model.pipeline, prompt) for prompt in prompts)
 
 
 END = 2 * tarfile.BLOCKSIZE

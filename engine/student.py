@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,15 @@ from .errors import InputError, one_line
 from .files import hash_of, read_json, sha256_of, write_json
 from .guidance import SinglePassDenoiser
 from .guidance_input import GuidanceConditioned
-from .guiders import Guider, GuiderOptions, check_guider
+from .guiders import Guider, GuiderOptions
 from .live_negative import LiveNegative
 from .model import ModelFiles
 from .options import SAMPLER, STEPS
-from .schedulers import SAMPLERS, SPACINGS
 
 INFO_FILE = "student.json"
 
-TEACHER = "draw with `boostdiff generate --teacher`"
+TEACHER_ADVICE = "draw with `boostdiff generate --teacher`"
 """What gives all that a student was not distilled for, named with its command: others have no such option."""
-
-FEW_STEPS = ("sampler", "steps", "timestep_spacing")
-"""What `student.json` says of a few-step student's sampling; null of others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,21 +52,6 @@ class Distilled:
     steps: int | None = None
     timestep_spacing: str | None = None
 
-    @property
-    def more_than_lora(self) -> str:
-        """What makes a student at LoRA scale 0 another model than the base, in a word; "" where nothing does.
-
-        Of a few-step student it is the base, but with too few steps.
-        """
-        found = {
-            "guidance-conditioned": self.guidance_range is not None,
-            "live negative prompt": self.live_negative_prompt,
-            "few-step": self.steps is not None,
-            # A DoRA's magnitudes stay.
-            self.method: self.method != "lora",
-        }
-        return next((name for name, there in found.items() if there), "")
-
     def denoiser(self, runner: Any, guidance: float | None = None) -> SinglePassDenoiser:
         """The student's single pass on a runner.
 
@@ -96,7 +76,7 @@ class Distilled:
             if guidance not in (None, self.guidance):
                 raise InputError(
                     f"this student was distilled at guidance {self.guidance:g} and can't give {guidance:g}: "
-                    f"leave --guidance out, distill another, or {TEACHER}"
+                    f"leave --guidance out, distill another, or {TEACHER_ADVICE}"
                 )
             return None
         low, high = self.guidance_range
@@ -104,15 +84,12 @@ class Distilled:
         if not low <= scale <= high:
             raise InputError(
                 f"this student was distilled for guidance {low:g} to {high:g} and can't give {scale:g}: "
-                f"choose one in between, distill another, or {TEACHER}"
+                f"choose one in between, distill another, or {TEACHER_ADVICE}"
             )
         return scale
 
     def choose_negative_prompt(self, negative_prompt: str | None) -> str | None:
         """What is to be encoded beside the prompts: None where the student takes no negative prompt.
-
-        Args:
-            negative_prompt: the user's choice, or None for the student's default.
 
         Raises:
             InputError: the student was not distilled with it.
@@ -123,7 +100,7 @@ class Distilled:
             trained = f"the negative prompt {self.negative_prompt!r}" if self.negative_prompt else "no negative prompt"
             raise InputError(
                 f"this student was distilled with {trained}, and one pass can't follow another: "
-                f"leave --negative-prompt out, distill with it or with --negative-prompt live, or {TEACHER}"
+                f"leave --negative-prompt out, distill with it or with --negative-prompt live, or {TEACHER_ADVICE}"
             )
         return None
 
@@ -139,7 +116,7 @@ class Distilled:
             asked = f"{steps or self.steps} steps of {sampler or self.sampler}"
             raise InputError(
                 f"this few-step student was distilled for {self.steps} steps of {self.sampler} and can't make {asked}: "
-                f"leave --steps and --sampler out, distill another, or {TEACHER}"
+                f"leave --steps and --sampler out, distill another, or {TEACHER_ADVICE}"
             )
         return self.sampler, self.steps
 
@@ -152,7 +129,7 @@ class Distilled:
         if self.steps is not None and spacing not in (None, self.timestep_spacing):
             raise InputError(
                 f"this few-step student was distilled for {self.timestep_spacing} timesteps: "
-                f"leave --timestep-spacing out, distill another, or {TEACHER}"
+                f"leave --timestep-spacing out, distill another, or {TEACHER_ADVICE}"
             )
         return spacing or self.timestep_spacing
 
@@ -166,7 +143,7 @@ class Distilled:
         if options.guider not in (None, self.guider) or not asked.items() <= self.guider_settings.items():
             raise InputError(
                 f"this student was distilled with the guider {self.teacher_guider}, and one pass can't follow another: "
-                f"leave --guider out, distill with it, or {TEACHER}"
+                f"leave --guider out, distill with it, or {TEACHER_ADVICE}"
             )
 
 
@@ -203,71 +180,30 @@ class StudentInfo(Distilled):
         write_json(folder / INFO_FILE, values | {"sha256": hash_of(values)})
 
 
-def _usable(values: dict[str, Any]) -> bool:
-    """Whether the values of a `student.json` that are relied upon are of their types."""
-
-    def scale(value: Any) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value < math.inf
-
-    scales, files, settings = values["guidance_range"], values["adapter_files"], values["guider_settings"]
-    sampler, steps, spacing = (values[name] for name in FEW_STEPS)
-    return (
-        (
-            (sampler, steps, spacing) == (None, None, None)
-            or (sampler in SAMPLERS and type(steps) is int and steps >= 1 and spacing in SPACINGS)
-        )
-        and all(
-            isinstance(values[name], str)
-            for name in ("method", "negative_prompt", "guider", "model", "denoiser_sha256")
-        )
-        and isinstance(settings, dict)
-        and isinstance(values["live_negative_prompt"], bool)
-        and scale(values["guidance"])
-        and (
-            scales is None
-            or (isinstance(scales, list) and len(scales) == 2 and all(map(scale, scales)) and scales[0] < scales[1])
-        )
-        and isinstance(files, dict)
-        and bool(files)
-        and all(isinstance(digest, str) for digest in files.values())
-    )
-
-
 def read_student(folder: Path, files: ModelFiles | None = None, *, instead: str = "--student DIR") -> StudentInfo:
-    """Read and check a student's description.
+    """Read and check a student's description, and its adapter's files.
 
-    Args:
-        folder: the student's.
-        files: the model that it is to be used with, if any.
-        instead: what to pass where there is none.
+    `files` is the model that it is to be used with, if any; `instead` what to pass where there is no student.
 
     Raises:
         InputError: there is no student, its adapter was changed or belongs to another model.
     """
-    if not (folder / INFO_FILE).is_file():
+    description = folder / INFO_FILE
+    if not description.is_file():
         raise InputError(f"there is no student in {folder}: run `boostdiff distill` first, or pass {instead}")
-    values = read_json(folder / INFO_FILE)
-    # Students of earlier versions have no hash.
-    if (digest := values.pop("sha256", None)) and hash_of(values) != digest:
-        raise InputError(f"{folder / INFO_FILE} is damaged (its own SHA-256 differs): distill again")
-    # Nor have those from before live negative prompts, guiders (they are of plain guidance) and few steps all names.
-    earlier: dict[str, Any] = {"live_negative_prompt": False, "guider": "cfg", "guider_settings": {}}
-    earlier |= dict.fromkeys(FEW_STEPS)
-    values = earlier | values
-    if "unet_sha256" in values:
-        values["denoiser_sha256"] = values.pop("unet_sha256")
+    values = read_json(description)
+    if values.pop("sha256", None) != hash_of(values):
+        raise InputError(
+            f"{description} is damaged or of boostdiff 0.1.0 (its own SHA-256 differs or is missing): distill again"
+        )
     names = {item.name for item in fields(StudentInfo)}
-    if not names <= set(values) or not _usable(values):
-        raise InputError(f"{folder / INFO_FILE} is not a student's description; distill again")
+    if not names <= set(values):
+        raise InputError(f"{description} is not a student's description; distill again")
     if values["guidance_range"] is not None:
         values["guidance_range"] = tuple(values["guidance_range"])
     info = StudentInfo(**{name: values[name] for name in names})
     if info.method not in METHODS:
         raise InputError(f"the student in {folder} is of method {info.method}, which is gone: distill one of another")
-    try:
-        check_guider(info.guider, info.guider_settings)
-    except InputError as error:
-        raise InputError(f"the teacher of the student in {folder} can't be made: {error}; distill again") from None
     for name, expected in info.adapter_files.items():
         path = folder / Path(name).name
         if not path.is_file():

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from .errors import InputError, one_line
-from .files import read_json, without_marks
+from .files import read_json, without_bom
 
 if TYPE_CHECKING:
     from .model import ModelFiles
@@ -23,7 +23,7 @@ def load_text(files: ModelFiles, names: Iterable[str], *, device: torch.device, 
         InputError: a file is missing, damaged, incomplete or not safetensors.
     """
     index, found = read_json(files.folder / "model_index.json"), dict[str, Any]()
-    with without_marks(files.folder) as root:
+    with without_bom(files.folder) as root:
         for name in names:
             if name in files.absent_parts:
                 continue
@@ -59,9 +59,10 @@ def _variant(folder: Path) -> str | None:
 def check_complete(report: dict[str, Any], folder: str | Path) -> None:
     """Refuse a model whose file lacked tensors, for which transformers has drawn random numbers.
 
-    Args:
-        report: what `from_pretrained` gives with `output_loading_info`.
-        folder: for the message.
+    `report` is what `from_pretrained` gives with `output_loading_info`.
+
+    Raises:
+        InputError: there are such tensors.
     """
     if missing := sorted(report["missing_keys"]):
         raise InputError(f"{folder} lacks tensors ({len(missing)}, such as {missing[0]}): save or download it again")

@@ -14,8 +14,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "onnx",
 def versions(*more: str) -> dict[str, str]:
     """Versions of boostdiff and of the installed libraries that matter, by the names that they are imported under.
 
-    Args:
-        more: import names besides `LIBRARIES`.
+    `more` are names besides `LIBRARIES`.
     """
     found = {name: _version(name) for name in (*LIBRARIES, *more)}
     return {"boostdiff": __version__} | {name: known for name, known in found.items() if known}

@@ -5,15 +5,14 @@ Nothing here imports torch: the help of a command must not wait for it.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import typer
 
-from ..engine.config import LARGEST, PIXEL_MULTIPLE
+from ..engine.config import LARGEST
 from ..engine.errors import InputError
 from ..engine.options import check_options, refuse_unused
 
@@ -59,7 +58,7 @@ class ExportConfig:
 
     Attributes:
         precision: see `precisions`.
-        trt_flavour: see `plan.choose_flavour`.
+        trt_flavour: see `plan.choose_backend`.
         batch: a teacher with batched CFG at batch 8 needs 16.
     """
 
@@ -120,36 +119,11 @@ class ExportConfig:
             refuse_unused(self, "without --trt", "trt_flavour", "batch")
 
     def precisions(self, parameters: int) -> tuple[str, ...]:
-        """Precisions to write for a UNet of so many parameters, the main one first.
+        """Precisions to write for a denoiser of so many parameters, the main one first.
 
-        By default fp32; with TensorRT both, or fp16 alone for a UNet of more than `LARGE` bytes.
+        By default fp32; with TensorRT both, or fp16 alone for a denoiser of more than `LARGE` bytes.
         """
         chosen = self.precision
         if chosen is None:
             chosen = ("fp16" if 4 * parameters > LARGE and self.quantize != "int8" else "both") if self.trt else "fp32"
         return ("fp32", "fp16") if chosen == "both" else (chosen,)
-
-    def latent_size(self, *, factor: int, multiple: int, default: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-        """Smallest, best and largest (height, width) of the latents.
-
-        Args:
-            factor: pixels a latent.
-            multiple: of latents that the UNet can halve again and again.
-            default: the model's latent height and width.
-
-        Raises:
-            InputError: a size is no multiple of as many pixels as UNet and stock pipelines need.
-        """
-        if self.size is None:
-            return (default,) * 3
-        pixels = math.lcm(factor * multiple, PIXEL_MULTIPLE)
-        if wrong := [size for size in self.size if size % pixels]:
-            raise InputError(f"--size {wrong[0]} can't be used: this model needs multiples of {pixels} pixels")
-        return tuple((size // factor, size // factor) for size in self.size)
-
-    def as_json(self) -> dict[str, Any]:
-        """As the manifest keeps it."""
-        values = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self).items()}
-        # Their content is among the inputs.
-        del values["calibration_prompts"]
-        return values

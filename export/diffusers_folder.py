@@ -69,15 +69,9 @@ CONDITIONED = (
 
 
 def write_diffusers_folder(model: Model, distilled: Distilled, folder: Path) -> list[str]:
-    """Write the model, whose UNet is the merged student, with its card.
+    """Write the model, whose denoiser is the merged student in float32, with its card; gives the weights' paths in it.
 
-    Args:
-        model: in float32; it is changed only while this runs.
-        distilled: what the student was distilled for.
-        folder: a new one.
-
-    Returns:
-        The paths of the weights in it.
+    The model is changed only while this runs.
     """
     pipeline = model.pipeline
     scheduler = pipeline.scheduler

@@ -1,4 +1,4 @@
-"""Forms of 8-bit numbers: what ONNX Runtime's quantizer is told, and how layers round to them."""
+"""Quantization schemes of 8 bits: what ONNX Runtime's quantizer is told, and the same as fake quantization in torch."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from .graph import LAYERS
 
 LARGEST = {"int8": 127.0, "fp8": 448.0}
-"""Largest number of each form; of FP8, e4m3's."""
+"""Largest number of each; of FP8, e4m3's."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
-    """What 8 bits are.
+class Scheme:
+    """A quantization scheme.
 
     Attributes:
         precision: "int8" or "fp8".
-        source: precision of the graph that it is made from.
+        source: precision of the graph that is quantized.
         weights: their numbers, in words.
         activations: likewise.
-        rounds_outputs: whether a layer's output is rounded, too.
+        quantizes_outputs: whether a layer's output is quantized, too.
         reduce_range: whether weights have 7 bits.
         options: `extra_options` of ONNX Runtime's `quantize_static`.
     """
@@ -31,11 +31,11 @@ class Form:
     source: str
     weights: str
     activations: str
-    rounds_outputs: bool
+    quantizes_outputs: bool
     reduce_range: bool
     options: dict[str, Any]
 
-    def rounded(self, activations: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    def fake_quantized(self, activations: torch.Tensor, low: float, high: float) -> torch.Tensor:
         """Activations as 8 bits hold them, per tensor, where they lay between `low` and `high` in calibration."""
         low, high = min(low, 0.0), max(high, 0.0)
         if low == high:
@@ -45,7 +45,7 @@ class Form:
         scale = (high - low) / 255
         return torch.fake_quantize_per_tensor_affine(activations, scale, round(-low / scale), 0, 255)
 
-    def rounded_weight(self, weight: torch.Tensor) -> torch.Tensor:
+    def fake_quantized_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight `(C_out, …)` as 8 bits hold it, per output channel."""
         largest = weight.abs().flatten(1).amax(1).clamp(min=1e-30)
         if self.precision == "fp8":
@@ -60,22 +60,22 @@ def _as_fp8(values: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     return numbers.to(torch.float8_e4m3fn).to(values.dtype) * scale
 
 
-INT8 = Form(
+INT8 = Scheme(
     precision="int8",
     source="fp32",
     # Without VNNI, a CPU's 8-bit products of 8-bit weights saturate.
     weights="int8, 7 bits, per channel",
     activations="uint8, per tensor",
-    rounds_outputs=True,
+    quantizes_outputs=True,
     reduce_range=True,
     options={},
 )
-FP8 = Form(
+FP8 = Scheme(
     precision="fp8",
     source="fp16",
     weights="float8 e4m3, per channel",
     activations="float8 e4m3, per tensor",
-    rounds_outputs=False,
+    quantizes_outputs=False,
     # Symmetric, as FP8 has no zero point; weights stay as they are, for `quantize._as_fp8`.
     reduce_range=False,
     options={
@@ -86,4 +86,4 @@ FP8 = Form(
         "OpTypesToExcludeOutputQuantization": list(LAYERS),
     },
 )
-FORMS = {form.precision: form for form in (INT8, FP8)}
+SCHEMES = {scheme.precision: scheme for scheme in (INT8, FP8)}

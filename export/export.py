@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,6 +16,7 @@ from ..engine.manifest import MANIFEST_FILE, Manifest, read_manifest, verified_f
 from ..engine.memory import give_back_memory
 from ..engine.merge import TIMESTEPS, merge_in_place
 from ..engine.model import Model, ModelFiles, keep_attention_in_fp32, load, resolve_device
+from ..engine.options import config_as_json
 from ..engine.runners import TorchRunner
 from ..engine.sessions import OnnxSession
 from ..engine.student import Distilled, StudentInfo, read_student
@@ -25,7 +25,7 @@ from ..engine.versions import versions
 from .calibration import Calibration, calibration_prompts
 from .config import ExportConfig
 from .diffusers_folder import FOLDER, write_diffusers_folder
-from .eight_bits import FORMS
+from .eight_bits import SCHEMES
 from .graph import (
     FP8_TOLERANCE,
     FP16_TOLERANCE,
@@ -36,7 +36,7 @@ from .graph import (
     onnx_from_part,
 )
 from .parts import Part, denoiser_part, latent_sizes, text_encoder_part, vae_decoder_part
-from .plan import Flavour, choose_flavour, plan_from_onnx, plan_in_a_process
+from .plan import Backend, choose_backend, plan_from_onnx, plan_in_a_process
 from .quantize import quantize_unet
 from .sensitivity import layer_errors, recorded_ranges
 from .whole import PROMPT, compare_engine, draw_reference
@@ -90,9 +90,9 @@ def export(
         if config.quantize and info.guidance_range:
             raise InputError("8 bits are judged at one guidance scale, and this student takes a range: no --quantize")
         prompts = calibration_prompts(config, files)
-        flavour = choose_flavour(config.trt_flavour, fp8=config.quantize == "fp8") if config.trt else None
+        backend = choose_backend(config.trt_flavour, fp8=config.quantize == "fp8") if config.trt else None
         prepare_output(output, replaces=MANIFEST_FILE)
-        manifest = _intended(files, info, config, flavour)
+        manifest = _intended(files, info, config, backend)
         if prompts:
             manifest.inputs["calibration_prompts"] = hash_of(prompts)
         if not force and (present := up_to_date_engine(output, manifest)):
@@ -126,37 +126,38 @@ def export(
                 calibration.add_states(model, info.denoiser, info.choose_negative_prompt(None))
             report("8 bits: measuring what each layer costs")
             denoiser = info.denoiser(TorchRunner(model.denoiser))
-            errors = layer_errors(model.denoiser, denoiser, calibration, ranges, FORMS[config.quantize])
+            errors = layer_errors(model.denoiser, denoiser, calibration, ranges, SCHEMES[config.quantize])
         with staged_folder(output, replaces=MANIFEST_FILE) as folder:
             write_configs_and_tokenizers(model, manifest, folder, diffusers=config.diffusers)
             precisions = config.precisions(model.denoiser.num_parameters())
-            if flavour is not None:
-                report(f"building with {flavour.name}: {flavour.reason}")
+            if backend is not None:
+                report(f"building with {backend.name}: {backend.reason}")
             reference = draw_reference(model, config, info)
             for part in _parts(model, config, precisions):
-                _export_part(part, folder, manifest, precisions, report)
+                graphs = _export_part(part, folder, manifest, precisions, report)
                 if calibration and config.quantize and part.name == manifest.denoiser:
-                    _quantize(folder, manifest, calibration, errors, config.quantize, report, large=part.large)
+                    _quantize(graphs, manifest, calibration, errors, config.quantize, report, large=part.large)
                     precisions += (config.quantize,)
-                if flavour is not None:
-                    _export_plan(part, folder, manifest, flavour, report)
+                if backend is not None:
+                    _export_plan(part, graphs, manifest, backend, report)
             compare_engine(folder, manifest, reference, precisions=precisions, device=target, report=report)
         return manifest
 
 
-def _intended(files: ModelFiles, info: StudentInfo, config: ExportConfig, flavour: Flavour | None) -> Manifest:
+def _intended(files: ModelFiles, info: StudentInfo, config: ExportConfig, backend: Backend | None) -> Manifest:
     """The manifest as far as it is known before any work."""
-    gpu = flavour is not None and flavour.name == "tensorrt"
+    gpu = backend is not None and backend.name == "tensorrt"
     return Manifest(
         # A folder's path holds from other folders, too.
         model=str(files.folder.resolve()) if Path(files.name).is_dir() else files.name,
         inputs={"denoiser": info.denoiser_sha256, "adapter": info.adapter_sha256, **files.other_sha256()},
-        options=config.as_json() | {"flavour": flavour.name if flavour else None},
+        # The content of the calibration prompts is among the inputs.
+        options=config_as_json(config, "calibration_prompts") | {"flavour": backend.name if backend else None},
         student={field.name: getattr(info, field.name) for field in fields(Distilled)}
         | {"guidance_range": list(info.guidance_range) if info.guidance_range else None},
         denoiser=files.family.denoiser,
         denoiser_config={},
-        versions=versions("tensorrt", "tensorrt_rtx") if flavour else versions(),
+        versions=versions("tensorrt", "tensorrt_rtx") if backend else versions(),
         hardware={"gpu": torch.cuda.get_device_name()} if gpu else {},
     )
 
@@ -215,7 +216,8 @@ def _parts(model: Model, config: ExportConfig, precisions: tuple[str, ...]) -> l
 
 def _export_part(
     part: Part, folder: Path, manifest: Manifest, precisions: tuple[str, ...], report: Callable[[str], None]
-) -> None:
+) -> dict[str, Path]:
+    """Write the part's graphs, in the precisions that it may have, and compare them; gives them by precision."""
     (folder / part.name).mkdir(exist_ok=True)
     graphs: dict[str, Path] = {}
     for precision in precisions if part.half else ("fp32",):
@@ -233,7 +235,7 @@ def _export_part(
     # Sessions and builders of large models need the memory.
     part.release()
     for precision, path in graphs.items():
-        with OnnxSession(path, device=torch.device("cpu"), lean=part.large) as session:
+        with OnnxSession(path, device=torch.device("cpu"), low_memory=part.large) as session:
             tolerance = FP16_TOLERANCE if precision == "fp16" else FP32_TOLERANCE
             check = compare(session, part.cases, what=part.name, tolerance=tolerance)
         give_back_memory()
@@ -241,10 +243,11 @@ def _export_part(
         report(
             f"{part.name}: ONNX {precision.upper()} differs from torch by {check['relative']:.1e} of the output's scale"
         )
+    return graphs
 
 
 def _quantize(
-    folder: Path,
+    graphs: dict[str, Path],
     manifest: Manifest,
     calibration: Calibration,
     errors: Mapping[str, torch.Tensor],
@@ -253,35 +256,27 @@ def _quantize(
     *,
     large: bool,
 ) -> None:
-    form = FORMS[precision]
+    scheme = SCHEMES[precision]
     report(f"8 bits: making the {precision.upper()} graph, and judging it")
-    (graph,) = (name for name, entry in manifest.artefacts.items() if _is_graph(name, entry, "unet", form.source))
-    entry = quantize_unet(folder / graph, manifest, calibration, errors, large=large, form=form)
+    entry = quantize_unet(graphs[scheme.source], manifest, calibration, errors, large=large, scheme=scheme)
+    graphs[precision] = graphs[scheme.source].with_name(f"model.{precision}.onnx")
     manifest.artefacts[f"unet/model.{precision}.onnx"] = entry
-    check, kept = entry["check"], entry["kept"]
+    check, left = entry["check"], len(entry["kept"])
     report(
         f"unet: ONNX {precision.upper()} takes the guidance term's R² from {check['r2_before']:.3f} to "
-        f"{check['r2']:.3f}; {len(kept)} of {len(kept) + len(entry['quantized'])} layers stay in {form.source.upper()}"
+        f"{check['r2']:.3f}; {left} of {left + len(entry['quantized'])} layers stay in {scheme.source.upper()}"
     )
 
 
-def _is_graph(name: str, entry: Mapping[str, Any], part: str, precision: str) -> bool:
-    return name.startswith(f"{part}/") and name.endswith(".onnx") and entry["precision"] == precision
-
-
-def _export_plan(part: Part, folder: Path, manifest: Manifest, flavour: Flavour, report: Callable[[str], None]) -> None:
-    graphs = {
-        precision: folder / name
-        for precision in ("fp8", "fp16", "fp32")
-        for name, entry in manifest.artefacts.items()
-        if _is_graph(name, entry, part.name, precision)
-    }
-    precision, graph = next(iter(graphs.items()))
-    plan = graph.with_name("model.plan")
+def _export_plan(
+    part: Part, graphs: dict[str, Path], manifest: Manifest, backend: Backend, report: Callable[[str], None]
+) -> None:
+    precision = next(precision for precision in ("fp8", "fp16", "fp32") if precision in graphs)
+    plan = graphs[precision].with_name("model.plan")
     build = plan_in_a_process if part.large else plan_from_onnx
     entry = {
         "precision": precision,
-        **build(graph, plan, flavour=flavour, profile=part.profile, fp8=precision == "fp8"),
+        **build(graphs[precision], plan, backend=backend, profile=part.profile, fp8=precision == "fp8"),
     }
     manifest.artefacts[f"{part.name}/{plan.name}"] = entry
     size = f"{part.name}: plan of {plan.stat().st_size / 1e6:.1f} MB"

@@ -46,8 +46,7 @@ def exact_float32() -> Iterator[None]:
 def quiet_exporter() -> Iterator[None]:
     """Silence the exporter's warnings of decompositions; errors still raise."""
     disabled = logging.root.manager.disable
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         logging.disable(logging.WARNING)
         try:
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 
 from ..engine.conditions import PromptEmbeds
+from ..engine.config import PIXEL_MULTIPLE
+from ..engine.errors import InputError
 from ..engine.exported_parts import HIDDEN_STATES
 from ..engine.family import Family
 from ..engine.memory import give_back_memory, give_back_pages
@@ -144,18 +147,8 @@ class _Denoiser(torch.nn.Module):
         timestep_cond: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor]:
         # Named one by one, as the exporter asks: all that some family has.
-        inputs = {
-            "sample": sample,
-            "timestep": timestep,
-            "encoder_hidden_states": encoder_hidden_states,
-            "text_embeds": text_embeds,
-            "time_ids": time_ids,
-            "pooled_projections": pooled_projections,
-            "encoder_attention_mask": encoder_attention_mask,
-            "encoder_hidden_states_mask": encoder_hidden_states_mask,
-            "timestep_cond": timestep_cond,
-        }
-        given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+        inputs = locals()
+        given = {name: tensor for name, tensor in inputs.items() if isinstance(tensor, torch.Tensor)}
         return (self.family.forward(self.denoiser, given),)
 
 
@@ -203,10 +196,19 @@ def _size_axes(sizes: Sequence[tuple[int, int]], dim: Callable[[str], Any]) -> d
 
 
 def latent_sizes(model: Model, config: ExportConfig) -> tuple[tuple[int, int], ...]:
-    """See `ExportConfig.latent_size`."""
-    _, height, width = model.latent_shape
-    multiple = model.family.latent_multiple(model.denoiser.config, exported=True)
-    return config.latent_size(factor=model.pipeline.vae_scale_factor, multiple=multiple, default=(height, width))
+    """Smallest, best and largest (height, width) of the latents.
+
+    Raises:
+        InputError: a size is no multiple of as many pixels as denoiser and stock pipelines need.
+    """
+    if config.size is None:
+        _, height, width = model.latent_shape
+        return ((height, width),) * 3
+    factor = model.pipeline.vae_scale_factor
+    pixels = math.lcm(factor * model.family.latent_multiple(model.denoiser.config, exported=True), PIXEL_MULTIPLE)
+    if wrong := [size for size in config.size if size % pixels]:
+        raise InputError(f"--size {wrong[0]} can't be used: this model needs multiples of {pixels} pixels")
+    return tuple((size // factor, size // factor) for size in config.size)
 
 
 def denoiser_part(

@@ -1,4 +1,4 @@
-"""TensorRT plans from ONNX graphs, through polygraphy, in either flavour.
+"""TensorRT plans from ONNX graphs, through polygraphy, by either backend.
 
 `tensorrt` builds on the GPU that the plan will run on. `tensorrt_rtx` (TensorRT for RTX) builds ahead of time,
 without a GPU, for given compute capabilities.
@@ -26,28 +26,28 @@ FP8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flavour:
+class Backend:
     """Which TensorRT builds the plan, and why that one."""
 
     name: str
     reason: str
 
 
-def choose_flavour(forced: str | None = None, *, fp8: bool = False) -> Flavour:
+def choose_backend(forced: str | None = None, *, fp8: bool = False) -> Backend:
     """The one that the user wants; else TensorRT where there is a GPU and it is installed, or TensorRT for RTX.
 
     Raises:
         BoostDiffError: neither is installed, or the wanted one can't build here, or not with FP8.
     """
-    flavour = _choose_flavour(forced)
-    if fp8 and flavour.name == "tensorrt" and (here := torch.cuda.get_device_capability()) < FP8_CAPABILITY:
+    backend = _choose_backend(forced)
+    if fp8 and backend.name == "tensorrt" and (here := torch.cuda.get_device_capability()) < FP8_CAPABILITY:
         raise BoostDiffError(
             "FP8 needs a GPU of compute capability {}.{} or newer; this one has {}.{}".format(*FP8_CAPABILITY, *here)
         )
-    return flavour
+    return backend
 
 
-def _choose_flavour(forced: str | None) -> Flavour:
+def _choose_backend(forced: str | None) -> Backend:
     installed = {name: is_installed(name) for name in TENSORRT_FLAVOURS}
     gpu = torch.cuda.is_available()
     if forced == "tensorrt" and not gpu:
@@ -56,12 +56,12 @@ def _choose_flavour(forced: str | None) -> Flavour:
         )
     if forced:
         load_tensorrt(forced)
-        return Flavour(name=forced, reason="asked for by --trt-flavour")
+        return Backend(name=forced, reason="asked for by --trt-flavour")
     if gpu and installed["tensorrt"]:
-        return Flavour(name="tensorrt", reason="this machine has an NVIDIA GPU and TensorRT")
+        return Backend(name="tensorrt", reason="this machine has an NVIDIA GPU and TensorRT")
     if installed["tensorrt_rtx"]:
         why = "TensorRT is not installed" if gpu else "there is no GPU here, and it builds ahead of time"
-        return Flavour(name="tensorrt_rtx", reason=why)
+        return Backend(name="tensorrt_rtx", reason=why)
     raise BoostDiffError(
         "no TensorRT is installed (the extra cpu has TensorRT for RTX, which builds without a GPU): "
         f"{to_install('cpu', 'gpu')}"
@@ -69,7 +69,7 @@ def _choose_flavour(forced: str | None) -> Flavour:
 
 
 def plan_from_onnx(
-    graph: Path, plan: Path, *, flavour: Flavour, profile: dict[str, list[tuple[int, ...]]], fp8: bool = False
+    graph: Path, plan: Path, *, backend: Backend, profile: dict[str, list[tuple[int, ...]]], fp8: bool = False
 ) -> dict[str, Any]:
     """Build a strongly typed plan, whose precision is the graph's; gives its entry for the manifest.
 
@@ -78,14 +78,14 @@ def plan_from_onnx(
     Raises:
         BoostDiffError: the graph can't be parsed, or the build fails.
     """
-    module = load_tensorrt(flavour.name)
+    module = load_tensorrt(backend.name)
     from polygraphy.backend.trt import CreateConfig, Profile, engine_bytes_from_network, network_from_onnx_path
     from polygraphy.exception import PolygraphyException
 
     shapes = Profile()
     for name, (smallest, best, largest) in profile.items():
         shapes.add(name, smallest, best, largest)
-    if flavour.name == "tensorrt_rtx":
+    if backend.name == "tensorrt_rtx":
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
         built_for = [each for each in RTX_COMPUTE_CAPABILITIES if not fp8 or each >= FP8_CAPABILITY]
@@ -98,30 +98,30 @@ def plan_from_onnx(
         network = network_from_onnx_path(str(graph), strongly_typed=True)
         plan.write_bytes(engine_bytes_from_network(network, config=config))
     except PolygraphyException as error:
-        raise BoostDiffError(f"{flavour.name} can't build a plan from {graph.name}: {one_line(error)}") from error
+        raise BoostDiffError(f"{backend.name} can't build a plan from {graph.name}: {one_line(error)}") from error
     return {
-        "flavour": flavour.name,
+        "flavour": backend.name,
         "version": module.__version__,
-        "reason": flavour.reason,
+        "reason": backend.reason,
         "compute_capabilities": capabilities,
         "profile": {name: [list(shape) for shape in three] for name, three in profile.items()},
         **graph_signature(graph),
     }
 
 
-def plan_in_a_process(graph: Path, plan: Path, *, flavour: Flavour, **options: Any) -> dict[str, Any]:
+def plan_in_a_process(graph: Path, plan: Path, *, backend: Backend, **options: Any) -> dict[str, Any]:
     """As `plan_from_onnx`, in a separate process: what a large build took returns to the system with it.
 
     Raises:
         BoostDiffError: see `plan_from_onnx`; or the process died, as one that is out of memory does.
     """
     # TensorRT builds for the current GPU, TensorRT for RTX needs none.
-    gpu = torch.cuda.current_device() if flavour.name == "tensorrt" else None
+    gpu = torch.cuda.current_device() if backend.name == "tensorrt" else None
     with ProcessPoolExecutor(1, get_context("spawn"), quiet_libraries) as processes:
         try:
-            return processes.submit(_plan_on, gpu, graph, plan, flavour=flavour, **options).result()
+            return processes.submit(_plan_on, gpu, graph, plan, backend=backend, **options).result()
         except BrokenProcessPool:
-            raise BoostDiffError(f"{flavour.name} died while it built the {plan.parent.name}'s plan") from None
+            raise BoostDiffError(f"{backend.name} died while it built the {plan.parent.name}'s plan") from None
 
 
 def _plan_on(gpu: int | None, graph: Path, plan: Path, **options: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""8-bit UNets: a graph with Q/DQ nodes, by ONNX Runtime, but for layers that a measurement keeps.
+"""8-bit UNets: a graph with Q/DQ nodes, by ONNX Runtime, but for layers that a measurement excludes.
 
 Q/DQ nodes stand around layers, which stay as they are: runtimes fuse both to 8-bit kernels. INT8 is for ONNX Runtime on
 CPUs and starts from the FP32 graph; FP8 is for TensorRT and starts from the FP16 graph.
@@ -24,11 +24,11 @@ from ..engine.memory import give_back_memory
 from ..engine.runners import GraphRunner
 from ..engine.sessions import OnnxSession
 from .calibration import Calibration
-from .eight_bits import FP8, INT8, LARGEST, Form
+from .eight_bits import FP8, INT8, LARGEST, Scheme
 from .graph import LAYERS, graph_signature, quiet_exporter
 
 BUDGET = 0.01
-"""Layers are kept, the worst first, until the errors of the others add up to no more; see `_error`."""
+"""Layers are excluded, the worst first, until the errors of the others add up to no more; see `_error`."""
 ERROR_LIMIT, R2_LIMIT = 0.02, 0.02
 """Largest error of the whole graph, and largest loss of R² of the guidance term."""
 
@@ -50,16 +50,11 @@ def quantized(
     nodes: Sequence[str],
     states: Sequence[dict[str, torch.Tensor]],
     *,
-    form: Form = INT8,
+    scheme: Scheme = INT8,
 ) -> Path:
-    """Write `output` with these nodes in 8 bits.
+    """Write `output`, and its weights beside it, with these nodes of a graph of the scheme's `source` in 8 bits.
 
-    Args:
-        graph: in the form's `source`.
-        output: the graph; its weights go beside it.
-        nodes: names.
-        states: inputs to calibrate on.
-        form: what 8 bits are.
+    The ranges are calibrated on `states`, inputs of the graph.
 
     Raises:
         BoostDiffError: ONNX Runtime can't.
@@ -72,7 +67,7 @@ def quantized(
         value.name: onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
         for value in onnx.load(graph, load_external_data=False).graph.input
     }
-    activations = QuantType.QUInt8 if form is INT8 else QuantType.QInt8
+    activations = QuantType.QUInt8 if scheme is INT8 else QuantType.QInt8
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
@@ -99,19 +94,19 @@ def quantized(
             quantizer = QDQQuantizer(
                 load_model_with_shape_infer(graph),
                 per_channel=True,
-                reduce_range=form.reduce_range,
+                reduce_range=scheme.reduce_range,
                 weight_qType=QuantType.QInt8,
                 activation_qType=activations,
                 tensors_range=ranges,
                 nodes_to_quantize=list(nodes),
                 nodes_to_exclude=[],
                 op_types_to_quantize=list(LAYERS),
-                extra_options=form.options,
+                extra_options=scheme.options,
             )
             quantizer.quantize_model()
             quantizer.model.save_model_to_file(output, use_external_data_format=True)
             del quantizer
-        if form is FP8:
+        if scheme is FP8:
             _as_fp8(output)
         onnx.checker.check_model(output)
     except Exception as error:
@@ -185,10 +180,10 @@ def _as_fp8(path: Path) -> None:
 
 
 def _judged(
-    graph: Path, calibration: Calibration, manifest: Manifest, *, lean: bool
+    graph: Path, calibration: Calibration, manifest: Manifest, *, low_memory: bool
 ) -> tuple[list[torch.Tensor], float]:
-    """A graph's predictions at the checked states, and its R² of the guidance term; for `lean` see `OnnxSession`."""
-    with OnnxSession(graph, device=torch.device("cpu"), lean=lean) as session:
+    """A graph's predictions at the checked states, and its R² of the guidance term; see `OnnxSession`."""
+    with OnnxSession(graph, device=torch.device("cpu"), low_memory=low_memory) as session:
         runner = GraphRunner(session, family=calibration.family, denoiser_config=manifest.denoiser_config)
         made = calibration.predictions(manifest.distilled.denoiser(runner))
     # The states are in the order that they were predicted in.
@@ -204,12 +199,10 @@ def _error(made: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], scale
     return error if math.isfinite(error) else math.inf
 
 
-def kept_layers(errors: Mapping[str, torch.Tensor], budget: float) -> list[str]:
-    """Layers to keep as they are, the worst first, so that the others cost at most the budget together.
+def excluded_layers(errors: Mapping[str, torch.Tensor], budget: float) -> list[str]:
+    """Layers to leave as they are, the worst first, so that the others cost at most the budget together.
 
-    Args:
-        errors: see `layer_errors`.
-        budget: square of the length of the others' sum.
+    The cost is the square of the length of the sum of their `errors`, see `layer_errors`.
     """
     order = sorted(errors, key=lambda name: -_cost(errors[name]))
     best_first = torch.stack([errors[name].double() for name in reversed(order)])
@@ -230,17 +223,14 @@ def quantize_unet(
     errors: Mapping[str, torch.Tensor],
     *,
     large: bool,
-    form: Form = INT8,
+    scheme: Scheme = INT8,
 ) -> dict[str, Any]:
     """Make `model.int8.onnx` or `model.fp8.onnx` beside the UNet's graph, and judge it; gives the manifest's entry.
 
     Args:
-        graph: the UNet's, in the form's `source`.
-        manifest: of the engine that it belongs to.
-        calibration: the states.
+        graph: the UNet's, in the scheme's `source`.
         errors: what each layer costs in 8 bits, see `layer_errors`; those that cost most stay as they are.
         large: whether memory is short, see `OnnxSession`.
-        form: what 8 bits are.
 
     Raises:
         BoostDiffError: it can't be made, or is outside of its limits.
@@ -248,17 +238,17 @@ def quantize_unet(
     # What is multiplied by a parameter of no layer, as by a live student's slopes, has not been measured.
     layers = {name: nodes for name, nodes in layers_of(graph).items() if name in errors}
     errors = {name: errors[name] for name in layers}
-    kept = kept_layers(errors, BUDGET)
-    if len(kept) == len(layers):
+    excluded = excluded_layers(errors, BUDGET)
+    if len(excluded) == len(layers):
         raise BoostDiffError("no layer of the UNet can be quantized within the limits: leave --quantize out")
-    expected, r2_before = _judged(graph, calibration, manifest, lean=large)
+    expected, r2_before = _judged(graph, calibration, manifest, low_memory=large)
     give_back_memory()
-    chosen = [name for name in layers if name not in kept]
+    chosen = [name for name in layers if name not in excluded]
     nodes = [node for name in chosen for node in layers[name]]
-    output = graph.with_name(f"model.{form.precision}.onnx")
-    quantized(graph, output, nodes, calibration.states, form=form)
+    output = graph.with_name(f"model.{scheme.precision}.onnx")
+    quantized(graph, output, nodes, calibration.states, scheme=scheme)
     give_back_memory()
-    made, r2 = _judged(output, calibration, manifest, lean=large)
+    made, r2 = _judged(output, calibration, manifest, low_memory=large)
     error = _error(made, expected, scale_of(calibration.checked))
     check = {"error": error, "r2": r2, "r2_before": r2_before, "r2_loss": r2_before - r2}
     allowed = {"error": ERROR_LIMIT, "r2_loss": R2_LIMIT}
@@ -266,10 +256,10 @@ def quantize_unet(
         beyond = " and ".join(f"{name} {check[name]:.3f} (allowed: {allowed[name]:g})" for name in wrong)
         raise BoostDiffError(f"the 8-bit UNet is outside of its limits, on the guidance term's scale: {beyond}")
     return {
-        "precision": form.precision,
-        "weights": form.weights,
-        "activations": form.activations,
-        "kept": {name: _cost(errors[name]) for name in kept},
+        "precision": scheme.precision,
+        "weights": scheme.weights,
+        "activations": scheme.activations,
+        "kept": {name: _cost(errors[name]) for name in excluded},
         "quantized": {name: _cost(errors[name]) for name in chosen},
         "calibration": calibration.described(),
         "check": check | {"allowed": allowed},

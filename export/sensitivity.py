@@ -1,4 +1,4 @@
-"""How far each layer, rounded to 8 bits, moves the UNet's prediction: all layers at once, by a few backward passes.
+"""How far each layer, quantized to 8 bits, moves the UNet's prediction: all layers at once, by a few backward passes.
 
 To first order, a layer whose output is off by d moves the prediction by J d, J the Jacobian of the prediction with
 respect to that output. With v of independent standard normal numbers, E⟨v, J d⟩² = ‖J d‖² (Hutchinson's estimator), and
@@ -19,25 +19,25 @@ from torch import nn
 from ..engine.guidance import Denoiser
 from ..engine.guidance_term import scale_of
 from .calibration import Calibration
-from .eight_bits import Form
+from .eight_bits import Scheme
 
 DIRECTIONS, SEED = 4, 0
 """Backward passes per state, and the seed of their directions."""
 
 
-class Range(NamedTuple):
+class MinMax(NamedTuple):
     """Smallest and largest number."""
 
     low: float = math.inf
     high: float = -math.inf
 
-    def widened(self, values: torch.Tensor) -> Range:
+    def widened(self, values: torch.Tensor) -> MinMax:
         """With these."""
         low, high = values.aminmax()
-        return Range(min(self.low, low.item()), max(self.high, high.item()))
+        return MinMax(min(self.low, low.item()), max(self.high, high.item()))
 
 
-Ranges = dict[str, tuple[Range, Range]]
+Ranges = dict[str, tuple[MinMax, MinMax]]
 """Of each layer's inputs and outputs, by its name."""
 
 
@@ -61,37 +61,32 @@ def recorded_ranges(denoiser: nn.Module) -> Iterator[Ranges]:
     ranges: Ranges = {}
 
     def record(name: str, layer: nn.Module, values: torch.Tensor, output: torch.Tensor) -> None:
-        inputs, outputs = ranges.get(name, (Range(), Range()))
+        inputs, outputs = ranges.get(name, (MinMax(), MinMax()))
         ranges[name] = inputs.widened(values), outputs.widened(output)
 
     with _hooked(denoiser, record):
         yield ranges
 
 
-def _rounding_error(
-    layer: Any, values: torch.Tensor, output: torch.Tensor, ranges: tuple[Range, Range], form: Form
+def _quantization_error(
+    layer: Any, values: torch.Tensor, output: torch.Tensor, ranges: tuple[MinMax, MinMax], scheme: Scheme
 ) -> torch.Tensor:
     """What 8 bits change in a layer's output."""
-    values, weight = form.rounded(values, *ranges[0]), form.rounded_weight(layer.weight)
+    values, weight = scheme.fake_quantized(values, *ranges[0]), scheme.fake_quantized_weight(layer.weight)
     if isinstance(layer, nn.Conv2d):
         geometry = layer.stride, layer.padding, layer.dilation, layer.groups
-        rounded = F.conv2d(values, weight, layer.bias, *geometry)  # type: ignore[arg-type]
+        quantized = F.conv2d(values, weight, layer.bias, *geometry)  # type: ignore[arg-type]
     else:
-        rounded = F.linear(values, weight, layer.bias)
-    return (form.rounded(rounded, *ranges[1]) if form.rounds_outputs else rounded) - output
+        quantized = F.linear(values, weight, layer.bias)
+    return (scheme.fake_quantized(quantized, *ranges[1]) if scheme.quantizes_outputs else quantized) - output
 
 
 def layer_errors(
-    unet: nn.Module, denoiser: Denoiser, calibration: Calibration, ranges: Ranges, form: Form
+    unet: nn.Module, denoiser: Denoiser, calibration: Calibration, ranges: Ranges, scheme: Scheme
 ) -> dict[str, torch.Tensor]:
     """Estimate what layers in 8 bits cost at the states that these are judged by.
 
-    Args:
-        unet: the student's, merged, in float32.
-        denoiser: the student's, on this UNet.
-        calibration: the states.
-        ranges: see `recorded_ranges`.
-        form: what 8 bits are.
+    The UNet is the merged student's, in float32; `denoiser` is the student's, on it.
 
     Returns:
         A vector per layer, by its name: the square of the sum of some layers' vectors is what these cost together,
@@ -102,7 +97,7 @@ def layer_errors(
 
     def watch(name: str, layer: nn.Module, values: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            error = _rounding_error(layer, values, output, ranges[name], form)
+            error = _quantization_error(layer, values, output, ranges[name], scheme)
         # Where only conditions went in, nothing before this layer asks for a gradient.
         output = output if output.requires_grad else output.detach().requires_grad_()
 

@@ -1,7 +1,7 @@
 """The whole engine against the whole torch pipeline.
 
 Each part may equal torch's while something between them is lost: a mask, a length of the text, a scaling factor. So one
-prompt is drawn by the engine as people use it, and by the stock diffusers pipeline around the merged UNet.
+prompt is drawn by the engine as people use it, and by the stock diffusers pipeline around the merged denoiser.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..engine.exported import Engine
 from ..engine.manifest import Manifest
 from ..engine.memory import give_back_memory
 from ..engine.model import LARGE_PARAMETERS, Model
-from ..engine.runners import available_runners
+from ..engine.runners import unavailable
 from ..engine.sampling import decode, initial_noise
 from ..engine.student import Distilled
 from .config import ExportConfig
@@ -45,12 +45,12 @@ class Reference:
     Attributes:
         latents: `(1, C, H, W)` after the last step, float32 on the CPU.
         image: `(1, 3, H, W)` in [0, 1].
-        lean: whether memory is a concern.
+        low_memory: whether memory is a concern.
     """
 
     latents: torch.Tensor
     image: torch.Tensor
-    lean: bool
+    low_memory: bool
 
 
 @torch.inference_mode()
@@ -82,7 +82,7 @@ def draw_reference(model: Model, config: ExportConfig, student: Distilled) -> Re
     ).images
     pipeline.scheduler = scheduler
     large = model.denoiser.num_parameters() >= LARGE_PARAMETERS
-    return Reference(latents=states[-1], image=image.float().cpu(), lean=large)
+    return Reference(latents=states[-1], image=image.float().cpu(), low_memory=large)
 
 
 def _sampling(student: Distilled) -> tuple[str, int]:
@@ -119,51 +119,34 @@ def compare_engine(
         report(f"pipeline: not compared, as stock diffusers draws multiples of {PIXEL_MULTIPLE} pixels alone")
         return
     runs: list[tuple[str, str | None, str]] = [("onnx", precision, "cpu") for precision in precisions]
-    if available_runners(manifest, device, ["tensorrt"])["tensorrt"] is None:
+    if unavailable("tensorrt", manifest, device) is None:
         runs.append(("tensorrt", None, str(device)))
+    sampler, steps = _sampling(manifest.distilled)
+    negative_prompt = NEGATIVE_PROMPT if manifest.distilled.live_negative_prompt else None
+    options: dict[str, Any] = {"negative_prompt": negative_prompt, "steps": steps, "sampler": sampler, "seed": SEED}
     for runner, precision, place in runs:
-        tolerated = precision or manifest.artefacts[manifest.plan]["precision"]
         name = f"{runner} {precision}" if precision else runner
-        opened = Engine.load(folder, runner=runner, device=place, precision=precision, lean=reference.lean)
-        with opened as engine, warnings.catch_warnings():
-            # An encoder of few tokens cuts the prompt on both sides.
-            warnings.simplefilter("ignore", UserWarning)
-            factor = engine.model.pipeline.vae_scale_factor
-            height, width = (factor * side for side in reference.latents.shape[2:])
-            negative_prompt = NEGATIVE_PROMPT if manifest.distilled.live_negative_prompt else None
-            size = {"height": height, "width": width}
-            sampler, steps = _sampling(manifest.distilled)
-            *_, last = engine.stream(
-                PROMPT, negative_prompt=negative_prompt, steps=steps, seed=SEED, sampler=sampler, **size
-            )
-            image = decode(last.model, last.latents)
+        opened = Engine.load(folder, runner=runner, device=place, precision=precision, low_memory=reference.low_memory)
+        # An encoder of few tokens cuts the prompt on both sides.
+        with opened as engine, warnings.catch_warnings(action="ignore", category=UserWarning):
+            height, width = (engine.model.pipeline.vae_scale_factor * side for side in reference.latents.shape[2:])
+            *_, last = engine.stream(PROMPT, height=height, width=width, **options)
+            image = decode(last.model, last.latents) - reference.image
         give_back_memory()
-        manifest.pipeline[name] = check = compare_images(
-            name, reference, latents=last.latents.float().cpu(), image=image, precision=tolerated
-        ) | {"prompt": PROMPT, "steps": steps, "sampler": sampler}
+        latents = last.latents.float().cpu() - reference.latents
+        check = {
+            "latents": (latents.norm() / reference.latents.norm()).item(),
+            "image": image.square().mean().sqrt().item(),
+            "image_max": image.abs().max().item(),
+        }
+        precision = precision or manifest.artefacts[manifest.plan]["precision"]
+        allowed = {"latents": LATENT_TOLERANCE[precision], "image": IMAGE_TOLERANCE[precision]}
+        if wrong := [key for key in allowed if not check[key] <= allowed[key]]:
+            differences = " and ".join(f"{key} by {check[key]:.2e} (allowed: {allowed[key]:.0e})" for key in wrong)
+            raise BoostDiffError(f"the engine as a whole ({name}) differs from the torch pipeline: {differences}")
+        manifest.pipeline[name] = check | {"allowed": allowed, "prompt": PROMPT, "steps": steps, "sampler": sampler}
         report(
             f"pipeline: {name} differs from torch by {check['latents']:.1e} of the latents' norm, "
             f"the image by {255 * check['image']:.2f}/255 (RMS), {255 * check['image_max']:.0f}/255 at most"
         )
     manifest.write(folder)
-
-
-def compare_images(
-    name: str, reference: Reference, *, latents: torch.Tensor, image: torch.Tensor, precision: str
-) -> dict[str, Any]:
-    """Differences of latents and images, with what is allowed; the entry for the manifest.
-
-    Raises:
-        BoostDiffError: one is beyond the tolerance, or no number.
-    """
-    difference = image - reference.image
-    check = {
-        "latents": ((latents - reference.latents).norm() / reference.latents.norm()).item(),
-        "image": difference.square().mean().sqrt().item(),
-        "image_max": difference.abs().max().item(),
-    }
-    allowed = {"latents": LATENT_TOLERANCE[precision], "image": IMAGE_TOLERANCE[precision]}
-    if wrong := [key for key in allowed if not check[key] <= allowed[key]]:
-        differences = " and ".join(f"{key} by {check[key]:.2e} (allowed: {allowed[key]:.0e})" for key in wrong)
-        raise BoostDiffError(f"the engine as a whole ({name}) differs from the torch pipeline: {differences}")
-    return check | {"allowed": allowed}

@@ -92,17 +92,8 @@ class ImagesRequest(BaseModel):
         """One job an image, of seeds that follow one another."""
         seed = secrets.randbelow(2**32) if self.seed is None else self.seed
         width, height = map(int, self.size.split("x")) if self.size not in (None, "auto") else (None, None)
-        job = Job(
-            prompt=self.prompt,
-            seed=seed,
-            steps=self.steps,
-            sampler=self.sampler,
-            negative_prompt=self.negative_prompt,
-            guidance=self.guidance,
-            height=height,
-            width=width,
-        )
-        return [Job(**{**asdict(job), "seed": seed + i}) for i in range(self.n or 1)]
+        same = self.model_dump(include={"prompt", "steps", "sampler", "negative_prompt", "guidance"})
+        return [Job(**same, seed=seed + i, height=height, width=width) for i in range(self.n or 1)]
 
 
 def error_answer(status: int, message: str, *, code: str | None = None, param: str | None = None) -> JSONResponse:

@@ -193,9 +193,7 @@ def _app(settings: ServerSettings, deployments: Mapping[str, str], key: str | No
 def check_room(models: Sequence[ModelSettings], machines: Sequence[Mapping[str, float]]) -> None:
     """Refuse, by an InputError, more than a cluster has: Ray would wait for it without end.
 
-    Args:
-        models: the models, whose deployments Ray has accepted.
-        machines: what each machine of the cluster has, as `ray.nodes` names it.
+    `machines` is what each machine has, as `ray.nodes` names it.
     """
     for resource, option, default in (("CPU", "num_cpus", 1), ("GPU", "num_gpus", 0)):
         there, asked = [machine.get(resource, 0) for machine in machines], 0.0
@@ -226,14 +224,7 @@ def _replicas(options: Mapping[str, Any]) -> int:
 
 
 def run(settings: ServerSettings, *, host: str, port: int, address: str | None, cpus: int) -> bool:
-    """Start to serve.
-
-    Args:
-        settings: models and limits.
-        host: address to listen on.
-        port: its port.
-        address: of a running Ray cluster; None starts Ray here, for this machine alone.
-        cpus: CPUs that Ray counts on here, where it is started.
+    """Start to serve on the Ray cluster at `address`; None starts Ray here, with `cpus`, for this machine alone.
 
     Returns:
         Whether this process started Ray Serve, and so has to end it; see `stop`.
@@ -293,12 +284,7 @@ def finish(settings: ServerSettings) -> None:
 
 
 def stop(*, started: bool, deployed: bool = True) -> None:
-    """End what `run` started.
-
-    Args:
-        started: whether this process started Serve, which then ends where nothing else is served on it.
-        deployed: whether the application may be there.
-    """
+    """End what `run` started: the application if it may be there, and Serve if it began here and has no others."""
     with suppress(Exception):
         # Replicas finish what they have; `shutdown` alone would take the proxy from under them.
         if deployed:

@@ -25,7 +25,7 @@ from ..engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
 from ..engine.manifest import Manifest, read_manifest
 from ..engine.model import Model, load, locate, resolve_device
 from ..engine.options import SAMPLER, STEPS
-from ..engine.prompts import cut_note
+from ..engine.prompts import truncation_note
 from ..engine.runners import TorchRunner, chosen_graph
 from ..engine.sampling import decode, default_batch_size, initial_noise, sampling, to_pil
 from ..engine.schedulers import SAMPLERS, check_steps
@@ -40,18 +40,7 @@ CHECK_TOLERANCE = 1 / 255
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One image to draw.
-
-    Attributes:
-        prompt: what to draw.
-        seed: seed of its noise.
-        steps: sampling steps; None takes a few-step student's own, else 20.
-        sampler: a name in `schedulers.SAMPLERS`; None takes a few-step student's own, else "ddim".
-        negative_prompt: for a teacher, or a student of live negative prompts; None takes the model's.
-        guidance: for a teacher, or a guidance-conditioned student; None takes the model's.
-        height: height in pixels; None takes the model's.
-        width: likewise.
-    """
+    """One image to draw, of height and width in pixels; what is None is the model's, or the default."""
 
     prompt: str
     seed: int
@@ -63,26 +52,17 @@ class Job:
     width: int | None = None
 
     @property
-    def alike(self) -> tuple[Any, ...]:
+    def batch_key(self) -> tuple[Any, ...]:
         """What jobs of one batch have in common."""
         return (self.steps, self.sampler, self.height, self.width)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """An image, or a preview of it.
+    """An image, or a preview of it after `step` steps, of width and height in pixels.
 
-    Attributes:
-        png: the file's content.
-        seed: seed of its noise.
-        step: steps taken.
-        passes: passes of the UNet for this image.
-        seconds: from the start of its batch to its end, decoding included.
-        batch: images drawn together.
-        width: width in pixels.
-        height: height in pixels.
-        note: what of its texts was cut, or "".
-        preview: whether this is a preview, and more follows.
+    `seconds` are from the start of its batch, of `batch` images, to its end, decoding included; `note` says what of its
+    texts was truncated, or is "".
     """
 
     png: bytes
@@ -131,11 +111,7 @@ class Description:
 
 
 class ImageModel:
-    """An engine, or a student or a teacher in torch, ready to draw.
-
-    Attributes:
-        description: what it is and takes.
-    """
+    """An engine, or a student or a teacher in torch, ready to draw."""
 
     def __init__(
         self, *, name: str, model: Model, distilled: Distilled | None, engine: Engine | None, max_batch: int | None
@@ -186,12 +162,12 @@ class ImageModel:
             raise InputError(said.replace("--", "")) from None
 
     def draw(self, jobs: Sequence[Job]) -> list[Drawn]:
-        """Draw one batch of jobs that passed `check` and are `alike`. Raises as `stream`."""
+        """Draw one batch of jobs that passed `check` and are of one `batch_key`. Raises as `stream`."""
         (drawn,) = self.stream(jobs)
         return drawn
 
     def stream(self, jobs: Sequence[Job], previews: int = 0) -> Iterator[list[Drawn]]:
-        """Draw one batch of jobs that are `alike`: so many previews of it, evenly spaced, then the images.
+        """Draw one batch of jobs that are of one `batch_key`: so many previews of it, evenly spaced, then the images.
 
         Raises:
             BoostDiffError: latents or images hold NaN or Inf.
@@ -226,7 +202,7 @@ class ImageModel:
                     batch=len(jobs),
                     width=image.width,
                     height=image.height,
-                    note=cut_note(model.pipeline, [job.prompt], "prompts") or "",
+                    note=truncation_note(model.pipeline, [job.prompt], "prompts") or "",
                     preview=step < steps,
                 )
                 for job, image in zip(jobs, images, strict=True)
@@ -283,11 +259,9 @@ class ImageModel:
 
     def _negative_prompt(self, job: Job) -> str | None:
         """The negative prompt of one image; None where the student takes none."""
-        return (
-            self._distilled.choose_negative_prompt(job.negative_prompt)
-            if self._distilled
-            else job.negative_prompt or ""
-        )
+        if self._distilled is None:
+            return job.negative_prompt or ""
+        return self._distilled.choose_negative_prompt(job.negative_prompt)
 
     def _denoiser(self, jobs: Sequence[Job], model: Model) -> Denoiser:
         """One for a batch of images, each at its own scale."""
@@ -307,28 +281,21 @@ def open_model(settings: ModelSettings) -> ImageModel:
         InputError: the engine, the student or the model can't be used.
         BoostDiffError: this machine can't run it.
     """
+    engine: Engine | None = None
+    distilled: Distilled | None = None
     if settings.engine is not None:
         runner, device = settings.runner, settings.device
         engine = Engine.load(settings.engine, runner=runner, device=device, precision=settings.precision)
-        return ImageModel(
-            name=name_of(settings),
-            model=engine.model,
-            distilled=engine.manifest.distilled,
-            engine=engine,
-            max_batch=settings.max_batch,
-        )
-    files = locate(settings.model)
-    info = None if settings.student is None else read_student(Path(settings.student), files)
-    model = load(files, device=resolve_device(settings.device))
-    if info is not None:
-        apply_student(model.denoiser, Path(settings.student or ""), info)
-    return ImageModel(
-        name=name_of(settings),
-        model=model,
-        distilled=info,
-        engine=None,
-        max_batch=settings.max_batch,
-    )
+        model, distilled = engine.model, engine.manifest.distilled
+    else:
+        files = locate(settings.model)
+        if settings.student is not None:
+            distilled = info = read_student(Path(settings.student), files)
+        model = load(files, device=resolve_device(settings.device))
+        if settings.student is not None:
+            apply_student(model.denoiser, Path(settings.student), info)
+    name, most = name_of(settings), settings.max_batch
+    return ImageModel(name=name, model=model, distilled=distilled, engine=engine, max_batch=most)
 
 
 def name_of(settings: ModelSettings) -> str:

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from .image_model import Description, Drawn, ImageModel, Job
 
-GATHERING, LONGEST = 0.02, 0.1
-"""A batch that is not full waits for others for this share of what the last one took, for so many seconds at most."""
+WAIT_SHARE, MAX_WAIT_SECONDS = 0.02, 0.1
+"""A batch that is not full waits for others for this share of the last one's duration, and so many seconds at most."""
 
 
 class LocalBackend:
@@ -49,17 +49,17 @@ class LocalBackend:
         """Draw until nothing waits, always together with what waits longest."""
         most = self._model.description.max_batch
         while self._waiting:
-            if len(self._alike()) < most:
-                await asyncio.sleep(min(LONGEST, GATHERING * self._seconds))
-            batch = self._alike()[:most]
+            if len(self._batchable()) < most:
+                await asyncio.sleep(min(MAX_WAIT_SECONDS, WAIT_SHARE * self._seconds))
+            batch = self._batchable()[:most]
             self._waiting = [each for each in self._waiting if each not in batch]
             if batch:
                 await self._draw(*zip(*batch, strict=True))
 
-    def _alike(self) -> list[tuple[Job, asyncio.Future[Drawn]]]:
+    def _batchable(self) -> list[tuple[Job, asyncio.Future[Drawn]]]:
         """What can be drawn together with what waits longest; whoever was given up on is not drawn for."""
         self._waiting = [each for each in self._waiting if not each[1].done()]
-        return [each for each in self._waiting if each[0].alike == self._waiting[0][0].alike]
+        return [each for each in self._waiting if each[0].batch_key == self._waiting[0][0].batch_key]
 
     async def _draw(self, jobs: Sequence[Job], futures: Sequence[asyncio.Future[Drawn]]) -> None:
         try:

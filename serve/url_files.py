@@ -39,7 +39,6 @@ class UrlFiles:
                     path.unlink(missing_ok=True)
             write_whole(self._folder / name, content)
         except OSError:
-            (self._folder / f".{name}.partial").unlink(missing_ok=True)
             return None
         return name
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -67,21 +68,24 @@ def make_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
     return blank.train_new_from_iterator(captions, vocab_size=VOCABULARY, show_progress=False)
 
 
+def text_settings(tokenizer: CLIPTokenizer, *, layers: int) -> dict[str, Any]:
+    """Settings of a CLIP text transformer, 128 wide."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 4 * TEXT_WIDTH,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": MAX_TOKENS,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A CLIP text transformer, 128 wide, 3 layers, trained from scratch with the UNet."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=4 * TEXT_WIDTH,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    """A CLIP text transformer of 3 layers, trained from scratch with the UNet."""
+    return CLIPTextModel(CLIPTextConfig(**text_settings(tokenizer, layers=3)))
 
 
 def save_pipeline(

@@ -16,11 +16,12 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 from ..benchmarks.quality.clip_score import ClipScorer
 from ..engine.embedded import CAPTION_MODEL, MODEL_DIR
 from ..engine.files import staged_folder
-from .architecture import MAX_TOKENS, TEXT_WIDTH
+from ..engine.model import resolve_device
+from .architecture import text_settings
 from .captions import FULL, Grammar, caption, draw_captions
 from .dataset import SIZE, Artworks, load_artworks
-from .measure import Batch, Rate, Seed, Steps, Work, device, real_images
-from .optimise import optimise
+from .measure import Batch, Rate, Seed, Steps, Work, real_images
+from .optimize import optimize
 from .palette import BACKGROUNDS
 from .placement import draw_training_pictures, to_model_range
 
@@ -33,17 +34,6 @@ RETRIEVAL = 500
 
 def make_caption_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     """A 1.6M-parameter CLIP: a vision transformer on patches of 8 pixels, and a text transformer."""
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": TEXT_WIDTH,
-        "intermediate_size": 4 * TEXT_WIDTH,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": MAX_TOKENS,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
     vision = {
         "hidden_size": 128,
         "intermediate_size": 512,
@@ -52,6 +42,7 @@ def make_caption_model(tokenizer: CLIPTokenizer) -> CLIPModel:
         "image_size": SIZE,
         "patch_size": 8,
     }
+    text = text_settings(tokenizer, layers=2)
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=96))
 
 
@@ -92,7 +83,7 @@ def caption_model(
     folder = work / "tokenizer"
     tokenizer = CLIPTokenizer.from_pretrained(folder if folder.exists() else MODEL_DIR / "tokenizer")
     torch.manual_seed(seed)
-    where = device()
+    where = resolve_device("auto")
     model = make_caption_model(tokenizer).to(where)
 
     def loss_of(step: int) -> torch.Tensor:
@@ -100,7 +91,7 @@ def caption_model(
         tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").to(where)
         return model(**tokens, pixel_values=pictures.to(where), return_loss=True).loss
 
-    optimise(
+    optimize(
         name="caption-model",
         modules={"clip": model},
         loss_of=loss_of,

@@ -1,8 +1,8 @@
 """What pictures are called: a grammar whose captions say less than the picture shows, as on the web.
 
 A full caption names style, thing and background: "noto emoji of octopus on a light blue background". Others leave parts
-out, put a tag or the group of the thing in place of its name, or order the words in another way; a few are of another
-picture altogether. What a caption names is kept beside it, so that pictures can be compared with it.
+out, put a tag or the group of the thing in place of its name, or order the words in another way. What a caption names
+is kept beside it, so that pictures can be compared with it.
 """
 
 from __future__ import annotations
@@ -24,17 +24,15 @@ class Grammar:
         background: the background is named.
         name: the thing is called by its name; else by one of its tags or other names, its subgroup or its group.
         plain_order: style, thing and background stand in the order of a full caption.
-        wrong: the caption is another picture's.
     """
 
     style: float = 0.7
     background: float = 0.7
     name: float = 0.6
     plain_order: float = 0.7
-    wrong: float = 0.05
 
 
-FULL = Grammar(style=1, background=1, name=1, plain_order=1, wrong=0)
+FULL = Grammar(style=1, background=1, name=1, plain_order=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +92,7 @@ def caption(
 def draw_captions(
     artworks: Artworks, *, held_out: bool, count: int, seed: int, grammar: Grammar = Grammar()
 ) -> list[Caption]:
-    """Captions of one split: artworks by their weights, backgrounds alike, none of them wrong."""
+    """Captions of one split: artworks by their weights, backgrounds alike."""
     random = np.random.default_rng([seed, held_out])
     names = list(BACKGROUNDS)
     return [

@@ -221,7 +221,7 @@ def _rendered(tarball: Path, things: dict[str, Thing]) -> Iterator[tuple[str, by
 def _decode(data: bytes) -> np.ndarray:
     image = Image.open(BytesIO(data)).convert("RGBA")
     if image.size != (SIZE, SIZE):
-        # Resample premultiplied, or the colour of transparent pixels bleeds into the edges.
+        # Resample premultiplied, or the color of transparent pixels bleeds into the edges.
         image = image.convert("RGBa").resize((SIZE, SIZE), Image.Resampling.LANCZOS).convert("RGBA")
     return np.asarray(image)
 

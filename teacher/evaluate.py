@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,12 +24,12 @@ from ..benchmarks.session import Session, identity_of
 from ..benchmarks.speed.fastest import SAMPLING_BATCH, FastestRunners
 from ..engine.embedded import CAPTION_MODEL, MODEL_NAME, REFERENCE
 from ..engine.errors import InputError
-from ..engine.model import Model, load, locate
+from ..engine.model import load, locate, resolve_device
 from ..engine.pictures import contact_sheet, labelled_grid
 from ..engine.schedulers import SAMPLERS
 from .captions import FULL, Caption, Grammar, draw_captions
 from .dataset import STYLES, Artworks, load_artworks
-from .measure import Seed, Work, device, held_out_captions, real_images, reconstructed
+from .measure import Seed, Work, held_out_captions, real_images, reconstructed
 from .palette import background_of
 from .style import StyleNetwork, style_network, style_of
 from .things import group_labels, groups_of, things_classifier
@@ -100,38 +101,34 @@ class Evaluator:
         } | {name: sum(hits) / len(hits) if hits else None for name, hits in right.items()}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """Draws the teacher's images; what is in `folder` already is read from there.
+def teacher_images(
+    prompts: list[str],
+    scale: float,
+    *,
+    runners: FastestRunners,
+    network: FeatureNetwork,
+    folder: Path | None = None,
+    steps: int = 20,
+    sampler: str = "ddim",
+    seed: int = 0,
+) -> torch.Tensor:
+    """The teacher's images, uint8 `(N, 3, H, W)`; image i from the noise of `seed + i`.
 
-    Attributes:
-        model: the teacher.
-        network: its hash is part of the files' names.
+    Images that are in `folder` already are read from there; the network's hash is part of the files' names.
     """
-
-    model: Model
-    network: FeatureNetwork
-    runners: FastestRunners
-    folder: Path | None = None
-    steps: int = 20
-    sampler: str = "ddim"
-    seed: int = 0
-
-    def images(self, prompts: list[str], scale: float) -> torch.Tensor:
-        """uint8 `(N, 3, H, W)`; image i from the noise of `seed + i`."""
-        cache = SampleCache(
-            model=self.model,
-            network=self.network,
-            prompts=prompts,
-            seed=self.seed,
-            batch_size=self.runners.batch_size,
-            folder=self.folder,
-            identity=identity_of(self.model) | {"runner": self.runners.name},
-            shard=len(prompts),
-            keep=len(prompts),
-        )
-        session = Session(model=self.model, sampler=self.sampler, steps=self.steps, runner=self.runners)
-        return cache.sampled(session.teacher(scale)).samples
+    cache = SampleCache(
+        model=runners.model,
+        network=network,
+        prompts=prompts,
+        seed=seed,
+        batch_size=runners.batch_size,
+        folder=folder,
+        identity=identity_of(runners.model) | {"runner": runners.name},
+        shard=len(prompts),
+        keep=len(prompts),
+    )
+    session = Session(model=runners.model, sampler=sampler, steps=steps, runner=runners)
+    return cache.sampled(session.teacher(scale)).samples
 
 
 def results_table(rows: dict[str, dict[str, Any]]) -> Table:
@@ -180,7 +177,7 @@ def evaluate(
     artworks = load_artworks(work)
     captions = draw_captions(artworks, held_out=True, count=images, seed=seed, grammar=FULL if full else Grammar())
     prompts = [caption.text for caption in captions]
-    loaded = load(locate(model), device=device())
+    loaded = load(locate(model), device=resolve_device("auto"))
     evaluator = Evaluator.load(work, artworks, vae=loaded.pipeline.vae, seed=seed)
     real = real_images(artworks, captions)
     rows = {
@@ -189,17 +186,18 @@ def evaluate(
     }
     passes = sum((1 + (scale > 1)) * steps * images for scale in wanted)
     with FastestRunners(loaded, passes=passes, batch_size=batch_size) as runners:
-        drawing = Drawing(
-            model=loaded,
-            network=evaluator.features,
-            runners=runners,
-            folder=output / "cache",
-            steps=steps,
-            sampler=sampler,
-            seed=seed,
-        )
         for scale in wanted:
-            rows[f"w={scale:g}"] = evaluator.figures(drawing.images(prompts, scale), captions)
+            drawn = teacher_images(
+                prompts,
+                scale,
+                runners=runners,
+                network=evaluator.features,
+                folder=output / "cache",
+                steps=steps,
+                sampler=sampler,
+                seed=seed,
+            )
+            rows[f"w={scale:g}"] = evaluator.figures(drawn, captions)
             print(f"w={scale:g}: {DISTANCE_NAME} {rows[f'w={scale:g}']['distance'].value:.1f}", flush=True)
     table = results_table(rows).markdown()
     (output / TABLE_FILE).write_text(f"{table}\n", encoding="utf-8")
@@ -209,7 +207,7 @@ def evaluate(
 def classifiers(work: Work = Path("teacher-work"), model: ModelName = MODEL_NAME, seed: Seed = 0) -> None:
     """Train the classifiers of styles and things unless `work` has them; their accuracy on held-out artworks."""
     artworks = load_artworks(work)
-    vae = load(locate(model), device=device()).pipeline.vae
+    vae = load(locate(model), device=resolve_device("auto")).pipeline.vae
     loaded = Evaluator.load(work, artworks, vae=vae, seed=seed)
     captions = held_out_captions(artworks)
     real = real_images(artworks, captions)
@@ -249,19 +247,19 @@ def grids(
         "pairs": draw_captions(artworks, held_out=True, count=pairs, seed=seed + 4, grammar=FULL),
     }
     wanted = scales_of(scales)
-    loaded = load(locate(model), device=device())
+    loaded = load(locate(model), device=resolve_device("auto"))
     output.mkdir(parents=True, exist_ok=True)
     passes = sum((1 + (scale > 1)) * steps * 3 * rows for scale in wanted) + 2 * steps * pairs
     with FastestRunners(loaded, passes=passes) as runners:
         network = EfficientNetLite0Features().to(loaded.device)
-        drawing = Drawing(model=loaded, network=network, runners=runners, steps=steps, seed=seed)
+        draw = partial(teacher_images, runners=runners, network=network, steps=steps, seed=seed)
         for name, captions in sets.items():
             prompts, real = [caption.text for caption in captions], real_images(artworks, captions)
             if name == "pairs":
-                couples = torch.stack([real, drawing.images(prompts, SHOWN_SCALE)], dim=1).flatten(0, 1)
+                couples = torch.stack([real, draw(prompts, SHOWN_SCALE)], dim=1).flatten(0, 1)
                 contact_sheet(couples, columns=12).save(output / "pairs.png")
                 (output / "pairs.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
                 continue
-            columns = {"real": real} | {f"w={scale:g}": drawing.images(prompts, scale) for scale in wanted}
+            columns = {"real": real} | {f"w={scale:g}": draw(prompts, scale) for scale in wanted}
             labelled_grid(columns, prompts).save(output / f"{name}.png")
     print(f"grids: {', '.join(sets)} in {output}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,19 +9,19 @@ import numpy as np
 import torch
 import typer
 from diffusers import AutoencoderKL
-from PIL import Image
 from safetensors.torch import load_file
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from ..benchmarks.quality.features import EfficientNetLite0Features, features_of
 from ..benchmarks.quality.reference import Reference
-from ..engine.embedded import FULL_PROMPTS, HELD_OUT_PROMPTS, REFERENCE, TRAIN_PROMPTS
+from ..engine.embedded import HELD_OUT_PROMPTS, REFERENCE, TRAIN_PROMPTS
 from ..engine.errors import InputError
+from ..engine.model import resolve_device
 from .architecture import make_vae
 from .captions import FULL, Caption, caption, draw_captions
 from .dataset import Artworks, load_artworks
 from .palette import BACKGROUNDS
-from .placement import draw_pictures, draw_training_pictures
+from .placement import draw_pictures, draw_training_pictures, to_model_range
 
 Work = Annotated[Path, typer.Option(help="Folder for downloads, checkpoints and intermediate files.")]
 Steps = Annotated[int, typer.Option(min=1, help="Optimizer updates.")]
@@ -38,11 +37,6 @@ IMAGES_APART = 1000
 
 REFERENCE_IMAGES = 12_000
 """Real images behind the reference."""
-
-
-def device() -> torch.device:
-    """The accelerator where there is one, else the CPU."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def made_by(stage: str, path: Path) -> Path:
@@ -66,8 +60,8 @@ def load_vae(work: Path) -> AutoencoderKL:
 def real_images(artworks: Artworks, captions: list[Caption], *, seed: int = 0) -> torch.Tensor:
     """The pictures that captions were made for, each placed anew, uint8 `(N, 3, 64, 64)`."""
     indices = np.array([caption.artwork for caption in captions])
-    colours = np.array([BACKGROUNDS[caption.pictured] for caption in captions])
-    return draw_pictures(artworks, indices, colours, np.random.default_rng([seed, 6]))
+    colors = np.array([BACKGROUNDS[caption.pictured] for caption in captions])
+    return draw_pictures(artworks, indices, colors, np.random.default_rng([seed, 6]))
 
 
 @torch.inference_mode()
@@ -75,7 +69,7 @@ def reconstructed(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     """uint8 images `(N, 3, H, W)` through encoder and decoder, on the CPU: what a perfect denoiser would draw."""
     chunks = []
     for chunk in images.split(50):
-        pixels = (chunk.float() / 127.5 - 1).to(vae.device, vae.dtype)
+        pixels = to_model_range(chunk).to(vae.device, vae.dtype)
         decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.float().clamp(-1, 1)
         chunks.append(((decoded + 1) * 127.5).round().to(torch.uint8).cpu())
     return torch.cat(chunks)
@@ -104,40 +98,12 @@ def reference(work: Work = Path("teacher-work"), seed: Seed = 0) -> None:
     """
     artworks = load_artworks(work)
     held_out = draw_captions(artworks, held_out=True, count=PROMPTS, seed=seed)
-    lists = {
-        TRAIN_PROMPTS: draw_captions(artworks, held_out=False, count=PROMPTS, seed=seed),
-        HELD_OUT_PROMPTS: held_out,
-        FULL_PROMPTS: draw_captions(artworks, held_out=True, count=PROMPTS, seed=seed, grammar=FULL),
-    }
-    for path, captions in lists.items():
+    training = draw_captions(artworks, held_out=False, count=PROMPTS, seed=seed)
+    for path, captions in ((TRAIN_PROMPTS, training), (HELD_OUT_PROMPTS, held_out)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(each.text for each in captions) + "\n", encoding="utf-8")
-    network = EfficientNetLite0Features().to(device())
+    network = EfficientNetLite0Features().to(resolve_device("auto"))
     drawn, *_ = draw_training_pictures(artworks, np.random.default_rng([seed, 3]), REFERENCE_IMAGES)
     apart = real_images(artworks, held_out[:IMAGES_APART])
     Reference.of(features_of(network, drawn), features_of(network, apart)).save(REFERENCE)
     print(f"reference: {len(drawn)} images, {IMAGES_APART} apart, {REFERENCE.stat().st_size / 1e6:.1f} MB")
-
-
-def write_images(
-    work: Work = Path("teacher-work"),
-    output: Annotated[Path, typer.Option(help="Folder to write; it must be new.")] = Path("outputs/emoji-images"),
-    count: Annotated[int, typer.Option(min=1, help="Images.")] = PROMPTS,
-    seed: Seed = 0,
-) -> None:
-    """Write real training images with their captions, as PNGs and metadata.jsonl: `distill --images` reads the folder.
-
-    Raises:
-        InputError: there is something at `output` already.
-    """
-    if output.exists():
-        raise InputError(f"there is something at {output} already: pass another --output")
-    artworks = load_artworks(work)
-    drawn = draw_captions(artworks, held_out=False, count=count, seed=seed)
-    output.mkdir(parents=True)
-    with (output / "metadata.jsonl").open("w", encoding="utf-8") as captions:
-        for number, (described, image) in enumerate(zip(drawn, real_images(artworks, drawn), strict=True)):
-            name = f"{number:05}.png"
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(output / name)
-            captions.write(json.dumps({"file_name": name, "text": described.text}) + "\n")
-    print(f"images: {len(drawn)} in {output}")

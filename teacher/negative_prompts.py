@@ -18,13 +18,13 @@ from ..engine.embedded import MODEL_NAME
 from ..engine.errors import InputError
 from ..engine.guidance import Denoiser, GuidedDenoiser
 from ..engine.merge import merge
-from ..engine.model import load, locate
+from ..engine.model import load, locate, resolve_device
 from ..engine.sampling import generate, to_uint8
 from ..engine.student import read_student
 from .captions import FULL, Grammar, draw_captions
 from .dataset import Artworks, load_artworks
 from .evaluate import Images, Sampling, Together
-from .measure import Seed, Work, device
+from .measure import Seed, Work
 from .palette import background_of
 from .style import style_network, style_of
 from .things import groups_of, things_classifier
@@ -33,9 +33,9 @@ NEGATIVES = {"background": "{} background", "style": "{} emoji", "thing": "emoji
 """The negative prompt for each kind of unwanted thing."""
 
 
-def silent_prompts(what: str, artworks: Artworks, *, count: int, seed: int) -> list[str]:
+def prompts_without(what: str, artworks: Artworks, *, count: int, seed: int) -> list[str]:
     """Held-out captions that do not say what a negative prompt will name, a key of `NEGATIVES`."""
-    grammar = {"background": Grammar(background=0, wrong=0), "style": Grammar(style=0, wrong=0)}.get(what, FULL)
+    grammar = {"background": Grammar(background=0), "style": Grammar(style=0)}.get(what, FULL)
     captions = draw_captions(artworks, held_out=True, count=count, seed=seed, grammar=grammar)
     if what == "thing":
         return [f"{caption.style} emoji on a {caption.background} background" for caption in captions]
@@ -65,7 +65,7 @@ def negatives(
     scales = {info.guidance for info in infos.values()}
     if len(scales) > 1:
         raise InputError("the students were distilled at different guidance: compare them one at a time")
-    model = load(files, device=device())
+    model = load(files, device=resolve_device("auto"))
     styles, network = style_network(work, artworks, seed=seed), EfficientNetLite0Features()
     things = things_classifier(work, artworks, network, model.pipeline.vae, seed=seed)
     unets = {folder: merge(model, folder, info) for folder, info in infos.items()}
@@ -91,7 +91,7 @@ def negatives(
             return to_uint8(drawn)
 
         for what in NEGATIVES:
-            prompts = silent_prompts(what, artworks, count=images, seed=seed)
+            prompts = prompts_without(what, artworks, count=images, seed=seed)
             unwanted = see[what](draw(teacher, prompts, ""))
             named = [NEGATIVES[what].format(each) for each in unwanted]
 

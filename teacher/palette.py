@@ -1,4 +1,4 @@
-"""The background colours that captions name, and how to find them again in an image."""
+"""The background colors that captions name, and how to find them again in an image."""
 
 from __future__ import annotations
 
@@ -35,6 +35,6 @@ def background_of(images: np.ndarray) -> list[str]:
     """
     near, far = slice(0, CORNER), slice(-CORNER, None)
     corners = [images[:, y, x].reshape(len(images), -1, 3) for y in (near, far) for x in (near, far)]
-    colour = np.median(np.concatenate(corners, axis=1), axis=1)
+    color = np.median(np.concatenate(corners, axis=1), axis=1)
     names = list(BACKGROUNDS)
-    return [names[i] for i in np.linalg.norm(colour[:, None] - PALETTE, axis=-1).argmin(axis=1)]
+    return [names[i] for i in np.linalg.norm(color[:, None] - PALETTE, axis=-1).argmin(axis=1)]

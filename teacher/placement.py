@@ -1,4 +1,4 @@
-"""How an artwork becomes a picture: placed, scaled, turned and mirrored over a colour."""
+"""How an artwork becomes a picture: placed, scaled, turned and mirrored over a color."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def mirrors(thing: Thing) -> bool:
 def draw_pictures(
     artworks: Artworks,
     indices: np.ndarray,
-    colours: np.ndarray,
+    colors: np.ndarray,
     random: np.random.Generator,
     *,
     smallest: float = 0.7,
@@ -33,7 +33,7 @@ def draw_pictures(
 
     Args:
         indices: `(n,)` artworks.
-        colours: `(n, 3)` RGB of the backgrounds, 0 to 255.
+        colors: `(n, 3)` RGB of the backgrounds, 0 to 255.
         smallest: smallest side of the artwork, as a share of the picture's; the largest is 1.
         degrees: largest turn, either way.
         mirror: probability of a mirrored picture, for things that have no handedness.
@@ -53,12 +53,12 @@ def draw_pictures(
     theta = np.concatenate([rows, -rows @ shift[..., None]], -1)
     rgba = torch.from_numpy(artworks.rgba[indices]).permute(0, 3, 1, 2).float() / 255
     alpha = rgba[:, 3:]
-    # Resample premultiplied, or the colour of transparent pixels bleeds into the edges.
+    # Resample premultiplied, or the color of transparent pixels bleeds into the edges.
     flat = torch.cat([rgba[:, :3] * alpha, alpha], dim=1)
     grid = F.affine_grid(torch.from_numpy(theta).float(), [count, 4, SIZE, SIZE], align_corners=False)
     flat = F.grid_sample(flat, grid, mode="bicubic", align_corners=False).clamp(0, 1)
-    colour = torch.from_numpy(np.asarray(colours, dtype=np.float32))[:, :, None, None]
-    return (flat[:, :3] * 255 + colour * (1 - flat[:, 3:])).add(0.5).clamp(0, 255).to(torch.uint8)
+    color = torch.from_numpy(np.asarray(colors, dtype=np.float32))[:, :, None, None]
+    return (flat[:, :3] * 255 + color * (1 - flat[:, 3:])).add(0.5).clamp(0, 255).to(torch.uint8)
 
 
 def draw_training_pictures(

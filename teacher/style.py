@@ -98,7 +98,7 @@ def style_of(network: StyleNetwork, images: torch.Tensor) -> list[str]:
     """Name the style of uint8 images `(N, 3, H, W)`, each seen twice: as it is and mirrored."""
     found = []
     for chunk in images.split(200):
-        pixels = (chunk.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        pixels = to_model_range(chunk).contiguous(memory_format=torch.channels_last)
         scores = network(pixels).softmax(dim=1) + network(pixels.flip(3)).softmax(dim=1)
         found += [STYLES[i] for i in scores.argmax(dim=1).tolist()]
     return found

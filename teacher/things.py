@@ -32,7 +32,7 @@ def group_labels(artworks: Artworks, indices: np.ndarray) -> torch.Tensor:
 
 
 def fit_groups(features: torch.Tensor, labels: torch.Tensor, groups: int, *, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Multinomial logistic regression of labels `(N,)` on standardised features `(N, D)`, with dropout."""
+    """Multinomial logistic regression of labels `(N,)` on standardized features `(N, D)`, with dropout."""
     mean, scale = features.mean(dim=0), features.std(dim=0).clamp_min(1e-3)
     x = (features - mean) / scale
     with torch.random.fork_rng(devices=[]):

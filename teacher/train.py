@@ -3,7 +3,7 @@
 Stages, in order: `vae`, `latents`, `diffusion`, `save`, `caption-model`, `reference`, and to evaluate the result
 `classifiers`, `evaluate`, `grids`; `all` runs them one after the other. Those that train resume from their checkpoint,
 `evaluate` from its last scale. All randomness of a step is drawn from (seed, step), so a resumed run takes the same
-steps as an uninterrupted one. `images` writes training images that `boostdiff distill` can read.
+steps as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ from ..engine.compiled import has_bfloat16, missing_compiler
 from ..engine.embedded import MODEL_DIR
 from ..engine.errors import InputError
 from ..engine.files import staged_folder
+from ..engine.model import resolve_device
 from ..engine.terminal import run
 from .architecture import BETAS, TIMESTEPS, make_text_encoder, make_tokenizer, make_unet, make_vae, save_pipeline
 from .caption_model import caption_model
-from .captions import Grammar, caption, draw_captions
+from .captions import caption, draw_captions
 from .dataset import Artworks, load_artworks
 from .evaluate import classifiers, evaluate, grids
-from .measure import Batch, Rate, Seed, Steps, Work, device, held_out_psnr, load_vae, made_by, reference, write_images
+from .measure import Batch, Rate, Seed, Steps, Work, held_out_psnr, load_vae, made_by, reference
 from .negative_prompts import negatives
-from .optimise import optimise, step_generator
+from .optimize import optimize, step_generator
 from .palette import BACKGROUNDS, PALETTE
 from .placement import draw_pictures, to_model_range
 
@@ -46,20 +47,20 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pret
 Flow = Annotated[bool, typer.Option("--flow", help="Flow matching: predict the velocity.")]
 
 LATENT_BACKGROUNDS = 6
-"""Background colours and placements drawn for each artwork when latents are precomputed."""
+"""Background colors and placements drawn for each artwork when latents are precomputed."""
 
 TOKENIZER_CAPTIONS = 100_000
 """Captions that the byte-pair vocabulary is learned from."""
 
 
 def draw_images(artworks: Artworks, random: np.random.Generator, count: int) -> torch.Tensor:
-    """`(count, 3, 64, 64)` training images in [-1, 1], half over palette colours, half over any colour."""
-    colours = np.where(
+    """`(count, 3, 64, 64)` training images in [-1, 1], half over palette colors, half over any color."""
+    colors = np.where(
         random.random((count, 1)) < 0.5,
         PALETTE[random.integers(len(PALETTE), size=count)],
         random.integers(256, size=(count, 3)),
     )
-    return to_model_range(draw_pictures(artworks, artworks.draw(random, count), colours, random))
+    return to_model_range(draw_pictures(artworks, artworks.draw(random, count), colors, random))
 
 
 def reconstruction_loss(vae: AutoencoderKL, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -81,7 +82,7 @@ def vae(
     """Train the autoencoder and report its PSNR on held-out artworks."""
     artworks = load_artworks(work)
     torch.manual_seed(seed)
-    where = device()
+    where = resolve_device("auto")
     model = make_vae().to(where, memory_format=torch.channels_last)
 
     def loss_of(step: int) -> torch.Tensor:
@@ -90,7 +91,7 @@ def vae(
         noise = torch.randn(batch, 4, 16, 16, generator=step_generator(seed, step))
         return reconstruction_loss(model, images, noise.to(where))
 
-    optimise(
+    optimize(
         name="vae",
         modules={"vae": model},
         loss_of=loss_of,
@@ -108,7 +109,7 @@ def vae(
 @app.command()
 def latents(work: Work = Path("teacher-work"), seed: Seed = 0) -> None:
     """Encode every training artwork over a few backgrounds, each placed anew; choose the latents' scale."""
-    where = device()
+    where = resolve_device("auto")
     model = load_vae(work).to(where, memory_format=torch.channels_last)
     artworks = load_artworks(work)
     random = np.random.default_rng([seed, 1])
@@ -172,11 +173,11 @@ def diffusion(
     the gradient is of the finest detail. With `--flow` z_t = (1 - sigma) z_0 + sigma noise, sigma logit-normal, and an
     unweighted loss of the velocity noise - z_0 (Esser et al. 2024, "Scaling Rectified Flow Transformers").
     """
-    accelerator = Accelerator(cpu=device().type == "cpu")
+    accelerator = Accelerator(cpu=resolve_device("auto").type == "cpu")
     where, count = accelerator.device, accelerator.num_processes
     if batch % count:
         raise InputError(f"--batch {batch} can't be shared out evenly among {count} processes")
-    members = Share(batch_size=batch, index=accelerator.process_index, count=count).members
+    members = Share(batch_size=batch, rank=accelerator.process_index, world_size=count).members
     share = slice(members.start, members.stop)
     stored = load_file(made_by("latents", work / "latents.safetensors"))
     artworks = load_artworks(work)
@@ -194,13 +195,12 @@ def diffusion(
     latents, pairs = stored["latents"], stored["pairs"].numpy()
     scale = stored["scale"]
     names = list(BACKGROUNDS)
-    grammar = Grammar(wrong=wrong_captions)
     weights = artworks.weights[pairs[:, 0]]
     weights /= weights.sum()
 
     def token_ids(random: np.random.Generator, chosen: np.ndarray) -> torch.Tensor:
-        described = np.where(random.random(len(chosen)) < grammar.wrong, random.permutation(chosen), chosen)
-        texts = [caption(artworks, int(a), names[b], random, grammar).text for a, b in pairs[described]]
+        described = np.where(random.random(len(chosen)) < wrong_captions, random.permutation(chosen), chosen)
+        texts = [caption(artworks, int(a), names[b], random).text for a, b in pairs[described]]
         texts = [text if random.random() >= empty_captions else "" for text in texts]
         return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
@@ -237,7 +237,7 @@ def diffusion(
             z_t = train_scheduler.add_noise(z_0, noise, t)
         return weighted_loss(*(tensor[share].to(where) for tensor in (z_t, target, t, ids, weight)))
 
-    optimise(
+    optimize(
         name="diffusion",
         modules={"text_encoder": text_encoder, "unet": unet},
         loss_of=loss_of,
@@ -270,7 +270,6 @@ def save(
     print(f"save: step {state.step}, {size / 1e6:.1f} MB in {output}")
 
 
-app.command("images")(write_images)
 for stage in (caption_model, reference, classifiers, evaluate, grids, negatives):
     app.command()(stage)
 

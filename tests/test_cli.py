@@ -285,6 +285,8 @@ def broken(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, students
         ("generate --engine elsewhere x", "--engine is not used with --runner torch"),
         ("generate --teacher --student elsewhere x", "--student is not used with --teacher"),
         ("generate --precision fp16 x", "--precision is not used with --runner torch"),
+        ("generate --max-autotune x", "--max-autotune is not used with --runner torch: it is for --runner compiled"),
+        ("bench --max-autotune --no-compile", "--max-autotune is not used with --no-compile"),
         ("distill --method bitfit --rank 4", "--rank is not used with --method bitfit"),
         ("distill --tokens 4", "--tokens is not used with --method lora"),
         ("distill --max-bad-samples 4", "--max-bad-samples is not used without --images"),

@@ -27,7 +27,7 @@ class ClipScorer:
         from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
         if not Path(name).is_dir() and not HUB_ID.fullmatch(name):
-            raise InputError(f"there is no CLIP model {name!r}: pass a folder or a hub id, ORGANISATION/NAME")
+            raise InputError(f"there is no CLIP model {name!r}: pass a folder or a hub id, ORGANIZATION/NAME")
         try:
             # The processor of PIL needs no torchvision, and is the one that CLIP was made with.
             self._images = CLIPImageProcessorPil.from_pretrained(name)

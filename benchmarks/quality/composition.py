@@ -91,18 +91,16 @@ class Composition:
         return verdict if self.caption_label else f"{verdict} Whether prompts are followed was not measured (--clip)."
 
 
+def on_front(rows: Sequence[Row], figures: Sequence[float]) -> list[bool]:
+    """Whether each row is on the Pareto front: no row is at least as many times as fast and has a lower figure."""
+    points = [(row.speedup.value, figure) for row, figure in zip(rows, figures, strict=True)]
+    return [not any(s >= speedup and f < figure for s, f in points) for speedup, figure in points]
+
+
 def with_front(rows: Sequence[Row]) -> list[Row]:
-    """The rows with `on_front` set."""
-
-    def beaten(row: Row) -> bool:
-        return any(
-            other is not row
-            and other.speedup.value >= row.speedup.value
-            and (other.quality.distance or 0.0) < (row.quality.distance or 0.0)
-            for other in rows
-        )
-
-    return [replace(row, on_front=not beaten(row)) for row in rows]
+    """The rows with `Row.on_front` set."""
+    found = on_front(rows, [row.quality.distance or 0.0 for row in rows])
+    return [replace(row, on_front=on) for row, on in zip(rows, found, strict=True)]
 
 
 def loss_of(row: QualityRow, teacher: QualityRow) -> float:

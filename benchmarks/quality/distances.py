@@ -1,4 +1,4 @@
-"""Distances between sets of features: Fréchet with its interval, KID, same-seed distance."""
+"""Distances between sets of features: Fréchet with its interval, KID, paired feature distance."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Distance(Statistic):
     def of(cls, reference: Reference, features: torch.Tensor) -> Distance:
         """Of the features `(N, D)` of the images, N ≥ 2; from N = 4 on with an interval."""
         masks = [np.ones(len(features), dtype=bool), *leave_one_group_out(len(features))]
-        value, *left_out = frechet_distances(reference, features, [torch.from_numpy(mask) for mask in masks])
-        return cls(value=value, left_out=tuple(left_out))
+        value, *replicates = frechet_distances(reference, features, [torch.from_numpy(mask) for mask in masks])
+        return cls(value=value, replicates=tuple(replicates))
 
 
 def matrix_root(covariance: torch.Tensor) -> torch.Tensor:
@@ -42,7 +42,7 @@ def frechet_distances(reference: Reference, features: torch.Tensor, kept: Sequen
     """Fréchet distances of several choices among the same images to real ones.
 
     ‖μ − μ_r‖² + tr Σ + tr Σ_r − 2 tr (Σ Σ_r)^½ (Heusel et al. 2017, eq. 6). The last trace sums the roots of the
-    eigenvalues of Σ Σ_r, which are those of X Σ_r Xᵀ / (n − 1) too, X being the n centred features: a matrix of n × n
+    eigenvalues of Σ Σ_r, which are those of X Σ_r Xᵀ / (n − 1) too, X being the n centered features: a matrix of n × n
     where there are fewer images than features, else of D × D. The choices are masks `(N,)`, of two images or more.
     """
     x = features.double() - reference.mean
@@ -71,9 +71,8 @@ def kernel_distance(reference: Reference, features: torch.Tensor) -> tuple[float
     """
     smaller = min(len(features), len(reference.features))
     size = min(KID_SUBSET, smaller)
-    with warnings.catch_warnings():
-        # It warns that it keeps all features; they are in memory anyway.
-        warnings.simplefilter("ignore", UserWarning)
+    # It warns that it keeps all features; they are in memory anyway.
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
         # One process has all features: the metric must not wait for others that were launched.
         metric = KernelInceptionDistance(
             feature=torch.nn.Identity(), subsets=KID_SUBSETS, subset_size=size, sync_on_compute=False
@@ -86,6 +85,6 @@ def kernel_distance(reference: Reference, features: torch.Tensor) -> tuple[float
     return mean.item(), spread.item() if size < smaller else None
 
 
-def same_seed_distance(features: torch.Tensor, to: torch.Tensor) -> float:
+def paired_feature_distance(features: torch.Tensor, to: torch.Tensor) -> float:
     """Mean cosine distance between features of the same seed: 0 where the images are equal."""
     return (1 - torch.cosine_similarity(features.double(), to.double())).mean().abs().item()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 
 from ..stats import Estimate, Score
-from .distances import Distance, frechet_distance, kernel_distance, same_seed_distance
+from .distances import Distance, frechet_distance, kernel_distance, paired_feature_distance
 from .reference import Reference
 from .samples import COLORS, SampleCache, Sampled, SamplingVariant
 
@@ -29,12 +29,12 @@ class QualityRow:
     Attributes:
         name: "teacher w=3", "student lora", …
         role: see `samples.SamplingVariant`.
-        method: method of an alternative; rows of one method and cost are one sweep.
+        method: method of a training-free baseline; rows of one method and cost are one sweep.
         cost: UNet passes per image.
         distance: Fréchet distance to real images.
         distance_interval: over prompts and noise, the reference being fixed; None below N = 4, as all intervals.
         delta_to_guided: ΔFD to the guided teacher, paired; None for itself.
-        gain_recovered: share of the guidance gain in distance recovered, for students and alternatives; None where the
+        gain_recovered: share of the guidance gain in distance recovered, for students and baselines; None where the
             gain is not beyond noise.
         kid: kernel distance to real images, the mean over random subsets.
         kid_spread: standard deviation over the subsets, see `distances.kernel_distance`.
@@ -73,7 +73,7 @@ class Quality:
     """All rows, and what they were measured on.
 
     Attributes:
-        rows: guided teacher, unguided teacher, students, alternatives, reseeded teacher.
+        rows: guided teacher, unguided teacher, students, training-free baselines, reseeded teacher.
         images: N, of each row.
         reference_images: real images behind the reference's statistics; 0 without a reference.
         reference_apart: other real images, for KID and the real-vs-real distance; 0 without a reference.
@@ -98,7 +98,7 @@ class Quality:
         """Plain JSON values, without the images."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         values["rows"] = [asdict(row) | {"passes": row.passes} for row in self.rows]
-        values["best_alternatives"] = [row.name for row in self.best_alternatives()]
+        values["best_alternatives"] = [row.name for row in self.best_baselines()]
         return {name: value for name, value in values.items() if name not in {"samples", "features_described"}}
 
     @property
@@ -112,13 +112,13 @@ class Quality:
         return next(row for row in self.rows if row.role == "student")
 
     def main_rows(self) -> list[QualityRow]:
-        """All but the alternatives."""
+        """All but the training-free baselines."""
         return [row for row in self.rows if row.role != "alternative"]
 
-    def best_alternatives(self) -> list[QualityRow]:
+    def best_baselines(self) -> list[QualityRow]:
         """The best setting of each method at each cost: the smallest distance; without a reference, the closest.
 
-        Chosen on the images that they are compared by, which flatters the alternatives, not the student.
+        Chosen on the images that they are compared by, which flatters the baselines, not the student.
         """
         sweeps: dict[tuple[str | None, int], QualityRow] = {}
         for row in self.rows:
@@ -132,7 +132,7 @@ class Quality:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What a variant is compared by: kept of the guided and unguided teacher until the other rows are made."""
+    """What a variant is compared by."""
 
     sampled: Sampled
     distance: Distance | None
@@ -151,20 +151,24 @@ class Figures:
         )
 
 
-def row_of(
-    variant: SamplingVariant, figures: Figures, *, guided: Figures, unguided: Figures, reference: Reference | None
+def _row(
+    variant: SamplingVariant,
+    figures: Figures,
+    *,
+    guided: Figures,
+    unguided: Figures | None,
+    reference: Reference | None,
 ) -> QualityRow:
-    """A variant's row, compared with the teacher's two."""
     features = figures.sampled.features
     measured: dict[str, Any] = {}
 
     def add(name: str, prefix: str) -> None:
         """Difference to the guided teacher, and the share of its gain; the teacher's gain is what is compared with."""
-        figure, of_guided, of_unguided = (getattr(each, name) for each in (figures, guided, unguided))
-        if figures is not guided:
-            measured[f"{prefix}delta_to_guided"] = figure.delta_to(of_guided)
-        if variant.role in {"student", "alternative"}:
-            measured[f"{prefix}gain_recovered"] = figure.gain_recovered(guided=of_guided, unguided=of_unguided)
+        figure, of_guided = getattr(figures, name), getattr(guided, name)
+        measured[f"{prefix}delta_to_guided"] = figure.delta_to(of_guided)
+        if unguided and variant.role in {"student", "alternative"}:
+            share = figure.gain_recovered(guided=of_guided, unguided=getattr(unguided, name))
+            measured[f"{prefix}gain_recovered"] = share
 
     if reference and figures.distance:
         measured["distance"], measured["distance_interval"] = figures.distance.value, figures.distance.interval
@@ -173,32 +177,41 @@ def row_of(
     if figures.caption:
         measured["caption_score"] = figures.caption.interval
         add("caption", "caption_")
-    deltas = {n: None if figures is guided else c.delta_to(guided.colors[n]) for n, c in figures.colors.items()}
     return QualityRow(
         name=variant.name,
         role=variant.role,
         method=variant.method,
         steps=variant.steps,
         cost=variant.cost,
-        distance_to_teacher_image=same_seed_distance(features, guided.sampled.features),
-        colors={n: ColorStatistic(value=c.value, delta_to_guided=deltas[n]) for n, c in figures.colors.items()},
+        distance_to_teacher_image=paired_feature_distance(features, guided.sampled.features),
+        colors={
+            name: ColorStatistic(value=color.value, delta_to_guided=color.delta_to(guided.colors[name]))
+            for name, color in figures.colors.items()
+        },
         **measured,
     )
 
 
-def evaluate(
-    cache: SampleCache, *, guided: SamplingVariant, unguided: SamplingVariant, others: Sequence[SamplingVariant]
-) -> Quality:
-    """Evaluate guided teacher, unguided teacher and others on the same prompts, seeds and noise."""
-    of_guided, of_unguided = (Figures.of(cache, variant) for variant in (guided, unguided))
-    rows, samples, reference = [], {}, cache.reference
-    for variant in (guided, unguided, *others):
-        figures = of_guided if variant is guided else of_unguided if variant is unguided else Figures.of(cache, variant)
-        rows.append(row_of(variant, figures, guided=of_guided, unguided=of_unguided, reference=reference))
-        samples[variant.name] = figures.sampled.samples
+def compared(sampled: Iterable[tuple[SampleCache, SamplingVariant]]) -> Iterator[tuple[QualityRow, torch.Tensor]]:
+    """The row of each variant and its first images, uint8 `(n, 3, H, W)`; the first variant is the guided teacher.
+
+    Rows behind an unguided teacher have shares of the guidance gain.
+    """
+    guided = unguided = None
+    for cache, variant in sampled:
+        figures = Figures.of(cache, variant)
+        guided = guided or figures
+        unguided = figures if variant.role == "unguided" else unguided
+        row = _row(variant, figures, guided=guided, unguided=unguided, reference=cache.reference)
+        yield row, figures.sampled.samples
+
+
+def evaluate(cache: SampleCache, variants: Sequence[SamplingVariant]) -> Quality:
+    """Evaluate the guided teacher, the unguided teacher and others on the same prompts, seeds and noise."""
+    found, reference = list(compared((cache, variant) for variant in variants)), cache.reference
     count, apart = len(cache.prompts), len(reference.features) if reference else 0
     return Quality(
-        rows=rows,
+        rows=[row for row, _ in found],
         images=count,
         reference_images=reference.count if reference else 0,
         reference_apart=apart,
@@ -208,5 +221,5 @@ def evaluate(
         features=cache.network.distance_name,
         features_described=cache.network.description,
         caption_label=cache.clip.label if cache.clip else None,
-        samples=samples,
+        samples={row.name: images for row, images in found},
     )

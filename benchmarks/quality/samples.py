@@ -31,8 +31,8 @@ from .reference import Reference
 SHARD = 200
 """Images per file: a killed run loses no more."""
 
-_PATIENCE = timedelta(days=30)
-"""Timeout for the slowest process: shards take long, and the default is minutes."""
+_TIMEOUT = timedelta(days=30)
+"""How long the slowest process is waited for: shards take long, and the default is minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class SamplingVariant:
         open: gives the denoiser; called just before sampling, as variants may share one UNet.
         make_scheduler: gives a fresh scheduler.
         identity: plain JSON values that, with `steps` and the scheduler, determine its images.
-        method: method of an alternative, see `alternatives.Alternative`.
+        method: method of a training-free baseline, see `baselines.Baseline`.
     """
 
     name: str
@@ -234,7 +234,7 @@ def launched_processes(device: torch.device) -> PartialState | None:
     """The processes of `accelerate launch` or `torchrun`; None for a single process."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return None
-    return PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
+    return PartialState(cpu=device.type == "cpu", timeout=_TIMEOUT)
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from ...engine.files import write_json
-from ..quality.composition import Composition, Row
+from ..quality.composition import Composition, Row, on_front
 from ..stats import CONFIDENCE
-from .page import html_plot, html_table, page
+from .page import html_note, html_plot, html_table, page
 from .plots import COLORS, finished
 from .report import replaced_files, terminal_table
 from .tables import Table, formatted, intervals_note
@@ -96,13 +96,11 @@ def front_plot(result: Composition) -> plt.Figure:
                 label={"unguided": "teacher, no guidance", "alternative": "without training"}.get(role, role),
                 zorder=3,
             )
-        front: list[Row] = []
-        for number, row in enumerate(rows, 1):
-            if not front or sign * figure_of(row) < sign * figure_of(front[-1]):
-                front.append(row)
-                at = (_speedup(row), figure_of(row))
-                place.annotate(str(number), at, (4, 5), textcoords="offset points", fontsize="small")
-        place.plot([*map(_speedup, front)], [*map(figure_of, front)], color=COLORS["student"], linewidth=1)
+        found = zip(rows, on_front(rows, [sign * figure_of(row) for row in rows]), strict=True)
+        front = {number: (_speedup(row), figure_of(row)) for number, (row, on) in enumerate(found, 1) if on}
+        for number, point in front.items():
+            place.annotate(str(number), point, (4, 5), textcoords="offset points", fontsize="small")
+        place.plot(*zip(*front.values(), strict=True), color=COLORS["student"], linewidth=1)
         place.set(xscale="log", xlabel="times as fast as stock diffusers with guidance", ylabel=heading)
         place.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         place.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -124,13 +122,12 @@ def write_composed(result: Composition, output: Path) -> None:
     with replaced_files(output, FILES) as folder:
         (folder / FILES[0]).write_text(markdown(result), encoding="utf-8")
         alt = f"{result.features} and caption score over the speed, with the Pareto front"
-        left_out = [f'<p class="note">{html.escape(f"{n} was left out: {r}")}</p>' for n, r in result.left_out.items()]
         parts = [
             f'<p class="verdict">{html.escape(result.verdict())}</p>',
             html_plot(front_plot(result), alt),
             html_table(composed_table(result)),
-            *left_out,
-            f'<p class="note">{html.escape(note(result))}</p>',
+            *(html_note(f"{name} was left out: {reason}") for name, reason in result.left_out.items()),
+            html_note(note(result)),
         ]
         (folder / FILES[1]).write_text(page(TITLE, parts, result.provenance), encoding="utf-8")
         write_json(folder / FILES[2], result.as_json())

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ...engine.files import write_json
 from ..table1 import Cell, Grid
-from .page import html_plot, html_table, page
+from .page import html_note, html_plot, html_table, page
 from .plots import sweep_plot
 from .report import replaced_files, terminal_table
 from .tables import NOTHING, Table, formatted, intervals_note
@@ -20,9 +20,9 @@ from .tables import NOTHING, Table, formatted, intervals_note
 def _table(grid: Grid, shown: Callable[[Cell], str]) -> Table:
     """Rows and columns in the order in which they were measured; without rows that show nothing."""
     columns, cells = list(dict.fromkeys(cell.column for cell in grid.cells)), []
-    for row in dict.fromkeys(cell.row for cell in grid.cells):
-        places = [grid.place(row, column) for column in columns]
-        cells.append([row, *(NOTHING if cell is None else shown(cell) for cell in places)])
+    for row in dict.fromkeys(cell.quality.name for cell in grid.cells):
+        found = [grid.cell(row, column) for column in columns]
+        cells.append([row, *(NOTHING if cell is None else shown(cell) for cell in found)])
     return Table(headings=["sampling", *columns], cells=[line for line in cells if set(line[1:]) != {NOTHING}])
 
 
@@ -30,7 +30,7 @@ def grid_table(grid: Grid) -> Table:
     """The distances; the paper's FID beside, where it is of this model."""
 
     def shown(cell: Cell) -> str:
-        value = formatted(cell.interval or cell.distance)
+        value = formatted(cell.quality.distance_interval or cell.quality.distance)
         return value if cell.paper is None else f"{value} (paper: FID {cell.paper:.1f})"
 
     return _table(grid, shown)
@@ -44,10 +44,14 @@ CAPTION_DELTA = "Its difference to the teacher at the top of the column:"
 def further_tables(grid: Grid) -> list[tuple[str, str, Table]]:
     """The tables that follow the distances, as far as they hold figures: title, explanation, table."""
     label = grid.caption_label or ""
+
+    def table(figure: str, spec: str = ".1f") -> Table:
+        return _table(grid, lambda cell: formatted(getattr(cell.quality, figure), spec))
+
     tables = (
-        ("ΔFD to the teacher at the top", DELTA, _table(grid, lambda cell: formatted(cell.delta_to_guided, "+.1f"))),
-        (label, CAPTIONS.format(label), _table(grid, lambda cell: formatted(cell.caption_score))),
-        (f"Δ {label}", CAPTION_DELTA, _table(grid, lambda cell: formatted(cell.caption_delta_to_guided, "+.1f"))),
+        ("ΔFD to the teacher at the top", DELTA, table("delta_to_guided", "+.1f")),
+        (label, CAPTIONS.format(label), table("caption_score")),
+        (f"Δ {label}", CAPTION_DELTA, table("caption_delta_to_guided", "+.1f")),
     )
     return [(title, words, table) for title, words, table in tables if table.cells]
 
@@ -89,6 +93,6 @@ def write_grid(grid: Grid, output: Path) -> None:
             parts.insert(0, html_plot(sweep_plot(grid), alt))
         for _, words, table in further_tables(grid):
             parts += [f"<p>{html.escape(words)}</p>", html_table(table)]
-        content = page(grid.title, [*parts, f'<p class="note">{html.escape(note(grid))}</p>'], grid.provenance)
+        content = page(grid.title, [*parts, html_note(note(grid))], grid.provenance)
         (folder / f"{grid.name}.html").write_text(content, encoding="utf-8")
         write_json(folder / f"{grid.name}.json", grid.as_json())

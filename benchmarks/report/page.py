@@ -16,9 +16,9 @@ from ..bench import BenchResult
 from ..quality.quality import Quality
 from .plots import quality_plot, speed_plot, svg_of
 from .tables import (
-    ALTERNATIVES_NOTE,
+    BASELINES_NOTE,
     Table,
-    alternatives_table,
+    baselines_table,
     color_table,
     quality_note,
     quality_table,
@@ -110,7 +110,8 @@ def _pictures(result: BenchResult, quality: Quality) -> str:
     return "".join(rows)
 
 
-def _note(text: str) -> str:
+def html_note(text: str) -> str:
+    """A paragraph of small print."""
     return f'<p class="note">{html.escape(text)}</p>'
 
 
@@ -119,14 +120,14 @@ def _quality(quality: Quality, result: BenchResult) -> list[str]:
     config = result.provenance["config"]
     seeds = f"Image i starts from the noise of seed {config['seed']} + i. Features: {quality.features_described}."
     setting = f"Sampler {config['sampler']}, {config['steps']} steps, w = {result.provenance['guidance']:g}."
-    parts = ["<h2>Images</h2>", _note("Same prompt and seed in each row."), _pictures(result, quality)]
+    parts = ["<h2>Images</h2>", html_note("Same prompt and seed in each row."), _pictures(result, quality)]
     parts += ["<h2>Quality</h2>", html_table(quality_table(quality))]
     if quality.guided.distance is not None:
         parts.append(html_plot(quality_plot(quality), f"{quality.features} of each sampling variant, with intervals"))
-    parts += [html_table(color_table(quality)), _note(f"{quality_note(quality)} {setting} {seeds}")]
-    if quality.best_alternatives():
-        parts += ["<h2>Without training</h2>", html_table(alternatives_table(quality))]
-        parts.append(_note(ALTERNATIVES_NOTE))
+    parts += [html_table(color_table(quality)), html_note(f"{quality_note(quality)} {setting} {seeds}")]
+    if quality.best_baselines():
+        parts += ["<h2>Without training</h2>", html_table(baselines_table(quality))]
+        parts.append(html_note(BASELINES_NOTE))
     return parts
 
 
@@ -139,7 +140,7 @@ def page(title: str, parts: list[str], provenance: dict[str, Any]) -> str:
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><main>",
         f"<h1>{html.escape(title)}</h1>",
         *parts,
-        *map(_note, provenance["notes"]),
+        *map(html_note, provenance["notes"]),
         "<h2>Provenance</h2><details><summary>Hardware, versions, settings, hashes</summary>",
         f"<pre>{values}</pre></details></main></body></html>",
     ]
@@ -155,8 +156,8 @@ def html_report(result: BenchResult) -> str:
     if result.speed.rows:
         alt = "Images per second of teacher, student and unguided teacher on each runner, with intervals"
         parts.append(html_plot(speed_plot(result.speed), alt))
-    parts.append(_note(speed_note(result)))
+    parts.append(html_note(speed_note(result)))
     if result.provenance["weights"] == "random":
-        parts.append(_note("Weights are random, and student and teacher share them: only speed is measured."))
-    parts += [_note(f"{name} was left out: {reason}") for name, reason in result.skipped.items()]
+        parts.append(html_note("Weights are random, and student and teacher share them: only speed is measured."))
+    parts += [html_note(f"{name} was left out: {reason}") for name, reason in result.skipped.items()]
     return page(f"BoostDiff benchmark of {result.provenance['model']}", parts, result.provenance)

@@ -78,18 +78,21 @@ def quality_plot(quality: Quality) -> plt.Figure:
 def sweep_plot(grid: Grid) -> plt.Figure:
     """Fréchet distance over the guidance scale, and the caption score beside it, with intervals."""
     figures: dict[str, Callable[[Cell], tuple[float, Estimate | None]]] = {
-        f"{grid.features} (lower is better)": lambda cell: (cell.distance, cell.interval)
+        f"{grid.features} (lower is better)": lambda cell: (
+            cell.quality.distance or 0.0,
+            cell.quality.distance_interval,
+        )
     }
     if grid.caption_label:
         figures[grid.caption_label] = lambda cell: (
-            cell.caption_score.value if cell.caption_score else float("nan"),
-            cell.caption_score,
+            cell.quality.caption_score.value if cell.quality.caption_score else float("nan"),
+            cell.quality.caption_score,
         )
     figure, panels = plt.subplots(1, len(figures), figsize=(6 * len(figures), 3.8), layout="constrained", squeeze=False)
     for axes, (heading, figure_of) in zip(panels[0], figures.items(), strict=True):
-        rows = dict.fromkeys(cell.row for cell in grid.cells)
+        rows = dict.fromkeys(cell.quality.name for cell in grid.cells)
         for row, style, marker in zip(rows, cycle(_STYLES), cycle(_MARKERS), strict=False):
-            cells = sorted((cell for cell in grid.cells if cell.row == row), key=lambda cell: cell.guidance)
+            cells = sorted((cell for cell in grid.cells if cell.quality.name == row), key=lambda cell: cell.guidance)
             values, intervals = zip(*map(figure_of, cells), strict=True)
             axes.errorbar(
                 [cell.guidance for cell in cells],

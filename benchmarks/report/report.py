@@ -41,10 +41,10 @@ def terminal_report(result: BenchResult) -> RenderableType:
     if result.quality:
         parts.append(terminal_table("\nQuality", tables.quality_table(result.quality)))
         parts.append(Text(tables.quality_note(result.quality), style="dim"))
-        if result.quality.best_alternatives():
-            shown = tables.alternatives_table(result.quality)
+        if result.quality.best_baselines():
+            shown = tables.baselines_table(result.quality)
             parts.append(terminal_table("\nWithout training, best of each sweep", shown))
-            parts.append(Text(tables.ALTERNATIVES_NOTE, style="dim"))
+            parts.append(Text(tables.BASELINES_NOTE, style="dim"))
     parts += [Text(f"{name} was left out: {reason}", style="dim") for name, reason in result.skipped.items()]
     parts.append(Text(f"\n{result.verdict()}", style="bold"))
     return Group(*parts)

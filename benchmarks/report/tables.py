@@ -10,7 +10,7 @@ from ..quality.distances import KID_SUBSET, KID_SUBSETS
 from ..quality.quality import Quality, QualityRow
 from ..quality.samples import COLORS
 from ..speed.throughput import RunnerMode, Speed, SpeedRatio
-from ..stats import CONFIDENCE, Estimate, Spread, leave_one_group_out
+from ..stats import CONFIDENCE, Estimate, Percentiles, leave_one_group_out
 
 NOTHING = "–"
 MODE_NAMES = {"teacher": "teacher, CFG", "student": "student", "unguided": "teacher, no CFG"}
@@ -71,8 +71,8 @@ def _coverage(speed: Speed) -> str:
     return f"[{min([CONFIDENCE, *(row.images_per_second.coverage for row in speed.rows)]):.0%}]"
 
 
-def _milliseconds(spread: Spread | None) -> str:
-    return formatted(None if spread is None else spread.median * 1e3)
+def _milliseconds(times: Percentiles | None) -> str:
+    return formatted(None if times is None else times.median * 1e3)
 
 
 def speed_table(speed: Speed) -> Table:
@@ -122,7 +122,7 @@ def _gain(row: QualityRow, share: Estimate | None, figure: object) -> str:
 
 
 def quality_table(quality: Quality) -> Table:
-    """Every row but the alternatives; a dash where nothing was measured."""
+    """Every row but the training-free baselines; a dash where nothing was measured."""
     label, rows = quality.caption_label, []
     for row in quality.main_rows():
         captions = {
@@ -156,10 +156,10 @@ def color_table(quality: Quality) -> Table:
     return Table.of(rows, narrow=(0, 2, 4, 6))
 
 
-def alternatives_table(quality: Quality) -> Table:
+def baselines_table(quality: Quality) -> Table:
     """The best setting of every method that needs no training at each cost, below the teacher and the students."""
     compared = [row for row in quality.main_rows() if row.role != "reseeded"]
-    best = sorted(quality.best_alternatives(), key=lambda row: (row.cost, row.method or ""))
+    best = sorted(quality.best_baselines(), key=lambda row: (row.cost, row.method or ""))
     tried = Counter((row.method, row.cost) for row in quality.rows if row.role == "alternative")
     rows = [
         {
@@ -177,7 +177,7 @@ def alternatives_table(quality: Quality) -> Table:
     return Table.of(rows, main=(0, 2, 3), narrow=(0, 2, 4))
 
 
-ALTERNATIVES_NOTE = (
+BASELINES_NOTE = (
     "Each method's settings were swept at the same cost or one pass less, and the best is shown. It was chosen on the "
     "images that it is compared by, which flatters it. Cost counts UNet passes, a guided step as two."
 )

@@ -8,17 +8,21 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch.utils.benchmark import Timer
 
 from ...engine.compiled import has_bfloat16
+from ...engine.errors import BoostDiffError, one_line
 
 GEMM_SIZES = {"cpu": 1024, "cuda": 8192}
 """Side of the square matrices: large enough that arithmetic, not memory, is the limit."""
 
 PEAK_RUNS = 7
+
+Result = TypeVar("Result")
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -100,7 +104,7 @@ class Stopwatch:
             self._spans[name].append(lambda: seconds)
 
     def seconds(self, name: str) -> float:
-        """The part's time so far; on CUDA only after synchronising."""
+        """The part's time so far; on CUDA only after synchronizing."""
         return sum(span() for span in self._spans[name])
 
 
@@ -110,3 +114,58 @@ def memory_in_use(device: torch.device) -> int | None:
         return None
     free, total = torch.cuda.mem_get_info(device)
     return total - free
+
+
+def in_turns(
+    calls: Sequence[tuple[str, Callable[[], Result]]],
+    rounds: int,
+    *,
+    device: torch.device,
+    left_out: dict[str, str],
+    report: Callable[[str], None],
+    needed: int = 0,
+) -> list[tuple[list[Result], int | None]]:
+    """Call all in alternating order, 0 1 2, 2 1 0, 0 1 2, …, so that drift falls on all alike.
+
+    Args:
+        calls: what makes a batch and gives its times, with its name.
+        rounds: batches of each, after one that is discarded, on a GPU two.
+        left_out: takes the reason, by name, for what fails.
+        needed: so many of the first must not fail.
+
+    Returns:
+        What each gave, round by round, nothing if it failed; and `memory_in_use` after its discarded batches.
+
+    Raises:
+        BoostDiffError: one that must not fail did.
+    """
+    found: list[list[Result]] = [[] for _ in calls]
+    memory, failed = [], set[int]()
+
+    def attempt(index: int, stage: str) -> None:
+        name, call = calls[index]
+        if index in failed:
+            return
+        report(f"{stage} {name}")
+        try:
+            found[index].append(call())
+        except Exception as error:
+            # Out of memory, or a batch beyond an engine's profile: each library raises a type of its own.
+            if index < needed:
+                raise BoostDiffError(f"{name} can't be timed: {one_line(error)}") from error
+            left_out[name] = one_line(error)
+            failed.add(index)
+            found[index].clear()
+
+    for index in range(len(calls)):
+        # On a GPU twice: the first batch compiles and records graphs, which takes memory that it gives back.
+        for _ in range(1 if memory_in_use(device) is None else 2):
+            # Torch keeps what batches took. It is not let go while rows are timed, as that would slow them down.
+            clear_device_cache()
+            attempt(index, "warming up")
+        memory.append(memory_in_use(device))
+        found[index].clear()
+    for number in range(rounds):
+        for index in range(len(calls))[:: (-1) ** number]:
+            attempt(index, f"round {number + 1} of {rounds},")
+    return list(zip(found, memory, strict=True))

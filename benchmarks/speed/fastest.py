@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,15 @@ class FastestRunners(ExitStack):
         passes: int,
         compiles: bool = True,
         freezing: bool = False,
+        max_autotune: bool = False,
         batch_size: int = SAMPLING_BATCH,
     ) -> None:
         """For the UNets of one model, `passes` single-image UNet passes and batches of `batch_size` images.
 
-        With `compiles` false torch does not compile; with `freezing` it compiles for each UNet, see `CompiledRunner`.
+        With `compiles` false torch does not compile; `freezing` and `max_autotune` are `CompiledRunner`'s.
         """
         super().__init__()
-        self.freezing = freezing
+        self.compiled = partial(CompiledRunner, freezing=freezing, max_autotune=max_autotune)
         self.model = model
         self.batch_size = batch_size
         self.opened: dict[int, tuple[Any, Runner]] = {}
@@ -80,7 +82,7 @@ class FastestRunners(ExitStack):
         if self.name == "torch":
             return TorchRunner(denoiser)
         if self.name == "compiled":
-            return CompiledRunner(denoiser, batches=(self.batch_size, 2 * self.batch_size), freezing=self.freezing)
+            return self.compiled(denoiser, batches=(self.batch_size, 2 * self.batch_size))
         folder = self.enter_context(tempfile.TemporaryDirectory())
         path = Path(folder) / "model.onnx"
         encoded = self.model.family.encode(self.model.pipeline, [""])

@@ -40,7 +40,10 @@ def random_model(files: ModelFiles, *, device: torch.device, seed: int = 0) -> M
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(seed)
         for name in sorted(files.family.parts.keys() - files.absent_parts.keys()):
-            part = components[name] = _component(files.folder / name, *index[name])
+            folder, (library, class_name) = files.folder / name, index[name]
+            of_words = "Tokenizer" in class_name
+            part = _tokenizer(folder, class_name) if of_words else part_from_config(folder, library, class_name)
+            components[name] = part
             if isinstance(part, torch.nn.Module):
                 # At once: in float32 all of them may not fit. By torch's method: that of diffusers warns of float32
                 # layers that these do not have.
@@ -48,12 +51,6 @@ def random_model(files: ModelFiles, *, device: torch.device, seed: int = 0) -> M
     pipeline = files.family.assemble(components, index)
     prepare_for_inference(pipeline, files.family)
     return Model(files=files, pipeline=pipeline.to(device))
-
-
-def _component(folder: Path, library: str, class_name: str) -> Any:
-    if "Tokenizer" in class_name:
-        return _tokenizer(folder, class_name)
-    return part_from_config(folder, library, class_name)
 
 
 def _tokenizer(folder: Path, class_name: str) -> Any:

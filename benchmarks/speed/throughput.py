@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from typing import Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache
 from diffusers import SchedulerMixin
 
 from ...engine.conditions import PromptEmbeds, TextEmbeddings, is_live
-from ...engine.errors import one_line
 from ...engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
 from ...engine.guiders import Guider
 from ...engine.model import Model
 from ...engine.runners import Runner
 from ...engine.sampling import decode, initial_noise, sample
-from ..stats import Estimate, Spread, median_of
-from .device import Stopwatch, gemm_peaks, memory_in_use, synchronize
+from ..stats import Estimate, Percentiles, median_of
+from .device import Stopwatch, gemm_peaks, in_turns, synchronize
 from .flops import Flops, count_flops
 
 MODES = {"teacher": 2, "student": 1, "unguided": 1}
@@ -165,12 +163,12 @@ class SpeedRow:
     runner: str
     precision: str
     batch_size: int
-    latency: Spread
+    latency: Percentiles
     images_per_second: Estimate
-    denoiser_step: Spread
-    text_encoder: Spread | None = None
-    vae_decode: Spread | None = None
-    host_gap: Spread | None = None
+    denoiser_step: Percentiles
+    text_encoder: Percentiles | None = None
+    vae_decode: Percentiles | None = None
+    host_gap: Percentiles | None = None
     tflops: float
     peak_share: float | None = None
     memory_in_use: int | None = None
@@ -228,12 +226,6 @@ class Speed:
         return next((r for r in self.ratios if (r.slower, r.faster, r.part, r.batch_size) == wanted), None)
 
 
-def interleaved(count: int, rounds: int) -> Iterator[tuple[int, int]]:
-    """(round, index) pairs in alternating order, 0 1 2, 2 1 0, 0 1 2, …, so that drift falls on all alike."""
-    for number in range(rounds):
-        yield from ((number, index) for index in range(count)[:: (-1) ** number])
-
-
 def measure(
     variants: Sequence[TimedVariant],
     model: Model,
@@ -260,26 +252,6 @@ def measure(
     """
     flops, device = count_flops(model), variants[0].runner.device
     speed = Speed(rows=[], ratios=[], flops=flops, peaks={})
-    memory: dict[RunnerMode, int | None] = {}
-
-    def attempt(variant: TimedVariant, work: Workload) -> dict[str, float] | None:
-        try:
-            return variant.time(work)
-        except Exception as error:
-            # Out of memory, or a batch beyond an engine's profile: each library raises a type of its own.
-            speed.left_out[f"{variant.name}, batch {len(work.prompts)}"] = one_line(error)
-            return None
-
-    def warmed_up(variant: TimedVariant, work: Workload) -> bool:
-        # On a GPU twice: the first batch compiles and records graphs, which takes memory that it gives back.
-        for _ in range(1 if memory_in_use(device) is None else 2):
-            # Torch keeps what batches took. It is not let go while rows are timed, as that would slow them down.
-            clear_device_cache()
-            if attempt(variant, work) is None:
-                return False
-        memory[variant.key] = memory_in_use(device)
-        return True
-
     for batch_size in batch_sizes:
         batch = [prompts[i % len(prompts)] for i in range(batch_size)]
         work = Workload(
@@ -290,26 +262,12 @@ def measure(
             steps=steps,
             guider=guider or Guider(),
         )
-        running = []
-        for variant in variants:
-            if variant.batch_sizes is None or batch_size in variant.batch_sizes:
-                on_progress(f"batch {batch_size}: warming up {variant.name}")
-                running += [variant] if warmed_up(variant, work) else []
-        times: dict[RunnerMode, list[dict[str, float]]] = {variant.key: [] for variant in running}
-        for number, index in interleaved(len(running), runs):
-            variant = running[index]
-            if variant.key in times:
-                on_progress(f"batch {batch_size}: round {number + 1} of {runs}, {variant.name}")
-                if seconds := attempt(variant, work):
-                    times[variant.key].append(seconds)
-                else:
-                    del times[variant.key]
-        speed.rows.extend(
-            _row(variant, times[variant.key], work, flops, memory[variant.key])
-            for variant in running
-            if variant.key in times
-        )
-        speed.ratios.extend(_ratios(times, work, flops))
+        timed = [each for each in variants if each.batch_sizes is None or batch_size in each.batch_sizes]
+        calls = [(f"{variant.name}, batch {batch_size}", partial(variant.time, work)) for variant in timed]
+        found = in_turns(calls, runs, device=device, left_out=speed.left_out, report=on_progress)
+        rows = [(variant, times, memory) for variant, (times, memory) in zip(timed, found, strict=True) if times]
+        speed.rows.extend(_row(variant, times, work, flops, memory) for variant, times, memory in rows)
+        speed.ratios.extend(_ratios({variant.key: times for variant, times, _ in rows}, work, flops))
         # The best of the moments after each batch size: other processes and clocks hold a single one down.
         for name, peak in gemm_peaks(device, [variant.runner.precision for variant in variants]).items():
             speed.peaks[name] = max(peak, speed.peaks.get(name, 0.0))
@@ -325,14 +283,14 @@ def _row(
 ) -> SpeedRow:
     batch_size = len(work.prompts)
     values = {key: [run[key] for run in times] for key in times[0] if all(key in run for run in times)}
-    parts: dict[str, Any] = {part: Spread.of(values[part]) for part in (*PARTS[1:], "host_gap") if part in values}
-    total, step = median_of(values["total"]), Spread.of([seconds / work.steps for seconds in values["denoiser"]])
+    parts: dict[str, Any] = {part: Percentiles.of(values[part]) for part in (*PARTS[1:], "host_gap") if part in values}
+    total, step = median_of(values["total"]), Percentiles.of([seconds / work.steps for seconds in values["denoiser"]])
     return SpeedRow(
         mode=variant.mode,
         runner=variant.key.runner,
         precision=str(variant.runner.precision).removeprefix("torch."),
         batch_size=batch_size,
-        latency=Spread.of(values["total"]),
+        latency=Percentiles.of(values["total"]),
         images_per_second=Estimate(
             value=batch_size / total.value,
             low=batch_size / total.high,

@@ -14,9 +14,8 @@ from ...engine.model import locate
 from ...engine.prompts import read_prompts
 from ...engine.student import read_student
 from ..config import Metrics, Table1Config
-from ..quality.distances import same_seed_distance
+from ..quality.distances import paired_feature_distance
 from ..quality.quality import Figures
-from ..quality.samples import SamplingVariant
 from ..report.tables import Table, formatted
 from ..session import Session
 from ..stats import Statistic
@@ -50,7 +49,7 @@ def _value(figure: Statistic | None) -> str:
 
 
 def _delta(figure: Statistic | None, other: Statistic | None) -> str:
-    return formatted(None if figure is None or other is None or figure is other else figure.delta_to(other), "+.1f")
+    return formatted(figure.delta_to(other) if figure else None, "+.1f")
 
 
 def few_steps(
@@ -86,14 +85,15 @@ def few_steps(
         original, cells = before.sampled.features, []
         for number, stage in zip(steps, stages, strict=True):
             at = session.at("ddim", number)
-            variants: dict[str, SamplingVariant] = {
+            variants = {
                 f"teacher w={session.guidance:g}": at.teacher(session.guidance),
                 "student of guidance": at.student(plain, session.guidance),
                 f"few-step student, stage {number}": at.student(stage, session.guidance),
             }
-            figures = {name: Figures.of(cache, variant) for name, variant in variants.items()}
-            guided, *_ = figures.values()
-            for (name, found), variant in zip(figures.items(), variants.values(), strict=True):
+            guided = None
+            for name, variant in variants.items():
+                found = Figures.of(cache, variant)
+                guided = guided or found
                 cells.append(
                     [
                         str(number),
@@ -104,7 +104,7 @@ def few_steps(
                         _delta(found.distance, before.distance),
                         _value(found.caption),
                         _delta(found.caption, before.caption),
-                        f"{same_seed_distance(found.sampled.features, original):.3f}",
+                        f"{paired_feature_distance(found.sampled.features, original):.3f}",
                     ]
                 )
             before = found

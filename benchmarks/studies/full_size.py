@@ -20,14 +20,14 @@ from ...engine.errors import InputError
 from ...engine.files import check_output, read_json, sha256_of, staged_folder, write_json
 from ...engine.guidance_input import make_adapter
 from ...engine.model import locate, resolve_device
-from ...engine.options import SeedOption
+from ...engine.options import DeviceOption, SeedOption
 from ...engine.student import INFO_FILE, StudentInfo
 from ...engine.versions import versions
 from ..config import parse_batch_sizes
 from ..report.tables import Table
 from ..speed.device import hardware
 from ..speed.random_weights import locate_configs, random_model
-from .held_out import Configuration, Device, Runs, Steps, usable_work
+from .held_out import Configuration, Runs, Steps, usable_work
 
 STAGES = ("speed", "layouts", "folder", "training", "export", "engine", "compiled-training", "compiled")
 """Names of the measurements, in the order in which they can run."""
@@ -46,7 +46,7 @@ def random_folder(
     half: Annotated[bool, typer.Option("--half", help="Write FP16 weights.")] = False,
     guidance: Annotated[float, typer.Option(help="Guidance scale w that the student states, above 1.")] = 3.0,
     seed: SeedOption = 0,
-    device: Device = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
     """A model folder of a public model's size with random weights, and a student for it, a LoRA that was not trained.
 
@@ -114,45 +114,30 @@ def stages(
 ) -> dict[str, Stage]:
     """All of them, by name, in the order in which they can run; for the arguments see `full_size`."""
     folder, engine, table = work / "folder", work / "engine", output / "layouts.md"
-    timed = ["--steps", f"{steps}", "--runs", f"{runs}"]
+    studies, timed = "boostdiff.benchmarks.studies", ["--steps", f"{steps}", "--runs", f"{runs}"]
     inputs = ["--model", f"{folder / 'model'}", "--prompts", f"{embedded.HELD_OUT_PROMPTS}"]
     student = ["--model", f"{folder / 'model'}", "--student", f"{folder / 'student'}"]
     random = ["--model", model, "--random-weights", "--batch-sizes"]
     half = ["--precision", "fp16"] if resolve_device(device).type == "cuda" else []
 
-    def verb(name: str, target: Path, done_file: str, *arguments: str) -> Stage:
-        command = ["boostdiff", name, *arguments, "--output", f"{target}", "--device", device]
-        return Stage(command=command, done_file=target / done_file)
+    def stage(target: Path, done_file: Path, *words: str) -> Stage:
+        return Stage(command=[*words, "--output", f"{target}", "--device", device], done_file=done_file)
 
-    def bench(name: str, *arguments: str) -> Stage:
-        return verb("bench", output / name, "report.json", "--sampler", "dpm++", *timed, *arguments)
+    def bench(name: str, *options: str) -> Stage:
+        words = ("boostdiff", "bench", "--sampler", "dpm++", *timed, *options)
+        return stage(output / name, output / name / "report.json", *words)
 
-    def training(name: str, *arguments: str) -> Stage:
-        few = ["--preset", "paper", "--updates", f"{updates}", "--gradient-accumulation-steps", "32"]
-        return verb("distill", work / name, INFO_FILE, *inputs, *few, *arguments)
+    def training(name: str, *options: str) -> Stage:
+        few = ("--preset", "paper", "--updates", f"{updates}", "--gradient-accumulation-steps", "32")
+        return stage(work / name, work / name / INFO_FILE, "boostdiff", "distill", *inputs, *few, *options)
 
     exported = [*inputs, "--student", f"{folder / 'student'}", "--engine", f"{engine}", "--speed-only"]
     return {
         "speed": bench("speed", *random, batch_sizes, "--no-compile"),
-        "layouts": Stage(
-            command=["boostdiff.benchmarks.studies", "layouts", model, "--output", f"{table}", "--device", device],
-            done_file=table,
-        ),
-        "folder": Stage(
-            command=[
-                "boostdiff.benchmarks.studies",
-                "random-folder",
-                model,
-                "--half",
-                "--output",
-                f"{folder}",
-                "--device",
-                device,
-            ],
-            done_file=folder / "student" / INFO_FILE,
-        ),
+        "layouts": stage(table, table, studies, "layouts", model),
+        "folder": stage(folder, folder / "student" / INFO_FILE, studies, "random-folder", model, "--half"),
         "training": training("training"),
-        "export": verb("export", engine, "manifest.json", *student, *half),
+        "export": stage(engine, engine / "manifest.json", "boostdiff", "export", *student, *half),
         "engine": bench("engine", *exported, "--batch-sizes", batch_sizes, "--no-compile"),
         "compiled-training": training("compiled-training", "--compile"),
         "compiled": bench("compiled", *random, "8", "--compile"),
@@ -199,7 +184,7 @@ def full_size(
     runs: Runs = 7,
     updates: Annotated[int, typer.Option(min=2, help="Training updates; the first is not timed.")] = 3,
     seconds: Annotated[int | None, typer.Option(min=1, help="Time limit per stage.", show_default="none")] = None,
-    device: Device = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
     """Speed, training and export at a public model's size, on random weights: no download, no network.
 

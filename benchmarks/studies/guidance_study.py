@@ -1,4 +1,4 @@
-"""How much of guidance students have learnt: R² of single predictions, and the effective guidance of their images."""
+"""How much of guidance students have learned: R² of single predictions, and the effective guidance of their images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...engine.guidance_term import r2_of, trajectory
 from ...engine.options import SamplerOption, SpacingOption
 from ...engine.runners import TorchRunner
 from ..config import BenchConfig
-from ..quality.distances import same_seed_distance
+from ..quality.distances import paired_feature_distance
 from ..report.tables import NOTHING, Table
 from ..session import scales_for
 from .held_out import Samples, Scales, Steps, Work, check_plan, check_prompts, held_out, scales_of
@@ -61,7 +61,7 @@ def nearest_scale(features: torch.Tensor, teachers: Mapping[float, torch.Tensor]
     is the grid's end. The teacher's features `(N, D)`, by three scales or more, are of the same seeds.
     """
     scales = sorted(teachers)
-    distances = [same_seed_distance(features, to=teachers[scale]) for scale in scales]
+    distances = [paired_feature_distance(features, to=teachers[scale]) for scale in scales]
     best = int(np.argmin(distances))
     middle = min(max(best, 1), len(scales) - 2)
     around = slice(middle - 1, middle + 2)

@@ -21,7 +21,7 @@ from ...engine import embedded
 from ...engine.errors import BoostDiffError, InputError
 from ...engine.files import check_output, read_json, write_json
 from ...engine.model import ModelFiles, locate
-from ...engine.options import SAMPLER, STEPS, DeviceOption, check_not_empty
+from ...engine.options import SAMPLER, STEPS, check_not_empty
 from ...engine.prompts import read_prompts
 from ...engine.schedulers import check_steps
 from ...engine.student import read_student
@@ -40,7 +40,6 @@ Work = Annotated[Path, typer.Option("--work", help="Folder for students and samp
 Samples = Annotated[int, typer.Option("--samples", min=4, help="Images per row (N).")]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Sampling steps.")]
 Runs = Annotated[int, typer.Option("--runs", min=3, help="Timed batches per row.")]
-Device = DeviceOption
 Scales = Annotated[str, typer.Option("--scales", help="Guidance scales of guidance-conditioned students.")]
 Configuration = Annotated[
     str, typer.Argument(help="sd15, sd21-base, sdxl, or a folder with a pipeline's configuration.")

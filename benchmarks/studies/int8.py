@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -30,14 +30,14 @@ from ...engine.sampling import initial_noise
 from ...engine.sessions import OnnxSession
 from ...export.calibration import Calibration, calibration_prompts
 from ...export.config import ExportConfig
-from ...export.eight_bits import FORMS, Form
+from ...export.eight_bits import SCHEMES, Scheme
 from ...export.graph import onnx_from_part
 from ...export.parts import denoiser_part
 from ...export.quantize import layers_of, quantized
 from ..config import BenchConfig
-from ..quality.distances import same_seed_distance
+from ..quality.distances import paired_feature_distance
 from ..quality.quality import Figures
-from ..quality.samples import SamplingVariant
+from ..quality.samples import SampleCache, SamplingVariant
 from ..report.tables import NOTHING, Table, formatted
 from ..session import Session
 from ..stats import median_of
@@ -47,7 +47,7 @@ R2_PROMPTS = 24
 """Held-out prompts that R² is measured on."""
 
 
-def student_graphs(manifest: Manifest, engine: Path, form: Form) -> dict[str, Path]:
+def student_graphs(manifest: Manifest, engine: Path, scheme: Scheme) -> dict[str, Path]:
     """The student's UNet before and in 8 bits, by precision.
 
     Raises:
@@ -58,19 +58,21 @@ def student_graphs(manifest: Manifest, engine: Path, form: Form) -> dict[str, Pa
         for name, entry in manifest.artefacts.items()
         if name.startswith("unet/") and name.endswith(".onnx")
     }
-    if form.precision not in graphs:
-        made_by = MADE_BY[form.precision]
-        raise InputError(f"the engine in {engine} has no {form.precision} UNet: `boostdiff export {made_by}` makes it")
-    measured = manifest.artefacts[f"unet/model.{form.precision}.onnx"]["quantized"].keys()
-    if not measured <= layers_of(graphs[form.source]).keys():
+    if scheme.precision not in graphs:
+        made_by = MADE_BY[scheme.precision]
+        raise InputError(
+            f"the engine in {engine} has no {scheme.precision} UNet: `boostdiff export {made_by}` makes it"
+        )
+    measured = manifest.artefacts[f"unet/model.{scheme.precision}.onnx"]["quantized"].keys()
+    if not measured <= layers_of(graphs[scheme.source]).keys():
         raise InputError(f"the engine in {engine} is of a version that measured groups of layers: export it again")
-    return {precision: graphs[precision] for precision in (form.source, form.precision)}
+    return {precision: graphs[precision] for precision in (scheme.source, scheme.precision)}
 
 
-def teacher_graphs(session: Session, manifest: Manifest, folder: Path, form: Form) -> dict[str, Path]:
+def teacher_graphs(session: Session, manifest: Manifest, folder: Path, scheme: Scheme) -> dict[str, Path]:
     """The teacher's UNet likewise, made by the student's recipe: its layers, prompts and number of states."""
-    graphs = {precision: folder / f"model.{precision}.onnx" for precision in (form.source, form.precision)}
-    record, entry = folder / f"made.{form.precision}.json", manifest.artefacts[f"unet/model.{form.precision}.onnx"]
+    graphs = {precision: folder / f"model.{precision}.onnx" for precision in (scheme.source, scheme.precision)}
+    record, entry = folder / f"made.{scheme.precision}.json", manifest.artefacts[f"unet/model.{scheme.precision}.onnx"]
     made = {"inputs": manifest.inputs, "kept": sorted(entry["kept"])}
     if record.exists() and read_json(record) == made:
         return graphs
@@ -78,16 +80,16 @@ def teacher_graphs(session: Session, manifest: Manifest, folder: Path, form: For
     model, (student,), config = session.model, session.students, ExportConfig(quantize="int8")
     text = model.family.encode(model.pipeline, session.prompts[:2]).conditional
     part = denoiser_part(model, deepcopy(model.denoiser), text, config, TIMESTEPS)
-    if form.source == "fp16":
+    if scheme.source == "fp16":
         part.to_half()
-    onnx_from_part(part, graphs[form.source])
+    onnx_from_part(part, graphs[scheme.source])
     calibration = Calibration.of_teacher(model, calibration_prompts(config, model.files), student.info)
     calibration.add_states(
         model, lambda runner: GuidedDenoiser(runner, session.guidance, session.guider), student.info.negative_prompt
     )
-    layers = layers_of(graphs[form.source])
+    layers = layers_of(graphs[scheme.source])
     nodes = [node for name in entry["quantized"] for node in layers[name]]
-    quantized(graphs[form.source], graphs[form.precision], nodes, calibration.states, form=form)
+    quantized(graphs[scheme.source], graphs[scheme.precision], nodes, calibration.states, scheme=scheme)
     write_json(record, made)
     return graphs
 
@@ -111,7 +113,7 @@ class Row:
     baseline: str | None = None
 
 
-def rows_of(session: Session, graphs: dict[str, Path], teacher: dict[str, Path], form: Form) -> list[Row]:
+def rows_of(session: Session, graphs: dict[str, Path], teacher: dict[str, Path], scheme: Scheme) -> list[Row]:
     """Teacher and student before, then in 8 bits."""
     (student,), scale = session.students, session.guidance
 
@@ -120,7 +122,7 @@ def rows_of(session: Session, graphs: dict[str, Path], teacher: dict[str, Path],
 
     of_teacher, of_student = session.teacher(scale), session.student(student, scale)
     rows = []
-    for precision, like in ((form.source, None), (form.precision, form.source)):
+    for precision, like in ((scheme.source, None), (scheme.precision, scheme.source)):
         label = precision.upper()
         for name, of, denoiser, variant in (
             ("teacher, two passes", teacher, guided, of_teacher),
@@ -142,17 +144,13 @@ def runner_of(graph: Path, model: Model) -> Iterator[Runner]:
 
 
 def quality(
-    session: Session,
-    rows: list[Row],
-    cells: Callable[[Row, Denoiser], float],
-    figures: Callable[[SamplingVariant], Figures],
+    session: Session, cache: SampleCache, rows: list[Row], states: Sequence[State], text: TextEmbeddings
 ) -> Table:
     """R², distance, caption score, and what each loses to its own FP32 graph."""
     measured: dict[str, tuple[float, Figures]] = {}
     lines = []
     for row in rows:
         with runner_of(row.graph, session.model) as runner:
-            denoiser = row.denoiser(runner)
             graph = [sha256_of(path) for path in (row.graph, row.graph.with_name(f"{row.graph.name}.data"))]
             variant = replace(
                 row.like,
@@ -160,21 +158,21 @@ def quality(
                 open=partial(row.denoiser, runner),
                 identity={**row.like.identity, "graph": graph},
             )
-            measured[row.name] = r2, found = cells(row, denoiser), figures(variant)
-        line = [row.name, f"{r2:.3f}", NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING]
-        if found.distance:
-            line[3] = formatted(found.distance.value)
-        if found.caption:
-            line[5] = formatted(found.caption.value)
-        if row.baseline:
-            r2_before, before = measured[row.baseline]
-            line[2] = f"{r2_before - r2:.4f}"
-            if found.distance and before.distance:
-                line[4] = formatted(found.distance.delta_to(before.distance), "+.2f")
-            if found.caption and before.caption:
-                line[6] = formatted(found.caption.delta_to(before.caption), "+.2f")
-            line[7] = f"{same_seed_distance(found.sampled.features, before.sampled.features):.4f}"
-        lines.append(line)
+            measured[row.name] = r2, found = r2_of(row.denoiser(runner), states, text), Figures.of(cache, variant)
+        r2_before, before = measured[row.baseline or row.name]
+        apart = paired_feature_distance(found.sampled.features, before.sampled.features)
+        lines.append(
+            [
+                row.name,
+                f"{r2:.3f}",
+                f"{r2_before - r2:.4f}" if row.baseline else NOTHING,
+                formatted(found.distance.value if found.distance else None),
+                formatted(found.distance.delta_to(before.distance) if found.distance else None, "+.2f"),
+                formatted(found.caption.value if found.caption else None),
+                formatted(found.caption.delta_to(before.caption) if found.caption else None, "+.2f"),
+                f"{apart:.4f}" if row.baseline else NOTHING,
+            ]
+        )
     headings = ["row", "R²", "loss of R²", "FD-EffNetLite0", "ΔFD", "caption score", "Δ", "feature distance"]
     return Table(headings=headings, cells=lines)
 
@@ -245,24 +243,20 @@ def int8(
     layers, calibrated on its own trajectories, both passes. Prints Markdown tables: differences are those to the same
     UNet before, FP32 or, of FP8, FP16. FP8 has no speed on a CPU.
     """
-    manifest, form = read_manifest(engine), FORMS[precision]
+    manifest, scheme = read_manifest(engine), SCHEMES[precision]
     if manifest.distilled.guidance_range:
         raise InputError("8 bits are measured at one guidance scale, and this student takes a range")
-    graphs = student_graphs(manifest, engine, form)
+    graphs = student_graphs(manifest, engine, scheme)
     config = BenchConfig(samples=samples, sampler=sampler, steps=steps, seed=seed, compile=False)
     with held_out([student], config, work=work) as (session, cache):
         info = session.students[0].info
         manifest.check_student(info, engine=engine)
-        teacher = teacher_graphs(session, manifest, work / "teacher" / "unet", form)
-        rows = rows_of(session, graphs, teacher, form)
+        teacher = teacher_graphs(session, manifest, work / "teacher" / "unet", scheme)
+        rows = rows_of(session, graphs, teacher, scheme)
         model = session.model
         text = model.family.encode(model.pipeline, session.prompts[:R2_PROMPTS], negative_prompt=info.negative_prompt)
-        states: list[State] = trajectory(model, text, session.guidance, session.guider)
-
-        def r2(row: Row, denoiser: Denoiser, text: TextEmbeddings = text) -> float:
-            return r2_of(denoiser, states, text)
-
+        states = trajectory(model, text, session.guidance, session.guider)
         print(f"N = {samples}, {sampler}, {steps} steps\n")
-        print(quality(session, rows, r2, lambda variant: Figures.of(cache, variant)).markdown(), flush=True)
+        print(quality(session, cache, rows, states, text).markdown(), flush=True)
         for table in speed(session, graphs, runs) if precision == "int8" else ():
             print(f"\n{table.markdown()}", flush=True)

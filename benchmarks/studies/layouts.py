@@ -14,13 +14,14 @@ from ...engine.captured import CapturedRunner
 from ...engine.errors import InputError
 from ...engine.files import check_output, write_whole
 from ...engine.model import resolve_device
+from ...engine.options import DeviceOption
 from ...engine.runners import Runner, TorchRunner
 from ..config import comma_separated
 from ..report.tables import Table
 from ..speed.device import Stopwatch, gemm_peak, hardware, synchronize
 from ..speed.flops import count_flops
 from ..speed.random_weights import locate_configs, random_model
-from .held_out import Configuration, Device, Runs
+from .held_out import Configuration, Runs
 
 rows_of = comma_separated("--rows", int, "1,2,8", least=1)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
@@ -61,7 +62,7 @@ def layouts(
     rows: Annotated[str, typer.Option(help="Rows per pass: two per image with guidance.")] = "1,2,8,16",
     runs: Runs = 7,
     output: Annotated[Path | None, typer.Option(help="File to write the table to, too.")] = None,
-    device: Device = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
     """Time of one pass of a denoiser of random weights, by memory layout and number of rows.
 

@@ -27,7 +27,7 @@ from ...engine.errors import InputError
 from ...engine.guidance import combine
 from ...engine.guidance_input import make_adapter
 from ...engine.model import ModelFiles, resolve_device
-from ...engine.options import SamplerOption
+from ...engine.options import DeviceOption, SamplerOption
 from ...engine.runners import TorchRunner
 from ...engine.schedulers import check_steps
 from ..config import parse_batch_sizes
@@ -35,7 +35,7 @@ from ..report.tables import Table
 from ..speed.device import hardware
 from ..speed.random_weights import locate_configs, random_model
 from ..speed.throughput import TimedVariant, Workload
-from .held_out import Configuration, Device, Runs, Steps
+from .held_out import Configuration, Runs, Steps
 
 OPERATIONS = {
     "attention": r"flash|fmha|attention|attn|softmax",
@@ -136,7 +136,7 @@ def profile(
     sampler: SamplerOption = "dpm++",
     steps: Steps = 20,
     runs: Runs = 5,
-    device: Device = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
     """Where a batch's time goes: kernels by operation, and the time that the device waits.
 

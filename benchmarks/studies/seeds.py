@@ -91,12 +91,9 @@ def seeds(
     folders = {trained(work / f"{method}-{seed}", words): method for (method, seed), words in planned.items()}
     for config in configs:
         with held_out(list(folders), config, work=work) as (session, cache):
-            quality = evaluate(
-                cache,
-                guided=session.teacher(session.guidance),
-                unguided=session.teacher(1.0),
-                others=[session.student(student, session.guidance) for student in session.students],
-            )
+            variants = [session.teacher(session.guidance), session.teacher(1.0)]
+            variants += [session.student(student, session.guidance) for student in session.students]
+            quality = evaluate(cache, variants)
         students: dict[str, list[QualityRow]] = {}
         for method, row in zip(folders.values(), quality.rows[2:], strict=True):
             students.setdefault(method, []).append(row)

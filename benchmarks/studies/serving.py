@@ -34,8 +34,8 @@ from ..report.tables import Table
 from .held_out import Steps
 
 clients_of = comma_separated("--clients", int, "1,4,16,64")
-PATIENCE = 600
-"""Seconds for a server to start or stop."""
+TIMEOUT_SECONDS = 600
+"""For a server to start, to answer or to stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +93,14 @@ def served(*options: str, port: int | None = None) -> Iterator[tuple[subprocess.
     finally:
         server.terminate()
         try:
-            server.wait(PATIENCE)
+            server.wait(TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:
             server.kill()
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> None:
     """Wait until `/health` says so."""
-    for _ in range(PATIENCE):
+    for _ in range(TIMEOUT_SECONDS):
         if server.poll() is not None:
             raise BoostDiffError("the server ended before it was ready")
         try:
@@ -108,7 +108,7 @@ def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> None:
                 return
         except OSError:
             time.sleep(1)
-    raise BoostDiffError(f"the server was not ready within {PATIENCE} seconds")
+    raise BoostDiffError(f"the server was not ready within {TIMEOUT_SECONDS} seconds")
 
 
 def ask(url: str, **fields: Any) -> Answer:
@@ -118,7 +118,7 @@ def ask(url: str, **fields: Any) -> Answer:
         f"{url}/v1/images/generations", json.dumps(fields).encode(), {"Content-Type": "application/json"}
     )
     try:
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:  # noqa: S310
             (image,) = json.load(answer)["data"]
             status = answer.status
     except urllib.error.HTTPError as error:

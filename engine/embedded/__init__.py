@@ -7,6 +7,5 @@ MODEL_NAME = "emoji64"
 MODEL_DIR = ROOT / MODEL_NAME
 TRAIN_PROMPTS = ROOT / "prompts" / "train.txt"
 HELD_OUT_PROMPTS = ROOT / "prompts" / "held_out.txt"
-FULL_PROMPTS = ROOT / "prompts" / "held_out_full.txt"
 CAPTION_MODEL = ROOT / "emoji64-clip"
 REFERENCE = ROOT / "reference" / "efficientnet_lite0.safetensors"

@@ -15,11 +15,11 @@ from boostdiff.benchmarks.bench import BenchResult, _compared, _in_torch, bench
 from boostdiff.benchmarks.config import BenchConfig, Metrics, Table1Config, parse_batch_sizes
 from boostdiff.benchmarks.quality.samples import COLORS, bounded_memory
 from boostdiff.benchmarks.report.report import terminal_report, write_report
-from boostdiff.benchmarks.report.tables import alternatives_table, quality_table
+from boostdiff.benchmarks.report.tables import baselines_table, quality_table
 from boostdiff.benchmarks.session import Session
 from boostdiff.benchmarks.speed.flops import Flops
 from boostdiff.benchmarks.speed.throughput import RunnerMode, Speed, SpeedRatio, SpeedRow
-from boostdiff.benchmarks.stats import Estimate, Spread
+from boostdiff.benchmarks.stats import Estimate, Percentiles
 from boostdiff.benchmarks.table1 import measure_grid
 from boostdiff.distill.config import DistillConfig
 from boostdiff.distill.distill import distill
@@ -109,7 +109,7 @@ def test_a_report_is_written_where_teacher_and_student_were_never_timed_together
 
 
 def test_the_verdict_speaks_of_one_row_of_the_student() -> None:
-    estimate, spread = Estimate(value=2.0, low=2.0, high=2.0, coverage=0.95), Spread.of([0.5])
+    estimate, spread = Estimate(value=2.0, low=2.0, high=2.0, coverage=0.95), Percentiles.of([0.5])
 
     def student(runner: str, batch_size: int, rate: float) -> SpeedRow:
         per_second = replace(estimate, value=rate)
@@ -197,11 +197,11 @@ def test_the_report_is_one_self_contained_page(result: BenchResult, tmp_path: Pa
 
 def test_the_best_of_each_sweep_is_shown(result: BenchResult) -> None:
     assert result.quality is not None
-    best, swept = result.quality.best_alternatives(), [r for r in result.quality.rows if r.role == "alternative"]
+    best, swept = result.quality.best_baselines(), [r for r in result.quality.rows if r.role == "alternative"]
     assert {(row.method, row.cost) for row in best} == {(row.method, row.cost) for row in swept}
     for row in best:
         assert row.distance == min(o.distance for o in swept if (o.method, o.cost) == (row.method, row.cost))
-    cells = alternatives_table(result.quality).cells
+    cells = baselines_table(result.quality).cells
     assert [row[0] for row in cells[:4]] == ["teacher w=3", "teacher w=1", "student lora", "student bitfit"]
     assert {row[0] for row in cells[4:]} == {row.name for row in best}
     assert sum(int(row[-1]) for row in cells[4:]) == len(swept)
@@ -260,7 +260,7 @@ def test_a_copy_that_does_not_fit_takes_no_other_row_along(
     class Copying(TorchRunner):
         name = "compiled"
 
-        def __init__(self, denoiser: object) -> None:
+        def __init__(self, denoiser: object, **options: object) -> None:
             if error:
                 raise error
             super().__init__(denoiser)

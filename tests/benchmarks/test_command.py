@@ -156,7 +156,7 @@ def test_a_sweep_of_captions_against_a_folder(
     assert run(wanted, monkeypatch) == 0
     first = json.loads(capfd.readouterr().out)
     assert first["reference_images"] == 22
-    assert [(cell["row"], cell["guidance"]) for cell in first["cells"]] == [
+    assert [(cell["quality"]["name"], cell["guidance"]) for cell in first["cells"]] == [
         ("teacher", 1.0),
         ("teacher", 3.0),
         ("student lora", 3.0),

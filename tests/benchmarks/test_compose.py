@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from boostdiff.benchmarks.compose import Entry, able, compose, entries_of
+from boostdiff.benchmarks.compose import Configuration, compose, torch_configurations, usable
 from boostdiff.benchmarks.config import ComposeConfig, Metrics
 from boostdiff.benchmarks.quality.composition import Composition, Row, loss_of, with_front
 from boostdiff.benchmarks.quality.quality import QualityRow
@@ -187,6 +187,8 @@ def test_what_does_not_belong_together_is_refused(
 
     with pytest.raises(InputError, match="exported from another student"):
         tried(students["lora"], engines["bitfit"], Metrics(reference=reference))
+    with pytest.raises(InputError, match=r"--max-autotune is for rows by torch\.compile: here they are by torch"):
+        tried(students["lora"], engines["lora"], Metrics(reference=reference), max_autotune=True)
     with pytest.raises(InputError, match="pass --reference DIR"):
         tried(students["lora"], engines["lora"], Metrics())
     few = few_step_copy(students["lora"], tmp_path / "few", 2)
@@ -216,15 +218,15 @@ def test_an_engine_that_can_draw_no_batch_is_left_out(
         files, config, students=[students["lora"]], guidance=None, prompts=PROMPTS * 4, device="cpu", guided=True
     )
     with opened as session:
-        first, *others = entries_of(replace(session, sampler="ddim"), config)
+        first, *others = torch_configurations(replace(session, sampler="ddim"), config)
 
-        def fails(self: Entry, prompts: object, noise: object) -> float:
+        def fails(self: Configuration, prompts: object, noise: object) -> float:
             if self.variant.name == first.variant.name:
                 raise RuntimeError("a batch beyond the profile")
             return 1.0
 
-        monkeypatch.setattr(Entry, "seconds", fails)
+        monkeypatch.setattr(Configuration, "seconds", fails)
         left_out: dict[str, str] = {}
-        found = list(able(session, [first, *others], left_out))
+        found = list(usable(session, [first, *others], left_out))
     assert [each.variant.name for each in found] == [each.variant.name for each in others]
     assert left_out == {first.variant.name: "a batch beyond the profile"}

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
-from boostdiff.benchmarks.stats import Score, Spread, Statistic, jackknifed, median_of
+from boostdiff.benchmarks.stats import Percentiles, Score, Statistic, jackknifed, median_of
 
 
-def test_spread() -> None:
-    spread = Spread.of([float(x) for x in range(11)])
-    assert (spread.median, spread.p10, spread.p90, spread.runs) == (5, 1, 9, 11)
+def test_percentiles() -> None:
+    percentiles = Percentiles.of([float(x) for x in range(11)])
+    assert (percentiles.median, percentiles.p10, percentiles.p90, percentiles.runs) == (5, 1, 9, 11)
 
 
 def test_the_medians_interval_is_the_sign_tests() -> None:
@@ -28,17 +28,17 @@ def test_the_medians_interval_covers() -> None:
 
 def test_the_jackknife_of_a_mean_is_the_standard_error() -> None:
     values = np.random.default_rng(0).normal(size=40)
-    left_out = [np.delete(values, i).mean() for i in range(40)]
-    estimate = jackknifed(values.mean(), left_out)
+    replicates = [np.delete(values, i).mean() for i in range(40)]
+    estimate = jackknifed(values.mean(), replicates)
     error = values.std(ddof=1) / 40**0.5
     assert estimate.high - estimate.value == pytest.approx(2.0227 * error, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", [Statistic, Score])
 def test_a_share_of_the_gain_is_given_only_where_guidance_gains(kind: type[Statistic]) -> None:
-    def of(*left_out: float) -> Statistic:
+    def of(*replicates: float) -> Statistic:
         # Lower is better for a distance, higher for a score.
-        return kind(value=-kind.better * left_out[0], left_out=tuple(-kind.better * x for x in left_out))
+        return kind(value=-kind.better * replicates[0], replicates=tuple(-kind.better * x for x in replicates))
 
     guided, student = of(10.0, 10.1, 9.9), of(11.0, 11.1, 10.9)
     share = student.gain_recovered(guided=guided, unguided=of(20.0, 20.2, 19.9))

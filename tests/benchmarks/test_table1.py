@@ -7,12 +7,13 @@ import pytest
 from boostdiff.benchmarks.config import Metrics, SweepConfig, Table1Config
 from boostdiff.benchmarks.quality.distances import frechet_distance
 from boostdiff.benchmarks.quality.features import EfficientNetLite0Features, features_of
+from boostdiff.benchmarks.quality.quality import QualityRow
 from boostdiff.benchmarks.quality.reference import Reference
 from boostdiff.benchmarks.quality.samples import SampleCache
 from boostdiff.benchmarks.report.grids import further_tables, grid_table, markdown, terminal_grid, write_grid
 from boostdiff.benchmarks.session import Session, Student, read_students, scales_for
 from boostdiff.benchmarks.speed.random_weights import locate_configs
-from boostdiff.benchmarks.table1 import PAPER, Cell, Grid, measure_grid, papers_figures, table1_places
+from boostdiff.benchmarks.table1 import PAPER, Cell, Grid, measure_grid, papers_figures, table1_columns
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.files import hash_of
 from boostdiff.engine.guidance import GuidedDenoiser
@@ -57,19 +58,21 @@ def test_every_place_of_table_1_is_filled(grids: list[Grid]) -> None:
     assert [row[0] for row in cells] == ["teacher w=3", "teacher w=1", "student lora", "student bitfit"]
     assert len({cell for row in cells for cell in row[1:]}) > 12
     for cell in grids[0].cells:
-        assert cell.interval is not None
-        assert cell.interval.low < cell.distance < cell.interval.high
-        assert cell.cost == cell.steps * (1 + (cell.row == "teacher w=3"))
-        teacher = grids[0].place("teacher w=3", cell.column)
-        assert teacher is not None
-        if cell is teacher:
-            assert cell.delta_to_guided is None
+        row, interval, delta = cell.quality, cell.quality.distance_interval, cell.quality.delta_to_guided
+        assert interval is not None
+        assert interval.low < row.distance < interval.high
+        assert row.cost == row.steps * (1 + (row.name == "teacher w=3"))
+        found = grids[0].cell("teacher w=3", cell.column)
+        assert found is not None
+        teacher = found.quality
+        if row is teacher:
+            assert delta is None
         else:
-            assert cell.delta_to_guided is not None
-            assert cell.delta_to_guided.value == pytest.approx(cell.distance - teacher.distance)
+            assert delta is not None
+            assert delta.value == pytest.approx(row.distance - teacher.distance)
             # What all rows share, the same prompts and noise, cancels.
-            width = cell.delta_to_guided.high - cell.delta_to_guided.low
-            assert 0 < width < (cell.interval.high - cell.interval.low) + (teacher.interval.high - teacher.interval.low)
+            width = teacher.distance_interval.high - teacher.distance_interval.low
+            assert 0 < delta.high - delta.low < interval.high - interval.low + width
         # The tiny model is not the paper's.
         assert cell.paper is None
 
@@ -85,12 +88,12 @@ def test_a_cell_is_what_its_settings_give(grids: list[Grid], tiny_folder: Path, 
         seed=0,
     )
     features = features_of(EfficientNetLite0Features(), to_uint8(images))
-    cell = grids[0].place("teacher w=3", "DPM-Solver++, 3 steps")
+    cell = grids[0].cell("teacher w=3", "DPM-Solver++, 3 steps")
     assert cell is not None
-    assert cell.distance == pytest.approx(frechet_distance(Reference.load(reference), features), rel=1e-3)
+    assert cell.quality.distance == pytest.approx(frechet_distance(Reference.load(reference), features), rel=1e-3)
 
 
-def test_a_sweep_asks_no_student_for_what_it_has_not_learnt(grids: list[Grid]) -> None:
+def test_a_sweep_asks_no_student_for_what_it_has_not_learned(grids: list[Grid]) -> None:
     swept_table = grid_table(grids[1])
     headings, cells = swept_table.headings, swept_table.cells
     assert headings[1:] == ["w=1", "w=3"]
@@ -103,11 +106,11 @@ def test_a_sweep_asks_no_student_for_what_it_has_not_learnt(grids: list[Grid]) -
     (_, _, deltas), *_ = further_tables(grids[1])
     assert [row[:2] for row in deltas.cells] == [["student lora", "–"], ["student bitfit", "–"]]
     # The scales that both tables have are the same images.
-    table = grids[0].place("teacher w=3", "DDIM, 3 steps")
-    swept = grids[1].place("teacher", "w=3")
+    table = grids[0].cell("teacher w=3", "DDIM, 3 steps")
+    swept = grids[1].cell("teacher", "w=3")
     assert table is not None
     assert swept is not None
-    assert table.distance == swept.distance
+    assert table.quality.distance == swept.quality.distance
 
 
 @pytest.mark.parametrize(
@@ -140,10 +143,10 @@ def test_all_forms_show_the_same_figures(grids: list[Grid], tmp_path: Path) -> N
         text, page = ((tmp_path / f"{grid.name}.{kind}").read_text() for kind in ("md", "html"))
         values = json.loads((tmp_path / f"{grid.name}.json").read_text())["cells"]
         assert len(values) == len(grid.cells)
-        for cell in values:
-            figures = [f"{cell['distance']:.1f} [", f"{cell['caption_score']['value']:.1f} ["]
+        for row in (cell["quality"] for cell in values):
+            figures = [f"{row['distance']:.1f} [", f"{row['caption_score']['value']:.1f} ["]
             for key in ("delta_to_guided", "caption_delta_to_guided"):
-                figures += [f"{cell[key]['value']:+.1f} ["] if cell[key] else []
+                figures += [f"{row[key]['value']:+.1f} ["] if row[key] else []
             for figure in figures:
                 assert figure in text
                 assert figure.replace("[", "<span>[") in page
@@ -178,8 +181,7 @@ def test_columns_beside_few_step_students_name_their_timesteps(tiny: Model, stud
     for spacing, first, notes in ((None, "DDIM, 2 steps, trailing", 0), ("trailing", "DDIM, 2 steps", 1)):
         config = Table1Config(samplers=("ddim",), steps=(2, 3), timestep_spacing=spacing)
         session = Session(model=tiny, students=[student], config=config)
-        places = table1_places(session, config)
-        assert list(dict.fromkeys(column for column, _ in places)) == [first, "DDIM, 3 steps"]
+        assert list(table1_columns(session, config)) == [first, "DDIM, 3 steps"]
         said = session.provenance(None)["notes"]
         assert [note.startswith("timesteps of all rows are trailing") for note in said] == [True] * notes
 
@@ -198,7 +200,7 @@ def test_a_sweep_takes_students_of_several_scales(
         device="cpu",
     )
     assert grid
-    found = {(cell.row, cell.guidance) for cell in grid.cells if cell.row != "teacher"}
+    found = {(cell.quality.name, cell.guidance) for cell in grid.cells if cell.quality.name != "teacher"}
     assert found == {("student lora", 3.0), ("student bitfit", 5.0)}
     assert "So few images have no intervals" in markdown(grid)
     with pytest.raises(InputError, match="distilled at different guidance"):
@@ -228,18 +230,18 @@ def test_the_students_negative_prompt_counts(
 
 
 def test_the_papers_figures_stand_beside_its_own_model() -> None:
-    cell = Cell(
-        row="student lora",
-        column="DDIM, 20 steps",
-        sampler="ddim",
+    row = QualityRow(
+        name="student lora",
+        role="student",
+        method=None,
         steps=20,
-        guidance=3.0,
         cost=20,
         distance=16.04,
-        interval=None,
-        delta_to_guided=None,
-        paper=PAPER["student lora", "ddim", 20],
+        distance_to_teacher_image=0.0,
+        colors={},
     )
+    paper = PAPER["student lora", "ddim", 20]
+    cell = Cell(column="DDIM, 20 steps", sampler="ddim", guidance=3.0, quality=row, paper=paper)
     grid = Grid(
         name="table1",
         title="Table 1",

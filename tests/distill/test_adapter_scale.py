@@ -13,7 +13,7 @@ from boostdiff.engine import embedded
 from boostdiff.engine.adapters import KOHYA_FILE, LORA_FILE
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.live_negative import GAIN, INITIAL_SCALE, LIVE_FILE, LiveNegativeAttention, growth_at
-from boostdiff.engine.merge import fold_student, merge
+from boostdiff.engine.merge import merge, merge_student
 from boostdiff.engine.model import ModelFiles, load, locate
 from boostdiff.engine.student import StudentInfo, read_student
 from safetensors.torch import load_file
@@ -29,7 +29,7 @@ def added(files: ModelFiles, folder: Path) -> dict[str, torch.Tensor]:
     """What a merged student adds to the denoiser's weights."""
     denoiser = load(files, device=torch.device("cpu")).denoiser
     before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
-    fold_student(denoiser, folder, read_student(folder, files))
+    merge_student(denoiser, folder, read_student(folder, files))
     return {name: tensor - before[name] for name, tensor in denoiser.state_dict().items()}
 
 

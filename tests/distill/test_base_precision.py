@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from boostdiff.distill.config import DistillConfig, RunConfig
-from boostdiff.distill.distill import distill, dry
+from boostdiff.distill.distill import distill, dry_run
 from boostdiff.distill.loop import Observers
 from boostdiff.engine.adapters import BITFIT_FILE, LORA_FILE
 from boostdiff.engine.config import GenerateConfig
@@ -155,7 +155,7 @@ def test_memory_is_counted(files: ModelFiles, prompt_file: Path) -> None:
     for int8 in (False, True):
         config = config_of(prompt_file, base_precision="int8" if int8 else None)
         config = config.resolved(in_bfloat16=False, embedded=False)
-        counted = dry(files, config, RunConfig(), CPU)["memory_bytes"][files.family.denoiser]
+        counted = dry_run(files, config, RunConfig(), CPU)["memory_bytes"][files.family.denoiser]
         assert counted == held(int8)
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from boostdiff.distill import loop
 from boostdiff.distill.config import LEARNING_RATES, DistillConfig, RunConfig, learning_rate_at
-from boostdiff.distill.distill import _affordable, distill, dry, resolve
+from boostdiff.distill.distill import _affordable, distill, dry_run, resolve
 from boostdiff.distill.loop import CHECKPOINT_FILE, Observers
-from boostdiff.distill.monitoring import Pace
+from boostdiff.distill.monitoring import Throughput
 from boostdiff.distill.objective import LOSS_WEIGHTS
 from boostdiff.distill.run_folder import work_folder
 from boostdiff.distill.source import Batch
@@ -118,12 +118,12 @@ def test_compiling_without_a_compiler(
     assert not list(tmp_path.glob("s*"))
 
 
-def test_pace_leaves_out_the_first_update(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_throughput_leaves_out_the_first_update(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([0.0, 100.0, 102.0, 104.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(seconds))
-    pace = Pace(batch_size=10)
-    assert pace.images_per_second is None
-    assert [pace.after_update() for _ in range(3)] == [0.1, 5.0, 5.0]
+    throughput = Throughput(batch_size=10)
+    assert throughput.images_per_second is None
+    assert [throughput.after_update() for _ in range(3)] == [0.1, 5.0, 5.0]
 
 
 def test_a_resumed_run_counts_the_seconds_before(
@@ -170,7 +170,7 @@ def test_resume_refuses_other_settings_and_nothing(tiny_files: ModelFiles, promp
         distill(tiny_files, changed, resumed, output=tmp_path / "s", device="cpu")
     path = work_folder(tmp_path / "s") / CHECKPOINT_FILE
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(InputError, match="can't resume"):
+    with pytest.raises(InputError, match="can't read the checkpoint"):
         distill(tiny_files, config, resumed, output=tmp_path / "s", device="cpu")
 
 
@@ -514,7 +514,7 @@ def test_what_of_the_data_is_not_used_is_said_once_and_recorded(tiny_files: Mode
 def test_a_picture_that_would_take_longer_than_the_run_is_left_out(tmp_path: Path) -> None:
     denoiser = SimpleNamespace(num_parameters=lambda: 860_000_000)
     model = SimpleNamespace(files=SimpleNamespace(name="sd"), denoiser=denoiser)
-    preview = SimpleNamespace(prompts=["a"] * 6, scales=[3.0], steps=20, model=model)
+    preview = SimpleNamespace(prompts=["a"] * 6, scales=[3.0], steps=20, run=SimpleNamespace(model=model))
     notes: list[str] = []
 
     def drawn(*, images_per_second: float, seconds: float, device: str = "cpu") -> bool:
@@ -551,4 +551,4 @@ def test_a_dry_run_refuses_what_the_run_would(
     device = torch.device("cpu")
     config = resolve(DistillConfig(**options), tiny_files, device)
     with pytest.raises(InputError, match=message):
-        dry(tiny_files, config, RunConfig(**execution), device)
+        dry_run(tiny_files, config, RunConfig(**execution), device)

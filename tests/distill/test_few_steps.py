@@ -13,10 +13,10 @@ import pytest
 import torch
 from boostdiff.benchmarks.config import BenchConfig, Table1Config
 from boostdiff.benchmarks.session import Session, with_sampling
-from boostdiff.benchmarks.table1 import table1_places
+from boostdiff.benchmarks.table1 import table1_columns
 from boostdiff.distill import few_steps
 from boostdiff.distill.config import DistillConfig, RunConfig
-from boostdiff.distill.distill import distill, dry, resolve
+from boostdiff.distill.distill import distill, dry_run, resolve
 from boostdiff.distill.few_steps import FrozenStudent, Stage
 from boostdiff.distill.loop import Observers, UpdateReport
 from boostdiff.distill.objective import NoiseSchedule, ddim_step, x_of_ddim_step
@@ -28,14 +28,13 @@ from boostdiff.engine.adapters import LORA_FILE, METHODS
 from boostdiff.engine.config import GenerateConfig
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.exported import Engine
-from boostdiff.engine.files import read_json, write_json
 from boostdiff.engine.generate import draw
 from boostdiff.engine.guidance_input import make_adapter
 from boostdiff.engine.live_negative import LIVE_FILE
 from boostdiff.engine.manifest import read_manifest
 from boostdiff.engine.model import Model, ModelFiles, load, locate
 from boostdiff.engine.schedulers import make_scheduler
-from boostdiff.engine.student import INFO_FILE, StudentInfo, read_student
+from boostdiff.engine.student import read_student
 from boostdiff.export.export import export
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
@@ -388,7 +387,7 @@ def test_what_can_not_be_trained_is_refused_before_anything_is_written(
         config = DistillConfig(prompts=prompt_file, **options)
         for attempt in (
             lambda: distill(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT),
-            lambda: dry(tiny_files, resolve(config, tiny_files, CPU), RunConfig(), CPU),
+            lambda: dry_run(tiny_files, resolve(config, tiny_files, CPU), RunConfig(), CPU),
         ):
             with pytest.raises(InputError, match=message):
                 attempt()
@@ -406,7 +405,7 @@ def test_what_can_not_be_trained_is_refused_before_anything_is_written(
 
 def test_a_dry_run_shows_the_stages(tiny_files: ModelFiles, students: dict[str, Path], prompt_file: Path) -> None:
     config = DistillConfig(prompts=prompt_file, few_steps="8:2", start_from=students["bitfit"])
-    shown = dry(tiny_files, resolve(config, tiny_files, CPU), RunConfig(), CPU)
+    shown = dry_run(tiny_files, resolve(config, tiny_files, CPU), RunConfig(), CPU)
     assert (shown["few_steps"], shown["stage_updates"], shown["updates"]) == ("8:2", 520, None)
     assert shown["method"] == "bitfit"
     assert resolve(DistillConfig(prompts=prompt_file), tiny_files, CPU).stage_updates is None
@@ -521,12 +520,9 @@ def test_bench_takes_the_students_steps(
         tiny_files, config, students=[plain, four_steps, eight], guidance=None, prompts=list(PROMPTS), device="cpu"
     )
     with opened as session:
-        places = table1_places(session, config)
-        shown = {(column, variant.name): variant for column, variant in places}
-        spacings = {
-            (variant.steps, variant.make_scheduler().config.timestep_spacing, variant.role) for _, variant in places
-        }
-    names = [name for column, name in shown if name.startswith("student")]
+        variants = [each for column in table1_columns(session, config).values() for each in column]
+        spacings = {(each.steps, each.make_scheduler().config.timestep_spacing, each.role) for each in variants}
+    names = [each.name for each in variants if each.name.startswith("student")]
     assert [name.partition(" (")[0] for name in names] == [
         "student lora",
         "student lora, 4 steps",
@@ -539,26 +535,3 @@ def test_bench_takes_the_students_steps(
         *((steps, "trailing", role) for steps in (4, 8) for role in roles),
         *((5, "leading", role) for role in roles),
     }
-
-
-@pytest.mark.parametrize(
-    "changes", [{"steps": 0}, {"steps": True}, {"steps": None}, {"sampler": "x"}, {"timestep_spacing": None}]
-)
-def test_a_description_that_can_not_be_meant(four_steps: Path, changes: dict[str, Any]) -> None:
-    values = read_json(four_steps / INFO_FILE)
-    del values["sha256"]
-    write_json(four_steps / INFO_FILE, values)
-    assert read_student(four_steps).steps == 4
-    write_json(four_steps / INFO_FILE, values | changes)
-    with pytest.raises(InputError, match="not a student's description"):
-        read_student(four_steps)
-
-
-def test_students_from_before_take_any_steps(four_steps: Path) -> None:
-    values = read_json(four_steps / INFO_FILE)
-    for name in ("sha256", "steps", "sampler", "timestep_spacing"):
-        del values[name]
-    write_json(four_steps / INFO_FILE, values)
-    info: StudentInfo = read_student(four_steps)
-    assert info.choose_sampling(None, None) == ("ddim", 20)
-    assert info.choose_sampling("unipc", 7) == ("unipc", 7)

@@ -212,17 +212,12 @@ def test_stop_and_resume_give_the_same_bytes(
 def without_guider(path: Path) -> None:
     """As it was before there were guiders."""
     values = json.loads(path.read_text())
-    # A description's hash is as new.
-    values.pop("sha256", None)
-    for part in (values, values.get("settings", {})):
-        for key in ("guider", "guider_settings", *(name for own in GUIDERS.values() for name in own)):
-            part.pop(key, None)
+    for key in ("guider", *(name for own in GUIDERS.values() for name in own)):
+        values.pop(key, None)
     path.write_text(json.dumps(values))
 
 
-def test_students_and_runs_from_before_are_of_plain_guidance(
-    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path
-) -> None:
+def test_runs_from_before_are_of_plain_guidance(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
     def stop(report: object) -> None:
         raise KeyboardInterrupt
 
@@ -231,30 +226,11 @@ def test_students_and_runs_from_before_are_of_plain_guidance(
     with pytest.raises(KeyboardInterrupt):
         run(config, RunConfig(checkpoint_every=1), observers=Observers(preview=False, on_update=stop))
     without_guider(work_folder(tmp_path / "s") / "config.json")
-    run(config, RunConfig(resume=True), observers=SILENT)
-    without_guider(tmp_path / "s/student.json")
-    info = read_student(tmp_path / "s")
-    assert (info.guider, info.guider_settings) == ("cfg", {})
+    info = run(config, RunConfig(resume=True), observers=SILENT)
     notes: list[str] = []
     again = Observers(preview=False, on_note=notes.append)
     assert run(config, RunConfig(resume=True), observers=again) == info
     assert "has ended" in notes[0]
-
-
-@pytest.mark.parametrize(
-    "changes", [{"guider": "magic"}, {"guider": 3}, {"guider_settings": {"apg_eta": 0}}, {"guider_settings": []}]
-)
-def test_a_student_of_an_unknown_guider_is_refused(
-    by_guider: dict[str, Path], tmp_path: Path, changes: dict[str, Any]
-) -> None:
-    for path in by_guider["rescale"].iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    values = json.loads((tmp_path / "student.json").read_text())
-    del values["sha256"]
-    (tmp_path / "student.json").write_text(json.dumps(values | changes))
-    with pytest.raises(InputError, match="distill again") as error:
-        read_student(tmp_path)
-    assert "\n" not in str(error.value)
 
 
 @pytest.fixture(scope="module")

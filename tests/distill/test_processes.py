@@ -48,7 +48,7 @@ def assert_same_adapter(got: dict[str, torch.Tensor], expected: dict[str, torch.
 
 def test_shares_make_up_the_batch() -> None:
     for count in (1, 2, 3, 5):
-        shares = [Share(batch_size=7, index=i, count=count).members for i in range(count)]
+        shares = [Share(batch_size=7, rank=i, world_size=count).members for i in range(count)]
         assert [member for share in shares for member in share] == list(range(7))
 
 
@@ -67,7 +67,7 @@ def test_a_share_of_the_pool_is_a_slice_of_the_whole(tiny: Model) -> None:
     schedule = NoiseSchedule.of(tiny.pipeline.scheduler, CPU)
 
     def source(index: int, count: int) -> Trajectories:
-        share = Share(batch_size=5, index=index, count=count)
+        share = Share(batch_size=5, rank=index, world_size=count)
         return Trajectories(tiny, list(PROMPTS), schedule, share=share, seed=0, guidance=(1, 7))
 
     whole, parts = source(0, 1), [source(i, 2) for i in range(2)]

@@ -118,7 +118,7 @@ def test_a_resumed_run_draws_the_same(monkeypatch: pytest.MonkeyPatch, stop_at: 
 
 def test_processes_draw_together_what_one_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = drawn(12, Share(batch_size=5), 3)
-    shares = [Share(batch_size=5, index=index, count=2) for index in range(2)]
+    shares = [Share(batch_size=5, rank=index, world_size=2) for index in range(2)]
     together = [drawn(12, share, 3) for share in shares]
     for update, batch in enumerate(alone):
         assert sorted(batch.t.tolist()) == sorted(number for part in together for number in part[update].t.tolist())
@@ -130,10 +130,10 @@ def test_processes_draw_together_what_one_draws(monkeypatch: pytest.MonkeyPatch)
     others: dict[str, Any] = {}
 
     def gather(share: Share, rows: torch.Tensor) -> torch.Tensor:
-        return torch.cat([others["rows"].pop(0), rows]) if share.index else rows
+        return torch.cat([others["rows"].pop(0), rows]) if share.rank else rows
 
     def gather_list(share: Share, items: list[Any]) -> list[Any]:
-        return others["lists"].pop(0) + items if share.index else items
+        return others["lists"].pop(0) + items if share.rank else items
 
     monkeypatch.setattr(Share, "gather", gather)
     monkeypatch.setattr(Share, "gather_list", gather_list)

@@ -67,6 +67,16 @@ def test_in_bfloat16_the_unet_itself_stays(tiny: Model, monkeypatch: pytest.Monk
     assert tiny.denoiser.attn_processors == before
 
 
+@pytest.mark.parametrize(("max_autotune", "mode"), [(False, None), (True, "max-autotune-no-cudagraphs")])
+def test_forms_of_products_are_timed_if_asked(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch, max_autotune: bool, mode: str | None
+) -> None:
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda unet, *, mode, **options: modes.append(mode) or unet)
+    CompiledRunner(tiny.denoiser, max_autotune=max_autotune)
+    assert modes == [mode]
+
+
 def test_the_vae_in_bfloat16_is_a_copy(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     latents = torch.randn(2, *tiny.latent_shape, generator=torch.Generator().manual_seed(0))
     exact = decode(tiny, latents)

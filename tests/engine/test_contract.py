@@ -10,7 +10,7 @@ import pytest
 import torch
 from boostdiff.cli import app
 from boostdiff.distill.config import DistillConfig, RunConfig
-from boostdiff.distill.distill import dry
+from boostdiff.distill.distill import dry_run
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.files import read_json, write_json
 from boostdiff.engine.model import load, locate
@@ -117,7 +117,7 @@ def test_what_changes_nothing_is_allowed(tiny_folder: Path, tmp_path: Path) -> N
     values = {"latents_mean": [0, 0, 0, 0], "latents_std": [1, 1, 1, 1], "shift_factor": 0.0}
     files = locate(changed(tiny_folder, tmp_path / "model", VAE, **values), weights=False)
     config = DistillConfig(batch_size=2).resolved(in_bfloat16=False, embedded=True)
-    assert dry(files, config, RunConfig(), torch.device("cpu"))["total_parameters"] > 0
+    assert dry_run(files, config, RunConfig(), torch.device("cpu"))["total_parameters"] > 0
 
 
 @pytest.mark.parametrize("values", [{"prediction_type": "flow_prediction"}, {"rescale_betas_zero_snr": True}])

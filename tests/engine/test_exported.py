@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.exported import Engine
 from boostdiff.engine.generate import draw, resolve
 from boostdiff.engine.model import ModelFiles
+from boostdiff.engine.student import read_student
 from PIL import Image
 from tiny import PROMPTS
 
@@ -153,17 +155,15 @@ def test_an_interruption_keeps_what_is_drawn(tiny_files: ModelFiles, tmp_path: P
     ("changes", "message"),
     [
         ({"method": "dora"}, "not dora ones"),
-        ({"guidance_range": [1.5, 7.5]}, "not guidance-conditioned ones"),
+        ({"guidance_range": (1.5, 7.5)}, "not guidance-conditioned ones"),
     ],
 )
 def test_the_lora_scale_is_for_lora_of_one_scale(
-    tiny_files: ModelFiles, students: dict[str, Path], tmp_path: Path, changes: dict[str, object], message: str
+    tiny_files: ModelFiles, students: dict[str, Path], tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     """A DoRA's magnitudes and a guidance input stay at weight 0."""
     student = shutil.copytree(students["lora"], tmp_path / "student")
-    info = json.loads((student / "student.json").read_text())
-    del info["sha256"]
-    (student / "student.json").write_text(json.dumps(info | changes))
+    replace(read_student(student), **changes).write(student)
     config = GenerateConfig(prompts=["x"], student=student, lora_scale=0.5)
     with pytest.raises(InputError, match=message):
         draw(tiny_files, config, output=tmp_path / "images")
@@ -221,8 +221,7 @@ def test_devices_that_onnx_runtime_does_not_know(folder: Path, monkeypatch: pyte
 
 def test_a_precision_is_one_of_the_graphs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that could run the plan must not take it then."""
-    every = lambda manifest, device, names: dict.fromkeys(names)  # noqa: E731
-    monkeypatch.setattr("boostdiff.engine.exported.available_runners", every)
+    monkeypatch.setattr("boostdiff.engine.exported.unavailable", lambda *arguments: None)
     with Engine.load(folder, precision="fp32") as engine:
         assert engine.runner == "onnx"
 

@@ -19,7 +19,7 @@ from boostdiff.engine.files import (
     read_text,
     sha256_of,
     staged_folder,
-    without_marks,
+    without_bom,
     write_json,
 )
 from safetensors.torch import save_file
@@ -196,10 +196,10 @@ def test_a_model_folder_without_byte_order_marks(tmp_path: Path) -> None:
     (folder / "unet").mkdir(parents=True)
     (folder / "unet" / "weights").write_bytes(b"w")
     (folder / "unet" / "config.json").write_text("{}")
-    with without_marks(folder) as same:
+    with without_bom(folder) as same:
         assert same == folder
     (folder / "unet" / "config.json").write_text('\ufeff{"a": 1}', encoding="utf-8")
-    with without_marks(folder) as clean:
+    with without_bom(folder) as clean:
         assert json.loads((clean / "unet" / "config.json").read_text(encoding="utf-8")) == {"a": 1}
         assert (clean / "unet" / "weights").read_bytes() == b"w"
 

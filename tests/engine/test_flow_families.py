@@ -19,7 +19,7 @@ from boostdiff.engine.errors import BoostDiffError
 from boostdiff.engine.exported import Engine
 from boostdiff.engine.generate import draw
 from boostdiff.engine.guidance import GuidedDenoiser
-from boostdiff.engine.merge import fold_student, merge, merge_in_place
+from boostdiff.engine.merge import merge, merge_in_place, merge_student
 from boostdiff.engine.model import load, locate
 from boostdiff.engine.runners import TorchRunner
 from boostdiff.engine.sampling import generate, to_uint8
@@ -162,7 +162,7 @@ def test_a_pipeline_folder_draws_the_students_image(
 ) -> None:
     model = load(locate(str(folders[kind])), device=CPU)
     info = read_student(students[kind], model.files)
-    fold_student(model.denoiser, students[kind], info)
+    merge_student(model.denoiser, students[kind], info)
     write_diffusers_folder(model, info, tmp_path / "pipeline")
     (one_pass,) = (name for name in model.family.stock_guidance(1.0) if name.endswith(("guidance_scale", "cfg_scale")))
     assert f"`{one_pass}=1.0`" in (tmp_path / "pipeline/README.md").read_text(encoding="utf-8")

@@ -95,7 +95,7 @@ def test_prompts_are_encoded_in_parts(tiny_files: ModelFiles, monkeypatch: pytes
     monkeypatch.setattr(Sampling, "encode", counted)
     with opened(tiny_files, config, "cpu") as sampling:
         whole = [image.tobytes() for image in images_of(sampling, config, texts, start=1)]
-        monkeypatch.setattr("boostdiff.engine.generate.ENCODED_TOGETHER", 5)
+        monkeypatch.setattr("boostdiff.engine.generate.TEXT_BATCH_SIZE", 5)
         parts = [image.tobytes() for image in images_of(sampling, config, texts, start=1)]
     assert sizes == [7, 4, 3]
     assert len(whole) == len(texts)

@@ -13,7 +13,7 @@ from boostdiff.engine.errors import InputError
 from boostdiff.engine.families import FAMILIES
 from boostdiff.engine.generate import draw
 from boostdiff.engine.guidance import GuidedDenoiser, SinglePassDenoiser, combine
-from boostdiff.engine.guiders import GUIDERS, Guider, GuiderOptions, check_guider
+from boostdiff.engine.guiders import GUIDERS, Guider, GuiderOptions
 from boostdiff.engine.model import Model, locate
 from boostdiff.engine.runners import TorchRunner
 from boostdiff.engine.schedulers import make_scheduler
@@ -227,13 +227,10 @@ def test_a_student_follows_its_own_guider_alone() -> None:
             student.check_guider(options)
 
 
-def test_defaults_are_usable_and_settings_are_checked() -> None:
+def test_defaults_are_usable() -> None:
     assert GuiderOptions(guider="interval", guidance_interval="0.20:1.0") == GuiderOptions(
         guider="interval", guidance_interval="0.2:1"
     )
     for name, settings in GUIDERS.items():
-        check_guider(name, settings)
-        assert GuiderOptions(guider=name).guider_settings == settings  # type: ignore[arg-type]
-    for name, settings in (("cfg", {"apg_eta": 0.0}), ("rescale", {}), ("rescale", {"guidance_rescale": "x"})):
-        with pytest.raises(InputError):
-            check_guider(name, settings)
+        options = GuiderOptions(guider=name, **settings)  # type: ignore[arg-type]
+        assert options.guider_settings == GuiderOptions(guider=name).guider_settings == settings  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from boostdiff.engine.adapters import LORA_FILE
 from boostdiff.engine.errors import BoostDiffError, InputError
-from boostdiff.engine.merge import fold_student, merge, merge_in_place, proof_of
+from boostdiff.engine.merge import merge, merge_in_place, merge_student, proof_of
 from boostdiff.engine.model import Model, ModelFiles, load
 from boostdiff.engine.student import apply_student, read_student
 from safetensors.torch import save_file
@@ -53,7 +53,7 @@ def test_a_lora_of_another_architecture(tiny: Model, students: dict[str, Path], 
         tensors = {f"{name}.lora_{side}.weight": torch.zeros(1, 1) for side in "AB"}
         save_file(tensors, tmp_path / LORA_FILE)
         with pytest.raises(InputError, match="does not fit"):
-            fold_student(tiny.denoiser, tmp_path, info)
+            merge_student(tiny.denoiser, tmp_path, info)
 
 
 def test_merging_is_repeatable(tiny: Model, students: dict[str, Path]) -> None:

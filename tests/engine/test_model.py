@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 from boostdiff.engine import embedded
+from boostdiff.engine.config import GenerateConfig
 from boostdiff.engine.errors import InputError
-from boostdiff.engine.files import read_json, write_json
+from boostdiff.engine.files import read_json, sha256_of, write_json
+from boostdiff.engine.generate import resolve
 from boostdiff.engine.model import load, locate, resolve_device
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
@@ -72,6 +74,27 @@ def test_a_hub_id_is_read_from_the_cache(tiny_folder: Path, tmp_path: Path, monk
     assert files.empty_denoiser().config.cross_attention_dim == 32
     shutil.copytree(tiny_folder, snapshot, dirs_exist_ok=True)
     assert locate("organisation/tiny").folder == snapshot
+
+
+def test_weights_are_hashed_once_while_they_stay(
+    copied: Path, students: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def counted(path: Path) -> str:
+        read.append(path.name)
+        return sha256_of(path)
+
+    monkeypatch.setattr("boostdiff.engine.model.sha256_of", counted)
+    files = locate(str(copied))
+    config = GenerateConfig(prompts=["a cat"], student=students["lora"])
+    assert resolve(files, config) == resolve(files, config)
+    assert read == ["diffusion_pytorch_model.safetensors"]
+    path = copied / "unet" / read[0]
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(InputError, match="belongs to another model"):
+        resolve(files, config)
+    assert len(read) == 2
 
 
 def test_a_checkpoint_in_one_file_says_how_to_convert_it(tmp_path: Path) -> None:

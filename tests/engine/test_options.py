@@ -60,19 +60,6 @@ def test_help_and_defaults_are_the_fields() -> None:
     assert "Sampling steps" not in text
 
 
-def test_a_command_without_room_or_with_two_of_a_name_is_refused() -> None:
-    def narrow(device: DeviceOption = "auto") -> None:
-        """Nothing."""
-
-    def wide(**options: Any) -> None:
-        """Nothing."""
-
-    with pytest.raises(TypeError, match="takes no"):
-        options_of(Config)(narrow)
-    with pytest.raises(TypeError, match="rank is declared twice"):
-        options_of(Config, Config)(wide)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Checked:
     method: Annotated[Literal["lora", "bitfit"] | None, typer.Option(help="Adapter.")] = None

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.model import Model
-from boostdiff.engine.prompts import cut_note, is_cut, read_prompts
+from boostdiff.engine.prompts import is_truncated, read_prompts, truncation_note
 
 
 def test_lines(tmp_path: Path) -> None:
@@ -107,9 +107,11 @@ def test_other_formats_are_refused(tmp_path: Path, name: str, content: str, mess
 def test_texts_beyond_the_text_encoder_are_counted(tiny: Model) -> None:
     limit = tiny.pipeline.tokenizer.model_max_length
     fits, long = " ".join(["cat"] * (limit - 2)), " ".join(["cat"] * (limit - 1))
-    assert not is_cut(tiny.pipeline, fits)
-    assert cut_note(tiny.pipeline, [fits, ""]) is None
-    assert cut_note(tiny.pipeline, [fits, long, long, f"{long} dog"]) == f"2 of 3 prompts are cut to {limit} tokens"
+    assert not is_truncated(tiny.pipeline, fits)
+    assert truncation_note(tiny.pipeline, [fits, ""]) is None
+    assert (
+        truncation_note(tiny.pipeline, [fits, long, long, f"{long} dog"]) == f"2 of 3 prompts are cut to {limit} tokens"
+    )
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:

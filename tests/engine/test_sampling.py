@@ -115,7 +115,7 @@ def test_large_images_are_drawn_and_decoded_a_few_at_a_time(tiny: Model, monkeyp
 
     monkeypatch.setattr(tiny.pipeline.vae, "decode", decoded)
     decode(tiny, latents)
-    monkeypatch.setattr("boostdiff.engine.sampling.MIDDLING", 8 * 8 // 2)
+    monkeypatch.setattr("boostdiff.engine.sampling.LATENT_AREA_512", 8 * 8 // 2)
     assert default_batch_size(tiny) == 4
     torch.testing.assert_close(decode(tiny, latents), expected, atol=1e-5, rtol=1e-4)
     assert sizes == [3, 2, 1]

@@ -11,7 +11,7 @@ from boostdiff.engine.conditions import TextEmbeddings
 from boostdiff.engine.files import read_json, write_json
 from boostdiff.engine.guidance import GuidedDenoiser
 from boostdiff.engine.model import Model, load, locate
-from boostdiff.engine.prompts import cut_note
+from boostdiff.engine.prompts import truncation_note
 from boostdiff.engine.runners import TorchRunner
 from boostdiff.engine.sampling import generate, to_uint8
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -59,7 +59,7 @@ def test_prompts_are_cut_where_it_is_said(model: Model) -> None:
     # 300 tokens: the start, and words of one each, as the space before one belongs to it.
     longest = " ".join(["d"] * 299)
     texts = [longest, f"{longest} a", f"{longest} c"]
-    assert [cut_note(model.pipeline, [text]) is None for text in texts] == [True, False, False]
+    assert [truncation_note(model.pipeline, [text]) is None for text in texts] == [True, False, False]
     used, one, other = (encoded(model, text).conditional.tensors() for text in texts)
     assert torch.equal(one["encoder_hidden_states"], other["encoder_hidden_states"])
     assert torch.equal(used["encoder_hidden_states"], one["encoder_hidden_states"])

@@ -23,7 +23,7 @@ from boostdiff.engine.generate import draw
 from boostdiff.engine.manifest import read_manifest, verified_file
 from boostdiff.engine.merge import TIMESTEPS, merge, merge_in_place
 from boostdiff.engine.model import Model, ModelFiles, locate
-from boostdiff.engine.runners import GraphRunner, available_runners
+from boostdiff.engine.runners import GraphRunner, unavailable
 from boostdiff.engine.sessions import OnnxSession
 from boostdiff.engine.student import apply_student, read_student
 from boostdiff.engine.trt import check_plan, load_tensorrt
@@ -31,7 +31,7 @@ from boostdiff.export.config import BATCH, ExportConfig, parse_range
 from boostdiff.export.export import export, up_to_date_engine
 from boostdiff.export.graph import compare, graph_signature, onnx_from_part
 from boostdiff.export.parts import Part, denoiser_part, text_encoder_part, vae_decoder_part
-from boostdiff.export.plan import Flavour, plan_in_a_process
+from boostdiff.export.plan import Backend, plan_in_a_process
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from tiny import CPU, PROMPTS, with_another_unet
@@ -270,11 +270,10 @@ def test_references_are_computed_without_tf32(
 
 
 def test_runners_that_can_not_run_say_why(engine: Path) -> None:
-    reasons = available_runners(read_manifest(engine), CPU)
-    assert reasons["torch"] is None
-    assert reasons["onnx"] is None
+    manifest = read_manifest(engine)
+    assert unavailable("onnx", manifest, CPU) is None
     if not torch.cuda.is_available():
-        assert "needs an NVIDIA GPU" in (reasons["tensorrt"] or "")
+        assert "needs an NVIDIA GPU" in (unavailable("tensorrt", manifest, CPU) or "")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is about machines without a GPU")
@@ -468,7 +467,7 @@ def test_a_plan_built_in_a_process_of_its_own(engine: Path, tmp_path: Path, capf
     """It equals the one that was built here but for its bytes, and its errors arrive as one line."""
     here = read_manifest(engine).artefacts["text_encoder/model.plan"]
     profile = {name: [tuple(shape) for shape in shapes] for name, shapes in here["profile"].items()}
-    build = partial(plan_in_a_process, flavour=Flavour(name=here["flavour"], reason="a test"), profile=profile)
+    build = partial(plan_in_a_process, backend=Backend(name=here["flavour"], reason="a test"), profile=profile)
     entry = build(engine / "text_encoder/model.fp16.onnx", tmp_path / "model.plan")
     assert not capfd.readouterr().err, "libraries warn where they are imported"
     assert (tmp_path / "model.plan").stat().st_size > 1000

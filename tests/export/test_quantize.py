@@ -31,8 +31,8 @@ from boostdiff.export import quantize
 from boostdiff.export.calibration import Calibration, calibration_prompts
 from boostdiff.export.config import ExportConfig
 from boostdiff.export.export import export
-from boostdiff.export.plan import Flavour, choose_flavour
-from boostdiff.export.quantize import kept_layers, layers_of, quantize_unet
+from boostdiff.export.plan import Backend, choose_backend
+from boostdiff.export.quantize import excluded_layers, layers_of, quantize_unet
 from tiny import CPU, PROMPTS, graphs_of, shared
 
 Quantize = Callable[..., Manifest]
@@ -169,13 +169,13 @@ def test_fp8_plans_are_for_gpus_that_have_it(fp8_engine: Path) -> None:
 
 
 def test_fp8_is_refused_on_older_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("boostdiff.export.plan._choose_flavour", lambda forced: Flavour(name="tensorrt", reason=""))
+    monkeypatch.setattr("boostdiff.export.plan._choose_backend", lambda forced: Backend(name="tensorrt", reason=""))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
     with pytest.raises(BoostDiffError, match=r"FP8 needs a GPU of compute capability 8\.9 or newer; this one has 8\.6"):
-        choose_flavour(fp8=True)
-    assert choose_flavour().name == "tensorrt"
+        choose_backend(fp8=True)
+    assert choose_backend().name == "tensorrt"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert choose_flavour(fp8=True).name == "tensorrt"
+    assert choose_backend(fp8=True).name == "tensorrt"
 
 
 def test_it_takes_batches_of_any_size(engine: Path, tiny: Model) -> None:
@@ -225,7 +225,7 @@ def test_layers_are_named_after_their_modules(engine: Path, tiny: Model) -> None
 
 def test_the_worst_are_kept_until_the_rest_is_within_the_budget() -> None:
     def kept(budget: float, **errors: list[float]) -> list[str]:
-        return kept_layers({name: torch.tensor(error) for name, error in errors.items()}, budget)
+        return excluded_layers({name: torch.tensor(error) for name, error in errors.items()}, budget)
 
     # Apart from each other, as squares: 0.25, 0.0004, 0.04, 0.01, 0.
     alone = {"a": [0.5, 0, 0], "b": [0, 0.02, 0], "c": [0, 0, 0.2], "d": [0, 0.1, 0], "e": [0.0, 0, 0]}

@@ -17,19 +17,19 @@ from boostdiff.engine.runners import TorchRunner
 from boostdiff.engine.student import read_student
 from boostdiff.export import sensitivity
 from boostdiff.export.calibration import Calibration
-from boostdiff.export.eight_bits import FP8, INT8, Form
+from boostdiff.export.eight_bits import FP8, INT8, Scheme
 from boostdiff.export.sensitivity import Ranges, layer_errors, recorded_ranges
 from tiny import PROMPTS
 
 
 @contextmanager
-def rounding(unet: torch.nn.Module, names: list[str], ranges: Ranges, form: Form) -> Iterator[None]:
+def rounding(unet: torch.nn.Module, names: list[str], ranges: Ranges, scheme: Scheme) -> Iterator[None]:
     """These layers in 8 bits."""
     hooks = []
     for name in names:
 
         def after(module: Any, inputs: Any, output: Any, name: str) -> Any:
-            return output + sensitivity._rounding_error(module, inputs[0], output, ranges[name], form)
+            return output + sensitivity._quantization_error(module, inputs[0], output, ranges[name], scheme)
 
         hooks.append(unet.get_submodule(name).register_forward_hook(partial(after, name=name)))
     yield
@@ -37,13 +37,13 @@ def rounding(unet: torch.nn.Module, names: list[str], ranges: Ranges, form: Form
         hook.remove()
 
 
-@pytest.mark.parametrize(("live", "form"), [(False, INT8), (True, FP8)], ids=["int8", "live, fp8"])
+@pytest.mark.parametrize(("live", "scheme"), [(False, INT8), (True, FP8)], ids=["int8", "live, fp8"])
 def test_the_estimate_is_what_rounding_changes(
     tiny_folder: Path,
     students: dict[str, Path],
     prompt_file: Path,
     live: bool,
-    form: Form,
+    scheme: Scheme,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -61,7 +61,7 @@ def test_the_estimate_is_what_rounding_changes(
     calibration.checked[1:] = []
     denoiser = info.denoiser(TorchRunner(model.denoiser))
     monkeypatch.setattr(sensitivity, "DIRECTIONS", 50)
-    vectors = layer_errors(model.denoiser, denoiser, calibration, ranges, form)
+    vectors = layer_errors(model.denoiser, denoiser, calibration, ranges, scheme)
     assert vectors.keys() == {
         name for name, module in model.denoiser.named_modules() if getattr(module, "weight", torch.empty(0)).ndim >= 2
     }
@@ -74,7 +74,7 @@ def test_the_estimate_is_what_rounding_changes(
         [f"{block}.attn2.to_k"],
         [f"{block}.attn1.to_{name}" for name in "qkv"],
     ):
-        with rounding(model.denoiser, names, ranges, form):
+        with rounding(model.denoiser, names, ranges, scheme):
             (after,) = calibration.predictions(denoiser)
         exact = (after.double() - before.double()).square().sum().item() / scale_of(calibration.checked)
         estimate = sum(vectors[name] for name in names).square().sum().item()  # type: ignore[union-attr]
@@ -94,22 +94,22 @@ def test_numbers_of_8_bits() -> None:
     values = torch.tensor([-1.0, -0.2, 0.0, 0.1, 3.0, 9.0])
     # 256 steps from -1 to 4; what lies beyond is cut off.
     step = 5 / 255
-    assert INT8.rounded(values, -1.0, 4.0).sub(values)[:5].abs().max() <= step / 2 + 1e-6
-    assert INT8.rounded(values, -1.0, 4.0)[5] == pytest.approx(4.0, abs=step)
-    assert FP8.rounded(values, -1.0, 4.0)[5] == 4.0
-    assert torch.allclose(FP8.rounded(values, -1.0, 4.0)[:5], values[:5], rtol=1 / 16)
-    for form in (INT8, FP8):
-        assert torch.equal(form.rounded(values, 0.0, 0.0), values)
-        assert form.rounded(torch.zeros(1), 2.0, 3.0) == 0
+    assert INT8.fake_quantized(values, -1.0, 4.0).sub(values)[:5].abs().max() <= step / 2 + 1e-6
+    assert INT8.fake_quantized(values, -1.0, 4.0)[5] == pytest.approx(4.0, abs=step)
+    assert FP8.fake_quantized(values, -1.0, 4.0)[5] == 4.0
+    assert torch.allclose(FP8.fake_quantized(values, -1.0, 4.0)[:5], values[:5], rtol=1 / 16)
+    for scheme in (INT8, FP8):
+        assert torch.equal(scheme.fake_quantized(values, 0.0, 0.0), values)
+        assert scheme.fake_quantized(torch.zeros(1), 2.0, 3.0) == 0
 
 
-@pytest.mark.parametrize(("form", "error"), [(INT8, 1 / 128), (FP8, 1 / 16)])
+@pytest.mark.parametrize(("scheme", "error"), [(INT8, 1 / 128), (FP8, 1 / 16)])
 @pytest.mark.parametrize("shape", [(4, 6), (4, 3, 3, 3)])
-def test_weights_are_rounded_per_channel(form: Form, error: float, shape: tuple[int, ...]) -> None:
+def test_weights_are_rounded_per_channel(scheme: Scheme, error: float, shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weight[1] *= 1000
     weight[2] = 0
-    rounded = form.rounded_weight(weight)
+    rounded = scheme.fake_quantized_weight(weight)
     largest = weight.abs().flatten(1).amax(1).view(-1, *(1,) * (len(shape) - 1))
     assert ((rounded - weight).abs() <= largest * error + 1e-12).all()
     assert not torch.equal(rounded, weight)

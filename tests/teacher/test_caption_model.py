@@ -9,7 +9,7 @@ from boostdiff.benchmarks.quality.clip_score import ClipScorer
 from boostdiff.engine import embedded
 from boostdiff.teacher import caption_model
 from boostdiff.teacher.dataset import Artworks
-from boostdiff.teacher.optimise import optimise
+from boostdiff.teacher.optimize import optimize
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +29,9 @@ def test_it_learns_and_is_a_stock_folder(artworks: Artworks, tmp_path: Path, mon
             losses.append(loss_of(step))
             return losses[-1]
 
-        optimise(loss_of=loss_noted, **options)
+        optimize(loss_of=loss_noted, **options)
 
-    monkeypatch.setattr(caption_model, "optimise", recorded)
+    monkeypatch.setattr(caption_model, "optimize", recorded)
     caption_model.caption_model(work, output, steps=12, batch=16, learning_rate=2e-3)
     losses = [loss.item() for loss in losses]
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.1

@@ -10,17 +10,16 @@ from boostdiff.benchmarks.quality.reference import Reference
 from boostdiff.benchmarks.speed.fastest import FastestRunners
 from boostdiff.distill.config import DistillConfig
 from boostdiff.distill.distill import distill
-from boostdiff.distill.image_files import open_images
 from boostdiff.distill.loop import Observers
 from boostdiff.engine import embedded
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.model import load, locate
-from boostdiff.teacher import measure, negative_prompts
+from boostdiff.teacher import negative_prompts
 from boostdiff.teacher.architecture import make_vae
 from boostdiff.teacher.captions import FULL, draw_captions
 from boostdiff.teacher.dataset import Artworks
-from boostdiff.teacher.evaluate import Drawing, Evaluator, evaluate, results_table
-from boostdiff.teacher.measure import held_out_captions, held_out_psnr, real_images, reconstructed, write_images
+from boostdiff.teacher.evaluate import Evaluator, evaluate, results_table, teacher_images
+from boostdiff.teacher.measure import held_out_captions, held_out_psnr, real_images, reconstructed
 from boostdiff.teacher.style import style_network, style_of, train_style
 from boostdiff.teacher.things import fit_groups, group_labels, groups_of, things_classifier
 from tiny import CPU
@@ -93,10 +92,10 @@ def test_the_shipped_models_images_score_better_than_noise(artworks: Artworks, t
     model = load(locate(embedded.MODEL_NAME), device=CPU)
     prompts = [each.text for each in captions]
     with FastestRunners(model, passes=1) as runners:
-        drawing = Drawing(model=model, network=evaluator.features, runners=runners, folder=tmp_path, steps=8)
-        images = drawing.images(prompts, 3.0)
+        options = {"runners": runners, "network": evaluator.features, "folder": tmp_path, "steps": 8}
+        images = teacher_images(prompts, 3.0, **options)
         assert images.shape == noise.shape
-        assert torch.equal(drawing.images(prompts, 3.0), images)
+        assert torch.equal(teacher_images(prompts, 3.0, **options), images)
     assert len(list(tmp_path.iterdir())) == 1
     drawn = evaluator.figures(images, captions)
     assert drawn["caption_scores"].mean() > noise_row["caption_scores"].mean() + 5
@@ -123,18 +122,6 @@ def test_evaluate_needs_the_unguided_teacher(tmp_path: Path) -> None:
     for scales, message in (("1,x", "no comma-separated list"), ("1,inf", "must be at least 1")):
         with pytest.raises(InputError, match=message):
             evaluate(tmp_path, scales=scales)
-
-
-def test_training_images_are_what_distill_reads(
-    artworks: Artworks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(measure, "load_artworks", lambda work: artworks)
-    write_images(tmp_path, tmp_path / "images", count=7)
-    rows = list(open_images(str(tmp_path / "images")).rows(0, 0, 0))
-    captions = draw_captions(artworks, held_out=False, count=7, seed=0)
-    assert sorted(str(row.caption) for row in rows) == sorted(each.text for each in captions)
-    with pytest.raises(InputError, match="something at"):
-        write_images(tmp_path, tmp_path / "images", count=7)
 
 
 def test_what_a_negative_prompt_names_is_looked_for(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from artworks import make_artworks
 from boostdiff.teacher.architecture import make_unet, make_vae
-from boostdiff.teacher.optimise import learning_rate_factor, mean_over_processes, optimise, step_generator
+from boostdiff.teacher.optimize import learning_rate_factor, mean_over_processes, optimize, step_generator
 from boostdiff.teacher.train import the_tokenizer
 from safetensors.torch import load_file
 
@@ -30,7 +30,7 @@ def train(checkpoint: Path, steps: int) -> torch.Tensor:
         x = torch.randn(8, 4, generator=step_generator(0, step))
         return (layer(x) - x.sum(dim=1, keepdim=True)).square().mean()
 
-    optimise(
+    optimize(
         name="test",
         modules={"layer": layer},
         loss_of=loss_of,
@@ -45,7 +45,7 @@ def train(checkpoint: Path, steps: int) -> torch.Tensor:
 def test_training_resumes_exactly_and_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train(tmp_path / "whole", 200)
     assert (whole - 1).abs().max() < 0.2
-    monkeypatch.setattr("boostdiff.teacher.optimise.learning_rate_factor", lambda step, *, steps: 1.0)
+    monkeypatch.setattr("boostdiff.teacher.optimize.learning_rate_factor", lambda step, *, steps: 1.0)
     expected = train(tmp_path / "a", 60)
     train(tmp_path / "b", 25)
     assert torch.equal(train(tmp_path / "b", 60), expected)

@@ -24,7 +24,7 @@ def test_distances_without_a_group_equal_scipys(count: int) -> None:
     groups = min(20, count // 2)
     kept = [fake[torch.arange(count) % groups != group].numpy() for group in range(groups)]
     # scipy's root of a singular product is itself good to some 1e-6 only.
-    assert found.left_out == pytest.approx(
+    assert found.replicates == pytest.approx(
         [scipys_distance(real.numpy(), part) for part in kept], rel=1e-6 if count > 50 else 1e-4
     )
     assert Distance.of(reference, fake[:3]).interval is None
@@ -36,8 +36,8 @@ def test_the_interval_of_a_distance_is_as_wide_as_its_scatter() -> None:
     errors, values = [], []
     for _ in range(60):
         fake = torch.randn(200, 8, generator=generator) * 1.1 + 0.2
-        left_out = Distance.of(reference, fake).left_out
-        values.append(np.mean(left_out))
-        interval = jackknifed(values[-1], left_out)
+        replicates = Distance.of(reference, fake).replicates
+        values.append(np.mean(replicates))
+        interval = jackknifed(values[-1], replicates)
         errors.append((interval.high - interval.low) / 2 / 2.093)
     assert np.mean(errors) == pytest.approx(np.std(values), rel=0.25)

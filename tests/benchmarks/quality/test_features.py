@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from boostdiff.benchmarks.quality.distances import frechet_distance, kernel_distance, same_seed_distance
+from boostdiff.benchmarks.quality.distances import frechet_distance, kernel_distance, paired_feature_distance
 from boostdiff.benchmarks.quality.features import NUM_FEATURES, EfficientNetLite0Features, features_of
 from boostdiff.benchmarks.quality.reference import Reference, reference_from_folder, reference_of
 from boostdiff.engine import embedded
@@ -58,13 +58,13 @@ def test_features_see_images() -> None:
     images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     features = features_of(network, images, batch_size=2)
     assert features.shape == (3, NUM_FEATURES)
-    assert same_seed_distance(features, features) < 1e-6
-    assert same_seed_distance(features, features.roll(1, 0)) > 1e-3
+    assert paired_feature_distance(features, features) < 1e-6
+    assert paired_feature_distance(features, features.roll(1, 0)) > 1e-3
 
 
 def test_images_are_kept_apart_throughout_a_folder(tmp_path: Path) -> None:
     class Mean(torch.nn.Module):
-        """The grey of an image as its only feature."""
+        """The gray of an image as its only feature."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -85,7 +85,7 @@ def test_what_a_reference_folder_holds_besides_is_said(tmp_path: Path) -> None:
     for i in range(20):
         Image.new("RGB", (16, 16), (i * 12, 0, 0)).save(tmp_path / f"{i}.png")
     (tmp_path / "list.txt").write_text("of images")
-    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "two.GIF", save_all=True, append_images=frames[1:])
     animated, other = reference_from_folder(tmp_path, EfficientNetLite0Features()).notes
     assert animated.startswith("1 reference images with several frames")

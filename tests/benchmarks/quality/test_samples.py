@@ -212,7 +212,7 @@ Path(sys.argv[3], f"{processes.process_index}.count").write_text(str(sum(counted
 if processes.is_main_process:
     # The other process is gone: nothing must wait for it.
     sample_cache = dataclasses.replace(sample_cache, reference=Reference.load(embedded.REFERENCE))
-    quality = evaluate(sample_cache, guided=rows[0], unguided=rows[1], others=[])
+    quality = evaluate(sample_cache, rows[:2])
     print(quality.rows[1].distance)
 """
 

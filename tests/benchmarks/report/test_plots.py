@@ -2,21 +2,21 @@ import matplotlib.pyplot as plt
 from boostdiff.benchmarks.report.plots import speed_plot
 from boostdiff.benchmarks.speed.flops import Flops
 from boostdiff.benchmarks.speed.throughput import MODES, Speed, SpeedRow
-from boostdiff.benchmarks.stats import Estimate, Spread
+from boostdiff.benchmarks.stats import Estimate, Percentiles
 
 RUNNERS = ("torch", "stock diffusers", "compiled", "tensorrt", "onnx", "another")
 
 
 def row(runner: str, mode: str, batch_size: int) -> SpeedRow:
-    spread = Spread.of([1.0, 2.0])
+    percentiles = Percentiles.of([1.0, 2.0])
     return SpeedRow(
         mode=mode,
         runner=runner,
         precision="float32",
         batch_size=batch_size,
-        latency=spread,
+        latency=percentiles,
         images_per_second=Estimate(value=2.0, low=1.0, high=3.0, coverage=0.94),
-        denoiser_step=spread,
+        denoiser_step=percentiles,
         text_encoder=None,
         vae_decode=None,
         host_gap=None,

@@ -1,23 +1,66 @@
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from boostdiff.benchmarks.speed import throughput
+from boostdiff.benchmarks.speed import device, throughput
+from boostdiff.benchmarks.speed.device import in_turns
 from boostdiff.benchmarks.speed.flops import Flops, count_flops
-from boostdiff.benchmarks.speed.throughput import RunnerMode, TimedVariant, interleaved, measure
+from boostdiff.benchmarks.speed.throughput import RunnerMode, Speed, TimedVariant, measure
+from boostdiff.engine.errors import BoostDiffError
 from boostdiff.engine.model import Model
 from boostdiff.engine.runners import TorchRunner
 from boostdiff.engine.schedulers import make_scheduler
+from tiny import CPU
+
+
+def called_in_turns(calls: list[tuple[str, Callable[[], float]]], rounds: int, **options: Any) -> Any:
+    left_out: dict[str, str] = {}
+    return in_turns(calls, rounds, device=CPU, left_out=left_out, report=lambda note: None, **options), left_out
 
 
 @pytest.mark.parametrize(("count", "rounds"), [(2, 4), (3, 3), (6, 5)])
 def test_calls_take_turns(count: int, rounds: int) -> None:
-    turns = list(interleaved(count, rounds))
-    for number in range(rounds):
-        assert sorted(index for at, index in turns if at == number) == list(range(count))
-    orders = [[index for at, index in turns if at == number] for number in range(rounds)]
+    turns: list[int] = []
+
+    def call(index: int) -> float:
+        turns.append(index)
+        return len(turns)
+
+    found, left_out = called_in_turns([(f"{index}", partial(call, index)) for index in range(count)], rounds)
+    first, *orders = (turns[start : start + count] for start in range(0, len(turns), count))
+    assert first == orders[0] == list(range(count))
+    assert len(orders) == rounds
     assert all(one == other[::-1] for one, other in pairwise(orders))
+    # Without what is discarded.
+    assert found[0] == ([1 + turn for turn, index in enumerate(turns) if index == 0][1:], None)
+    assert not left_out
+
+
+def test_what_all_is_compared_with_must_not_fail() -> None:
+    def fails() -> float:
+        raise RuntimeError("out of memory")
+
+    calls = [("a", lambda: 1.0), ("b", fails)]
+    assert called_in_turns(calls, 2, needed=1) == ([([1.0, 1.0], None), ([], None)], {"b": "out of memory"})
+    with pytest.raises(BoostDiffError, match="b can't be timed: out of memory"):
+        called_in_turns(calls, 2, needed=2)
+
+
+def measured(model: Model, variants: list[TimedVariant], *, steps: int, batch_sizes: tuple[int, ...]) -> Speed:
+    return measure(
+        variants,
+        model,
+        prompts=["a red cat"],
+        guidance=3.0,
+        make_scheduler=lambda: make_scheduler("ddim", model.pipeline.scheduler.config),
+        steps=steps,
+        batch_sizes=batch_sizes,
+        runs=3,
+    )
 
 
 def test_the_ceiling_of_sd21_at_20_steps() -> None:
@@ -49,15 +92,8 @@ class Refusing(TorchRunner):
 
 def test_what_cannot_run_is_left_out_with_its_reason(tiny: Model) -> None:
     runner = Refusing(tiny.denoiser)
-    speed = measure(
-        [TimedVariant(mode=mode, runner=runner) for mode in ("teacher", "student")],
-        tiny,
-        prompts=["a red cat"],
-        guidance=3.0,
-        make_scheduler=lambda: make_scheduler("ddim", tiny.pipeline.scheduler.config),
-        steps=2,
-        batch_sizes=(1, 2),
-        runs=3,
+    speed = measured(
+        tiny, [TimedVariant(mode=mode, runner=runner) for mode in ("teacher", "student")], steps=2, batch_sizes=(1, 2)
     )
     assert [(row.mode, row.batch_size) for row in speed.rows] == [("teacher", 1), ("student", 1), ("student", 2)]
     assert speed.left_out == {"refusing teacher, batch 2": "shape out of profile"}
@@ -81,15 +117,8 @@ def test_what_fails_while_it_is_timed_takes_no_other_row_along(tiny: Model) -> N
         "unguided": Failing(tiny.denoiser),
         "student": TorchRunner(tiny.denoiser),
     }
-    speed = measure(
-        [TimedVariant(mode=mode, runner=runner) for mode, runner in runners.items()],
-        tiny,
-        prompts=["a red cat"],
-        guidance=3.0,
-        make_scheduler=lambda: make_scheduler("ddim", tiny.pipeline.scheduler.config),
-        steps=2,
-        batch_sizes=(1,),
-        runs=3,
+    speed = measured(
+        tiny, [TimedVariant(mode=mode, runner=runner) for mode, runner in runners.items()], steps=2, batch_sizes=(1,)
     )
     assert [row.mode for row in speed.rows] == ["teacher", "student"]
     assert speed.left_out == {"failing unguided, batch 1": "out of memory"}
@@ -116,15 +145,11 @@ def test_the_graph_of_live_negative_prompts_times_all_modes(tiny: Model) -> None
             return super().predict(inputs)
 
     tokens = tiny.pipeline.tokenizer.model_max_length
-    speed = measure(
-        [TimedVariant(mode=mode, runner=Live(mode)) for mode in ("teacher", "student", "unguided")],
+    speed = measured(
         tiny,
-        prompts=["a red cat"],
-        guidance=3.0,
-        make_scheduler=lambda: make_scheduler("ddim", tiny.pipeline.scheduler.config),
+        [TimedVariant(mode=mode, runner=Live(mode)) for mode in ("teacher", "student", "unguided")],
         steps=1,
         batch_sizes=(2,),
-        runs=3,
     )
     assert not speed.left_out
     assert seen == {"teacher": {(4, 2 * tokens)}, "student": {(2, 2 * tokens)}, "unguided": {(2, 2 * tokens)}}
@@ -145,15 +170,11 @@ def test_the_baselines_are_compared_with_what_the_verdict_speaks_of(with_teacher
 
 def test_a_variant_is_timed_at_its_own_batch_sizes(tiny: Model) -> None:
     runner = TorchRunner(tiny.denoiser)
-    speed = measure(
-        [TimedVariant(mode="teacher", runner=runner), TimedVariant(mode="student", runner=runner, batch_sizes=(2,))],
+    speed = measured(
         tiny,
-        prompts=["a red cat"],
-        guidance=3.0,
-        make_scheduler=lambda: make_scheduler("ddim", tiny.pipeline.scheduler.config),
+        [TimedVariant(mode="teacher", runner=runner), TimedVariant(mode="student", runner=runner, batch_sizes=(2,))],
         steps=1,
         batch_sizes=(1, 2),
-        runs=3,
     )
     assert [(row.mode, row.batch_size) for row in speed.rows] == [("teacher", 1), ("teacher", 2), ("student", 2)]
     assert {ratio.batch_size for ratio in speed.ratios} == {2}
@@ -175,18 +196,11 @@ def test_the_memory_of_a_row_is_its_own(tiny: Model, monkeypatch: pytest.MonkeyP
         cleared.append(kept[0])
         kept[0] = 0
 
-    monkeypatch.setattr(throughput, "clear_device_cache", clear)
-    monkeypatch.setattr(throughput, "memory_in_use", lambda device: 1000 + kept[0])
+    monkeypatch.setattr(device, "clear_device_cache", clear)
+    monkeypatch.setattr(device, "memory_in_use", lambda _: 1000 + kept[0])
     runner = Taking(tiny.denoiser)
-    speed = measure(
-        [TimedVariant(mode=mode, runner=runner) for mode in ("teacher", "student")],
-        tiny,
-        prompts=["a red cat"],
-        guidance=3.0,
-        make_scheduler=lambda: make_scheduler("ddim", tiny.pipeline.scheduler.config),
-        steps=1,
-        batch_sizes=(1, 3),
-        runs=3,
+    speed = measured(
+        tiny, [TimedVariant(mode=mode, runner=runner) for mode in ("teacher", "student")], steps=1, batch_sizes=(1, 3)
     )
     assert {(row.mode, row.batch_size): row.memory_in_use for row in speed.rows} == {
         ("teacher", 1): 1002,

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from boostdiff.benchmarks.quality.alternatives import CUT_OFF, FEWER, INTERVAL, Alternative, candidates
+from boostdiff.benchmarks.quality.baselines import CUT_OFF, FEWER, INTERVAL, Baseline, candidates
 from boostdiff.benchmarks.speed.stock import stock_pipeline
 from boostdiff.engine.model import Model
 from boostdiff.engine.runners import TorchRunner
@@ -15,7 +15,7 @@ from tiny import PROMPTS
 W = 6.0
 
 
-def stock_images(model: Model, setting: Alternative, sampler: str, noise: torch.Tensor) -> torch.Tensor:
+def stock_images(model: Model, setting: Baseline, sampler: str, noise: torch.Tensor) -> torch.Tensor:
     """Guidance switched on and off between the steps, as diffusers documents it for `callback_on_step_end`."""
     pipeline = stock_pipeline(model)
     pipeline.scheduler = make_scheduler(sampler, model.pipeline.scheduler.config)
@@ -42,7 +42,7 @@ def stock_images(model: Model, setting: Alternative, sampler: str, noise: torch.
 @pytest.mark.parametrize("sampler", ["ddim", "euler"])
 @pytest.mark.parametrize(("first", "last"), [(0, 3), (2, 4), (0, 6)], ids=["cut off", "interval", "throughout"])
 def test_images_are_stock_diffusers(tiny: Model, sampler: str, first: int, last: int) -> None:
-    setting = Alternative(method="any", guidance=W, steps=6, first=first, last=last)
+    setting = Baseline(method="any", guidance=W, steps=6, first=first, last=last)
     passes = []
 
     class Counting(TorchRunner):
@@ -64,12 +64,12 @@ def test_images_are_stock_diffusers(tiny: Model, sampler: str, first: int, last:
     # The switch shows: guidance throughout, or nowhere, gives other images.
     for other in (0, 6):
         if (first, last) != (0, other):
-            unswitched = Alternative(method="any", guidance=W, steps=6, first=0, last=other)
+            unswitched = Baseline(method="any", guidance=W, steps=6, first=0, last=other)
             assert (stock_images(tiny, unswitched, sampler, noise) - expected).abs().max() > 2e-3
 
 
 def test_half_of_twenty_guided_steps_cost_thirty_passes() -> None:
-    assert Alternative(method=CUT_OFF, guidance=3.0, steps=20, first=0, last=10).cost == 30
+    assert Baseline(method=CUT_OFF, guidance=3.0, steps=20, first=0, last=10).cost == 30
 
 
 def test_sweeps_are_of_equal_cost() -> None:

@@ -1,4 +1,4 @@
-"""What saves UNet passes without training: guidance at a part of the steps, or fewer steps.
+"""Training-free baselines, which save UNet passes: guidance at a part of the steps, or fewer steps.
 
 Swept over a few settings at equal cost, so that a student is compared with the best of each: at the student's cost and
 at one and a half times as much.
@@ -30,8 +30,8 @@ BUDGETS = (1.0, 1.5)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Alternative:
-    """One setting: guidance from the step `first` up to `last`, one pass without guidance at the others.
+class Baseline:
+    """One training-free setting: guidance from the step `first` up to `last`, one pass without guidance at the others.
 
     From the first step on it is guidance that is switched off after a share of the steps; from a later one, guidance in
     a limited interval (Kynkäänniemi et al. 2024, "Applying guidance in a limited interval improves sample and
@@ -74,17 +74,17 @@ class Alternative:
         return denoiser
 
 
-def candidates(*, steps: int, guidance: float) -> list[Alternative]:
+def candidates(*, steps: int, guidance: float) -> list[Baseline]:
     """The settings to sweep: of equal cost within each of `BUDGETS`.
 
     n steps, k of them guided, cost n + k passes. A share k / n of `SHARES` at each of `SCALES`, from the first step on
     or in the middle; and n = k, that is full guidance at fewer steps. `steps` (at least 2) and `guidance` are the
     student's.
     """
-    settings: dict[tuple[Any, ...], Alternative] = {}
+    settings: dict[tuple[Any, ...], Baseline] = {}
 
     def add(method: str, scale: float, n: int, first: int, k: int) -> None:
-        one = Alternative(method=method, guidance=guidance * scale, steps=n, first=first, last=first + k)
+        one = Baseline(method=method, guidance=guidance * scale, steps=n, first=first, last=first + k)
         settings.setdefault((one.guidance, n, first, k), one)
 
     for budget, scale in product((int(steps * share) for share in BUDGETS), SCALES):

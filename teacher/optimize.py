@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from ..distill.checkpoint import load_training_state, save_training_state
+from ..distill.order import reduce_together
 
 
 def learning_rate_factor(step: int, *, steps: int, warmup: int = 100) -> float:
@@ -29,15 +30,13 @@ def mean_over_processes(
     accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter], loss: torch.Tensor
 ) -> torch.Tensor:
     """The mean of the losses of equal shares of a batch; the gradients become those of the mean, in one exchange."""
+    mean = loss.detach().clone()
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([loss.detach().view(1), *(gradient.flatten() for gradient in gradients)])
-    mean, *pieces = accelerator.reduce(flat, reduction="mean").split([1, *(each.numel() for each in gradients)])
-    for gradient, piece in zip(gradients, pieces, strict=True):
-        gradient.copy_(piece.view_as(gradient))
+    reduce_together(accelerator, [mean, *gradients], "mean")
     return mean
 
 
-def optimise(
+def optimize(
     *,
     name: str,
     modules: dict[str, torch.nn.Module],
