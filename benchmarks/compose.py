@@ -87,12 +87,13 @@ def torch_configurations(session: Session, config: ComposeConfig) -> Iterator[Co
     runner: Runner = session.runner(session.model.denoiser)
     model = with_bfloat16_vae(session.model) if isinstance(runner, CompiledRunner) else session.model
     precision = str(runner.precision).removeprefix("torch.")
+    name = runner.name + " max-autotune" * config.max_autotune
     make = partial(
         _configuration,
         model=model,
-        runner=runner.name,
+        runner=name,
         precision=precision,
-        identity={"runner": runner.name, "vae": str(model.pipeline.vae.dtype)},
+        identity={"runner": name, "vae": str(model.pipeline.vae.dtype)},
         own_spacing=model.pipeline.scheduler.config.get("timestep_spacing"),
     )
     few = {student.info.steps for student in session.students if student.info.steps} - set(config.steps)
