@@ -82,6 +82,9 @@ def _compile(denoiser: torch.nn.Module, *, backend: str, mode: str | None = None
 _without_warnings = partial(warnings.catch_warnings, action="ignore")
 """Dynamo's warnings of diffusers' code help no user."""
 
+QUIET: dict[str, Any] = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
+"""Inductor's settings, or it prints every form of a product that max-autotune times."""
+
 
 class CompiledRunner(TorchRunner):
     """The denoiser through `torch.compile`, compiled for each batch size.
@@ -139,12 +142,10 @@ class CompiledRunner(TorchRunner):
                 for name, tensor in inputs.items()
             }
         if not self._graphs:
-            # What is timed would be printed.
-            silent = inductor_config.patch(freezing=self.freezing, autotune_num_choices_displayed=0)
-            with torch.no_grad(), _without_warnings(), silent:
+            with torch.no_grad(), _without_warnings(), inductor_config.patch(freezing=self.freezing, **QUIET):
                 return super().predict(inputs)[:batch].to(self.dtype)
         torch.compiler.cudagraph_mark_step_begin()
-        with torch.inference_mode(False), torch.no_grad(), _without_warnings():
+        with torch.inference_mode(False), torch.no_grad(), _without_warnings(), inductor_config.patch(**QUIET):
             # Tensors born in inference mode are another type to dynamo, which would compile once more for them.
             copies = {name: tensor.clone() for name, tensor in inputs.items()}
             # The next replay of the graph overwrites its output.

@@ -16,6 +16,7 @@ from boostdiff.engine.sampling import decode
 from diffusers.models.attention_processor import AttnProcessor
 from tiny import CPU
 from tiny_qwen_image import make_qwen_image_pipeline
+from torch._inductor import config
 
 
 def test_compiled_predictions_are_those_of_the_unet(tiny: Model) -> None:
@@ -75,6 +76,20 @@ def test_forms_of_products_are_timed_if_asked(
     monkeypatch.setattr(torch, "compile", lambda unet, *, mode, **options: modes.append(mode) or unet)
     CompiledRunner(tiny.denoiser, max_autotune=max_autotune)
     assert modes == [mode]
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_what_inductor_times_is_not_printed(tiny: Model) -> None:
+    seen = []
+    runner = CompiledRunner(tiny.denoiser)
+    hook = runner.denoiser.register_forward_pre_hook(
+        lambda *given: seen.append((config.autotune_num_choices_displayed, config.max_autotune_report_choices_stats))
+    )
+    before = config.get_config_copy()
+    runner.predict(tiny.family.example_inputs(tiny.pipeline, batch=1))
+    hook.remove()
+    assert seen == [(0, False)]
+    assert config.get_config_copy() == before
 
 
 def test_the_vae_in_bfloat16_is_a_copy(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
