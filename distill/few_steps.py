@@ -168,7 +168,7 @@ def adopted_in_words(config: DistillConfig) -> str:
     """What of a configuration is the student's that it starts from, in place of defaults; "" where nothing is."""
     if config.start_from is None:
         return ""
-    plain = DistillConfig()
+    plain = DistillConfig(guider="cfg")
     values = {name: getattr(config, name) for name in STUDENTS_OWN}
     taken = [f"{name.replace('_', ' ')} {value}" for name, value in values.items() if value != getattr(plain, name)]
     return f"trained on with the student's {', '.join(taken)}" if taken else ""

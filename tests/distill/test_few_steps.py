@@ -17,7 +17,7 @@ from boostdiff.benchmarks.table1 import table1_columns
 from boostdiff.distill import few_steps
 from boostdiff.distill.config import DistillConfig, RunConfig
 from boostdiff.distill.distill import distill, dry_run, resolve
-from boostdiff.distill.few_steps import FrozenStudent, Stage
+from boostdiff.distill.few_steps import FrozenStudent, Stage, adopted_in_words
 from boostdiff.distill.loop import Observers, UpdateReport
 from boostdiff.distill.objective import NoiseSchedule, ddim_step, x_of_ddim_step
 from boostdiff.distill.order import Share
@@ -409,6 +409,14 @@ def test_a_dry_run_shows_the_stages(tiny_files: ModelFiles, students: dict[str, 
     assert (shown["few_steps"], shown["stage_updates"], shown["updates"]) == ("8:2", 520, None)
     assert shown["method"] == "bitfit"
     assert resolve(DistillConfig(prompts=prompt_file), tiny_files, CPU).stage_updates is None
+
+
+@pytest.mark.parametrize(("kind", "said"), [("lora", ""), ("bitfit", "trained on with the student's method bitfit")])
+def test_what_is_taken_from_the_student_is_said_and_nothing_else(
+    tiny_files: ModelFiles, students: dict[str, Path], prompt_file: Path, kind: str, said: str
+) -> None:
+    config = DistillConfig(prompts=prompt_file, few_steps="8:2", start_from=students[kind])
+    assert adopted_in_words(resolve(config, tiny_files, CPU)) == said
 
 
 def stock_images(folder: Path, student: Path, steps: int) -> np.ndarray:
