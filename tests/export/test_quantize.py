@@ -99,6 +99,7 @@ def test_the_manifest_says_what_was_kept_and_on_what_it_was_calibrated(engine: P
     assert manifest.pipeline["onnx int8"]["latents"] > manifest.pipeline["onnx fp32"]["latents"]
 
 
+@pytest.mark.slow
 def test_a_live_student_at_another_size_than_the_models(
     quantized: Quantize, tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path
 ) -> None:
