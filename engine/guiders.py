@@ -216,3 +216,17 @@ def parse_interval(text: str) -> tuple[float, float]:
             f"--guidance-interval {text}: START and STOP must lie between 0 and 1, STOP 0.01 or more above"
         )
     return start, stop
+
+
+def check_guider(name: str, settings: dict[str, Any]) -> None:
+    """Refuse a guider as a file names it.
+
+    Raises:
+        InputError: it is unknown, or its settings are not its own.
+    """
+    try:
+        complete = GuiderOptions(guider=name, **settings).guider_settings == settings  # type: ignore[arg-type]
+    except TypeError:
+        complete = False
+    if not complete:
+        raise InputError(f"the guider {name} has other settings")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from .errors import InputError, one_line
 from .files import hash_of, read_json, sha256_of, write_json
 from .guidance import SinglePassDenoiser
 from .guidance_input import GuidanceConditioned
-from .guiders import Guider, GuiderOptions
+from .guiders import Guider, GuiderOptions, check_guider
 from .live_negative import LiveNegative
 from .model import ModelFiles
 from .options import SAMPLER, STEPS
+from .schedulers import SAMPLERS, SPACINGS
 
 INFO_FILE = "student.json"
 
@@ -180,6 +182,36 @@ class StudentInfo(Distilled):
         write_json(folder / INFO_FILE, values | {"sha256": hash_of(values)})
 
 
+def _usable(values: dict[str, Any]) -> bool:
+    """Whether the values of a `student.json` that are relied upon are of their types: its hash is no proof of it."""
+
+    def scale(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value < math.inf
+
+    scales, files, settings = values["guidance_range"], values["adapter_files"], values["guider_settings"]
+    sampler, steps, spacing = (values[name] for name in ("sampler", "steps", "timestep_spacing"))
+    return (
+        (
+            (sampler, steps, spacing) == (None, None, None)
+            or (sampler in SAMPLERS and type(steps) is int and steps >= 1 and spacing in SPACINGS)
+        )
+        and all(
+            isinstance(values[name], str)
+            for name in ("method", "negative_prompt", "guider", "model", "denoiser_sha256")
+        )
+        and isinstance(settings, dict)
+        and isinstance(values["live_negative_prompt"], bool)
+        and scale(values["guidance"])
+        and (
+            scales is None
+            or (isinstance(scales, list) and len(scales) == 2 and all(map(scale, scales)) and scales[0] < scales[1])
+        )
+        and isinstance(files, dict)
+        and bool(files)
+        and all(isinstance(digest, str) for digest in files.values())
+    )
+
+
 def read_student(folder: Path, files: ModelFiles | None = None, *, instead: str = "--student DIR") -> StudentInfo:
     """Read and check a student's description, and its adapter's files.
 
@@ -197,13 +229,17 @@ def read_student(folder: Path, files: ModelFiles | None = None, *, instead: str 
             f"{description} is damaged or of boostdiff 0.1.0 (its own SHA-256 differs or is missing): distill again"
         )
     names = {item.name for item in fields(StudentInfo)}
-    if not names <= set(values):
+    if not names <= set(values) or not _usable(values):
         raise InputError(f"{description} is not a student's description; distill again")
     if values["guidance_range"] is not None:
         values["guidance_range"] = tuple(values["guidance_range"])
     info = StudentInfo(**{name: values[name] for name in names})
     if info.method not in METHODS:
         raise InputError(f"the student in {folder} is of method {info.method}, which is gone: distill one of another")
+    try:
+        check_guider(info.guider, info.guider_settings)
+    except InputError as error:
+        raise InputError(f"the teacher of the student in {folder} can't be made: {error}; distill again") from None
     for name, expected in info.adapter_files.items():
         path = folder / Path(name).name
         if not path.is_file():

@@ -1,6 +1,8 @@
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +64,32 @@ def test_a_description_that_was_edited_or_has_no_hash_is_refused(
     folder = shutil.copytree(students["lora"], tmp_path / "student")
     write_json(folder / INFO_FILE, read_json(folder / INFO_FILE) | changes)
     with pytest.raises(InputError, match=r"student\.json is damaged or of boostdiff 0\.1\.0 .*: distill again"):
+        read_student(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"guidance": None}, "not a student's description"),
+        ({"guidance": math.nan}, "not a student's description"),
+        ({"guidance": 0.5}, "not a student's description"),
+        ({"guidance_range": [5.0, 2.0]}, "not a student's description"),
+        ({"guidance_range": "ab"}, "not a student's description"),
+        ({"adapter_files": ["x"]}, "not a student's description"),
+        ({"guider_settings": []}, "not a student's description"),
+        ({"steps": 8}, "not a student's description"),
+        ({"steps": True, "sampler": "ddim", "timestep_spacing": "trailing"}, "not a student's description"),
+        ({"steps": 8, "sampler": "x", "timestep_spacing": "trailing"}, "not a student's description"),
+        ({"guider": "magic"}, "the teacher of the student .* can't be made"),
+        ({"guider_settings": {"apg_eta": 0}}, "the teacher of the student .* can't be made"),
+    ],
+)
+def test_a_description_with_its_hash_that_can_not_be_meant(
+    students: dict[str, Path], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    folder = shutil.copytree(students["lora"], tmp_path / "student")
+    replace(read_student(folder), **changes).write(folder)
+    with pytest.raises(InputError, match=message):
         read_student(folder)
 
 
