@@ -116,7 +116,7 @@ class BenchConfig(SamplingConfig):
         bool | None,
         typer.Option(
             help="Also time torch.compile. On a GPU it takes minutes per batch size.",
-            show_default="for small models on CPUs with bfloat16; never on a GPU",
+            show_default="for small models on CPUs with bfloat16, and with --max-autotune",
         ),
     ] = None
     max_autotune: MaxAutotuneOption = False

@@ -207,7 +207,7 @@ def default_dtype(device: torch.device, family: Family) -> torch.dtype:
 
 
 def locate(model: str, *, weights: bool = True) -> ModelFiles:
-    """Find `emoji64`, a pipeline folder, or a hub id such as "organisation/name", and read its configuration.
+    """Find `emoji64`, a pipeline folder, or a hub id such as "organization/name", and read its configuration.
 
     Without `weights`, a hub id's configuration alone is fetched.
 
