@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -61,7 +62,7 @@ class Step:
 
 
 class Engine(AbstractContextManager["Engine"]):
-    """An exported student, ready to draw. A context manager; `close` frees what it holds.
+    """An exported student, ready to draw. A context manager; `close` frees what it holds. Threads may share it.
 
     Attributes:
         manifest: the engine's manifest.
@@ -71,6 +72,8 @@ class Engine(AbstractContextManager["Engine"]):
     def __init__(self, *, manifest: Manifest, model: Model, opened: ExitStack) -> None:
         """Not to be called: see `load`."""
         self.manifest, self.model, self._opened = manifest, model, opened
+        # Tokenizers keep the padding of a call in themselves.
+        self._encoding = threading.Lock()
 
     @classmethod
     def load(
@@ -193,11 +196,16 @@ class Engine(AbstractContextManager["Engine"]):
             raise InputError(f"there are {len(given)} negative prompts for {len(prompts)} prompts")
         chosen = [self.manifest.distilled.choose_negative_prompt(each) for each in given]
         negatives = [each for each in chosen if each is not None]
-        for texts, what in ((prompts, "prompts"), (negatives, "negative prompts")):
-            if note := truncation_note(model.pipeline, texts, what):
+        with self._encoding:
+            notes = [
+                truncation_note(model.pipeline, texts, what)
+                for texts, what in ((prompts, "prompts"), (negatives, "negative prompts"))
+            ]
+            text = model.family.encode(model.pipeline, prompts, negative_prompt=negatives or None)
+        for note in notes:
+            if note:
                 # Of who calls `__call__` or iterates over `stream`.
                 warnings.warn(note, stacklevel=3)
-        text = model.family.encode(model.pipeline, prompts, negative_prompt=negatives or None)
         return text.to(model.denoiser.dtype)
 
     def _sampling(

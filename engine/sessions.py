@@ -5,6 +5,7 @@ ONNX Runtime and TensorRT (`trt`) differ in nothing else to their callers. Each 
 
 from __future__ import annotations
 
+import threading
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -25,7 +26,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class Session(AbstractContextManager["Session"]):
-    """Executes one exported graph.
+    """Executes one exported graph; several threads may share it, and take turns.
 
     Attributes:
         name: the runner's name: "onnx" or "tensorrt".
@@ -42,6 +43,10 @@ class Session(AbstractContextManager["Session"]):
     output_types: dict[str, torch.dtype]
     smallest_batch: int = 1
     largest_batch: int | None = None
+
+    def __init__(self) -> None:
+        # Between binding tensors and running, another thread's would take their place.
+        self._turn = threading.Lock()
 
     def __exit__(self, *raised: object) -> None:
         self.close()
@@ -74,17 +79,19 @@ class Session(AbstractContextManager["Session"]):
             part = {name: tensor[rows] for name, tensor in feeds.items()}
             results = {name: tensor[rows] for name, tensor in outputs.items()}
             if size >= self.smallest_batch:
-                self._execute(part, results)
+                with self._turn:
+                    self._execute(part, results)
                 continue
             repeated = torch.arange(self.smallest_batch, device=self.device) % size
             padded = {name: tensor.new_empty(len(repeated), *tensor.shape[1:]) for name, tensor in results.items()}
-            self._execute({name: tensor[repeated] for name, tensor in part.items()}, padded)
+            with self._turn:
+                self._execute({name: tensor[repeated] for name, tensor in part.items()}, padded)
             for name, tensor in results.items():
                 tensor.copy_(padded[name][:size])
 
     @abstractmethod
     def _execute(self, feeds: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
-        """Run once; see `run`."""
+        """Run once, in this thread's turn; see `run`."""
 
 
 def execution_provider(device: torch.device) -> str:
@@ -117,6 +124,7 @@ class OnnxSession(Session):
         Raises:
             BoostDiffError: ONNX Runtime is missing, can't use the device, or can't load the graph.
         """
+        super().__init__()
         provider = execution_provider(device)
         import onnxruntime
 

@@ -36,6 +36,7 @@ class TensorRTSession(Session):
         Raises:
             BoostDiffError: no GPU, another device, the flavour is not installed, or the plan is for other hardware.
         """
+        super().__init__()
         check_plan(artefact, device)
         from polygraphy.backend.common import bytes_from_path
         from polygraphy.backend.trt import TrtRunner, engine_from_bytes

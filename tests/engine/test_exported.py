@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,21 @@ def test_a_call_says_once_what_is_cut(folder: Path, prompts: list[str] | str, sa
             with pytest.warns(UserWarning, match="are cut") as warned:
                 call()
             assert [str(each.message) for each in warned] == [says]
+
+
+def test_threads_share_an_engine(folder: Path) -> None:
+    """Prompts of several lengths, as a tokenizer keeps its padding, and sessions what they were last given."""
+    work = [("a red cat" + " on a mat" * (number % 3), number) for number in range(12)]
+    with Engine.load(folder, device="cpu", runner="onnx") as engine:
+
+        def draw(prompt: str, seed: int) -> np.ndarray:
+            return pixels(engine(prompt, steps=8, seed=seed)[0])
+
+        alone = [draw(*each) for each in work]
+        with ThreadPoolExecutor(3) as pool:
+            together = list(pool.map(draw, *zip(*work, strict=True)))
+    for image, expected in zip(together, alone, strict=True):
+        assert np.abs(image - expected).max() <= 1
 
 
 @pytest.mark.filterwarnings("error")
