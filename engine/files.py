@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import errno
+import glob
 import hashlib
 import io
 import json
@@ -12,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -203,10 +204,10 @@ def _as_input_error(path: Path, option: str) -> Iterator[None]:
         raise InputError(f"can't write to {path}: {reason}; choose another {option}") from None
 
 
-def check_output(path: Path, *, replaces: str | None = None, option: str = "--output") -> None:
+def check_output(path: Path, *, replaces: str | Sequence[str] | None = None, option: str = "--output") -> None:
     """Make sure that a folder can be written under this name, before any long work; nothing stays behind.
 
-    `replaces` is a file that marks what the new folder may take the place of; without it, the folder is written into.
+    `replaces` are files that mark what the new folder may take the place of; without it, the folder is written into.
     `option` is the one that asked for it.
 
     Raises:
@@ -216,7 +217,7 @@ def check_output(path: Path, *, replaces: str | None = None, option: str = "--ou
         if path.exists() and not path.is_dir():
             raise InputError(f"the output {path} is a file: choose another {option}")
         if replaces is not None and path.is_dir():
-            _check_replaceable(path, replaces)
+            _check_replaceable(path, [replaces] if isinstance(replaces, str) else replaces)
         # Of the folders above, those that are missing will be made.
         above = next(folder for folder in path.resolve().parents if folder.exists())
         if not above.is_dir():
@@ -228,7 +229,7 @@ def check_output(path: Path, *, replaces: str | None = None, option: str = "--ou
                 pass
 
 
-def prepare_output(path: Path, *, replaces: str | None = None) -> None:
+def prepare_output(path: Path, *, replaces: str | Sequence[str] | None = None) -> None:
     """As `check_output`, and the folders above are made."""
     with _as_input_error(path, "--output"):
         parent = path.resolve().parent
@@ -238,14 +239,15 @@ def prepare_output(path: Path, *, replaces: str | None = None) -> None:
             check_output(path, replaces=replaces)
 
 
-def _check_replaceable(path: Path, marker: str) -> None:
+def _check_replaceable(path: Path, markers: Sequence[str]) -> None:
     if Path.cwd().is_relative_to(path.resolve()):
         raise InputError(f"the output {path} is the folder that you are in: choose one inside it as --output")
     if path.is_mount():
         raise InputError(f"the output {path} is a mount point: choose a folder inside it as --output")
-    if not (path / marker).is_file() and any(path.iterdir()):
+    missing = [marker for marker in markers if not (path / marker).is_file()]
+    if missing and any(path.iterdir()):
         raise InputError(
-            f"the output {path} holds something else (there is no {marker} in it): choose another --output"
+            f"the output {path} holds something else (there is no {missing[0]} in it): choose another --output"
         )
 
 
@@ -290,22 +292,22 @@ def _clear_abandoned(final: Path) -> None:
 
     The caller holds the parent's lock.
     """
-    parent = final.parent
-    for replaced in sorted(parent.glob(f".{final.name}.replaced-*")):
+    parent, name = final.parent, glob.escape(final.name)
+    for replaced in sorted(parent.glob(f".{name}.replaced-*")):
         if not final.exists() and any(replaced.iterdir()):
             replaced.replace(final)
         shutil.rmtree(replaced, ignore_errors=True)
-    for staged in parent.glob(f".{final.name}.partial-*"):
+    for staged in parent.glob(f".{name}.partial-*"):
         with locked(staged, wait=False) as abandoned:
             if abandoned:
                 shutil.rmtree(staged, ignore_errors=True)
 
 
 @contextmanager
-def staged_folder(final: Path, *, replaces: str) -> Iterator[Path]:
+def staged_folder(final: Path, *, replaces: str | Sequence[str]) -> Iterator[Path]:
     """A new folder beside `final` that takes its name if the block ends well, and goes away if not.
 
-    A folder that has the name already must hold the file `replaces`, and is removed if the block ends well.
+    A folder that has the name already must hold the files `replaces`, and is removed if the block ends well.
 
     Raises:
         InputError: nothing can be written there, or another folder would have to go.

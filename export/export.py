@@ -12,7 +12,7 @@ import torch
 from ..engine.conditions import is_live
 from ..engine.errors import BoostDiffError, InputError
 from ..engine.files import hash_of, prepare_output, read_json, staged_folder, write_json
-from ..engine.manifest import MANIFEST_FILE, Manifest, read_manifest, verified_file
+from ..engine.manifest import DIFFUSERS, MARKS, Manifest, read_manifest, verified_file
 from ..engine.memory import give_back_memory
 from ..engine.merge import TIMESTEPS, merge_in_place
 from ..engine.model import Model, ModelFiles, keep_attention_in_fp32, load, resolve_device
@@ -91,7 +91,7 @@ def export(
             raise InputError("8 bits are judged at one guidance scale, and this student takes a range: no --quantize")
         prompts = calibration_prompts(config, files)
         backend = choose_backend(config.trt_flavour, fp8=config.quantize == "fp8") if config.trt else None
-        prepare_output(output, replaces=MANIFEST_FILE)
+        prepare_output(output, replaces=MARKS)
         manifest = _intended(files, info, config, backend)
         if prompts:
             manifest.inputs["calibration_prompts"] = hash_of(prompts)
@@ -102,6 +102,7 @@ def export(
                 present.save(output)
             report(f"nothing has changed since the export in {output}")
             return present
+        refuse_loss(output)
 
         model = load(files, device=target, dtype=torch.float32)
         height, width = latent_sizes(model, config)[1]
@@ -127,7 +128,7 @@ def export(
             report("8 bits: measuring what each layer costs")
             denoiser = info.denoiser(TorchRunner(model.denoiser))
             errors = layer_errors(model.denoiser, denoiser, calibration, ranges, SCHEMES[config.quantize])
-        with staged_folder(output, replaces=MANIFEST_FILE) as folder:
+        with staged_folder(output, replaces=MARKS) as folder:
             write_configs_and_tokenizers(model, manifest, folder, diffusers=config.diffusers)
             precisions = config.precisions(model.denoiser.num_parameters())
             if backend is not None:
@@ -169,10 +170,29 @@ def up_to_date_engine(output: Path, intended: Manifest) -> Manifest | None:
         if standing.fingerprint() != intended.fingerprint():
             return None
         for name in standing.files:
-            verified_file(output, standing, name)
+            # Of the folder for stock diffusers the weights alone: its card is there to be edited.
+            if not name.startswith(DIFFUSERS) or name in standing.artefacts:
+                verified_file(output, standing, name)
     except InputError:
         return None
     return None if standing.unknown_files(output) else standing
+
+
+def refuse_loss(output: Path) -> None:
+    """Refuse to replace an engine together with what a user has put into its folder.
+
+    Raises:
+        InputError: there are such files.
+    """
+    try:
+        found = read_manifest(output).others_files(output)
+    except InputError:
+        return
+    if found:
+        raise InputError(
+            f"{output / found[0]} was written or edited by another than `boostdiff export`, which would remove it: "
+            "move it, or choose another --output"
+        )
 
 
 def write_configs_and_tokenizers(model: Model, manifest: Manifest, folder: Path, *, diffusers: bool) -> None:

@@ -101,7 +101,7 @@ def caption_model(
     )
     half = [0.5, 0.5, 0.5]
     square = {"height": SIZE, "width": SIZE}
-    with staged_folder(output, replaces="config.json") as staged:
+    with staged_folder(output, replaces=("config.json", "preprocessor_config.json")) as staged:
         model.half().save_pretrained(staged)
         tokenizer.save_pretrained(staged)
         CLIPImageProcessorPil(size=square, crop_size=square, image_mean=half, image_std=half).save_pretrained(staged)

@@ -221,3 +221,24 @@ def test_modes_are_those_of_the_mask(tmp_path: Path, mask: int, file: int, direc
     paths = [*(tmp_path / "result").rglob("*"), tmp_path / "result", tmp_path / "checkpoint"]
     assert {stat.S_IMODE(path.stat().st_mode) for path in paths if path.is_file()} == {file}
     assert {stat.S_IMODE(path.stat().st_mode) for path in paths if path.is_dir()} == {directory}
+
+
+@pytest.mark.parametrize(("name", "other"), [("out[1]", "out1"), ("a*", "ab")])
+def test_what_is_abandoned_is_known_by_the_whole_name(tmp_path: Path, name: str, other: str) -> None:
+    """Names hold characters that a pattern gives a meaning."""
+    for folder in (f".{name}.partial-x", f".{other}.partial-x", f".{other}.replaced-x"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / f".{other}.replaced-x" / "mark").touch()
+    with staged_folder(tmp_path / name, replaces="mark") as staged:
+        (staged / "mark").touch()
+    assert {path.name for path in tmp_path.iterdir()} == {name, f".{other}.partial-x", f".{other}.replaced-x"}
+
+
+@pytest.mark.parametrize("missing", ["a.json", "b.json"])
+def test_every_mark_must_be_there(tmp_path: Path, missing: str) -> None:
+    for name in {"a.json", "b.json", "other"} - {missing}:
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=f"there is no {missing} in it"):
+        check_output(tmp_path, replaces=("a.json", "b.json"))
+    (tmp_path / missing).touch()
+    check_output(tmp_path, replaces=("a.json", "b.json"))

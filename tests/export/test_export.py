@@ -28,7 +28,7 @@ from boostdiff.engine.sessions import OnnxSession
 from boostdiff.engine.student import apply_student, read_student
 from boostdiff.engine.trt import check_plan, load_tensorrt
 from boostdiff.export.config import BATCH, ExportConfig, parse_range
-from boostdiff.export.export import export, up_to_date_engine
+from boostdiff.export.export import export, refuse_loss, up_to_date_engine
 from boostdiff.export.graph import compare, graph_signature, onnx_from_part
 from boostdiff.export.parts import Part, denoiser_part, text_encoder_part, vae_decoder_part
 from boostdiff.export.plan import Backend, plan_in_a_process
@@ -352,6 +352,30 @@ def test_a_damaged_engine_is_exported_again(copied: Path) -> None:
     assert up_to_date_engine(copied, manifest) is None
     data.unlink()
     assert up_to_date_engine(copied, manifest) is None
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "unet/mine.safetensors", "diffusers/README.md"])
+def test_what_a_user_put_into_an_engine_is_not_removed(
+    copied: Path, tiny_files: ModelFiles, students: dict[str, Path], name: str
+) -> None:
+    """The card of the folder for stock diffusers is there to be edited, which is no reason to export again."""
+    path, manifest = copied / name, read_manifest(copied)
+    path.parent.mkdir(exist_ok=True)
+    if path.name == "README.md":
+        path.write_text("a card")
+        manifest.write(copied)
+    path.write_text("mine")
+    for allowed in (".DS_Store", "tokenizer/added_tokens.json"):
+        (copied / allowed).touch()
+    with pytest.raises(InputError, match=f"{name} was written or edited by another"):
+        export(tiny_files, student=students["bitfit"], output=copied, device="cpu")
+    assert path.read_text() == "mine"
+    (copied / "tokenizer/added_tokens.json").unlink()
+    assert up_to_date_engine(copied, manifest) == read_manifest(copied)
+    path.unlink()
+    if path.name == "README.md":
+        path.write_text("a card")
+    refuse_loss(copied)
 
 
 def test_a_decoder_of_a_size_that_varies(tiny: Model, tmp_path: Path) -> None:
