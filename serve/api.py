@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from ..engine.errors import InputError
+from ..engine.options import STEPS
 from .image_model import Description, Drawn, Job
 from .settings import Limits, is_loopback
 from .url_files import UrlFiles
@@ -275,7 +276,7 @@ def make_app(
         data = [await model(name) for name in backends]
         return {"object": "list", "data": data, "limits": limits.model_dump()}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Any:
         """One model of the list."""
         if name not in backends:
@@ -298,11 +299,14 @@ def make_app(
         name = default if body.model is None else body.model
         if name not in backends:
             return error_answer(404, "there is no such model", param="model", code="model_not_found")
+        steps = body.steps
+        if steps is None and limits.steps < STEPS:
+            steps = (await backends[name].describe()).steps or limits.steps
         for value, most, param in (
             (len(body.prompt), limits.prompt, "prompt"),
             (len(body.negative_prompt or ""), limits.prompt, "negative_prompt"),
             (body.n or 1, min(limits.images, limits.waiting), "n"),
-            (body.steps or 1, limits.steps, "steps"),
+            (steps or 1, limits.steps, "steps"),
             (body.n or 1 if body.stream else 1, 1, "n"),
         ):
             if value > most:
@@ -311,7 +315,7 @@ def make_app(
             return error_answer(400, "a stream answers b64_json", param="response_format", code="unsupported")
         if body.partial_images and not body.stream:
             return error_answer(400, "partial_images is for streams", param="partial_images", code="unsupported")
-        jobs, backend = body.jobs(), backends[name]
+        jobs, backend = body.model_copy(update={"steps": steps}).jobs(), backends[name]
         if body.stream:
             states = limited(backend.stream(jobs[0], body.partial_images or 0))
             # What is refused is refused before the answer begins.

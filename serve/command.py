@@ -14,7 +14,7 @@ from ..engine.files import read_text
 from ..engine.options import config_from, options_of
 from ..engine.terminal import console, quiet_libraries
 from ..engine.versions import is_installed, to_install
-from .config import ServeConfig, read_config
+from .config import ServeConfig, absolute, read_config
 
 RAY_SERVE = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -61,6 +61,8 @@ def serve(**options: Any) -> None:
             each.engine, each.student = (
                 folder and str(Path(folder).resolve()) for folder in (each.engine, each.student)
             )
+            each.model = absolute(each.model)
+        settings.storage = settings.storage and str(Path(settings.storage).resolve())
     for name, value in RAY_SERVE.items():
         os.environ.setdefault(name, value)
     from . import deployment

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ..engine import embedded
 from ..engine.errors import InputError
 from ..engine.options import ENGINE_FOLDER, check_options, refuse_unused
 
@@ -84,7 +85,7 @@ class ServeConfig:
             "max_batch": self.max_batch,
             "deployment": {**deployment, "num_replicas": self.replicas},
         }
-        in_torch: dict[str, Any] = common | ({} if self.model is None else {"model": self.model})
+        in_torch: dict[str, Any] = common | ({} if self.model is None else {"model": absolute(self.model)})
         if self.student is not None:
             models = [in_torch | {"student": str(self.student.resolve())}]
         else:
@@ -92,6 +93,11 @@ class ServeConfig:
             models = [common | {"engine": str(engine), "runner": self.runner or "auto", "precision": self.precision}]
         limits = {"steps": self.max_steps, "waiting": self.max_waiting, "seconds": self.timeout}
         return {"models": [*models, *([in_torch] if self.teacher else [])], "limits": limits}
+
+
+def absolute(model: str) -> str:
+    """A model as replicas find it, which run in folders of their own; the embedded one and hub ids stay."""
+    return str(Path(model).resolve()) if model != embedded.MODEL_NAME and Path(model).is_dir() else model
 
 
 def read_config(values: Any, path: Path) -> tuple[dict[str, Any], str, int]:

@@ -322,6 +322,29 @@ def test_too_many_images_at_once(client: TestClient, model: ImageModel, tmp_path
     assert [client.post(URL, json={"prompt": "a", "n": 2, "steps": 1}).status_code for _ in range(3)] == [200] * 3
 
 
+@pytest.mark.parametrize(("own", "limit", "drawn"), [(None, 3, 3), (None, 30, 20), (2, 3, 2), (4, 3, None)])
+def test_steps_that_are_left_out_are_limited_too(
+    model: ImageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own: int | None, limit: int, drawn: int | None
+) -> None:
+    """Also of a few-step student, which takes its own number alone."""
+    backend = LocalBackend(model)
+    monkeypatch.setattr(model, "description", replace(model.description, steps=own))
+    if own:
+        monkeypatch.setattr(model, "_distilled", replace(model._distilled, steps=own, sampler="ddim"))
+    app = make_app({"tiny": backend}, limits=Limits(steps=limit), files=UrlFiles(tmp_path, seconds=1))
+    answer = TestClient(app, base_url=LOCAL).post(URL, json={"prompt": "a"})
+    if drawn is None:
+        assert (answer.status_code, answer.json()["error"]["message"]) == (400, "steps is 4 and may be 3 at most")
+    else:
+        assert answer.json()["data"][0]["step"] == drawn
+
+
+def test_a_model_is_found_by_a_name_with_slashes(model: ImageModel, tmp_path: Path) -> None:
+    app = make_app({"org/tiny": LocalBackend(model)}, limits=LIMITS, files=UrlFiles(tmp_path, seconds=1))
+    client = TestClient(app, base_url=LOCAL)
+    assert [client.get(f"/v1/models/{name}").status_code for name in ("org/tiny", "org", "tiny")] == [200, 404, 404]
+
+
 class Observed(Slow):
     """Tells what is ongoing while it draws."""
 

@@ -46,6 +46,24 @@ def test_options_make_the_settings() -> None:
     assert [each.student for each in in_torch] == ["/s"]
 
 
+@pytest.mark.parametrize(
+    ("model", "expected"), [("m", "{here}/m"), ("m/../m", "{here}/m"), ("emoji64", "emoji64"), ("org/name", "org/name")]
+)
+def test_a_models_folder_is_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, expected: str
+) -> None:
+    """Replicas run in other folders; a hub id, and the embedded model beside a folder of its name, are no folders."""
+    for folder in ("m", "emoji64"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path)
+    (teacher,) = [
+        each
+        for each in parse_settings(ServeConfig(student=Path("s"), model=model).settings(deployment={})).models
+        if each.student
+    ]
+    assert teacher.model == expected.format(here=tmp_path)
+
+
 def test_a_name_has_no_folders(students: dict[str, Path], tiny_folder: Path) -> None:
     settings = ModelSettings(student=str(students["lora"]), model=f"{tiny_folder}/")
     assert name_of(settings) == tiny_folder.name
