@@ -75,7 +75,8 @@ class TextStore:
             path = self.path(text, negative=negative)
             partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                # A link may lead to a folder that is to be made.
+                path.parent.resolve().mkdir(parents=True, exist_ok=True)
                 save_file({name: x.cpu().contiguous() for name, x in embeds.tensors().items()}, partial)
                 partial.replace(path)
             except OSError as error:
@@ -96,7 +97,7 @@ class TextStore:
 
         components: dict[str, Any] = {
             family.denoiser: stand_in(files.denoiser_config),
-            "vae": stand_in(read_json(files.folder / "vae" / "config.json")),
+            "vae": stand_in(files.vae_config),
             "scheduler": getattr(diffusers, self._index["scheduler"][1]).from_config(dict(files.scheduler_config)),
         }
         names = (*family.tokenizers, *family.text_encoders)

@@ -73,6 +73,9 @@ def check_vae(vae: dict[str, Any], *, pipeline: str, normalizes: bool = False, s
         raise InputError(f"scaling_factor is {scale!r}: it must be a number other than 0")
     if vae.get("in_channels") != 3 or vae.get("out_channels", 3) != 3:
         raise InputError("in_channels and out_channels must be 3: images are RGB")
+    for name in ("block_out_channels", "encoder_block_out_channels"):
+        if name in vae and (not isinstance(vae[name], (list, tuple)) or not vae[name]):
+            raise InputError(f"{name} is {vae[name]!r}: it must be a list, of one number for each size")
     if not shifts and vae.get("shift_factor"):
         raise InputError(f"shift_factor is {vae['shift_factor']!r}, which {pipeline} ignores")
     for name, nothing in (("latents_mean", 0), ("latents_std", 1)):

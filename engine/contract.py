@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import CLIPTextConfig
 
-from .checks import Parts
+from .checks import Parts, counts
 from .errors import InputError, one_line
 from .family import Family
 from .files import read_json
@@ -24,10 +24,9 @@ def check_folder(folder: Path, family: Family, index: dict[str, Any]) -> Parts:
         InputError: the family can't use it as stock diffusers would: a part is missing, of another class, or does not
             fit the others.
     """
+    absent = family.absent_parts(index)
     parts = {
-        name: _settings(folder, name, index, classes)
-        for name, classes in family.parts.items()
-        if name not in family.optional_parts or index.get(name, [None, None]) != [None, None]
+        name: _settings(folder, name, index, classes) for name, classes in family.parts.items() if name not in absent
     }
     scheduler = {"scheduler": lambda: check_schedule(index["scheduler"][1], parts["scheduler"], flow=family.flow)}
     for part, check in (family.checks(parts) | scheduler).items():
@@ -62,8 +61,15 @@ def _settings(folder: Path, part: str, index: dict[str, Any], classes: tuple[str
         raise InputError(f"{path}: the {part} is quantized, which is not supported: pass the model it was made from")
     if name.startswith("CLIPText"):
         try:
-            return CLIPTextConfig(**config).to_dict()
+            known = CLIPTextConfig(**config).to_dict()
+            if name == "CLIPTextModelWithProjection":
+                counts(known, "projection_dim")
+            return known
         except Exception as error:
             # transformers validates with exceptions that share no base class.
             raise InputError(f"{path} can't be used: {one_line(error)}") from None
-    return completed(name, config)
+    known = completed(name, config)
+    if name == "AutoencoderTiny":
+        # The class sets it as it is made, so that no default shows it; files of older versions lack it.
+        known = {"block_out_channels": known["decoder_block_out_channels"]} | known
+    return known

@@ -28,7 +28,8 @@ def family_of(model_index: dict[str, Any]) -> Family:
         InputError: none handles this pipeline class.
     """
     class_name = model_index.get("_class_name")
-    if class_name not in FAMILIES:
+    # Custom pipelines name a file and a class.
+    if not isinstance(class_name, str) or class_name not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise InputError(f"models of class {class_name} are not supported; supported: {known}")
     return FAMILIES[class_name]

@@ -62,7 +62,11 @@ class Family(ABC):
         """The pipeline's parts, and the classes that each may be of."""
 
     optional_parts: ClassVar[tuple[str, ...]] = ()
-    """Those that a folder may leave out (null in its `model_index.json`)."""
+    """Those that a folder may leave out, see `absent_parts`."""
+
+    def absent_parts(self, index: Mapping[str, Any]) -> dict[str, None]:
+        """Optional parts that a `model_index.json` has not, or as null, whatever folders there are."""
+        return {name: None for name in self.optional_parts if index.get(name, [None, None]) == [None, None]}
 
     @property
     def tokenizers(self) -> tuple[str, ...]:
@@ -194,6 +198,10 @@ class Family(ABC):
     default_side: ClassVar[int | None] = None
     """Side of the latents where the denoiser's configuration has no `sample_size`, as the stock pipeline takes it."""
 
+    def denoiser_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A folder's denoiser configuration as the pipeline changes it when it is made."""
+        return config
+
     def latent_shape(self, denoiser_config: dict[str, Any]) -> tuple[int, int, int]:
         """(channels, height, width) of one image's latents at the model's size."""
         size = denoiser_config.get("sample_size", self.default_side)
@@ -218,7 +226,7 @@ class Family(ABC):
 
     def pixels_per_latent(self, vae_config: dict[str, Any]) -> int:
         """Pixels of an image's side for each latent."""
-        return 2 ** (len(vae_config.get("block_out_channels", [64])) - 1)
+        return 2 ** (len(vae_config["block_out_channels"]) - 1)
 
     video_vae: ClassVar[bool] = False
     """Whether the VAE is one of videos, `(B, C, frames, H, W)`: images are of one frame."""

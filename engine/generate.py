@@ -26,7 +26,7 @@ from .config import PIXEL_MULTIPLE, GenerateConfig
 from .errors import BoostDiffError, InputError
 from .exported import Engine, scheduler_of
 from .family import TEXT_BATCH_SIZE
-from .files import check_output, prepare_output, read_json, write_whole
+from .files import check_output, prepare_output, write_whole
 from .guidance import Denoiser, GuidedDenoiser, teacher_denoiser
 from .guiders import GuiderOptions
 from .manifest import read_manifest, verify_configurations
@@ -118,7 +118,7 @@ def load_sized(files: ModelFiles, config: GenerateConfig, device: torch.device) 
         InputError: it can't make them, said before its weights are read; see `load`.
     """
     latent = files.family.latent_shape(files.denoiser_config)[1:]
-    factor = files.family.pixels_per_latent(read_json(files.folder / "vae" / "config.json"))
+    factor = files.family.pixels_per_latent(files.vae_config)
     size = [pixels or factor * side for pixels, side in zip((config.height, config.width), latent, strict=True)]
     asked = config.height or config.width
     multiple = math.lcm(factor * files.family.latent_multiple(files.denoiser_config), PIXEL_MULTIPLE)
@@ -306,7 +306,8 @@ def _write_png(
         # Other prompts have the same slug; this one's hash is its alone.
         slug += f"_{hashlib.sha256(prompt.encode()).hexdigest()[:10]}"
     role = "teacher" if config.teacher else "student"
-    folder.mkdir(exist_ok=True)
+    # Of a link, the folder that it leads to.
+    folder.resolve().mkdir(exist_ok=True)
     names = (f"{slug}-{role}-{seed}{number}.png" for number in chain([""], (f"-{n}" for n in count(2))))
     drawn = image.size, texts
     path = next(path for path in map(folder.joinpath, names) if not path.exists() or _drawn(path) == drawn)

@@ -66,14 +66,16 @@ class ModelFiles:
         name: name that the user gave it.
         folder: pipeline folder.
         family: model family.
-        denoiser_config: the denoiser's `config.json`.
-        scheduler_config: the scheduler's configuration, as the pipeline will have it.
+        denoiser_config: the denoiser's configuration, as the pipeline will have it.
+        vae_config: the VAE's.
+        scheduler_config: the scheduler's.
     """
 
     name: str
     folder: Path
     family: Family
     denoiser_config: dict[str, Any]
+    vae_config: dict[str, Any] = field(default_factory=dict)
     scheduler_config: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -89,7 +91,7 @@ class ModelFiles:
     @property
     def absent_parts(self) -> dict[str, None]:
         """Optional parts that the folder leaves out, as `from_pretrained` wants to be told."""
-        return {name: None for name in self.family.optional_parts if not (self.folder / name).is_dir()}
+        return self.family.absent_parts(read_json(self.folder / "model_index.json"))
 
     def denoiser_weights(self) -> tuple[str | None, list[Path]]:
         """The denoiser's safetensors files and their variant (`None` or "fp16").
@@ -128,7 +130,7 @@ class ModelFiles:
             "denoiser_config": sha256_of(self.denoiser_folder / "config.json"),
         }
         for part in ("vae", "scheduler", *self.family.text_encoders, *self.family.tokenizers):
-            if not (self.folder / part).is_dir():
+            if part in self.absent_parts:
                 continue
             files = sorted(path for path in (self.folder / part).glob("*") if path.suffix in HASHED)
             hashes[part] = "-".join(sha256_of(path) for path in files)
@@ -234,7 +236,8 @@ def locate(model: str, *, weights: bool = True) -> ModelFiles:
         name=model,
         folder=folder,
         family=family,
-        denoiser_config=read_json(folder / family.denoiser / "config.json"),
+        denoiser_config=family.denoiser_config(parts[family.denoiser]),
+        vae_config=parts["vae"],
         scheduler_config=family.scheduler_config(parts["scheduler"]),
     )
 

@@ -70,6 +70,9 @@ FLOW_REFUSED = {
     "use_exponential_sigmas": (None, False),
 }
 
+FLOW_NUMBERS = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "shift_terminal")
+"""Numbers in `FLOW_SCHEDULE` that no scheduler looks at as it is made; null counts as absent."""
+
 FEWEST_STEPS = 20
 """What a noise schedule must have timesteps for: previews take as many."""
 
@@ -156,7 +159,8 @@ def _flow_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     taken = {key: config[key] for key in FLOW_SCHEDULE if config.get(key) is not None}
     # Another class of the folder's, such as Sana's, has the shift by another name, and files keep what classes before
     # them had.
-    known = getattr(diffusers, config.get("_class_name") or "", None)
+    class_name = config.get("_class_name")
+    known = getattr(diffusers, class_name, None) if isinstance(class_name, str) else None
     names = inspect.signature(known).parameters if inspect.isclass(known) else config
     shift = "flow_shift" if "flow_shift" in names and "shift" not in names else "shift"
     taken["shift"] = config.get(shift, config.get("flow_shift", 1.0))
@@ -176,6 +180,7 @@ def shift_of_size(config: Mapping[str, Any], tokens: int, *, max_shift: float = 
     """
     if not config.get("use_dynamic_shifting"):
         return {}
+    config = {key: value for key, value in config.items() if value is not None}
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     base, most = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
     slope = (most - base) / (high - low)
@@ -208,7 +213,9 @@ def make_scheduler(
         return _with_timesteps(_flow_scheduler(name, config), mu=mu, sigmas=sigmas)
     scheduler_class, settings = SAMPLERS[name]
     # What the folder did not say, diffusers filled in with the defaults of another class.
-    silent = config.get("_use_default_values", ())
+    silent = {*config.get("_use_default_values", ())}
+    # Null is no value, but of `set_alpha_to_one`, where diffusers takes it for false.
+    silent |= {key for key in ("timestep_spacing", "steps_offset") if config.get(key) is None}
     taken = {key: config[key] for key in NOISE_SCHEDULE if key in config}
     taken |= {key: config[key] for key in TIMESTEPS if key in config and key not in silent}
     if name == "ddim" and taken.get("timestep_spacing") == "linspace":
@@ -286,7 +293,8 @@ def check_schedule(class_name: str, config: Mapping[str, Any], *, flow: bool = F
         if (value := config.get(key)) not in values:
             names = ", ".join(str(one).lower() for one in values if one is not None)
             raise InputError(f"{key} {value!r} is not supported, only {names}")
-    count, offset = config["num_train_timesteps"], config.get("steps_offset", 0)
+    count, offset = config["num_train_timesteps"], config.get("steps_offset")
+    offset = 0 if offset is None else offset
     if not isinstance(count, int) or count < FEWEST_STEPS:
         raise InputError(f"num_train_timesteps {count!r} can't be used: it must be at least {FEWEST_STEPS}")
     if not isinstance(offset, int) or not 0 <= offset < count:
@@ -315,12 +323,16 @@ def _check_flow_schedule(class_name: str, config: Mapping[str, Any]) -> None:
     for key, values in FLOW_REFUSED.items():
         if config.get(key) not in values:
             raise InputError(f"{key} {config[key]!r} is not supported")
+    for key in FLOW_NUMBERS:
+        if not isinstance(config.get(key, 0), int | float | None):
+            raise InputError(f"{key} {config[key]!r} can't be used: it must be a number")
     count = config.get("num_train_timesteps")
     if not isinstance(count, int) or count < FEWEST_STEPS:
         raise InputError(f"num_train_timesteps {count!r} can't be used: it must be at least {FEWEST_STEPS}")
     try:
         scheduler = _flow_scheduler("euler", config)
-    except (TypeError, ValueError, ImportError) as error:
+        shift_of_size(config, FEWEST_STEPS)
+    except (TypeError, ValueError, ImportError, ZeroDivisionError) as error:
         raise InputError(f"it can't be used: {one_line(error)}") from None
     if not ((scheduler.sigmas > 0) & (scheduler.sigmas <= 1)).all():
         raise InputError(f"shift {config.get('shift', config.get('flow_shift'))!r} can't be used: it must be above 0")

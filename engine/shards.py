@@ -118,7 +118,8 @@ def prepared(job: Job) -> Iterator[list[int]]:
     if others and not (output / JOB_FILE).is_file():
         raise InputError(f"the output {output} holds something else: choose another --output for the shards")
     prepare_output(output)
-    output.mkdir(exist_ok=True)
+    # Of a link, the folder that it leads to.
+    output.resolve().mkdir(exist_ok=True)
     with locked(output, wait=False) as held:
         if held is False:
             raise InputError(f"another process is drawing shards into {output}")

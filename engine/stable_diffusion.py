@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from packaging.version import InvalidVersion, Version
 
 from .checks import Parts, check_clip_text, check_unet, check_vae
 from .conditions import PromptEmbeds
@@ -58,6 +59,8 @@ class StableDiffusion(Family):
         def unet() -> None:
             check_unet(parts, self.text_encoders)
             self.check_added_conditions(parts)
+            # Refuses a version that is none.
+            self.denoiser_config(parts["unet"])
 
         return {
             "unet": unet,
@@ -72,6 +75,19 @@ class StableDiffusion(Family):
         """
         if (added := parts["unet"].get("addition_embed_type")) not in (None, "text"):
             raise InputError(f"addition_embed_type is {added!r}, a condition that {self.name} does not have")
+
+    def denoiser_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """See `Family.denoiser_config`; the stock pipeline takes a size below 64 of diffusers before 0.9 for a mistake.
+
+        Raises:
+            InputError: the version of diffusers is none.
+        """
+        size, saved_by = config.get("sample_size"), config.get("_diffusers_version", "0.9")
+        try:
+            before = Version(saved_by).release < (0, 9)
+        except (TypeError, InvalidVersion):
+            raise InputError(f"_diffusers_version is {saved_by!r}: it must be a version") from None
+        return config | ({"sample_size": 64} if before and isinstance(size, int) and size < 64 else {})
 
     def scheduler_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """See `Family.scheduler_config`; the stock pipeline sets `steps_offset` to 1."""
@@ -115,6 +131,10 @@ class StableDiffusionXL(StableDiffusion):
     upcast_vae = True
     normalizes_latents = True
     load_options: ClassVar = {"add_watermarker": False}
+
+    def denoiser_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """See `Family.denoiser_config`; the stock pipeline changes nothing."""
+        return config
 
     def scheduler_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """See `Family.scheduler_config`; the stock pipeline changes nothing."""

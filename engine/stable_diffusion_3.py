@@ -69,9 +69,14 @@ class StableDiffusion3(Family):
             if (clip := sum(counts(parts[name], "hidden_size")[0] for name in CLIPS)) > width:
                 raise InputError(f"joint_attention_dim is {width!r}, less than the {clip} that CLIP gives")
 
+        def tokenizer_3() -> None:
+            if "text_encoder_3" in parts and "tokenizer_3" not in parts:
+                raise InputError("model_index.json leaves it out, but not text_encoder_3, which needs it")
+
         return {
             "transformer": transformer,
             "vae": lambda: check_vae(parts["vae"], pipeline="StableDiffusion3Pipeline", shifts=True),
+            "tokenizer_3": tokenizer_3,
             "tokenizer": lambda: check_clip_text(parts, CLIPS, self.tokenizers[:2]),
         }
 

@@ -8,8 +8,9 @@ from boostdiff.distill.loop import Observers
 from boostdiff.distill.text_store import TextStore
 from boostdiff.engine.adapters import LORA_FILE
 from boostdiff.engine.errors import InputError
+from boostdiff.engine.files import read_json, write_json
 from boostdiff.engine.model import locate
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from tiny import CPU, make_pipeline, make_sd3_pipeline, make_xl_pipeline
 from tiny_qwen_image import make_qwen_image_pipeline
 
@@ -74,6 +75,27 @@ def test_folders_of_other_settings_do_not_share_texts(tmp_path: Path) -> None:
         MAKERS[kind]().save_pretrained(tmp_path / kind)
         paths.add(TextStore(tmp_path, locate(str(tmp_path / kind)), torch.float32).path("", negative=True))
     assert len(paths) == 2
+
+
+@pytest.mark.parametrize("name", ["block_out_channels", "act_fn"])
+def test_what_a_vaes_file_lacks_is_its_class_s(name: str, tmp_path: Path) -> None:
+    pipeline, blocks = make_pipeline(), {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    pipeline.vae = AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), **blocks)
+    pipeline.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model/vae/config.json"
+    write_json(path, {key: value for key, value in read_json(path).items() if key != name})
+    store = TextStore(tmp_path / "text", locate(str(tmp_path / "model")), torch.float32)
+    assert store._text_pipeline(CPU).vae_scale_factor == 2
+    assert store.fill(["a red cat"], [""], CPU) == 2
+
+
+@pytest.mark.parametrize("target", ["new", "new/below"])
+def test_a_link_to_a_folder_that_is_to_be_made(tiny_folder: Path, tmp_path: Path, target: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / target)
+    store = TextStore(tmp_path / "link", locate(str(tiny_folder)), torch.float32)
+    assert store.fill(["a red cat"], [""], CPU) == 2
+    assert len(list((tmp_path / target).rglob("*.safetensors"))) == 2
+    assert store.fill(["a red cat"], [""], CPU) == 0
 
 
 @pytest.mark.parametrize("options", [{"images": Path("x")}, {"negative_prompt": "live"}])

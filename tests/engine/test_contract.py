@@ -15,7 +15,7 @@ from boostdiff.engine.errors import InputError
 from boostdiff.engine.files import read_json, write_json
 from boostdiff.engine.model import load, locate
 from diffusers import DiffusionPipeline
-from tiny import CPU, make_pipeline, make_xl_pipeline
+from tiny import CPU, make_pipeline, make_sd3_pipeline, make_xl_pipeline
 from typer.testing import CliRunner
 
 SCHEDULER, UNET, VAE = "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"
@@ -50,6 +50,10 @@ def changed(folder: Path, target: Path, name: str, **values: Any) -> str:
         (UNET, {"sample_size": [8, 8, 8]}, "must be one number, or height and width"),
         (UNET, {"sample_size": 0}, "sample_size is 0"),
         (UNET, {"quantization_config": {"load_in_4bit": True}}, "the unet is quantized"),
+        (UNET, {"_diffusers_version": "old"}, "_diffusers_version is 'old'"),
+        (UNET, {"_diffusers_version": 0.6}, "_diffusers_version is 0.6"),
+        (VAE, {"block_out_channels": 16}, "block_out_channels is 16: it must be a list"),
+        (VAE, {"block_out_channels": []}, r"block_out_channels is \[\]: it must be a list"),
         (VAE, {"scaling_factor": 0}, "scaling_factor is 0"),
         (VAE, {"scaling_factor": "much"}, "scaling_factor is 'much'"),
         (VAE, {"out_channels": 4}, "images are RGB"),
@@ -95,6 +99,7 @@ def test_what_a_folder_must_not_say(
         (UNET, {"addition_embed_type": "image"}, "where stable-diffusion-xl has 'text_time'"),
         ("tokenizer_2/tokenizer_config.json", {"model_max_length": 8}, "different lengths, 16 and 8"),
         ("text_encoder_2/config.json", {"projection_dim": 32}, "text embeddings of 32 and 6 numbers"),
+        ("text_encoder_2/config.json", {"projection_dim": -1}, "text_encoder_2.*projection_dim is -1"),
         (VAE, {"latents_std": [2.0] * 4}, "without the other of latents_mean and latents_std"),
     ],
 )
@@ -103,6 +108,57 @@ def test_what_an_xl_folder_must_not_say(
 ) -> None:
     with pytest.raises(InputError, match=said):
         locate(changed(xl_folder, tmp_path / "model", name, **values), weights=False)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
+@pytest.mark.parametrize("width", [None, "16"])
+def test_a_width_that_is_no_number(part: str, width: object, tmp_path: Path) -> None:
+    make_sd3_pipeline().save_pretrained(tmp_path)
+    path = tmp_path / part / "config.json"
+    # Written as null, which `changed` would leave out.
+    write_json(path, read_json(path) | {"projection_dim": width})
+    with pytest.raises(InputError, match=f"/{part}/config.json can't be used: .*projection_dim"):
+        locate(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"shift_terminal": "x"}, "shift_terminal 'x' can't be used: it must be a number"),
+        ({"use_dynamic_shifting": True, "base_shift": [1]}, r"base_shift \[1\] can't be used: it must be a number"),
+        ({"use_dynamic_shifting": True, "base_image_seq_len": 4096}, "can't be used: .*division by zero"),
+        ({"shift": "x"}, "can't be used"),
+    ],
+)
+def test_what_a_schedule_of_flow_matching_must_not_say(tmp_path: Path, values: dict[str, Any], said: str) -> None:
+    make_sd3_pipeline().save_pretrained(tmp_path / "full")
+    with pytest.raises(InputError, match=f"/scheduler_config.json: .*{said}"):
+        locate(changed(tmp_path / "full", tmp_path / "model", SCHEDULER, **values))
+
+
+LEFT_OUT = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+
+
+@pytest.mark.parametrize("index", [LEFT_OUT, {"text_encoder_3": [None, None]}, dict.fromkeys(LEFT_OUT)], ids=str)
+def test_the_index_says_what_is_left_out_though_its_folder_is_there(index: dict[str, Any], tmp_path: Path) -> None:
+    make_sd3_pipeline().save_pretrained(tmp_path / "full")
+    folder = changed(tmp_path / "full", tmp_path / "model", "model_index.json", **index)
+    for weights in (tmp_path / "full").rglob("*.safetensors"):
+        shutil.copy(weights, Path(folder) / weights.relative_to(tmp_path / "full"))
+    files = locate(folder)
+    assert set(files.absent_parts) == set(index)
+    assert "text_encoder_3" not in files.parameters()
+    assert "text_encoder_3" not in files.other_sha256()
+    pipeline = load(files, device=CPU).pipeline
+    assert pipeline.text_encoder_3 is None
+    assert files.family.encode(pipeline, ["a red cat"]).conditional.encoder_hidden_states.shape == (1, 272, 64)
+
+
+@pytest.mark.parametrize("entry", [None, [None, None]])
+def test_t5_without_its_tokenizer(entry: Any, tmp_path: Path) -> None:
+    make_sd3_pipeline().save_pretrained(tmp_path / "full")
+    with pytest.raises(InputError, match=r"tokenizer_3/tokenizer_config\.json: model_index.json leaves it out"):
+        locate(changed(tmp_path / "full", tmp_path / "model", "model_index.json", tokenizer_3=entry))
 
 
 @pytest.mark.parametrize("part", ["vae", "scheduler", "tokenizer", "text_encoder"])

@@ -1,5 +1,7 @@
 """Every family against the stock pipeline: what it encodes, what the teacher predicts, what a student draws."""
 
+import re
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +18,7 @@ from boostdiff.engine.config import GenerateConfig
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.exported import Engine
 from boostdiff.engine.families import family_of
+from boostdiff.engine.files import read_json, write_json
 from boostdiff.engine.generate import draw
 from boostdiff.engine.guidance import GuidedDenoiser
 from boostdiff.engine.manifest import Manifest
@@ -28,7 +31,7 @@ from boostdiff.engine.sessions import OnnxSession
 from boostdiff.engine.student import read_student
 from boostdiff.export.config import ExportConfig
 from boostdiff.export.export import export
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import CPU, PROMPTS, make_pipeline, make_xl_pipeline
@@ -279,6 +282,40 @@ def test_two_loras_together_add_both_deltas(
     torch.testing.assert_close(weight(family_students[kind], tmp_path), base + student + style, atol=1e-6, rtol=1e-5)
 
 
-def test_an_unknown_family() -> None:
-    with pytest.raises(InputError, match="models of class FluxPipeline are not supported"):
-        family_of({"_class_name": "FluxPipeline"})
+@pytest.mark.parametrize("class_name", ["FluxPipeline", ["pipeline", "StableDiffusionPipeline"], {"name": 1}, None])
+def test_an_unknown_family(class_name: object) -> None:
+    with pytest.raises(InputError, match=f"models of class {re.escape(str(class_name))} are not supported"):
+        family_of({"_class_name": class_name})
+
+
+@pytest.mark.parametrize("version", ["0.6.0", "0.8.1", "0.9.0.dev0", None])
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_a_unet_of_an_old_diffusers_is_of_the_stock_pipelines_size(
+    folders: dict[str, Path], kind: str, version: str | None, tmp_path: Path
+) -> None:
+    shutil.copytree(folders[kind], tmp_path / "model")
+    path = tmp_path / "model/unet/config.json"
+    known = {key: value for key, value in read_json(path).items() if key != "_diffusers_version"}
+    write_json(path, known | ({} if version is None else {"_diffusers_version": version}))
+    width, height = stock(tmp_path / "model")("a cat", num_inference_steps=1).images[0].size
+    for asked in (None, 32):
+        config = GenerateConfig(prompts=["a cat"], teacher=True, steps=1, height=asked)
+        (drawn,) = draw(locate(str(tmp_path / "model")), config, output=tmp_path / str(asked), device="cpu")
+        assert Image.open(drawn).size == (width, asked or height)
+
+
+@pytest.mark.parametrize("size", [{}, {"height": 32, "width": 32}, {"height": 24, "width": 16}])
+@pytest.mark.parametrize("lacks", [(), ("block_out_channels",)])
+def test_a_small_vae_is_of_the_stock_pipelines_scale(
+    folders: dict[str, Path], lacks: tuple[str, ...], size: dict[str, int], tmp_path: Path
+) -> None:
+    pipeline = stock(folders["sd"])
+    blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    pipeline.vae = AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), **blocks)
+    pipeline.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model/vae/config.json"
+    write_json(path, {key: value for key, value in read_json(path).items() if key not in lacks})
+    image = stock(tmp_path / "model")("a cat", num_inference_steps=1, **size).images[0]
+    config = GenerateConfig(prompts=["a cat"], teacher=True, steps=1, **size)
+    (drawn,) = draw(locate(str(tmp_path / "model")), config, output=tmp_path / "images", device="cpu")
+    assert Image.open(drawn).size == image.size

@@ -71,6 +71,15 @@ def test_images_of_other_settings_stay(tmp_path: Path) -> None:
     assert (tmp_path / "a-cat-teacher-0.png").read_bytes() == b"no image"
 
 
+@pytest.mark.parametrize("target", ["new", "new/below"])
+def test_a_link_to_a_folder_that_is_to_be_made(tiny_files: ModelFiles, tmp_path: Path, target: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / target)
+    config = GenerateConfig(prompts=["a cat", "a dog"], teacher=True, steps=1)
+    paths = draw(tiny_files, config, output=tmp_path / "link", device="cpu")
+    assert [path.parent for path in paths] == 2 * [tmp_path / "link"]
+    assert sorted((tmp_path / target).iterdir()) == sorted(path.resolve() for path in paths)
+
+
 def test_what_is_cut_is_said(tiny_files: ModelFiles, tmp_path: Path) -> None:
     long = " ".join(["cat"] * 40)
     config = GenerateConfig(prompts=[long, "a cat"], teacher=True, negative_prompt=long, steps=1)

@@ -17,6 +17,7 @@ from boostdiff.engine.schedulers import (
     check_steps,
     completed,
     make_scheduler,
+    shift_of_size,
 )
 from diffusers import (
     DDIMScheduler,
@@ -158,6 +159,29 @@ def test_steps_that_the_schedule_has_no_timesteps_for(name: str) -> None:
         check_steps(config, [name], [20, 1001])
     with pytest.raises(InputError, match="--steps 0"):
         check_steps(config, [name], [0])
+
+
+@pytest.mark.parametrize("key", ["timestep_spacing", "steps_offset"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_null_counts_as_absent(name: str, key: str) -> None:
+    absent = {other: value for other, value in FOLDER.items() if other != key}
+    config = {**absent, key: None}
+    check_schedule("DDIMScheduler", completed("DDIMScheduler", config))
+    check_steps(config, [name], [20])
+    assert torch.equal(drawn(name, config), drawn(name, absent))
+
+
+@pytest.mark.parametrize("null", [{"base_shift": None}, {"max_shift": None, "max_image_seq_len": None}])
+def test_null_counts_as_absent_where_the_size_shifts(null: dict[str, None]) -> None:
+    assert shift_of_size({"use_dynamic_shifting": True, **null}, 64) == shift_of_size(
+        {"use_dynamic_shifting": True}, 64
+    )
+
+
+@pytest.mark.parametrize("class_name", [["custom", "Scheduler"], {"name": "Scheduler"}, 3, None])
+def test_a_class_name_that_is_no_text(class_name: object) -> None:
+    config = {**FlowMatchEulerDiscreteScheduler(shift=3.0).config, "_class_name": class_name}
+    assert make_scheduler("euler", config).config.shift == 3.0
 
 
 @pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])

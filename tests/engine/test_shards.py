@@ -66,6 +66,14 @@ def test_shards_hold_what_generate_draws(job: Callable[..., Job], tmp_path: Path
         assert pixels.std() > 1
 
 
+@pytest.mark.parametrize("target", ["new", "new/below"])
+def test_a_link_to_a_folder_that_is_to_be_made(job: Callable[..., Job], tmp_path: Path, target: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / target)
+    with prepared(job(output="link")) as shards:
+        assert shards == [0, 1, 2]
+    assert [path.name for path in (tmp_path / target).iterdir()] == ["job.json"]
+
+
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(job: Callable[..., Job]) -> None:
     whole = job(output="whole")
     drawn(whole)
