@@ -48,6 +48,7 @@ def distill(
     from .distill import distill as train
     from .distill import dry_run as resolved_settings
     from .distill import resolve
+    from .few_steps import STAGES
     from .loop import Observers, UpdateReport
 
     low, high = parse_guidance(guidance)
@@ -82,10 +83,12 @@ def distill(
         print_json({"output": str(output), **asdict(info)})
         return
     following = next_command("export --trt", model=(model, embedded.MODEL_NAME), student=(output, STUDENT_FOLDER))
-    preview = f"; preview: {output / 'grid.png'}" if (output / "grid.png").exists() else ""
+    preview = f"; preview: {escape(str(output / 'grid.png'))}" if (output / "grid.png").exists() else ""
+    # Of few steps that of the last stage is one part; stages from before there was such a figure have none.
+    seconds = sum(each.get("seconds") or 0 for each in info.result.get(STAGES, [info.result]))
     console.print(
-        f"Student of {info.trainable_parameters:,} parameters in [bold]{output}[/] "
-        f"({_explained(info.result.get('guidance_r2'))}{info.result['seconds']:.0f} s){preview}\n"
+        f"Student of {info.trainable_parameters:,} parameters in [bold]{escape(str(output))}[/] "
+        f"({_explained(info.result.get('guidance_r2'))}{seconds:.0f} s){preview}\n"
         f"Next: [bold]{escape(following)}[/]"
     )
 

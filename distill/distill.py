@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 
 from ..engine import embedded
-from ..engine.adapters import Adapter
+from ..engine.adapters import KOHYA_FILE, Adapter
 from ..engine.compiled import has_bfloat16, missing_compiler, use_plain_attention
 from ..engine.errors import InputError
 from ..engine.files import check_output, prepare_output, publish
@@ -101,20 +101,25 @@ def distill(
     execution, observers, target = execution or RunConfig(), observers or Observers(), resolve_device(device)
     asked_scale, config = config.adapter_scale, resolve(config, files, target)
     prompts, images = plan(files, config, execution, target)
-    if config.start_from and config.start_from.resolve() == output.resolve():
-        raise InputError(f"--start-from and --output are both {output}: pass another --output")
+    for lost in (output.resolve(), work_folder(output)):
+        # The one is replaced at the end, the other set aside now.
+        if config.start_from and config.start_from.resolve().is_relative_to(lost):
+            raise InputError(f"--start-from {config.start_from} would be lost with {lost}: pass another --output")
     prepare_output(output, replaces=INFO_FILE)
     if taken := adopted_in_words(config):
         observers.on_note(taken)
     folder, same = work_folder(output), identity(files, config, images)
     if execution.resume and (ended := finished_run(output, same)):
         # A default that has changed since is no reason to touch a finished student.
-        if asked_scale in (None, adapter_scale_of(ended)) or not is_main_process():
+        before, kohya = adapter_scale_of(ended), execution.format == "kohya"
+        scale = before if asked_scale is None else asked_scale
+        complete = scale == before and not (kohya and not (output / KOHYA_FILE).is_file())
+        if complete or not is_main_process():
             observers.on_note(f"the run in {output} has ended: there is nothing left to resume")
             return ended
-        observers.on_note(f"the run in {output} has ended: its adapter is scaled by {asked_scale:g}, not trained")
-        kohya = execution.format == "kohya"
-        return rescale(ended, *_load(files, config, execution, target), asked_scale, output, kohya=kohya)
+        what = f"{KOHYA_FILE} is added" if scale == before else f"its adapter is scaled by {scale:g}, not trained"
+        observers.on_note(f"the run in {output} has ended: {what}")
+        return rescale(ended, *_load(files, config, execution, target), scale, output, kohya=kohya)
     replaces, data = (output / INFO_FILE).is_file(), (prompts, images)
 
     def train(student: Path, stage: Stage | None) -> StudentInfo:

@@ -38,7 +38,7 @@ which cost more FD than nothing of it (docs/experiments.md, "Few steps")."""
 STAGES = "stages"
 """Folder of the students before the last, in the student's."""
 
-BUDGET = ("updates", "teacher_evaluations", "forward_passes", "backward_passes")
+BUDGET = ("updates", "seconds", "teacher_evaluations", "forward_passes", "backward_passes")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -191,6 +191,8 @@ def rescale(
 ) -> StudentInfo:
     """Give a finished student's adapter another scale; its `grid.png`, which shows the one before, goes away.
 
+    With the scale that it has, nothing but `kohya` changes.
+
     Args:
         info: the student.
         model: what it was trained on.
@@ -203,14 +205,16 @@ def rescale(
         InputError: the adapter does not fit.
     """
     read_adapter(adapter, output)
-    adapter.scale(scale / adapter_scale_of(info), info.guidance_range and info.guidance_range[1])
+    scaled = scale != adapter_scale_of(info)
+    if scaled:
+        adapter.scale(scale / adapter_scale_of(info), info.guidance_range and info.guidance_range[1])
     # Not in the work folder: what is there can be resumed.
     with TemporaryDirectory(prefix=f".{output.name}.scaled-", dir=output.resolve().parent) as parent:
         folder = Path(parent) / "student"
-        shutil.copytree(output, folder, ignore=shutil.ignore_patterns("grid.png"))
-        settings = info.settings | {"adapter_scale": scale}
+        shutil.copytree(output, folder, ignore=shutil.ignore_patterns("grid.png") if scaled else None)
+        settings = info.settings | ({"adapter_scale": scale} if scaled else {})
         adapter_files = _save(adapter, folder, model, kohya=kohya or (folder / KOHYA_FILE).exists())
-        scaled = replace(info, adapter_files=adapter_files, settings=settings)
-        scaled.write(folder)
+        info = replace(info, adapter_files=adapter_files, settings=settings)
+        info.write(folder)
         publish(folder, output)
-    return scaled
+    return info

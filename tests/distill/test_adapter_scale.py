@@ -79,6 +79,26 @@ def test_of_a_live_negative_prompt_what_tells_the_texts_apart_is_scaled(
     assert plain.settings["adapter_scale"] == 1
 
 
+@pytest.mark.parametrize("few", [{}, {"few_steps": "4:2", "stage_updates": 1}, {"adapter_scale": 1.5}])
+def test_kohyas_file_is_added_to_a_finished_student(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, few: dict[str, Any]
+) -> None:
+    kohya, again = RunConfig(resume=True, format="kohya"), few | {"adapter_scale": None}
+    whole = trained(tiny_files, tmp_path / "whole", RunConfig(format="kohya"), prompts=prompt_file, **few)
+    plain = trained(tiny_files, tmp_path / "s", prompts=prompt_file, **few)
+    (tmp_path / "s" / "grid.png").write_bytes(b"picture")
+    assert not (tmp_path / "s" / KOHYA_FILE).exists()
+    asked = few if "few_steps" in few else again
+    info = trained(tiny_files, tmp_path / "s", kohya, prompts=prompt_file, **asked)
+    assert info == read_student(tmp_path / "s", tiny_files) == plain
+    assert info.adapter_files == whole.adapter_files
+    assert (tmp_path / "s" / KOHYA_FILE).read_bytes() == (tmp_path / "whole" / KOHYA_FILE).read_bytes()
+    assert (tmp_path / "s" / "grid.png").read_bytes() == b"picture"
+    stamp = (tmp_path / "s" / KOHYA_FILE).stat().st_ino
+    assert trained(tiny_files, tmp_path / "s", kohya, prompts=prompt_file, **asked) == info
+    assert (tmp_path / "s" / KOHYA_FILE).stat().st_ino == stamp, "it is there"
+
+
 def test_of_a_range_the_scale_is_that_at_its_upper_end(
     tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path
 ) -> None:

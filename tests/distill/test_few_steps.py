@@ -14,11 +14,12 @@ import torch
 from boostdiff.benchmarks.config import BenchConfig, Table1Config
 from boostdiff.benchmarks.session import Session, with_sampling
 from boostdiff.benchmarks.table1 import table1_columns
+from boostdiff.cli import app
 from boostdiff.distill import few_steps
 from boostdiff.distill.config import DistillConfig, RunConfig
 from boostdiff.distill.distill import distill, dry_run, resolve
 from boostdiff.distill.few_steps import FrozenStudent, Stage, adopted_in_words
-from boostdiff.distill.loop import Observers, UpdateReport
+from boostdiff.distill.loop import Observers, Run, UpdateReport
 from boostdiff.distill.objective import NoiseSchedule, ddim_step, x_of_ddim_step
 from boostdiff.distill.order import Share
 from boostdiff.distill.run_folder import work_folder
@@ -40,6 +41,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import CPU, ONNX_FROM_PART, PROMPTS, few_step_copy, graphs_of, save_images
+from typer.testing import CliRunner
 
 SILENT = Observers(preview=False)
 SETTINGS: dict[str, Any] = {"updates": 3, "stage_updates": 3, "batch_size": 4, "learning_rate": 0.1}
@@ -348,9 +350,58 @@ def test_the_student_to_start_from_is_not_replaced(
     config = DistillConfig(prompts=prompt_file, start_from=student, few_steps="4:2", stage_updates=1, batch_size=2)
     monkeypatch.chdir(tmp_path)
     for output in (student, Path("student")):
-        with pytest.raises(InputError, match="--start-from and --output are both"):
+        with pytest.raises(InputError, match=r"--start-from .* would be lost with .*student: pass another --output"):
             distill(tiny_files, config, output=output, device="cpu", observers=SILENT)
     assert read_student(student, tiny_files).steps is None
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("start", ["student/stages/8", "student.unfinished/stages/guidance", "link/8"])
+def test_a_stage_of_the_output_is_no_student_to_start_from(
+    tiny_files: ModelFiles, students: dict[str, Path], prompt_file: Path, tmp_path: Path, start: str, resume: bool
+) -> None:
+    (tmp_path / "link").symlink_to("student/stages")
+    few_step_copy(students["lora"], tmp_path / "student", 4)
+    few_step_copy(students["lora"], tmp_path / "student/stages/8", 8)
+    shutil.copytree(students["lora"], tmp_path / "student.unfinished/stages/guidance")
+    before = sorted(tmp_path.rglob("*"))
+    config = DistillConfig(prompts=prompt_file, start_from=tmp_path / start, few_steps="8:4", stage_updates=1)
+    with pytest.raises(InputError, match=f"{start} would be lost with .*: pass another --output"):
+        distill(
+            tiny_files, config, RunConfig(resume=resume), output=tmp_path / "student", device="cpu", observers=SILENT
+        )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("start_from", [False, True])
+def test_the_time_of_all_stages_is_kept_and_printed(
+    tiny_folder: Path,
+    students: dict[str, Path],
+    prompt_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    start_from: bool,
+) -> None:
+    took = iter([30.0, 500.0, 7000.0])
+    train = Run.train
+
+    def timed(self: Run, *args: Any) -> dict[str, Any]:
+        return train(self, *args) | {"seconds": next(took)}
+
+    words = ["distill", "--model", tiny_folder, "--prompts", prompt_file, "--device", "cpu", "--batch-size", 2]
+    words += ["--few-steps", "4:1", "--stage-updates", 1, "--output", tmp_path / "s"]
+    student = Path(shutil.copytree(students["lora"], tmp_path / "student"))
+    info = read_student(student)
+    replace(info, result=info.result | {"seconds": 200.0}).write(student)
+    words += ["--start-from", student] if start_from else ["--updates", 1]
+    monkeypatch.setattr(Run, "train", timed)
+    shown = CliRunner().invoke(app, [str(word) for word in words])
+    assert shown.exit_code == 0, shown.output
+    expected = [200, 30, 500] if start_from else [30, 500, 7000]
+    result = read_student(tmp_path / "s").result
+    assert [each["seconds"] for each in result["stages"]] == expected
+    assert result["seconds"] == expected[-1]
+    assert f"{sum(expected)} s)" in " ".join(shown.output.split())
 
 
 @pytest.mark.parametrize(
