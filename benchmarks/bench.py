@@ -99,11 +99,10 @@ class BenchResult:
             sentences.append(f"{sentence} (N = {quality.images}).")
             if not share:
                 sentences.append(f"What guidance itself gains is within noise at N = {quality.images}.")
-        score, of_teacher, delta = student.caption_score, quality.guided.caption_score, student.caption_delta_to_guided
-        if score and of_teacher and delta:
+        score, of_teacher, delta = student.caption_value, quality.guided.caption_value, student.caption_delta_to_guided
+        if delta:
             sentences.append(
-                f"Its {quality.caption_label} is {score.value:.1f} against the teacher's {of_teacher.value:.1f} "
-                f"({delta:+.1f})."
+                f"Its {quality.caption_label} is {score:.1f} against the teacher's {of_teacher:.1f} ({delta:+.1f})."
             )
         return sentences
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from ..engine import embedded
 from ..engine.errors import InputError
@@ -93,7 +94,7 @@ def _measure(
         )
 
 
-def _show(result: Any, rendered: Callable[[Any], Any], written: str, *, as_json: bool) -> None:
+def _show(result: Any, rendered: Callable[[Any], Any], what: str, written: Path, *, as_json: bool) -> None:
     """Print a result: what of prompts and reference was not used, its tables, and where it was written; or its JSON."""
     if as_json:
         print_json(result.as_json())
@@ -101,7 +102,7 @@ def _show(result: Any, rendered: Callable[[Any], Any], written: str, *, as_json:
     for note in result.provenance["notes"]:
         console.print(note, style="yellow", markup=False)
     console.print(rendered(result))
-    console.print(written)
+    console.print(f"{what}: [bold]{escape(str(written))}[/]")
 
 
 @app.callback()
@@ -154,7 +155,7 @@ def bench(
     if result:
         with replaced_files(output, REPORT_FILES) as folder:
             write_report(result, folder)
-        _show(result, terminal_report, f"Report: [bold]{output / 'report.html'}[/]", as_json=as_json)
+        _show(result, terminal_report, "Report", output / "report.html", as_json=as_json)
 
 
 def _grid_command(name: str, settings: type[Table1Config] | type[SweepConfig], summary: str) -> None:
@@ -180,7 +181,7 @@ def _grid_command(name: str, settings: type[Table1Config] | type[SweepConfig], s
         grid = _measure(measure_grid, config, model=model, students=student, prompts=prompts, output=output, **more)
         if grid:
             write_grid(grid, output)
-            _show(grid, terminal_grid, f"Table: [bold]{output / f'{grid.name}.html'}[/]", as_json=as_json)
+            _show(grid, terminal_grid, "Table", output / f"{grid.name}.html", as_json=as_json)
 
 
 _grid_command(
@@ -214,7 +215,7 @@ def compose(
     more = {"engines": engines, "metrics": metrics, "device": device}
     result = _measure(measure, config, model=model, students=student, prompts=prompts, output=output, **more)
     write_composed(result, output)
-    _show(result, terminal_composed, f"Table: [bold]{output / 'compose.html'}[/]", as_json=as_json)
+    _show(result, terminal_composed, "Table", output / "compose.html", as_json=as_json)
 
 
 @app.command()

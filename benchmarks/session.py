@@ -62,7 +62,10 @@ def read_students(
     if any(info.teacher_guider != infos[0].teacher_guider for info in infos):
         raise InputError("the students were distilled with different guiders: compare them one at a time")
     if one_scale and len(scales) > 1:
-        raise InputError("the students were distilled at different guidance: compare them one at a time")
+        # One student's scale may lie in the ranges of the others.
+        shared = next((each for each in scales if all(scales_for(info, [each]) == [each] for info in infos)), None)
+        advice = "compare them one at a time" if shared is None else f"all can give --guidance {shared:g}, pass it"
+        raise InputError(f"the students were distilled at different guidance: {advice}")
     return infos, scales[0]
 
 

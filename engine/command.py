@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from . import embedded
 from .config import GenerateConfig
@@ -103,7 +104,8 @@ def generate(
     if as_json:
         print_json({"images": [str(path) for path in paths], "notes": notes})
         return
-    console.print(f"{len(paths)} image{'s' * (len(paths) > 1)} in [bold]{output}[/]: {paths[0].name} …")
+    folder = escape(str(output))
+    console.print(f"{len(paths)} image{'s' * (len(paths) > 1)} in [bold]{folder}[/]: {escape(paths[0].name)} …")
 
 
 def _generate_shards(job: Job, *, address: str | None, workers: int | None, as_json: bool) -> None:
@@ -130,7 +132,7 @@ def _generate_shards(job: Job, *, address: str | None, workers: int | None, as_j
         print_json({"shards": paths, "drawn": len(shards), "cut": truncated})
         return
     images = f"{len(job.config.prompts)} images in {len(job)} shards"
-    console.print(f"{images} in [bold]{job.output}[/], {len(shards)} of them drawn now")
+    console.print(f"{images} in [bold]{escape(str(job.output))}[/], {len(shards)} of them drawn now")
 
 
 def doctor(as_json: JsonOption = False) -> None:
@@ -142,4 +144,4 @@ def doctor(as_json: JsonOption = False) -> None:
     if as_json:
         print_json([asdict(finding) for finding in findings])
         return
-    Console().print(table(findings))
+    Console(emoji=False).print(table(findings))

@@ -36,7 +36,7 @@ from .errors import BoostDiffError, one_line
 from .files import is_full_disk, is_unusable_path
 from .options import check_not_empty
 
-console = Console(stderr=True)
+console = Console(stderr=True, emoji=False)
 
 # From 0.26 on typer carries a copy of click: reach the exceptions through typer, whichever it is.
 _UsageError: Any = typer.BadParameter.__base__

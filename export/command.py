@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -40,9 +41,9 @@ def export(
     from .export import export as run
 
     config = config_from(ExportConfig, options)
-    files = locate(model)
+    files, report = locate(model), partial(console.print, markup=False)
     with console.status("exporting"):
-        manifest = run(files, config, student=student, output=output, device=device, force=force, report=console.print)
+        manifest = run(files, config, student=student, output=output, device=device, force=force, report=report)
     if as_json:
         print_json(asdict(manifest))
         return
@@ -51,5 +52,7 @@ def export(
         model=(model, embedded.MODEL_NAME),
         student=(student, STUDENT_FOLDER),
         engine=(output, ENGINE_FOLDER),
+        prompts=("" if model == embedded.MODEL_NAME else "FILE", ""),
     )
-    console.print(f"Engine in [bold]{output}[/]: {', '.join(manifest.artefacts)}\nNext: [bold]{escape(following)}[/]")
+    written, artefacts = escape(str(output)), ", ".join(manifest.artefacts)
+    console.print(f"Engine in [bold]{written}[/]: {artefacts}\nNext: [bold]{escape(following)}[/]")

@@ -60,11 +60,19 @@ def negatives(
     Raises:
         InputError: a student can't be used, or the students are of several scales.
     """
-    artworks, files = load_artworks(work), locate(MODEL_NAME)
+    files = locate(MODEL_NAME)
     infos = {folder: read_student(folder, files) for folder in students}
+    for folder, info in infos.items():
+        # All is drawn beside one teacher, with plain guidance and the model's own timesteps.
+        if info.steps is not None or info.guider != "cfg" or info.negative_prompt:
+            raise InputError(
+                f"the student in {folder} can't be compared here: no few-step one can, nor one of a guider but cfg or "
+                "of a fixed negative prompt"
+            )
     scales = {info.guidance for info in infos.values()}
     if len(scales) > 1:
         raise InputError("the students were distilled at different guidance: compare them one at a time")
+    artworks = load_artworks(work)
     model = load(files, device=resolve_device("auto"))
     styles, network = style_network(work, artworks, seed=seed), EfficientNetLite0Features()
     things = things_classifier(work, artworks, network, model.pipeline.vae, seed=seed)

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 
 from ..distill.checkpoint import load_training_state, save_training_state
 from ..distill.order import reduce_together
+from ..engine.errors import InputError
 
 
 def learning_rate_factor(step: int, *, steps: int, warmup: int = 100) -> float:
@@ -47,6 +49,7 @@ def optimize(
     checkpoint_minutes: float = 3,
     ema_horizon: float = 0.05,
     accelerator: Accelerator | None = None,
+    header: dict[str, Any] | None = None,
 ) -> None:
     """AdamW with warm-up, decay and an EMA; resumes from `checkpoint`, and leaves the EMA in the modules.
 
@@ -58,7 +61,12 @@ def optimize(
         accelerator: the processes that share the batches; None for one.
         ema_horizon: the EMA's time constant as a share of the steps done (Karras et al. 2024, eq. 121-127,
             keep it relative to training time for the same reason: early weights must fade).
+        header: plain JSON values that a run that goes on must share with its beginning, by option.
+
+    Raises:
+        InputError: the checkpoint is damaged, or of a run that was begun otherwise.
     """
+    header = header or {}
     named = {
         f"{key}.{path}": parameter for key, module in modules.items() for path, parameter in module.named_parameters()
     }
@@ -67,7 +75,12 @@ def optimize(
     start = 0
     if checkpoint.exists():
         state = load_training_state(checkpoint)
-        start = state.step
+        begun, start = state.header, state.step
+        if others := sorted(key for key in begun.keys() | header.keys() if begun.get(key) != header.get(key)):
+            options = " and ".join(f"--{key.replace('_', '-')}" for key in others)
+            raise InputError(
+                f"{checkpoint} was begun with another {options}: repeat it, or delete the file, and the run begins anew"
+            )
         with torch.no_grad():
             for path, parameter in named.items():
                 parameter.copy_(state.weights[path])
@@ -104,7 +117,7 @@ def optimize(
             recent.clear()
         if time.monotonic() - saved_at > 60 * checkpoint_minutes or step + 1 == steps:
             weights = named | {f"ema.{path}": tensor for path, tensor in ema.items()}
-            save_training_state(checkpoint, step=step + 1, weights=weights, optimizer=optimizer)
+            save_training_state(checkpoint, step=step + 1, weights=weights, optimizer=optimizer, header=header)
             saved_at = time.monotonic()
     with torch.no_grad():
         for path, parameter in named.items():

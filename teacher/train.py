@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -28,8 +28,8 @@ from ..distill.order import Share
 from ..engine.compiled import has_bfloat16, missing_compiler
 from ..engine.embedded import MODEL_DIR
 from ..engine.errors import InputError
-from ..engine.files import staged_folder
-from ..engine.model import resolve_device
+from ..engine.files import hash_of, staged_folder
+from ..engine.model import locate, resolve_device
 from ..engine.terminal import run
 from .architecture import BETAS, TIMESTEPS, make_text_encoder, make_tokenizer, make_unet, make_vae, save_pipeline
 from .caption_model import caption_model
@@ -185,7 +185,11 @@ def diffusion(
         tokenizer = the_tokenizer(work, artworks)
     torch.manual_seed(seed)
     text_encoder, unet = make_text_encoder(tokenizer).to(where), make_unet().to(where)
+    # What is not asked for is left out, as in checkpoints from before there was a header.
+    header: dict[str, Any] = {"flow": True} if flow else {}
     if start_from:
+        parts = locate(str(start_from))
+        header["start_from"] = hash_of([parts.denoiser_sha256(), parts.other_sha256()["text_encoder"]])
         text_encoder = CLIPTextModel.from_pretrained(start_from / "text_encoder", dtype=torch.float32).to(where)
         unet = UNet2DConditionModel.from_pretrained(start_from / "unet").to(where)
         text_encoder.train(), unet.train()
@@ -245,6 +249,7 @@ def diffusion(
         steps=steps,
         learning_rate=learning_rate,
         accelerator=accelerator,
+        header=header,
     )
 
 

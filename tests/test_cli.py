@@ -9,6 +9,8 @@ import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from boostdiff import __version__
@@ -391,3 +393,40 @@ def test_results_that_nobody_gets_are_no_success(command: tuple[str, ...]) -> No
         )
     assert done.returncode == 1
     assert done.stderr == ("boostdiff: error: not all could be written to standard output: No space left on device\n")
+
+
+@pytest.mark.parametrize("name", ["[lora]", "x[/lora]", "[bold]x"])
+def test_a_path_is_shown_as_it_is(
+    boostdiff: Command,
+    tiny_folder: Path,
+    prompt_file: Path,
+    students: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    """And not read as rich's markup."""
+
+    def exported(*args: object, output: Path, report: Callable[[str], None], **options: object) -> Any:
+        report(f"nothing has changed since the export in {output}")
+        return SimpleNamespace(artefacts={})
+
+    monkeypatch.setattr("boostdiff.export.export.export", exported)
+    model, student = ("--model", tiny_folder, "--device", "cpu"), ("--student", students["lora"])
+    draw = ("generate", "a red cat", *model, *student, "--steps", 1, "--output")
+    for words, says in (
+        (
+            ("distill", *model, "--prompts", prompt_file, "--updates", 1, "--batch-size", 2, "--output", f"{name}/s"),
+            (f" in {name}/s (", f"; preview: {name}/s/grid.png"),
+        ),
+        ((*draw, f"{name}/o"), (f"1 image in {name}/o: ",)),
+        ((*draw, f"{name}/shards", "--shard-size", 2), (f" shards in {name}/shards, 1 of them",)),
+        (
+            ("export", *model, *student, "--output", f"{name}/e"),
+            (f"nothing has changed since the export in {name}/e", f"Engine in {name}/e: "),
+        ),
+    ):
+        done = boostdiff(*words)
+        assert done.returncode == 0, done.stderr
+        shown = " ".join(done.stderr.split())
+        for each in says:
+            assert each in shown

@@ -108,6 +108,6 @@ def loss_of(row: QualityRow, teacher: QualityRow) -> float:
     assert row.distance is not None
     assert teacher.distance is not None
     losses = [row.distance / teacher.distance - 1]
-    if row.caption_score and teacher.caption_score:
-        losses.append(1 - row.caption_score.value / teacher.caption_score.value)
+    if row.caption_value is not None and teacher.caption_value:
+        losses.append(1 - row.caption_value / teacher.caption_value)
     return max(losses)

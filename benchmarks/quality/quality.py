@@ -39,7 +39,7 @@ class QualityRow:
         kid: kernel distance to real images, the mean over random subsets.
         kid_spread: standard deviation over the subsets, see `distances.kernel_distance`.
         distance_to_teacher_image: mean cosine feature distance to the guided teacher's image of the same seed.
-        caption_score: mean of `Quality.caption_label`; None without a CLIP model.
+        caption_score: mean of `Quality.caption_label`, below N = 4 without an interval; None without a CLIP model.
         caption_delta_to_guided: like `delta_to_guided`.
         caption_gain_recovered: like `gain_recovered`.
         colors: by name in `samples.COLORS`.
@@ -57,7 +57,7 @@ class QualityRow:
     kid: float | None = None
     kid_spread: float | None = None
     distance_to_teacher_image: float
-    caption_score: Estimate | None = None
+    caption_score: Estimate | float | None = None
     caption_delta_to_guided: Estimate | None = None
     caption_gain_recovered: Estimate | None = None
     colors: dict[str, ColorStatistic]
@@ -66,6 +66,11 @@ class QualityRow:
     def passes(self) -> float:
         """UNet passes per step, on average."""
         return self.cost / self.steps
+
+    @property
+    def caption_value(self) -> float | None:
+        """The caption score, without its interval."""
+        return self.caption_score.value if isinstance(self.caption_score, Estimate) else self.caption_score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +180,7 @@ def _row(
         add("distance", "")
         measured["kid"], measured["kid_spread"] = kernel_distance(reference, features)
     if figures.caption:
-        measured["caption_score"] = figures.caption.interval
+        measured["caption_score"] = figures.caption.interval or figures.caption.value
         add("caption", "caption_")
     return QualityRow(
         name=variant.name,

@@ -82,7 +82,7 @@ def front_plot(result: Composition) -> plt.Figure:
         (f"{result.features} (lower is better)", lambda row: row.quality.distance or 0.0, 1)
     ]
     if result.caption_label:
-        score = attrgetter("quality.caption_score.value")
+        score = attrgetter("quality.caption_value")
         panels.append((result.caption_label, score, -1))
     figure, axes = plt.subplots(len(panels), figsize=(7.5, 3.4 * len(panels)), layout="constrained", squeeze=False)
     rows = _fastest_first(result)

@@ -55,8 +55,8 @@ def speed_plot(speed: Speed) -> plt.Figure:
     return finished(figure, axes, columns=3)
 
 
-def _half(estimate: Estimate | None) -> float:
-    return 0.0 if estimate is None else estimate.high - estimate.value
+def _half(figure: Estimate | float | None) -> float:
+    return figure.high - figure.value if isinstance(figure, Estimate) else 0.0
 
 
 def quality_plot(quality: Quality) -> plt.Figure:
@@ -77,7 +77,7 @@ def quality_plot(quality: Quality) -> plt.Figure:
 
 def sweep_plot(grid: Grid) -> plt.Figure:
     """Fréchet distance over the guidance scale, and the caption score beside it, with intervals."""
-    figures: dict[str, Callable[[Cell], tuple[float, Estimate | None]]] = {
+    figures: dict[str, Callable[[Cell], tuple[float, Estimate | float | None]]] = {
         f"{grid.features} (lower is better)": lambda cell: (
             cell.quality.distance or 0.0,
             cell.quality.distance_interval,
@@ -85,7 +85,7 @@ def sweep_plot(grid: Grid) -> plt.Figure:
     }
     if grid.caption_label:
         figures[grid.caption_label] = lambda cell: (
-            cell.quality.caption_score.value if cell.quality.caption_score else float("nan"),
+            float("nan") if cell.quality.caption_value is None else cell.quality.caption_value,
             cell.quality.caption_score,
         )
     figure, panels = plt.subplots(1, len(figures), figsize=(6 * len(figures), 3.8), layout="constrained", squeeze=False)

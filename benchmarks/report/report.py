@@ -25,7 +25,8 @@ def terminal_table(title: str, table: tables.Table) -> Table:
     brief = table.brief()
     shown = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, heading in enumerate(brief.headings):
-        shown.add_column(heading, justify="left" if index == 0 else "right", overflow="fold")
+        # Of a model or a student it may hold a path.
+        shown.add_column(Text(heading), justify="left" if index == 0 else "right", overflow="fold")
     for row in brief.cells:
         shown.add_row(*(Text(cell) for cell in row))
     return shown

@@ -115,9 +115,9 @@ def ratio_table(speed: Speed) -> Table:
     return Table.of(rows, narrow=(0, 1, 2))
 
 
-def _gain(row: QualityRow, share: Estimate | None, figure: object) -> str:
+def _gain(row: QualityRow, share: Estimate | None, figure: Estimate | float | None) -> str:
     """Cell of a share of the guidance gain: where there is none, whether that is for noise."""
-    has_one = row.role == "student" and figure is not None
+    has_one = row.role == "student" and isinstance(figure, Estimate)
     return "gain within noise" if has_one and share is None else formatted(share, ".0%")
 
 

@@ -36,12 +36,19 @@ def stages_of(student: Path) -> dict[int | None, Path]:
         raise InputError(
             f"the student in {student} is no few-step student: pass one of `boostdiff distill --few-steps`"
         )
-    started = info.settings["start_from"]
-    if started and read_student(Path(started)).adapter_sha256 != info.settings["start_from_sha256"]:
-        raise InputError(f"{started} is no longer the student that the one in {student} began with")
-    folders = {None: Path(started) if started else student / STAGES / "guidance"}
-    earlier = {int(path.name): path for path in (student / STAGES).glob("*") if path.name.isdecimal()}
-    return folders | dict(sorted(earlier.items(), reverse=True)) | {info.steps: student}
+    # A stage before the last lies beside the others.
+    within = student.parent if student.absolute().parent.name == STAGES else student / STAGES
+    begun, folders = within / "guidance", dict[int | None, Path]()
+    if started := info.settings["start_from"]:
+        begun = Path(started)
+        found = read_student(begun)
+        if found.adapter_sha256 != info.settings["start_from_sha256"]:
+            raise InputError(f"{started} is no longer the student that the one in {student} began with")
+        if found.steps is not None:
+            folders = stages_of(begun)
+    earlier = {int(path.name): path for path in within.glob("*") if path.name.isdecimal()}
+    later = {steps: earlier[steps] for steps in sorted(earlier, reverse=True) if steps > info.steps}
+    return (folders or {None: begun}) | later | {info.steps: student}
 
 
 def _value(figure: Statistic | None) -> str:

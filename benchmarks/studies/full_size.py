@@ -153,11 +153,16 @@ def training_row(name: str, info: dict[str, Any], speed: dict[str, Any]) -> list
     return [name, f"{seconds:.1f}", *shares, f"{result['peak_memory'] / 2**30:.1f}"]
 
 
+def device_name(device: torch.device) -> str:
+    """Of the GPU, or of the processor."""
+    described = hardware(device)
+    return str(described.get("gpu", described["cpu"]))
+
+
 def summary(planned: dict[str, Stage], failed: dict[str, str], *, model: str, device: torch.device) -> str:
     """Markdown of what is there: where the results are, the pace of the training, and what failed."""
-    described = hardware(device)
     done = {name: stage.done_file for name, stage in planned.items() if stage.done_file.exists()}
-    lines = [f"# {model} on {described.get('gpu', described['cpu'])}\n"]
+    lines = [f"# {model} on {device_name(device)}\n"]
     lines += [f"- {name}: {path}" for name, path in done.items()]
     lines += [f"- {name} failed: {reason}" for name, reason in failed.items()]
     if "speed" in done:
@@ -212,10 +217,15 @@ def full_size(
         raise InputError(f"unknown stage {unknown.pop()!r}: choose from {', '.join(planned)}")
     check_output(output)
     settings = {"model": model, "steps": steps, "runs": runs, "updates": updates, "batch_sizes": batch_sizes}
+    settings["device"] = device_name(target)
     for begun in (work / SETTINGS, output / SETTINGS):
         if begun.exists() and (before := read_json(begun)) != settings:
+            # Before there was a device, nobody wrote down which it was.
+            measured_on = before.pop("device", "a device that is not named")
             options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in before.items())
-            raise InputError(f"{begun.parent} holds results of {options}: pass these again, or another folder")
+            raise InputError(
+                f"{begun.parent} holds results of {options} on {measured_on}: pass these again, or another folder"
+            )
     for folder in (work, output):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SETTINGS, settings)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
 
 from ...engine.guidance_term import r2_of, trajectory
-from ...engine.options import SamplerOption, SpacingOption
+from ...engine.options import SpacingOption, StudentsSamplerOption, StudentsStepsOption
 from ...engine.runners import TorchRunner
+from ...engine.student import read_student
 from ..config import BenchConfig
 from ..quality.distances import paired_feature_distance
 from ..report.tables import NOTHING, Table
-from ..session import scales_for
-from .held_out import Samples, Scales, Steps, Work, check_plan, check_prompts, held_out, scales_of
+from ..session import scales_for, with_sampling
+from .held_out import Samples, Scales, Work, check_plan, check_prompts, held_out, scales_of
 
 Students = Annotated[list[Path], typer.Argument(help="Students of the embedded model.")]
 
@@ -79,8 +81,8 @@ def effective_guidance(
     work: Work,
     scales: Scales = "1.5,3,5,7.5",
     samples: Samples = 200,
-    sampler: SamplerOption = "ddim",
-    steps: Steps = 20,
+    sampler: StudentsSamplerOption = None,
+    steps: StudentsStepsOption = None,
     timestep_spacing: SpacingOption = None,
 ) -> None:
     """The guidance that students give for each w they are asked for.
@@ -92,6 +94,9 @@ def effective_guidance(
     config = BenchConfig(samples=samples, sampler=sampler, steps=steps, timestep_spacing=timestep_spacing)
     for folder in students:
         check_plan(config, [folder])
+    # One setting for all rows: few-step students have their own, timesteps included.
+    own: list[Any] = [each for folder in students if (each := read_student(folder).timestep_spacing)]
+    config = replace(with_sampling(config, students), timestep_spacing=own[0] if own else timestep_spacing)
     for folder in students:
         with held_out([folder], config, work=work) as (session, cache):
             teachers = {scale: cache.sampled(session.teacher(scale)).features for scale in GRID}
@@ -100,6 +105,6 @@ def effective_guidance(
                 features = cache.sampled(session.student(student, scale)).features
                 effective, distance = nearest_scale(features, teachers)
                 rows.append([folder.name, f"{scale:g}", f"{effective:.2f}", f"{distance:.3f}"])
-    print(f"N = {samples}, {sampler}, {steps} steps\n")
+    print(f"N = {samples}, {config.sampler}, {config.steps} steps\n")
     headings = ["student", "w", "effective guidance", "distance to the nearest teacher's image"]
     print(Table(headings=headings, cells=rows).markdown())

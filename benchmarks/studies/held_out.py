@@ -6,6 +6,7 @@ What is sampled is kept in a study's folder: one that was interrupted goes on.
 from __future__ import annotations
 
 import io
+import json
 import shlex
 import subprocess
 import sys
@@ -51,15 +52,21 @@ TAKES_TRAINING_OPTIONS: dict[str, Any] = {"allow_extra_args": True, "ignore_unkn
 """For commands that train: options after `--` go to `boostdiff distill`."""
 
 
-def check_training(folder: Path, options: Sequence[str]) -> None:
-    """Refuse, unless the student is there, what `boostdiff distill` would refuse: by its dry run, in this process."""
+def check_training(folder: Path, options: Sequence[str]) -> dict[str, Any]:
+    """The settings that `boostdiff distill` would train with, by its dry run, in this process; none if it has trained.
+
+    Raises:
+        InputError: it would refuse them.
+    """
     if folder.exists():
-        return
+        return {}
     app, words = typer.Typer(pretty_exceptions_enable=False), ["--output", str(folder), *options]
     app.command()(distill)
     check_not_empty(app, words)
-    with redirect_stdout(io.StringIO()):
+    with redirect_stdout(io.StringIO()) as shown:
         app([*words, "--dry-run"], standalone_mode=False)
+    settings: dict[str, Any] = json.loads(shown.getvalue())
+    return settings
 
 
 def trained(folder: Path, options: Sequence[str]) -> Path:

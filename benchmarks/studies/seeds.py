@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ...engine.errors import InputError
 from ..config import SAMPLER_NAMES, BenchConfig, comma_separated
 from ..quality.quality import Quality, QualityRow, evaluate
 from ..report.tables import NOTHING, Table, formatted
@@ -77,17 +78,21 @@ def seeds(
     """
     # What can't be used is refused before training, which takes hours.
     configs = [BenchConfig(samples=samples, sampler=name, steps=steps) for name in samplers_of(samplers)]
-    for config in configs:
-        check_plan(config)
     options = ["--guidance", f"{guidance:g}", *context.args]
     planned = {
         (method, seed): ["--method", method, "--seed", str(seed), *options]
         for method in methods_of(methods)
         for seed in range(seeds)
     }
+    there = [folder for method, seed in planned if (folder := work / f"{method}-{seed}").exists()]
+    for config in configs:
+        check_plan(config, there)
     for (method, seed), words in planned.items():
-        if seed == 0:
-            check_training(work / f"{method}-{seed}", words)
+        few = check_training(work / f"{method}-{seed}", words).get("few_steps") if seed == 0 else None
+        last = few and int(few.rpartition(":")[2])
+        if few and any((config.sampler, config.steps) != ("ddim", last) for config in configs):
+            settings = f"--samplers ddim --steps {last}"
+            raise InputError(f"--few-steps {few} makes students of {last} steps of ddim alone: pass {settings}, too")
     folders = {trained(work / f"{method}-{seed}", words): method for (method, seed), words in planned.items()}
     for config in configs:
         with held_out(list(folders), config, work=work) as (session, cache):

@@ -435,3 +435,23 @@ def test_a_guidance_conditioned_student_is_evaluated_at_the_guidance_asked_for(
             metrics=Metrics(reference=embedded.REFERENCE),
             device="cpu",
         )
+
+
+@pytest.mark.parametrize("interval", [True, False])
+def test_no_gain_is_within_noise_where_there_is_no_interval(result: BenchResult, interval: bool) -> None:
+    assert result.quality is not None
+    without = {"delta_to_guided": None, "gain_recovered": None}
+    without |= {f"caption_{name}": None for name in without} | ({} if interval else {"distance_interval": None})
+    rows = [
+        replace(row, **without, **({} if interval else {"caption_score": row.caption_value}))
+        for row in result.quality.rows
+    ]
+    quality = replace(result.quality, rows=rows)
+    table = quality_table(quality)
+    line = next(line for line in table.cells if line[0] == "student lora")
+    cells = dict(zip(table.headings, line, strict=True))
+    expected = "gain within noise" if interval else "–"
+    assert cells["guidance gain recovered"] == cells["its gain recovered"] == expected
+    assert cells["CLIP score (clip0)"].startswith(f"{quality.student.caption_value:.1f}")
+    assert ("[" in cells["CLIP score (clip0)"]) == interval
+    assert "CLIP score" not in replace(result, quality=quality).verdict(), "without a paired difference"

@@ -169,3 +169,35 @@ def test_a_sweep_of_captions_against_a_folder(
     again = json.loads(capfd.readouterr().out)
     assert again["cells"] == first["cells"]
     assert {path: path.stat().st_mtime_ns for path in (output / "cache").iterdir()} == shards
+
+
+@pytest.mark.parametrize("name", ["[lora]", "x[/lora]"])
+def test_a_path_is_shown_as_it_is(
+    workplace: Path,
+    tiny_folder: Path,
+    students: dict[str, Path],
+    clip_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    """And not read as rich's markup: of the output, of students in a heading, and of the CLIP model in another."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    for copied in ("1", "2"):
+        shutil.copytree(students["lora"], tmp_path / name / copied)
+    clip = shutil.copytree(clip_folder, tmp_path / "clip" / name.replace("/", ""))
+    options = ["--prompts", workplace / "captions.json", "--reference", workplace / "real", "--clip", clip]
+    for copied in ("1", "2"):
+        options += ["--student", f"{name}/{copied}"]
+    sweep = ["sweep", "--guidance", "3", "--samples", 2, *options]
+    for words, says in (
+        (sweep, [f"Table: {name}/o/sweep.html", f"({name}/1)", f"({clip.name})"]),
+        (["--random-weights", "--runs", 3, "--no-compile"], [f"Report: {name}/o/report.html"]),
+    ):
+        measured = [*words, "--model", tiny_folder, "--device", "cpu", "--steps", 1, "--output", f"{name}/o"]
+        assert run(measured, monkeypatch) == 0
+        shown = capfd.readouterr().err
+        for each in says:
+            assert each in shown

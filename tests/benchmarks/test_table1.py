@@ -203,8 +203,54 @@ def test_a_sweep_takes_students_of_several_scales(
     found = {(cell.quality.name, cell.guidance) for cell in grid.cells if cell.quality.name != "teacher"}
     assert found == {("student lora", 3.0), ("student bitfit", 5.0)}
     assert "So few images have no intervals" in markdown(grid)
-    with pytest.raises(InputError, match="distilled at different guidance"):
+    with pytest.raises(InputError, match="distilled at different guidance: compare them one at a time"):
         read_students([students["lora"], other], locate(str(tiny_folder)), None)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "advice"),
+    [
+        ([(1.5, 5.0)], "all can give --guidance 3, pass it"),
+        ([(2.0, 6.0), (1.5, 7.5)], "all can give --guidance 3, pass it"),
+        ([(3.5, 9.0)], "compare them one at a time"),
+        ([(1.5, 5.0), (4.0, 9.0)], "compare them one at a time"),
+    ],
+)
+def test_the_scale_that_all_students_can_give_is_named(
+    tiny_folder: Path, students: dict[str, Path], tmp_path: Path, ranges: list[tuple[float, float]], advice: str
+) -> None:
+    folders, files = [students["lora"]], locate(str(tiny_folder))
+    for low, high in ranges:
+        folders.insert(0, Path(shutil.copytree(students["lora"], tmp_path / f"{low}-{high}")))
+        replace(read_student(folders[0]), guidance=(low + high) / 2, guidance_range=(low, high)).write(folders[0])
+    with pytest.raises(InputError, match=f"the students were distilled at different guidance: {advice}"):
+        read_students(folders, files, None)
+    if "pass" in advice:
+        assert read_students(folders, files, 3.0)[1] == 3
+
+
+@pytest.mark.parametrize("samples", [2, 3, 4])
+def test_few_images_have_a_caption_score_without_an_interval(
+    tiny_folder: Path, students: dict[str, Path], reference: Path, clip_folder: Path, tmp_path: Path, samples: int
+) -> None:
+    grid = measure_grid(
+        locate(str(tiny_folder)),
+        SweepConfig(guidance=(1.0, 3.0), steps=1, samples=samples),
+        students=[students["lora"]],
+        prompts=MANY,
+        metrics=Metrics(reference=reference, clip=str(clip_folder)),
+        device="cpu",
+    )
+    assert grid
+    write_grid(grid, tmp_path)
+    cells = json.loads((tmp_path / "sweep.json").read_text())["cells"]
+    text, page = ((tmp_path / f"sweep.{kind}").read_text() for kind in ("md", "html"))
+    assert text.count("100 times the cosine") == page.count("100 times the cosine") == 1
+    assert len(cells) == 3
+    for score in (cell["quality"]["caption_score"] for cell in cells):
+        assert isinstance(score, float) == (samples < 4)
+        shown = f"{score:.1f} |" if samples < 4 else f"{score['value']:.1f} ["
+        assert shown in text
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from boostdiff.distill.loop import Observers
 from boostdiff.engine import embedded
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.model import load, locate
+from boostdiff.engine.student import StudentInfo
 from boostdiff.teacher import negative_prompts
 from boostdiff.teacher.architecture import make_vae
 from boostdiff.teacher.captions import FULL, draw_captions
@@ -146,3 +149,32 @@ def test_what_a_negative_prompt_names_is_looked_for(
     # From one noise, without a negative prompt, is the picture that named it.
     assert rows[2][1] == "100.0% ± 0.0%"
     assert all(0 <= float(row[1].split("%")[0]) <= 100 for row in rows if row[0] in variants)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampler": "ddim", "steps": 4, "timestep_spacing": "trailing"},
+        {"guider": "apg", "guider_settings": {}},
+        {"negative_prompt": "blurry"},
+    ],
+)
+def test_students_of_another_teacher_or_setting_are_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    plain = StudentInfo(
+        method="lora",
+        guidance=3.0,
+        model="emoji64",
+        denoiser_sha256="",
+        adapter_files={},
+        trainable_parameters=1,
+        settings={},
+        versions={},
+    )
+    infos = {tmp_path / "plain": plain, tmp_path / "other": replace(plain, **changes)}
+    monkeypatch.setattr(negative_prompts, "read_student", lambda folder, files: infos[folder])
+    with pytest.raises(InputError, match=f"the student in {tmp_path / 'other'} can't be compared here") as refused:
+        negative_prompts.negatives(list(infos), tmp_path / "work")
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.iterdir())

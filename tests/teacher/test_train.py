@@ -4,14 +4,17 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from artworks import make_artworks
+from boostdiff.engine.embedded import MODEL_DIR
+from boostdiff.engine.errors import InputError
 from boostdiff.teacher.architecture import make_unet, make_vae
 from boostdiff.teacher.optimize import learning_rate_factor, mean_over_processes, optimize, step_generator
-from boostdiff.teacher.train import the_tokenizer
-from safetensors.torch import load_file
+from boostdiff.teacher.train import diffusion, the_tokenizer
+from safetensors.torch import load_file, save_file
 
 
 def test_the_schedule_warms_up_stays_and_decays() -> None:
@@ -22,7 +25,7 @@ def test_the_schedule_warms_up_stays_and_decays() -> None:
     assert factors[-1] < 1e-4
 
 
-def train(checkpoint: Path, steps: int) -> torch.Tensor:
+def train(checkpoint: Path, steps: int, header: dict[str, Any] | None = None) -> torch.Tensor:
     torch.manual_seed(0)
     layer = torch.nn.Linear(4, 1)
 
@@ -38,6 +41,7 @@ def train(checkpoint: Path, steps: int) -> torch.Tensor:
         steps=steps,
         learning_rate=0.05,
         checkpoint_minutes=0,
+        header=header,
     )
     return layer.weight.detach().clone()
 
@@ -49,6 +53,49 @@ def test_training_resumes_exactly_and_learns(tmp_path: Path, monkeypatch: pytest
     expected = train(tmp_path / "a", 60)
     train(tmp_path / "b", 25)
     assert torch.equal(train(tmp_path / "b", 60), expected)
+
+
+@pytest.mark.parametrize(
+    ("begun", "now", "says"),
+    [
+        ({}, {"start_from": "a"}, "with another --start-from: repeat it"),
+        ({"start_from": "a"}, {"start_from": "b"}, "with another --start-from: repeat it"),
+        ({"start_from": "a"}, None, "with another --start-from: repeat it"),
+        ({"flow": True}, {}, "with another --flow: repeat it"),
+        ({"start_from": "a"}, {"flow": True}, "with another --flow and --start-from: repeat it"),
+    ],
+)
+def test_a_run_goes_on_as_it_was_begun_or_not_at_all(
+    tmp_path: Path, begun: dict[str, Any], now: dict[str, Any] | None, says: str
+) -> None:
+    train(tmp_path / "c", 2, begun)
+    before = (tmp_path / "c").read_bytes()
+    with pytest.raises(InputError, match=says):
+        train(tmp_path / "c", 4, now)
+    assert (tmp_path / "c").read_bytes() == before
+    assert not torch.equal(train(tmp_path / "c", 4, begun), train(tmp_path / "other", 2))
+
+
+def test_what_a_diffusion_begins_with_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artworks, headers = make_artworks(4), list[dict[str, Any]]()
+    monkeypatch.setattr("boostdiff.teacher.train.load_artworks", lambda work: artworks)
+    monkeypatch.setattr("boostdiff.teacher.train.TOKENIZER_CAPTIONS", 50)
+    monkeypatch.setattr("boostdiff.teacher.train.optimize", lambda *, header, **_: headers.append(header))
+    pairs = torch.zeros(2, 2, dtype=torch.int64)
+    latents = {"latents": torch.zeros(2, 4, 16, 16), "pairs": pairs, "scale": torch.tensor(1.0)}
+    save_file(latents, tmp_path / "latents.safetensors")
+    starts = [Path(shutil.copytree(MODEL_DIR, tmp_path / name)) for name in ("same", "text_encoder", "unet")]
+    for folder in starts[1:]:
+        (path,) = (folder / folder.name).glob("*.safetensors")
+        weights = load_file(path)
+        save_file({name: tensor + 1 for name, tensor in weights.items()}, path, metadata={"format": "pt"})
+    diffusion(tmp_path, compiles=False)
+    diffusion(tmp_path, compiles=False, flow=True)
+    for folder in (MODEL_DIR, *starts):
+        diffusion(tmp_path, compiles=False, start_from=folder)
+    assert headers[:2] == [{}, {"flow": True}]
+    assert headers[2] == headers[3]
+    assert len({header["start_from"] for header in headers[2:]}) == 3
 
 
 def test_gradients_become_the_mean_of_all_shares() -> None:

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 from boostdiff import cli
+from boostdiff.benchmarks.studies import full_size
 from boostdiff.benchmarks.studies.__main__ import app
 from boostdiff.benchmarks.studies.full_size import Stage, stages, summary, training_row
 from boostdiff.engine.errors import InputError
@@ -109,3 +110,27 @@ def test_results_of_other_settings_are_not_taken_for_these(tmp_path: Path, optio
     result = CliRunner().invoke(app, [*work, *option])
     assert isinstance(result.exception, InputError)
     assert "holds results of --model sd21-base --steps 20" in str(result.exception)
+
+
+@pytest.mark.parametrize("before", ["NVIDIA H100", None])
+def test_results_of_another_device_are_not_taken_for_this_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    work, begun = ["full-size", "--work", str(tmp_path / "w"), "--only", "speed"], tmp_path / "w/full-size.json"
+    done = tmp_path / "w/results/speed/report.json"
+    done.parent.mkdir(parents=True)
+    write_json(done, {"speed": {}})
+    monkeypatch.setattr(
+        full_size, "hardware", lambda device: {"cpu": "AMD EPYC", **({"gpu": before} if before else {})}
+    )
+    assert CliRunner().invoke(app, work).exit_code == 0
+    assert (tmp_path / "w/results/summary.md").read_text().startswith(f"# sd21-base on {before or 'AMD EPYC'}\n")
+    monkeypatch.setattr(full_size, "hardware", lambda device: {"cpu": "AMD EPYC", "gpu": "NVIDIA H200"})
+    result = CliRunner().invoke(app, work)
+    assert isinstance(result.exception, InputError)
+    assert f"--batch-sizes 1,2,4,8,16 on {before or 'AMD EPYC'}: pass these again" in str(result.exception)
+    # Nobody knows what earlier versions measured on.
+    for path in (begun, tmp_path / "w/results/full-size.json"):
+        write_json(path, {name: value for name, value in read_json(path).items() if name != "device"})
+    result = CliRunner().invoke(app, work)
+    assert "on a device that is not named" in str(result.exception)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from boostdiff.benchmarks.studies import seeds
 from boostdiff.benchmarks.studies.__main__ import app
 from boostdiff.benchmarks.studies.guidance_study import nearest_scale
 from boostdiff.distill.config import DistillConfig
@@ -17,7 +18,7 @@ from boostdiff.engine.guiders import Guider
 from boostdiff.engine.model import Model, locate
 from boostdiff.engine.runners import TorchRunner
 from boostdiff.engine.student import read_student
-from tiny import PROMPTS
+from tiny import PROMPTS, few_step_copy
 from typer.testing import CliRunner
 
 
@@ -112,6 +113,34 @@ def test_effective_guidance_at_each_scale_of_the_range(tmp_path: Path, prompt_fi
     # Other timesteps, other images.
     assert shown("effective-guidance", ranged, "--scales", "3", *sampling, "--timestep-spacing", "trailing")
     assert len(set((tmp_path / "features").iterdir()) - shards) == 10 + 1
+
+
+@pytest.mark.parametrize("beside", [[], ["w3"]])
+def test_effective_guidance_of_few_steps_is_at_their_own(student: Path, tmp_path: Path, beside: list[str]) -> None:
+    few = few_step_copy(student, tmp_path / "few", 2)
+    folders = [*(student.with_name(name) for name in beside), few]
+    words = ("effective-guidance", *folders, "--work", tmp_path, "--samples", 4)
+    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    assert "N = 4, ddim, 2 steps\n" in result.output
+    rows = [line.split(" | ")[1:] for line in result.output.splitlines() if " | 3 | " in line]
+    # They are one student, so rows at one setting, timesteps included, are the same.
+    assert len(rows) == len(folders)
+    assert all(row == rows[0] for row in rows)
+
+
+@pytest.mark.parametrize("options", [(), ("--steps", 2), ("--samplers", "dpm++", "--steps", 4)])
+def test_students_of_few_steps_are_trained_for_the_seeds_own_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[object, ...]
+) -> None:
+    def begun(folder: Path, words: object) -> Path:
+        raise InterruptedError
+
+    monkeypatch.setattr(seeds, "trained", begun)
+    few = ("--", "--few-steps", "8:4")
+    for settings, refused in ((("--samplers", "ddim", "--steps", 4), False), (options, True)):
+        words = ["seeds", "--work", tmp_path / "w", "--methods", "lora", *settings, *few]
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        assert isinstance(result.exception, InputError if refused else InterruptedError)
 
 
 def test_scales_that_are_no_numbers_are_refused(student: Path) -> None:

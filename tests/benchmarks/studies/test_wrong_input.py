@@ -13,14 +13,17 @@ from boostdiff.distill.distill import distill
 from boostdiff.distill.loop import Observers
 from boostdiff.engine.model import locate
 from boostdiff.engine.terminal import run
+from tiny import few_step_copy
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, prompt_file: Path) -> Path:
-    """A student of the embedded model, a file, an empty folder and a loop of links."""
+    """A student of the embedded model, few-step ones, a file, an empty folder and a loop of links."""
     made = tmp_path_factory.mktemp("inputs")
     config = DistillConfig(prompts=prompt_file, updates=1, batch_size=2)
     distill(locate("emoji64"), config, output=made / "s", device="cpu", observers=Observers(preview=False))
+    few_step_copy(made / "s", made / "f", 2)
+    few_step_copy(made / "s", made / "t/lora-0", 2)
     (made / "file").write_text("x")
     (made / "dir").mkdir()
     (made / "loop").symlink_to("loop")
@@ -48,6 +51,11 @@ WRONG = [
     ("seeds --work w -- --rank 0", "--rank"),
     ("seeds --work w -- --prompts missing", "can't read the prompt file missing"),
     ("seeds --work w -- --images=", "--images is empty"),
+    ("seeds --work w -- --few-steps 8:4", "makes students of 4 steps of ddim alone: pass --samplers ddim --steps 4"),
+    ("seeds --work w --steps 4 -- --few-steps=8:4", "--few-steps 8:4 makes students of 4 steps"),
+    ("seeds --work w --samplers ddim -- --few-steps 8:2", "pass --samplers ddim --steps 2, too"),
+    ("seeds --work t --steps 4", "this few-step student was distilled for 2 steps of ddim"),
+    ("effective-guidance f --work w --steps 4", "this few-step student was distilled for 2 steps of ddim"),
     ("seeds --work file", "is a file: choose another --work"),
     ("seeds --work file/below", "choose another --work"),
     ("effective-guidance s --work file", "is a file: choose another --work"),
