@@ -101,11 +101,11 @@ def distill(
     execution, observers, target = execution or RunConfig(), observers or Observers(), resolve_device(device)
     asked_scale, config = config.adapter_scale, resolve(config, files, target)
     prompts, images = plan(files, config, execution, target)
+    prepare_output(output, replaces=INFO_FILE)
     for lost in (output.resolve(), work_folder(output)):
         # The one is replaced at the end, the other set aside now.
         if config.start_from and config.start_from.resolve().is_relative_to(lost):
             raise InputError(f"--start-from {config.start_from} would be lost with {lost}: pass another --output")
-    prepare_output(output, replaces=INFO_FILE)
     if taken := adopted_in_words(config):
         observers.on_note(taken)
     folder, same = work_folder(output), identity(files, config, images)
