@@ -235,6 +235,7 @@ def test_resumed_runs_give_the_same_bytes(
     assert LIVE_FILE in info.adapter_files
 
 
+@pytest.mark.slow
 def test_a_conditioned_student_takes_both(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
     config = config_of(prompt_file, guidance=1.5, guidance_max=5.0, updates=12, adapter_scale=2.0)
     info = distill(tiny_files, config, output=tmp_path / "s", device="cpu", observers=Observers())

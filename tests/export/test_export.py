@@ -156,6 +156,7 @@ def test_compare_refuses_nan(engine: Path, tiny: Model) -> None:
             compare(session, tiny_part(tiny).cases, what="unet", tolerance=1.0)
 
 
+@pytest.mark.slow
 def test_a_soft_prompt_is_in_the_graph_at_any_batch(
     tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
