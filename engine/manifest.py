@@ -18,8 +18,8 @@ MANIFEST_VERSION = 4
 MARKS = (MANIFEST_FILE, "model_index.json")
 """Both are in every engine; other programs have a `manifest.json`, too."""
 
-DIFFUSERS = "diffusers/"
-CARD = f"{DIFFUSERS}README.md"
+CARD = "diffusers/README.md"
+"""The model card of the folder for stock diffusers."""
 
 
 @dataclass(kw_only=True)
@@ -72,10 +72,10 @@ class Manifest:
 
         Without the folder for stock diffusers, which people move and whose card they edit.
         """
-        around = [name for name in self.files if not name.startswith(DIFFUSERS)]
+        around = [name for name in self.files if not name.startswith("diffusers/")]
         return [name for name in around if not any(name == a or name.startswith(f"{a}.") for a in self.artefacts)]
 
-    def others_files(self, folder: Path) -> list[str]:
+    def users_files(self, folder: Path) -> list[str]:
         """Files that an export did not write, or that are there to be edited, and were: a new one would remove them."""
         found = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
         names = {path.relative_to(folder).as_posix() for path in found} - {MANIFEST_FILE, *self.unknown_files(folder)}

@@ -73,21 +73,20 @@ class Session(AbstractContextManager["Session"]):
         feeds = {name: x.to(self.device, self.input_types[name]).contiguous() for name, x in inputs.items()}
         batch = len(next(iter(feeds.values())))
         step = self.largest_batch or batch
-        for start in range(0, batch, step):
-            rows = slice(start, min(start + step, batch))
-            size = rows.stop - start
-            part = {name: tensor[rows] for name, tensor in feeds.items()}
-            results = {name: tensor[rows] for name, tensor in outputs.items()}
-            if size >= self.smallest_batch:
-                with self._turn:
+        with self._turn:
+            for start in range(0, batch, step):
+                rows = slice(start, min(start + step, batch))
+                size = rows.stop - start
+                part = {name: tensor[rows] for name, tensor in feeds.items()}
+                results = {name: tensor[rows] for name, tensor in outputs.items()}
+                if size >= self.smallest_batch:
                     self._execute(part, results)
-                continue
-            repeated = torch.arange(self.smallest_batch, device=self.device) % size
-            padded = {name: tensor.new_empty(len(repeated), *tensor.shape[1:]) for name, tensor in results.items()}
-            with self._turn:
+                    continue
+                repeated = torch.arange(self.smallest_batch, device=self.device) % size
+                padded = {name: tensor.new_empty(len(repeated), *tensor.shape[1:]) for name, tensor in results.items()}
                 self._execute({name: tensor[repeated] for name, tensor in part.items()}, padded)
-            for name, tensor in results.items():
-                tensor.copy_(padded[name][:size])
+                for name, tensor in results.items():
+                    tensor.copy_(padded[name][:size])
 
     @abstractmethod
     def _execute(self, feeds: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:

@@ -12,7 +12,7 @@ import torch
 from ..engine.conditions import is_live
 from ..engine.errors import BoostDiffError, InputError
 from ..engine.files import hash_of, prepare_output, read_json, staged_folder, write_json
-from ..engine.manifest import DIFFUSERS, MARKS, Manifest, read_manifest, verified_file
+from ..engine.manifest import CARD, MARKS, Manifest, read_manifest, verified_file
 from ..engine.memory import give_back_memory
 from ..engine.merge import TIMESTEPS, merge_in_place
 from ..engine.model import Model, ModelFiles, keep_attention_in_fp32, load, resolve_device
@@ -170,8 +170,8 @@ def up_to_date_engine(output: Path, intended: Manifest) -> Manifest | None:
         if standing.fingerprint() != intended.fingerprint():
             return None
         for name in standing.files:
-            # Of the folder for stock diffusers the weights alone: its card is there to be edited.
-            if not name.startswith(DIFFUSERS) or name in standing.artefacts:
+            # It is there to be edited.
+            if name != CARD:
                 verified_file(output, standing, name)
     except InputError:
         return None
@@ -185,7 +185,7 @@ def refuse_loss(output: Path) -> None:
         InputError: there are such files.
     """
     try:
-        found = read_manifest(output).others_files(output)
+        found = read_manifest(output).users_files(output)
     except InputError:
         return
     if found:

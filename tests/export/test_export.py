@@ -348,6 +348,15 @@ def test_a_damaged_engine_is_exported_again(copied: Path) -> None:
     assert up_to_date_engine(copied, manifest) == manifest
     assert up_to_date_engine(copied, replace(manifest, options={"precision": "fp16"})) is None
     assert up_to_date_engine(copied, replace(manifest, inputs=manifest.inputs | {"vae": "another"})) is None
+    config = copied / "diffusers/model_index.json"
+    config.parent.mkdir()
+    config.write_text("{}")
+    manifest.write(copied)
+    assert up_to_date_engine(copied, manifest) == read_manifest(copied)
+    # Whoever asks for this folder again has moved it.
+    config.unlink()
+    assert up_to_date_engine(copied, manifest) is None
+    manifest.write(copied)
     data = copied / "unet/model.onnx.data"
     data.write_bytes(data.read_bytes()[:-1] + b"x")
     assert up_to_date_engine(copied, manifest) is None
