@@ -50,6 +50,7 @@ def distill(
     from .distill import resolve
     from .few_steps import STAGES
     from .loop import Observers, UpdateReport
+    from .run_folder import PREVIEW_FILE, refuse_loss_of_files, refuse_loss_of_start
 
     low, high = parse_guidance(guidance)
     config = config_from(DistillConfig, options, guidance=low, guidance_max=high)
@@ -59,6 +60,9 @@ def distill(
     resolved = resolve(config, files, target)
     if dry_run:
         check_output(output, replaces=INFO_FILE)
+        refuse_loss_of_start(output, resolved)
+        if not execution.resume:
+            refuse_loss_of_files(output)
         print_json({"model": model, "output": str(output), **resolved_settings(files, resolved, execution, target)})
         return
     updates = (resolved.updates or 0) + len(resolved.stages) * (resolved.stage_updates or 0)
@@ -83,7 +87,7 @@ def distill(
         print_json({"output": str(output), **asdict(info)})
         return
     following = next_command("export --trt", model=(model, embedded.MODEL_NAME), student=(output, STUDENT_FOLDER))
-    preview = f"; preview: {escape(str(output / 'grid.png'))}" if (output / "grid.png").exists() else ""
+    preview = f"; preview: {escape(str(output / PREVIEW_FILE))}" if (output / PREVIEW_FILE).exists() else ""
     # Of few steps that of the last stage is one part; stages from before there was such a figure have none.
     seconds = sum(each.get("seconds") or 0 for each in info.result.get(STAGES, [info.result]))
     console.print(

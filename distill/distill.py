@@ -38,12 +38,16 @@ from .preview import Preview
 from .replay import Replay
 from .run_folder import (
     CONFIG_FILE,
+    PREVIEW_FILE,
+    TRACKER,
     adapter_scale_of,
     at_work_in,
     begin,
     exclusive_lock,
     finished_run,
     identity,
+    refuse_loss_of_files,
+    refuse_loss_of_start,
     rescale,
     resumable_state,
     work_folder,
@@ -102,10 +106,7 @@ def distill(
     asked_scale, config = config.adapter_scale, resolve(config, files, target)
     prompts, images = plan(files, config, execution, target)
     prepare_output(output, replaces=INFO_FILE)
-    for lost in (output.resolve(), work_folder(output)):
-        # The one is replaced at the end, the other set aside now.
-        if config.start_from and config.start_from.resolve().is_relative_to(lost):
-            raise InputError(f"--start-from {config.start_from} would be lost with {lost}: pass another --output")
+    refuse_loss_of_start(output, config)
     if taken := adopted_in_words(config):
         observers.on_note(taken)
     folder, same = work_folder(output), identity(files, config, images)
@@ -120,6 +121,7 @@ def distill(
         what = f"{KOHYA_FILE} is added" if scale == before else f"its adapter is scaled by {scale:g}, not trained"
         observers.on_note(f"the run in {output} has ended: {what}")
         return rescale(ended, *_load(files, config, execution, target), scale, output, kohya=kohya)
+    refuse_loss_of_files(output)
     replaces, data = (output / INFO_FILE).is_file(), (prompts, images)
 
     def train(student: Path, stage: Stage | None) -> StudentInfo:
@@ -172,7 +174,7 @@ def _train(
     info = None
     with at_work_in(folder) if accelerator.is_main_process else nullcontext():
         if execution.log_with:
-            accelerator.init_trackers("boostdiff", {key: value for key, value in same.items() if value is not None})
+            accelerator.init_trackers(TRACKER, {key: value for key, value in same.items() if value is not None})
         result = run.train(observers, preview.write)
         if accelerator.is_main_process:
             if config.adapter_scale is not None:
@@ -181,7 +183,7 @@ def _train(
             publish(folder, output)
             # The last: nothing that goes wrong with a picture is worth a student.
             if observers.preview and _affordable(preview, result, target, observers, output):
-                preview.write(output / "grid.png")
+                preview.write(output / PREVIEW_FILE)
     return _from_main_process(accelerator, info)
 
 

@@ -40,7 +40,7 @@ from .replay import Replay
 from .source import Batch, Source
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
-LOG_FILE = "log.jsonl"
+LOG_FILE, PREVIEWS = "log.jsonl", "previews"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,8 +313,8 @@ class Run:
                     )
                 )
                 if self.execution.preview_every and self.done % self.execution.preview_every == 0 and main:
-                    (self.folder / "previews").mkdir(exist_ok=True)
-                    draw(self.folder / "previews" / f"{self.done:06}.png")
+                    (self.folder / PREVIEWS).mkdir(exist_ok=True)
+                    draw(self.folder / PREVIEWS / f"{self.done:06}.png")
                 if stop and not last:
                     raise BoostDiffError(
                         f"stopped by {request.name or 'another process'} after update {self.done}, saved: "

@@ -13,9 +13,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..engine.adapters import KOHYA_FILE, Adapter, Lora
+from ..engine.adapters import BITFIT_FILE, KOHYA_FILE, LORA_FILE, SOFT_PROMPT_FILE, Adapter, Lora
 from ..engine.errors import InputError
 from ..engine.files import locked, publish, read_json, sha256_of, write_json
+from ..engine.guidance_input import GUIDANCE_FILE
+from ..engine.live_negative import LIVE_FILE
 from ..engine.model import Model, ModelFiles
 from ..engine.options import config_as_json
 from ..engine.student import INFO_FILE, StudentInfo, read_student
@@ -24,9 +26,16 @@ from .checkpoint import TrainingState, load_training_state
 from .config import DistillConfig
 from .few_steps import SAMPLER, SPACING, STAGES, read_adapter
 from .images import ImageData
-from .loop import CHECKPOINT_FILE, Observers, Run
+from .loop import CHECKPOINT_FILE, LOG_FILE, PREVIEWS, Observers, Run
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, PREVIEW_FILE = "config.json", "grid.png"
+TRACKER = "boostdiff"
+"""Name of a run in trackers; TensorBoard has a folder of it."""
+
+OWN_FILES = {
+    *(INFO_FILE, CONFIG_FILE, LOG_FILE, PREVIEW_FILE),
+    *(LORA_FILE, KOHYA_FILE, BITFIT_FILE, SOFT_PROMPT_FILE, GUIDANCE_FILE, LIVE_FILE),
+}
 
 
 def work_folder(output: Path) -> Path:
@@ -137,6 +146,36 @@ def finished_run(output: Path, identity: dict[str, Any]) -> StudentInfo | None:
     return info
 
 
+def refuse_loss_of_start(output: Path, config: DistillConfig) -> None:
+    """Refuse to replace the student that a run is to start from.
+
+    Raises:
+        InputError: it is in the output, or in the folder of an unfinished run.
+    """
+    for lost in (output.resolve(), work_folder(output)):
+        # The one is replaced at the end, the other set aside now.
+        if config.start_from and config.start_from.resolve().is_relative_to(lost):
+            raise InputError(f"--start-from {config.start_from} would be lost with {lost}: pass another --output")
+
+
+def refuse_loss_of_files(output: Path) -> None:
+    """Refuse to replace a student together with what a user has put into its folder.
+
+    Raises:
+        InputError: there are such files.
+    """
+    for path in sorted(output.rglob("*")):
+        inside = path.relative_to(output).parts
+        # Of each stage there is a student's folder.
+        inside = inside[2:] if inside[0] == STAGES else inside
+        own = inside[:1] in ((PREVIEWS,), (TRACKER,)) or (len(inside) == 1 and inside[0] in OWN_FILES)
+        if not (own or path.is_dir() or path.name.startswith(".")):
+            raise InputError(
+                f"{path} was not written by `boostdiff distill`, which would remove it: move it, or choose another "
+                "--output"
+            )
+
+
 def write_student(run: Run, *, identity: dict[str, Any], result: dict[str, Any]) -> StudentInfo:
     """The adapter's files, and `student.json` that names them, in place of the checkpoint."""
     config, adapter, folder = run.config, run.adapter, run.folder
@@ -211,7 +250,7 @@ def rescale(
     # Not in the work folder: what is there can be resumed.
     with TemporaryDirectory(prefix=f".{output.name}.scaled-", dir=output.resolve().parent) as parent:
         folder = Path(parent) / "student"
-        shutil.copytree(output, folder, ignore=shutil.ignore_patterns("grid.png") if scaled else None)
+        shutil.copytree(output, folder, ignore=shutil.ignore_patterns(PREVIEW_FILE) if scaled else None)
         settings = info.settings | ({"adapter_scale": scale} if scaled else {})
         adapter_files = _save(adapter, folder, model, kohya=kohya or (folder / KOHYA_FILE).exists())
         info = replace(info, adapter_files=adapter_files, settings=settings)

@@ -227,6 +227,25 @@ def test_an_earlier_student_stays_until_the_new_one_is_whole(
     assert (output / LORA_FILE).read_bytes() != before
 
 
+@pytest.mark.parametrize("theirs", ["notes.txt", "engine/manifest.json", "stages/8/README.md", "stages/notes/today.md"])
+def test_what_a_user_has_put_into_a_students_folder_is_not_removed(
+    tiny_files: ModelFiles, prompt_file: Path, students: dict[str, Path], tmp_path: Path, theirs: str
+) -> None:
+    output, config = shutil.copytree(students["lora"], tmp_path / "s"), DistillConfig(prompts=prompt_file, updates=1)
+    shutil.copytree(students["lora"], output / "stages/8")
+    for own in ("previews/000001.png", "stages/8/boostdiff/events.1", ".DS_Store"):
+        (output / own).parent.mkdir(exist_ok=True)
+        (output / own).touch()
+    (output / theirs).parent.mkdir(exist_ok=True)
+    (output / theirs).write_text("mine")
+    with pytest.raises(InputError, match=f"{theirs} was not written by `boostdiff distill`, which would remove it"):
+        distill(tiny_files, config, output=output, device="cpu", observers=SILENT)
+    assert (output / theirs).read_text() == "mine"
+    (output / theirs).unlink()
+    distill(tiny_files, config, output=output, device="cpu", observers=SILENT)
+    assert not (output / "stages").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
