@@ -188,11 +188,12 @@ def speed_note(result: BenchResult) -> str:
     speed, flops = result.speed, result.speed.flops
     peaks = ", ".join(f"{_PRECISIONS.get(name, name)} {peak:.3g} TFLOP/s" for name, peak in speed.peaks.items())
     config = result.provenance["config"]
+    live = f" ({flops.live_denoiser / 1e9:.3g} of the student, which reads two texts)" if flops.live_denoiser else ""
     return (
         f"{config['steps']} steps. Medians of {config['runs']} batches per variant, all variants interleaved after "
         f"discarded batches, from prompts to pixels. Intervals: order statistics, coverage {_coverage(speed)[1:-1]}. "
         'Ratios: of times in the same round. "Teacher, no CFG" is the no-CFG speed bound. Ceiling: counted operations, '
-        f"{flops.denoiser / 1e9:.3g} GFLOP per UNet pass, {flops.vae_decode / 1e9:.3g} per VAE decode, "
+        f"{flops.denoiser / 1e9:.3g} GFLOP per UNet pass{live}, {flops.vae_decode / 1e9:.3g} per VAE decode, "
         f"{flops.text_encoder / 1e9:.2g} per prompt. Peak of matrix multiplication in the same run: {peaks}. Stock "
         "diffusers: its pipeline call, eager, with guidance."
     )

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ...engine import live_negative
 from ...engine.model import Model
 
 
@@ -18,6 +19,8 @@ class Flops:
 
     Attributes:
         denoiser: one pass over the latents of one image.
+        live_denoiser: the same of a student with a live negative prompt, which attends to two texts; None if there is
+            none.
         vae_decode: one image.
         text_encoder: one prompt.
     """
@@ -25,22 +28,30 @@ class Flops:
     denoiser: int
     vae_decode: int
     text_encoder: int
+    live_denoiser: int | None = None
 
-    def of_batch(self, *, passes: float, steps: int, batch_size: int) -> float:
-        """Prompts to pixels for a batch; with more than one pass a step, the empty prompt is encoded once for all."""
-        prompts = batch_size + (passes > 1)
-        return batch_size * (passes * steps * self.denoiser + self.vae_decode) + prompts * self.text_encoder
+    def of_pass(self, *, live: bool = False) -> int:
+        """One pass of a denoiser, with `live` of one that reads two texts."""
+        return self.live_denoiser if live and self.live_denoiser else self.denoiser
 
-    def ceiling(self, *, steps: int, batch_size: int, passes: float = 2) -> float:
+    def of_batch(self, *, passes: float, steps: int, batch_size: int, live: bool = False) -> float:
+        """Prompts to pixels for a batch; where two texts are read, the empty prompt is encoded once for all."""
+        prompts = batch_size + (passes > 1 or live)
+        return batch_size * (passes * steps * self.of_pass(live=live) + self.vae_decode) + prompts * self.text_encoder
+
+    def ceiling(
+        self, *, steps: int, batch_size: int, passes: float = 2, live: bool = False, live_teacher: bool = False
+    ) -> float:
         """The teacher's operations over one pass a step: the speed-up of whole images at equal efficiency."""
-        teacher = self.of_batch(passes=passes, steps=steps, batch_size=batch_size)
-        return teacher / self.of_batch(passes=1, steps=steps, batch_size=batch_size)
+        teacher = self.of_batch(passes=passes, steps=steps, batch_size=batch_size, live=live_teacher)
+        return teacher / self.of_batch(passes=1, steps=steps, batch_size=batch_size, live=live)
 
 
-def count_flops(model: Model) -> Flops:
+def count_flops(model: Model, *, live: bool = False) -> Flops:
     """Count matrix multiplications, convolutions and attention with torch's `FlopCounterMode`.
 
-    Every part is rebuilt on the meta device from its configuration: nothing is computed, no memory is taken.
+    Every part is rebuilt on the meta device from its configuration: nothing is computed, no memory is taken. `live` is
+    for a UNet with a student of live negative prompts.
     """
     pipeline = model.pipeline
     inputs = {
@@ -54,9 +65,16 @@ def count_flops(model: Model) -> Flops:
             tokens = torch.zeros(1, model.family.encoded_tokens(pipeline, name), dtype=torch.int64)
             text_encoder += _counted(partial(type(encoder)(encoder.config), tokens))
         denoiser = type(model.denoiser).from_config(model.denoiser.config)
+        counted = _counted(lambda: model.family.forward(denoiser, inputs))
+        live_counted = None
+        if live:
+            live_negative.attach(denoiser)
+            texts = {"encoder_hidden_states": inputs["encoder_hidden_states"].repeat(1, 2, 1)}
+            live_counted = _counted(lambda: model.family.forward(denoiser, inputs | texts))
         vae = type(pipeline.vae).from_config(pipeline.vae.config)
         return Flops(
-            denoiser=_counted(lambda: model.family.forward(denoiser, inputs)),
+            denoiser=counted,
+            live_denoiser=live_counted,
             vae_decode=_counted(lambda: model.family.decode_latents(vae, torch.empty(1, *model.latent_shape))),
             text_encoder=text_encoder,
         )

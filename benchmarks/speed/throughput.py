@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import product
@@ -85,6 +85,11 @@ class TimedVariant:
     batch_sizes: Sequence[int] | None = None
 
     @property
+    def live(self) -> bool:
+        """Whether its denoiser attends to two texts."""
+        return is_live(self.runner.config)
+
+    @property
     def key(self) -> RunnerMode:
         """Key of its row."""
         return RunnerMode(self.runner.name, self.mode)
@@ -115,7 +120,7 @@ class TimedVariant:
                 with watch.part("denoiser"):
                     return runner.predict(inputs)
 
-        live = is_live(runner.config)
+        live = self.live
         denoiser: Denoiser = SinglePassDenoiser(TimedRunner(), live_negative_prompt=live)
         if guided:
             denoiser = GuidedDenoiser(TimedRunner(), work.guidance, work.guider)
@@ -250,7 +255,8 @@ def measure(
         prompts: at least one; repeated to fill a batch.
         runs: timed batches per variant, after one that is discarded, on a GPU two.
     """
-    flops, device = count_flops(model), variants[0].runner.device
+    live = {variant.key for variant in variants if variant.live}
+    flops, device = count_flops(model, live=bool(live)), variants[0].runner.device
     speed = Speed(rows=[], ratios=[], flops=flops, peaks={})
     for batch_size in batch_sizes:
         batch = [prompts[i % len(prompts)] for i in range(batch_size)]
@@ -267,7 +273,7 @@ def measure(
         found = in_turns(calls, runs, device=device, left_out=speed.left_out, report=on_progress)
         rows = [(variant, times, memory) for variant, (times, memory) in zip(timed, found, strict=True) if times]
         speed.rows.extend(_row(variant, times, work, flops, memory) for variant, times, memory in rows)
-        speed.ratios.extend(_ratios({variant.key: times for variant, times, _ in rows}, work, flops))
+        speed.ratios.extend(_ratios({variant.key: times for variant, times, _ in rows}, work, flops, live))
         # The best of the moments after each batch size: other processes and clocks hold a single one down.
         for name, peak in gemm_peaks(device, [variant.runner.precision for variant in variants]).items():
             speed.peaks[name] = max(peak, speed.peaks.get(name, 0.0))
@@ -299,7 +305,7 @@ def _row(
         ),
         denoiser_step=step,
         **parts,
-        tflops=variant.passes(work) * batch_size * flops.denoiser / step.median / 1e12,
+        tflops=variant.passes(work) * batch_size * flops.of_pass(live=variant.live) / step.median / 1e12,
         memory_in_use=memory,
     )
 
@@ -308,14 +314,15 @@ BASELINES = ("stock diffusers", "compiled")
 """The strongest that a user has without a student, compared with the student on its best runner."""
 
 
-def _ratios(measured: dict[RunnerMode, list[dict[str, float]]], work: Workload, flops: Flops) -> list[SpeedRatio]:
+def _ratios(
+    measured: dict[RunnerMode, list[dict[str, float]]], work: Workload, flops: Flops, live: Collection[RunnerMode] = ()
+) -> list[SpeedRatio]:
     """Teacher and unguided teacher over the student on each runner; torch's teacher over the other runners' students.
 
-    And the baselines over the student that is fastest at this batch size.
+    And the baselines over the student that is fastest at this batch size. Those in `live` attend to two texts.
     """
     batch_size = len(work.prompts)
     passes = work.teacher_passes
-    ceilings = {"total": flops.ceiling(steps=work.steps, batch_size=batch_size, passes=passes), "denoiser": passes}
     students = [key for key in measured if key.mode == "student"]
     # What is compared with the teacher on its own runner is compared with the baselines.
     candidates = [key for key in students if RunnerMode(key.runner, "teacher") in measured] or students
@@ -325,6 +332,11 @@ def _ratios(measured: dict[RunnerMode, list[dict[str, float]]], work: Workload, 
         same_runner, unguided = (RunnerMode(faster.runner, mode) for mode in ("teacher", "unguided"))
         baselines = [RunnerMode(name, "teacher") for name in ("torch", *(BASELINES if faster == best else ()))]
         others = dict.fromkeys([same_runner, unguided, *baselines])
+        lives = {"live": faster in live, "live_teacher": same_runner in live}
+        ceilings = {
+            "total": flops.ceiling(steps=work.steps, batch_size=batch_size, passes=passes, **lives),
+            "denoiser": passes * flops.of_pass(live=same_runner in live) / flops.of_pass(live=faster in live),
+        }
         for slower, part in product((other for other in others if other in measured), ("total", "denoiser")):
             rounds = zip(measured[slower], measured[faster], strict=True)
             ratios.append(

@@ -79,6 +79,29 @@ def test_operations_are_counted(tiny: Model) -> None:
     assert flops.text_encoder > 2 * 16 * 32 * 32 * 4 * 2
 
 
+def test_a_second_text_is_counted(tiny: Model) -> None:
+    flops, tokens = count_flops(tiny, live=True), tiny.pipeline.tokenizer.model_max_length
+    # Keys and values of the second text; queries of at most the latents' number are compared with them.
+    crossing = [each for each in tiny.denoiser.modules() if getattr(each, "is_cross_attention", False)]
+    least = sum(2 * 2 * tokens * each.to_k.in_features * each.to_k.out_features for each in crossing)
+    most = least + sum(2 * 2 * 64 * tokens * each.to_k.out_features + 2 * 128 * each.heads for each in crossing)
+    assert least < flops.of_pass(live=True) - flops.of_pass() <= most
+    assert flops.denoiser == count_flops(tiny).denoiser
+    assert count_flops(tiny).live_denoiser is None
+
+
+@pytest.mark.parametrize(
+    ("live", "expected"), [((), (2, 2)), (("student",), (1.6, 1.6)), (("teacher", "student"), (2, 2))]
+)
+def test_a_student_of_two_texts_has_a_ceiling_of_its_own(live: tuple[str, ...], expected: tuple[float, float]) -> None:
+    measured = {RunnerMode("torch", mode): [{"total": 1.0, "denoiser": 1.0}] * 3 for mode in ("teacher", "student")}
+    work = SimpleNamespace(prompts=["a"], teacher_passes=2, steps=4)
+    flops = Flops(denoiser=4, live_denoiser=5, vae_decode=0, text_encoder=0)
+    found = throughput._ratios(measured, work, flops, {RunnerMode("torch", mode) for mode in live})  # type: ignore[arg-type]
+    ceilings = {ratio.part: ratio.ceiling for ratio in found}
+    assert (ceilings["images"], ceilings["denoiser"]) == expected
+
+
 class Refusing(TorchRunner):
     """Can't run more than two images, as an engine beyond its profile."""
 
