@@ -115,9 +115,10 @@ def sweep_columns(session: Session, config: SweepConfig) -> Columns:
 
 
 def is_papers(info: StudentInfo) -> bool:
-    """Whether the paper has such a student: plain guidance at w = 3 alone, by LoRA at rank 8 in attention or BitFit."""
+    """Whether the paper has such a student: plain guidance at w = 3 alone, by LoRA at rank 8 in attention or BitFit
+    alone."""
     conditions = Distilled(**{item.name: getattr(info, item.name) for item in fields(Distilled)})
-    if conditions != Distilled(method=info.method, guidance=3.0):
+    if conditions != Distilled(method=info.method, guidance=3.0) or info.settings.get("norms"):
         return False
     rank, alpha, targets = (info.settings.get(name) for name in ("rank", "alpha", "targets"))
     return info.method == "bitfit" or (info.method == "lora" and (rank, alpha or 8, targets) == (8, 8, "attention"))

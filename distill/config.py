@@ -61,9 +61,6 @@ STAGE_RATE = 1 / 5
 """Factor of the learning rate in these stages. Two steps of a student differ little from one: at the full rate the
 first updates undo more than a short stage learns (docs/experiments.md, "Few steps")."""
 
-STUDENTS_OWN = ("method", "rank", "alpha", "targets", "tokens", "guidance", "guidance_max", "negative_prompt", "guider")
-"""What a run with `--start-from` takes from its student, beside the guider's settings."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(GuiderOptions):
@@ -88,6 +85,9 @@ class DistillConfig(GuiderOptions):
         typer.Option(help="Layers of LoRA and DoRA: attention, transformer, all, or endings of names: to_q,to_v."),
     ] = "attention"
     tokens: Annotated[int, typer.Option(min=1, max=4096, help="Learned tokens of a soft prompt.")] = 16
+    norms: Annotated[
+        bool, typer.Option("--norms", help="Also train the UNet's normalizations, which no LoRA file holds.")
+    ] = False
     guidance: float = 3.0
     guidance_max: float | None = None
     negative_prompt: Annotated[
@@ -220,8 +220,8 @@ class DistillConfig(GuiderOptions):
             raise InputError(
                 "--negative-prompt live does not go with --method soft-prompt, whose tokens join the prompt"
             )
-        if self.method != "soft-prompt":
-            refuse_unused(self, f"with --method {self.method}", "tokens")
+        others = "norms" if self.method == "soft-prompt" else "tokens"
+        refuse_unused(self, f"with --method {self.method}", others)
         if self.base_precision and (self.method not in ("lora", "bitfit") or self.few_steps):
             with_it = "--few-steps" if self.few_steps else f"--method {self.method}"
             raise InputError(f"--base-precision {self.base_precision} does not go with {with_it}")

@@ -30,6 +30,7 @@ def adapter_of(denoiser: Any, config: DistillConfig) -> Adapter:
         alpha=config.alpha,
         targets=config.targets,
         tokens=config.tokens,
+        norms=config.norms,
         guidance_input=config.guidance_conditioned,
         live_negative_prompt=config.live_negative_prompt,
     )

@@ -212,6 +212,8 @@ def plan(
         check_stages(config, files, reads_weights=needs_data)
     if config.live_negative_prompt:
         refuse_unused(execution, "with --negative-prompt live, which other programs do not know", "format")
+    if config.norms:
+        refuse_unused(execution, "with --norms, which no LoRA file holds", "format")
     if config.guidance_conditioned:
         refuse_unused(execution, "with a range of --guidance, which other programs can't pass", "format")
     if execution.log_with and not is_installed(execution.log_with):

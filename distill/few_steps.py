@@ -25,7 +25,7 @@ from ..engine.model import Model, ModelFiles
 from ..engine.options import UNRESOLVED
 from ..engine.schedulers import check_steps, make_scheduler
 from ..engine.student import INFO_FILE, StudentInfo, read_student
-from .config import STAGE_LOSS_WEIGHT, STAGE_RATE, STUDENTS_OWN, DistillConfig
+from .config import STAGE_LOSS_WEIGHT, STAGE_RATE, DistillConfig
 from .objective import NoiseSchedule, ddim_step, x_of_ddim_step
 
 SAMPLER, SPACING = "ddim", "trailing"
@@ -34,6 +34,20 @@ SAMPLER, SPACING = "ddim", "trailing"
 MAX_SNR = 1.0
 """Steps from less noise than signal stay as they are. Two of them sharpen what one does; one pass learned half of that,
 which cost more FD than nothing of it (docs/experiments.md, "Few steps")."""
+
+STUDENTS_OWN = (
+    "method",
+    "rank",
+    "alpha",
+    "targets",
+    "tokens",
+    "norms",
+    "guidance",
+    "guidance_max",
+    "negative_prompt",
+    "guider",
+)
+"""What a run with `--start-from` takes from its student, beside the guider's settings."""
 
 STAGES = "stages"
 """Folder of the students before the last, in the student's."""
@@ -151,7 +165,7 @@ def adopted(config: DistillConfig) -> DistillConfig:
         raise InputError(
             f"the student in {config.start_from} takes {info.steps} steps: pass --few-steps {info.steps}:END"
         )
-    known, plain = info.settings | {"guider": info.guider}, DistillConfig()
+    known, plain = {"norms": False} | info.settings | {"guider": info.guider}, DistillConfig()
     names = (*STUDENTS_OWN, *(name for settings in GUIDERS.values() for name in settings))
     settings: dict[str, Any] = {name: known.get(name) for name in names}
     for name, own in settings.items():

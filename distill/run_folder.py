@@ -19,6 +19,7 @@ from ..engine.files import locked, publish, read_json, sha256_of, write_json
 from ..engine.guidance_input import GUIDANCE_FILE
 from ..engine.live_negative import LIVE_FILE
 from ..engine.model import Model, ModelFiles
+from ..engine.norms import NORMS_FILE
 from ..engine.options import config_as_json
 from ..engine.student import INFO_FILE, StudentInfo, read_student
 from ..engine.versions import versions
@@ -34,7 +35,7 @@ TRACKER = "boostdiff"
 
 OWN_FILES = {
     *(INFO_FILE, CONFIG_FILE, LOG_FILE, PREVIEW_FILE),
-    *(LORA_FILE, KOHYA_FILE, BITFIT_FILE, SOFT_PROMPT_FILE, GUIDANCE_FILE, LIVE_FILE),
+    *(LORA_FILE, KOHYA_FILE, BITFIT_FILE, SOFT_PROMPT_FILE, NORMS_FILE, GUIDANCE_FILE, LIVE_FILE),
 }
 
 
@@ -88,7 +89,8 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
 
     def comparable(values: dict[str, Any]) -> dict[str, Any]:
         # Runs from before there were such settings.
-        values = values | {"guider": values.get("guider") or "cfg", "reuse": values.get("reuse") or 1}
+        earlier = {"guider": "cfg", "reuse": 1, "norms": False}
+        values = values | {name: values.get(name) or value for name, value in earlier.items()}
         # Of files the content counts; a dataset on the hub has its name alone.
         ignored = ["prompts", "start_from", *(["images"] if values.get("images_sha256") else [])]
         if not values.get("few_steps"):

@@ -101,17 +101,9 @@ class Adapter(ABC):
         """Take over trained parameters by name; a ValueError where names or shapes are not this adapter's."""
         copy_by_name(self.parameters(), weights)
 
-    @contextmanager
-    def swapped(self, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+    def swapped(self, weights: dict[str, torch.Tensor]) -> AbstractContextManager[None]:
         """A context in which the denoiser has other trained parameters, by name: those of a frozen student."""
-        own = {name: parameter.data for name, parameter in self.parameters().items()}
-        try:
-            for name, parameter in self.parameters().items():
-                parameter.data = weights[name]
-            yield
-        finally:
-            for name, parameter in self.parameters().items():
-                parameter.data = own[name]
+        return swapped(self.parameters(), weights)
 
 
 @torch.no_grad()
@@ -123,6 +115,41 @@ def copy_by_name(parameters: dict[str, torch.nn.Parameter], weights: dict[str, t
         if weights[name].shape != parameter.shape:
             raise ValueError(f"{name} has shape {tuple(weights[name].shape)}, not {tuple(parameter.shape)}")
         parameter.copy_(weights[name])
+
+
+@contextmanager
+def swapped(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor]) -> Iterator[None]:
+    """A context in which parameters hold other tensors of the same names."""
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = weights[name]
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = own[name]
+
+
+def trained_copies(denoiser: Any, parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Let parameters of a frozen denoiser be trained, and return what they held, by name."""
+    for module in denoiser.modules():
+        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            # Normalization wants scale and bias of one precision.
+            module.float()
+    base = {name: parameter.data for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        # A copy, and in float32 whatever the frozen weights are in: half precision loses small updates.
+        parameter.data = parameter.data.to(torch.float32, copy=True)
+        parameter.requires_grad_(True)
+    return base
+
+
+@torch.no_grad()
+def multiply_change(parameters: dict[str, torch.nn.Parameter], base: dict[str, torch.Tensor], factor: float) -> None:
+    """Multiply the parameters' difference from `base`, by name."""
+    for name, parameter in parameters.items():
+        before = base[name].to(parameter)
+        parameter.copy_(before + factor * (parameter - before))
 
 
 def _lora_tensors(folder: str | Path, prefix: str) -> dict[str, torch.Tensor]:
@@ -246,16 +273,7 @@ class BitFit(Adapter):
 
     def __init__(self, denoiser: Any) -> None:
         super().__init__(denoiser)
-        for module in denoiser.modules():
-            if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
-                # Normalization wants scale and bias of one precision.
-                module.float()
-        self._base = {}
-        for name, parameter in self.parameters().items():
-            self._base[name] = parameter.data
-            # A copy, and in float32 whatever the frozen weights are in: half precision loses small updates.
-            parameter.data = parameter.data.to(torch.float32, copy=True)
-            parameter.requires_grad_(True)
+        self._base = trained_copies(denoiser, self.parameters())
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return _biases(self.denoiser)
@@ -263,11 +281,8 @@ class BitFit(Adapter):
     def disabled(self) -> AbstractContextManager[None]:
         return self.swapped(self._base)
 
-    @torch.no_grad()
     def scale(self, factor: float, largest: float | None = None) -> None:
-        for name, parameter in self.parameters().items():
-            base = self._base[name].to(parameter)
-            parameter.copy_(base + factor * (parameter - base))
+        multiply_change(self.parameters(), self._base, factor)
 
     def save(self, folder: Path, pipeline: DiffusionPipeline) -> list[Path]:
         """Write every bias by its name."""

@@ -46,7 +46,8 @@ class Family(ABC):
     half: ClassVar[torch.dtype] = torch.float16
     """Precision on an accelerator."""
     takes_more: ClassVar[bool] = False
-    """Whether students may be guidance-conditioned, of live negative prompts, or soft prompts: they change a UNet."""
+    """Whether students may be guidance-conditioned, of live negative prompts, soft prompts or trained normalizations:
+    they change a UNet."""
     targets: ClassVar[dict[str, tuple[str, ...]]]
     """Endings of the names of the layers that an adapter takes, by `distill --targets`."""
     text_chunks: ClassVar[bool] = False

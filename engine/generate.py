@@ -32,6 +32,7 @@ from .guiders import GuiderOptions
 from .manifest import read_manifest, verify_configurations
 from .merge import merge_student
 from .model import Model, ModelFiles, load, resolve_device
+from .norms import NORMS_FILE
 from .options import ENGINE_FOLDER, SAMPLER, STEPS, STUDENT_FOLDER
 from .prompts import truncation_note
 from .runners import Runner, TorchRunner
@@ -159,6 +160,7 @@ def open_student(files: ModelFiles, config: GenerateConfig, device: torch.device
             "guidance-conditioned": info.guidance_range,
             "live negative prompt": info.live_negative_prompt,
             "few-step": info.steps,
+            "normalization-tuned": NORMS_FILE in info.adapter_files,
             info.method: info.method != "lora",
         }
         if other := next((name for name, there in others.items() if there), None):

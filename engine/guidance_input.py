@@ -15,6 +15,7 @@ from .errors import InputError
 from .families import family_of_denoiser
 from .guidance import smooth_columns
 from .live_negative import LiveNegative
+from .norms import Norms
 
 GUIDANCE_FILE = "guidance_embedding.safetensors"
 PROJECTION = "time_embedding.cond_proj.weight"
@@ -101,6 +102,7 @@ def make_adapter(
     alpha: float | None = None,
     targets: str = "attention",
     tokens: int = 16,
+    norms: bool = False,
     guidance_input: bool = False,
     live_negative_prompt: bool = False,
 ) -> Adapter:
@@ -108,7 +110,7 @@ def make_adapter(
 
     The denoiser's parameters must not require gradients. `alpha` is the rank by default, `targets` a key of
     `Family.targets` or comma-separated endings of module names, `tokens` the length of a soft prompt; with
-    `guidance_input` the student is guidance-conditioned.
+    `norms` normalizations are trained, too, with `guidance_input` the student is guidance-conditioned.
 
     Raises:
         InputError: no layer has such a name, or the tuner can't take one that has; or the family's students can't be
@@ -117,6 +119,7 @@ def make_adapter(
     family = family_of_denoiser(denoiser)
     asked = {
         "--method soft-prompt": method == "soft-prompt",
+        "--norms": norms,
         "a range of --guidance": guidance_input,
         "--negative-prompt live": live_negative_prompt,
     }
@@ -137,6 +140,8 @@ def make_adapter(
                 if not any(layer.endswith(f".{ending}") for layer in layers):
                     raise InputError(f"no layer's name in the denoiser ends in {ending!r}: check --targets")
         adapter = Lora(denoiser, method, rank=rank, alpha=alpha or rank, targets=modules)
+    if norms:
+        adapter = Norms(denoiser, adapter)
     if live_negative_prompt:
         adapter = LiveNegative(denoiser, adapter)
     return GuidanceConditioned(denoiser, adapter) if guidance_input else adapter

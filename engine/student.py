@@ -17,6 +17,7 @@ from .guidance_input import GuidanceConditioned
 from .guiders import Guider, GuiderOptions, check_guider
 from .live_negative import LiveNegative
 from .model import ModelFiles
+from .norms import NORMS_FILE, Norms
 from .options import SAMPLER, STEPS
 from .schedulers import SAMPLERS, SPACINGS
 
@@ -268,6 +269,8 @@ def apply_student(denoiser: Any, folder: Path, info: StudentInfo) -> None:
     """
     try:
         adapter_class(info.method).load(denoiser, folder)
+        if NORMS_FILE in info.adapter_files:
+            Norms.load(denoiser, folder)
         if info.live_negative_prompt:
             LiveNegative.load(denoiser, folder)
         if info.guidance_range is not None:
