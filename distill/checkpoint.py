@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..engine.errors import InputError
+from ..engine.errors import InputError, one_line
 from ..engine.files import give_modes
 
 _FORMAT = "boostdiff-training-state-1"
@@ -87,6 +87,15 @@ def load_training_state(path: Path) -> TrainingState:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise InputError(f"can't read the checkpoint {path}: {error}; delete it, and the run begins anew") from None
+    try:
+        return _unpacked(metadata, tensors)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"the checkpoint {path} is damaged: {one_line(error)}; delete it, and the run begins anew"
+        ) from None
+
+
+def _unpacked(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> TrainingState:
     groups: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "data": {}}
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
@@ -96,10 +105,13 @@ def load_training_state(path: Path) -> TrainingState:
             moments.setdefault(int(index), {})[name] = tensor
         else:
             groups[group][name] = tensor
+    header = json.loads(metadata["header"])
+    if not isinstance(header, dict):
+        raise TypeError("its header is no object")
     return TrainingState(
         step=int(metadata["step"]),
         weights=groups["weights"],
         optimizer={"state": moments, "param_groups": json.loads(metadata["param_groups"])},
         data=groups["data"],
-        header=json.loads(metadata["header"]),
+        header=header,
     )

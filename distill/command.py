@@ -50,7 +50,7 @@ def distill(
     from .distill import resolve
     from .few_steps import STAGES
     from .loop import Observers, UpdateReport
-    from .run_folder import PREVIEW_FILE, refuse_loss_of_files, refuse_loss_of_start
+    from .run_folder import PREVIEW_FILE, refuse_loss_of_files, refuse_loss_of_inputs
 
     low, high = parse_guidance(guidance)
     config = config_from(DistillConfig, options, guidance=low, guidance_max=high)
@@ -60,7 +60,7 @@ def distill(
     resolved = resolve(config, files, target)
     if dry_run:
         check_output(output, replaces=INFO_FILE)
-        refuse_loss_of_start(output, resolved)
+        refuse_loss_of_inputs(output, resolved, execution)
         if not execution.resume:
             refuse_loss_of_files(output)
         print_json({"model": model, "output": str(output), **resolved_settings(files, resolved, execution, target)})

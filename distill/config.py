@@ -36,8 +36,11 @@ LEARNING_RATES = {"lora": 4e-3, "dora": 4e-3, "bitfit": 1e-2, "soft-prompt": 1e-
 """That of LoRA was chosen on `emoji64` at this budget: docs/distillation.md, "Recipes"."""
 
 ADAPTER_SCALES = {"lora": 1.2, "bitfit": 1.4}
+NORMS_SCALES = {"lora": 1.1, "bitfit": 1.2}
+"""With `--norms`."""
+
 LIVE_SCALE = 1.75
-"""Both of `emoji64` at one guidance scale: docs/distillation.md, "Adapter scale". All else has 1."""
+"""All of `emoji64` at one guidance scale: docs/distillation.md, "Adapter scale". All else has 1."""
 
 OTHER_MODELS = 1 / 40
 """Factor of the learning rate for other models than `emoji64`: 1e-4 for LoRA, as is usual for Stable Diffusion."""
@@ -300,7 +303,8 @@ class DistillConfig(GuiderOptions):
             InputError: a batch can't be shared between new and earlier samples.
         """
         updates = UPDATES * (RANGE_UPDATES if self.guidance_conditioned else 1)
-        scale = LIVE_SCALE if self.live_negative_prompt else ADAPTER_SCALES.get(self.method, 1.0)
+        scales = NORMS_SCALES if self.norms else ADAPTER_SCALES
+        scale = LIVE_SCALE if self.live_negative_prompt else scales.get(self.method, 1.0)
         defaults: dict[str, Any] = {
             "updates": None if self.start_from else updates,
             "stage_updates": updates if self.few_steps else None,

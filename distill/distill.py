@@ -47,7 +47,7 @@ from .run_folder import (
     finished_run,
     identity,
     refuse_loss_of_files,
-    refuse_loss_of_start,
+    refuse_loss_of_inputs,
     rescale,
     resumable_state,
     work_folder,
@@ -106,7 +106,7 @@ def distill(
     asked_scale, config = config.adapter_scale, resolve(config, files, target)
     prompts, images = plan(files, config, execution, target)
     prepare_output(output, replaces=INFO_FILE)
-    refuse_loss_of_start(output, config)
+    refuse_loss_of_inputs(output, config, execution)
     if taken := adopted_in_words(config):
         observers.on_note(taken)
     folder, same = work_folder(output), identity(files, config, images)
@@ -128,7 +128,8 @@ def distill(
         # A stage of a resumed run may have been begun, or not.
         begun = execution.resume and (work_folder(student) / CONFIG_FILE).is_file()
         how, whose = replace(execution, resume=begun), stage.identity(same) if stage else same
-        return _train(files, config, how, target, data, whose, student, observers, stage)
+        last = stage is not None and stage.steps == config.stages[-1]
+        return _train(files, config, how, target, data, whose, student, observers, stage, follows=not last)
 
     if not config.stages:
         info = _train(files, config, execution, target, data, same, output, observers)
@@ -138,7 +139,14 @@ def distill(
         else:
             begin(folder, same, observers)
         with exclusive_lock(folder):
-            info = train_in_stages(config, train, folder=folder, output=output, finished=observers.on_start)
+            info = train_in_stages(
+                config,
+                train,
+                folder=folder,
+                output=output,
+                finished=observers.on_start,
+                before_publishing=partial(refuse_loss_of_files, output, finished=folder),
+            )
     if replaces:
         observers.on_note(f"the student that was in {output} is replaced")
     return info
@@ -154,8 +162,13 @@ def _train(
     output: Path,
     observers: Observers,
     stage: Stage | None = None,
+    *,
+    follows: bool = False,
 ) -> StudentInfo:
-    """Train one student, of guidance or of a stage: open the run folder, train, publish."""
+    """Train one student, of guidance or of a stage: open the run folder, train, publish.
+
+    Where another stage `follows`, a signal in the last update stops the run as in any other.
+    """
     prepare_output(output, replaces=INFO_FILE)
     folder = work_folder(output)
     state = resumable_state(folder, same) if execution.resume else None
@@ -180,10 +193,14 @@ def _train(
             if config.adapter_scale is not None:
                 run.adapter.scale(config.adapter_scale, config.guidance_max)
             info = write_student(run, identity=same, result=result)
+            # A run takes hours.
+            refuse_loss_of_files(output, finished=folder)
             publish(folder, output)
             # The last: nothing that goes wrong with a picture is worth a student.
             if observers.preview and _affordable(preview, result, target, observers, output):
                 preview.write(output / PREVIEW_FILE)
+    if run.stopped and follows:
+        raise run.interrupted()
     return _from_main_process(accelerator, info)
 
 

@@ -211,6 +211,7 @@ def train_in_stages(
     folder: Path,
     output: Path,
     finished: Callable[[int], None],
+    before_publishing: Callable[[], None],
 ) -> StudentInfo:
     """Train stage after stage, those left out that are there, and make the last one's student that of the run.
 
@@ -220,6 +221,7 @@ def train_in_stages(
         folder: the run's work folder; students of stages are in it, each whole or not there.
         output: the name that it takes at the end.
         finished: callback for the updates of a stage that is there.
+        before_publishing: refuses to give the name, by an InputError.
     """
     before = config.start_from or folder / STAGES / "guidance"
     last = folder / STAGES / str(config.stages[-1])
@@ -241,5 +243,6 @@ def train_in_stages(
         write_json(folder / INFO_FILE, read_json(last / INFO_FILE))
     info = read_student(folder)
     shutil.rmtree(last, ignore_errors=True)
+    before_publishing()
     publish(folder, output)
     return info

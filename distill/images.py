@@ -246,6 +246,8 @@ def _caption(row: Row) -> str:
         raise _BadSampleError("it has no caption")
     if not isinstance(text, str) or not text.strip():
         raise _BadSampleError("its caption is empty or no text")
+    if "\0" in text:
+        raise _BadSampleError("its caption is not UTF-8 text", ascii(text))
     if not is_unicode(text):
         raise _BadSampleError("its caption holds half a character", ascii(text))
     return " ".join(text.split())

@@ -24,7 +24,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from ..engine.adapters import Adapter
 from ..engine.compiled import TrainingRunner
-from ..engine.errors import BoostDiffError, InputError
+from ..engine.errors import BoostDiffError, InputError, one_line
 from ..engine.files import give_modes
 from ..engine.guidance import GuidedDenoiser, SinglePassDenoiser
 from ..engine.model import Model
@@ -87,6 +87,7 @@ class Run:
         notes: what of the data is not used, in words.
         frozen: student of the stage before, of a stage of few steps.
         parts: passes per update; more than configured where memory does not suffice.
+        stopped: the signal that asked the run to stop, "" before one did.
     """
 
     accelerator: Accelerator
@@ -103,6 +104,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
     frozen: FrozenStudent | None = None
     parts: int = field(init=False)
+    stopped: str = ""
 
     def __post_init__(self) -> None:
         self.parts = self.execution.gradient_accumulation_steps
@@ -246,13 +248,15 @@ class Run:
         """
         try:
             self.adapter.restore(state.weights)
-        except ValueError as error:
-            raise InputError(f"can't resume: {error}; run without --resume") from None
-        self.optimizer.load_state_dict(state.optimizer)
-        self.source.restore(state.data, Counter(state.header.get("notes", {})))
-        self.replay.restore(state.data)
+            self.optimizer.load_state_dict(state.optimizer)
+            self.source.restore(state.data, Counter(state.header.get("notes", {})))
+            self.replay.restore(state.data)
+            self.began -= state.header.get("seconds", 0.0)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise InputError(f"can't resume: {one_line(error)}; run without --resume") from None
         self.done = state.step
-        self.began -= state.header.get("seconds", 0.0)
+        if not 0 <= self.done <= self.config.updates:
+            raise InputError(f"can't resume: the checkpoint is of update {self.done}; run without --resume")
         try:
             for line in _log_lines(self.folder / LOG_FILE, self.done):
                 logged = json.loads(line)
@@ -315,11 +319,11 @@ class Run:
                 if self.execution.preview_every and self.done % self.execution.preview_every == 0 and main:
                     (self.folder / PREVIEWS).mkdir(exist_ok=True)
                     draw(self.folder / PREVIEWS / f"{self.done:06}.png")
+                if stop:
+                    self.stopped = request.name or "another process"
                 if stop and not last:
-                    raise BoostDiffError(
-                        f"stopped by {request.name or 'another process'} after update {self.done}, saved: "
-                        "the same command with --resume continues from there"
-                    )
+                    raise self.interrupted()
+            self.stopped = self.stopped or request.name or ""
         notes = in_words(self.source.notes())
         for note in notes if main else ():
             observers.on_note(note)
@@ -336,6 +340,13 @@ class Run:
             "peak_memory": peak_memory(self.model.device),
             "notes": self.notes + notes,
         }
+
+    def interrupted(self) -> BoostDiffError:
+        """What a run that was asked to stop ends with."""
+        return BoostDiffError(
+            f"stopped by {self.stopped} after update {self.done}, saved: "
+            "the same command with --resume continues from there"
+        )
 
     def budget(self) -> dict[str, int]:
         """What the updates so far have cost, in samples: the teacher evaluates each once, in two passes."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..engine.conditions import TextEmbeddings
+from ..engine.errors import BoostDiffError
 from ..engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
 from ..engine.model import Model
 from ..engine.pictures import labelled_grid
@@ -60,11 +61,13 @@ class Preview:
         self.teacher: dict[str, torch.Tensor] = {}
 
     def write(self, path: Path) -> None:
-        """Write the grid with the adapter as it is now, as a PNG; a note instead where memory does not suffice."""
+        """Write the grid with the adapter as it is now, as a PNG; a note instead where it can't be drawn."""
         try:
             self._write(path)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
             self.note(f"there is no {path.name}: out of memory")
+        except BoostDiffError as error:
+            self.note(f"there is no {path.name}: {error}")
 
     @torch.no_grad()
     def _write(self, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from ..engine.options import config_as_json
 from ..engine.student import INFO_FILE, StudentInfo, read_student
 from ..engine.versions import versions
 from .checkpoint import TrainingState, load_training_state
-from .config import DistillConfig
+from .config import DistillConfig, RunConfig
 from .few_steps import SAMPLER, SPACING, STAGES, read_adapter
 from .images import ImageData
 from .loop import CHECKPOINT_FILE, LOG_FILE, PREVIEWS, Observers, Run
@@ -64,7 +65,7 @@ def at_work_in(folder: Path) -> Iterator[None]:
         try:
             yield
         except InputError:
-            if not (folder / CHECKPOINT_FILE).exists():
+            if not any((folder / name).exists() for name in (CHECKPOINT_FILE, INFO_FILE)):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
@@ -112,11 +113,14 @@ def begin(folder: Path, identity: dict[str, Any], observers: Observers) -> None:
     """An empty work folder with the run's settings; an earlier run that could be resumed is set aside, not lost."""
     if folder.exists():
         with exclusive_lock(folder):
-            if (folder / CHECKPOINT_FILE).exists() or any(folder.glob(f"{STAGES}/*")):
+            kept = (CHECKPOINT_FILE, INFO_FILE, f"{STAGES}/*")
+            if any(any(folder.glob(pattern)) for pattern in kept):
                 names = chain([".abandoned"], (f".abandoned-{number}" for number in count(2)))
                 aside = next(path for path in map(folder.with_suffix, names) if not path.exists())
                 folder.replace(aside)
                 observers.on_note(f"an unfinished run, which --resume would have continued, is now in {aside}")
+            elif any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
+                raise InputError(f"{folder}, where the run would work, holds something else: pass another --output")
             else:
                 shutil.rmtree(folder)
     folder.mkdir()
@@ -148,20 +152,23 @@ def finished_run(output: Path, identity: dict[str, Any]) -> StudentInfo | None:
     return info
 
 
-def refuse_loss_of_start(output: Path, config: DistillConfig) -> None:
-    """Refuse to replace the student that a run is to start from.
+def refuse_loss_of_inputs(output: Path, config: DistillConfig, execution: RunConfig) -> None:
+    """Refuse to replace the student that a run is to start from, or the texts that it caches.
 
     Raises:
-        InputError: it is in the output, or in the folder of an unfinished run.
+        InputError: they are in the output, or in the folder of an unfinished run.
     """
-    for lost in (output.resolve(), work_folder(output)):
-        # The one is replaced at the end, the other set aside now.
-        if config.start_from and config.start_from.resolve().is_relative_to(lost):
-            raise InputError(f"--start-from {config.start_from} would be lost with {lost}: pass another --output")
+    for option, path in (("--start-from", config.start_from), ("--cache-text", execution.cache_text)):
+        for lost in (output.resolve(), work_folder(output)):
+            # The one is replaced at the end, the other set aside now.
+            if path and path.resolve().is_relative_to(lost):
+                raise InputError(f"{option} {path} would be lost with {lost}: pass another --output")
 
 
-def refuse_loss_of_files(output: Path) -> None:
+def refuse_loss_of_files(output: Path, *, finished: Path | None = None) -> None:
     """Refuse to replace a student together with what a user has put into its folder.
+
+    `finished` is the folder of the student that waits to take its place.
 
     Raises:
         InputError: there are such files.
@@ -170,11 +177,12 @@ def refuse_loss_of_files(output: Path) -> None:
         inside = path.relative_to(output).parts
         # Of each stage there is a student's folder.
         inside = inside[2:] if inside[0] == STAGES else inside
-        own = inside[:1] in ((PREVIEWS,), (TRACKER,)) or (len(inside) == 1 and inside[0] in OWN_FILES)
+        picture = len(inside) == 2 and inside[0] == PREVIEWS and re.fullmatch(r"\d+\.png", inside[1])
+        own = picture or inside[:1] == (TRACKER,) or (len(inside) == 1 and inside[0] in OWN_FILES)
         if not (own or path.is_dir() or path.name.startswith(".")):
             raise InputError(
-                f"{path} was not written by `boostdiff distill`, which would remove it: move it, or choose another "
-                "--output"
+                f"{path} was not written by `boostdiff distill`, which would remove it: "
+                + (f"the new student stays in {finished}" if finished else "move it, or choose another --output")
             )
 
 
@@ -252,10 +260,12 @@ def rescale(
     # Not in the work folder: what is there can be resumed.
     with TemporaryDirectory(prefix=f".{output.name}.scaled-", dir=output.resolve().parent) as parent:
         folder = Path(parent) / "student"
-        shutil.copytree(output, folder, ignore=shutil.ignore_patterns(PREVIEW_FILE) if scaled else None)
+        shutil.copytree(output, folder, symlinks=True, ignore=shutil.ignore_patterns(PREVIEW_FILE) if scaled else None)
         settings = info.settings | ({"adapter_scale": scale} if scaled else {})
         adapter_files = _save(adapter, folder, model, kohya=kohya or (folder / KOHYA_FILE).exists())
         info = replace(info, adapter_files=adapter_files, settings=settings)
         info.write(folder)
+        if (folder / CONFIG_FILE).is_file():
+            write_json(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE) | {"adapter_scale": scale})
         publish(folder, output)
     return info

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from ..engine.conditions import PromptEmbeds
 from ..engine.errors import InputError, one_line
-from ..engine.files import read_json
+from ..engine.files import give_modes, read_json
 from ..engine.model import Model, ModelFiles
 from ..engine.text_encoders import load_text
 
@@ -39,7 +39,8 @@ class TextStore:
         parts = {name: hashes.get(name) for name in (*files.family.text_encoders, *files.family.tokenizers)}
         size = files.family.latent_shape(files.denoiser_config)
         self._index = read_json(files.folder / "model_index.json")
-        self.identity = [files.family.name, parts, list(size), str(dtype), files.family.settings(self._index)]
+        pixels = files.family.pixels_per_latent(files.vae_config)
+        self.identity = [files.family.name, parts, list(size), pixels, str(dtype), files.family.settings(self._index)]
 
     def path(self, prompt: str, *, negative: bool) -> Path:
         """Where a prompt's embeddings lie."""
@@ -78,6 +79,7 @@ class TextStore:
                 # A link may lead to a folder that is to be made.
                 path.parent.resolve().mkdir(parents=True, exist_ok=True)
                 save_file({name: x.cpu().contiguous() for name, x in embeds.tensors().items()}, partial)
+                give_modes(partial)
                 partial.replace(path)
             except OSError as error:
                 # Below a file nothing can be removed, either.

@@ -119,7 +119,9 @@ def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     text = read_text(path)
     heading = lines_of(text)[0]
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=heading.count))
+    # Strict, or a quote that is never closed would take all rows to the end into its field.
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=heading.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         for row in reader:
             if None in row:

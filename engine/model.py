@@ -132,6 +132,7 @@ class ModelFiles:
         for part in ("vae", "scheduler", *self.family.text_encoders, *self.family.tokenizers):
             if part in self.absent_parts:
                 continue
+            _refuse_broken_links(self.folder / part)
             files = sorted(path for path in (self.folder / part).glob("*") if path.suffix in HASHED)
             hashes[part] = "-".join(sha256_of(path) for path in files)
         return hashes

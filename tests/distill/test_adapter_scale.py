@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from boostdiff.cli import app
-from boostdiff.distill.config import ADAPTER_SCALES, LIVE_SCALE, DistillConfig, RunConfig
+from boostdiff.distill.config import ADAPTER_SCALES, LIVE_SCALE, NORMS_SCALES, DistillConfig, RunConfig
 from boostdiff.distill.distill import distill, resolve
 from boostdiff.distill.loop import Observers
 from boostdiff.distill.run_folder import work_folder
@@ -204,6 +204,8 @@ def test_scales_that_are_none(scale: float) -> None:
     [
         ({"method": "lora"}, ADAPTER_SCALES["lora"]),
         ({"method": "bitfit"}, ADAPTER_SCALES["bitfit"]),
+        ({"method": "lora", "norms": True}, NORMS_SCALES["lora"]),
+        ({"method": "bitfit", "norms": True}, NORMS_SCALES["bitfit"]),
         ({"method": "dora", "negative_prompt": "live"}, LIVE_SCALE),
         ({"negative_prompt": "live", "guidance_max": 5.0}, 1),
     ],

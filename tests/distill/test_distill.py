@@ -227,7 +227,9 @@ def test_an_earlier_student_stays_until_the_new_one_is_whole(
     assert (output / LORA_FILE).read_bytes() != before
 
 
-@pytest.mark.parametrize("theirs", ["notes.txt", "engine/manifest.json", "stages/8/README.md", "stages/notes/today.md"])
+@pytest.mark.parametrize(
+    "theirs", ["notes.txt", "engine/manifest.json", "stages/8/README.md", "stages/notes/today.md", "previews/best.txt"]
+)
 def test_what_a_user_has_put_into_a_students_folder_is_not_removed(
     tiny_files: ModelFiles, prompt_file: Path, students: dict[str, Path], tmp_path: Path, theirs: str
 ) -> None:
@@ -244,6 +246,64 @@ def test_what_a_user_has_put_into_a_students_folder_is_not_removed(
     (output / theirs).unlink()
     distill(tiny_files, config, output=output, device="cpu", observers=SILENT)
     assert not (output / "stages").exists()
+
+
+@pytest.mark.parametrize("stages", [None, "4:2"])
+def test_what_is_put_there_during_a_run_is_not_removed_and_the_student_is_kept(
+    tiny_files: ModelFiles, prompt_file: Path, students: dict[str, Path], tmp_path: Path, stages: str | None
+) -> None:
+    output = shutil.copytree(students["lora"], tmp_path / "s")
+    before = read_student(output)
+    config = DistillConfig(
+        prompts=prompt_file, updates=1, batch_size=2, few_steps=stages, stage_updates=1 if stages else None
+    )
+
+    def put(report: object) -> None:
+        (output / "notes.txt").write_text("mine")
+
+    observers = Observers(preview=False, on_update=put)
+    with pytest.raises(InputError, match=r"notes.txt was not written .*: the new student stays in .*s\.unfinished"):
+        distill(tiny_files, config, output=output, device="cpu", observers=observers)
+    assert (output / "notes.txt").read_text() == "mine"
+    assert read_student(output) == before
+    kept = read_student(tmp_path / "s.unfinished")
+    assert kept.steps == (2 if stages else None)
+    with pytest.raises(InputError, match=r"notes\.txt was not written"):
+        distill(tiny_files, config, output=output, device="cpu", observers=SILENT)
+    assert read_student(tmp_path / "s.unfinished") == kept
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "raw/a.png"])
+def test_a_work_folder_of_something_else_is_not_removed(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / "s.unfinished" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(InputError, match=r"s\.unfinished, where the run would work, holds something else"):
+        distill(
+            tiny_files,
+            DistillConfig(prompts=prompt_file, updates=1),
+            output=tmp_path / "s",
+            device="cpu",
+            observers=SILENT,
+        )
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("inside", ["s", "s/texts", "s.unfinished/texts"])
+def test_cached_texts_inside_the_output_are_refused(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, inside: str
+) -> None:
+    with pytest.raises(InputError, match=r"--cache-text .* would be lost with .*: pass another --output"):
+        distill(
+            tiny_files,
+            DistillConfig(prompts=prompt_file, updates=1),
+            RunConfig(cache_text=tmp_path / inside),
+            output=tmp_path / "s",
+            device="cpu",
+            observers=SILENT,
+        )
 
 
 @pytest.mark.parametrize(

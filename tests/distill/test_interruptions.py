@@ -1,0 +1,188 @@
+"""What goes wrong around a run: signals between stages, damaged checkpoints, pictures that can't be drawn."""
+
+import json
+import os
+import shutil
+import signal
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from boostdiff.distill.config import DistillConfig, RunConfig
+from boostdiff.distill.distill import distill
+from boostdiff.distill.images import Row, _BadSampleError, _caption
+from boostdiff.distill.loop import CHECKPOINT_FILE, Observers, UpdateReport
+from boostdiff.engine.errors import BoostDiffError, InputError
+from boostdiff.engine.files import csv_rows
+from boostdiff.engine.model import ModelFiles, locate
+from boostdiff.engine.student import read_student
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+SILENT = Observers(preview=False)
+
+
+@pytest.mark.parametrize("stops_at", [(None, 2), (4, 3)])
+def test_a_signal_in_the_last_update_of_a_stage_stops_before_the_next(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, stops_at: tuple[int | None, int]
+) -> None:
+    config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2, few_steps="8:2", stage_updates=3)
+
+    def stop(report: UpdateReport) -> None:
+        if (report.steps, report.update) == stops_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(BoostDiffError, match=r"stopped by SIGTERM after update \d, saved: the same command with"):
+        distill(
+            tiny_files, config, output=tmp_path / "s", device="cpu", observers=Observers(preview=False, on_update=stop)
+        )
+    seen: list[tuple[int | None, int]] = []
+    observers = Observers(preview=False, on_update=lambda report: seen.append((report.steps, report.update)))
+    info = distill(tiny_files, config, RunConfig(resume=True), output=tmp_path / "s", device="cpu", observers=observers)
+    assert info.steps == 2
+    assert stops_at not in seen
+    assert seen[0][1] == 1
+
+
+@pytest.fixture
+def unfinished(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> Path:
+    def stop(report: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(
+            tiny_files,
+            DistillConfig(prompts=prompt_file, updates=4, batch_size=2),
+            RunConfig(checkpoint_every=1),
+            output=tmp_path / "s",
+            device="cpu",
+            observers=Observers(preview=False, on_update=lambda report: report.update == 2 and stop(report)),
+        )
+    return tmp_path / "s.unfinished" / CHECKPOINT_FILE
+
+
+@pytest.mark.parametrize(
+    ("header", "lacks", "message"),
+    [
+        ({"step": "x"}, "", "is damaged: .*invalid literal"),
+        ({"step": None}, "", "is damaged: .*step"),
+        ({"header": "{"}, "", "is damaged"),
+        ({"header": "[]"}, "", "is damaged: .*its header is no object"),
+        ({"param_groups": "[]"}, "", "can't resume: "),
+        ({"step": "99"}, "", "can't resume: the checkpoint is of update 99"),
+        ({}, "data/z_t", "can't resume: .*z_t"),
+    ],
+)
+def test_a_damaged_checkpoint_is_said_in_a_line(
+    tiny_files: ModelFiles, prompt_file: Path, unfinished: Path, header: dict[str, Any], lacks: str, message: str
+) -> None:
+    with safe_open(unfinished, framework="pt") as file:
+        metadata = file.metadata() | header
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name != lacks}  # noqa: SIM118
+    save_file(tensors, unfinished, {name: value for name, value in metadata.items() if value is not None})
+    with pytest.raises(InputError, match=message) as raised:
+        distill(
+            tiny_files,
+            DistillConfig(prompts=prompt_file, updates=4, batch_size=2),
+            RunConfig(resume=True),
+            output=unfinished.parent.with_name("s"),
+            device="cpu",
+            observers=SILENT,
+        )
+    assert "\n" not in str(raised.value)
+    assert unfinished.exists()
+
+
+@pytest.mark.parametrize("error", [BoostDiffError("the VAE's images are not finite"), MemoryError()])
+def test_a_picture_that_can_not_be_drawn_costs_no_student(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*args: Any, **options: Any) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr("boostdiff.distill.preview.generate", fail)
+    notes: list[str] = []
+    info = distill(
+        tiny_files,
+        DistillConfig(prompts=prompt_file, updates=2, batch_size=2),
+        RunConfig(preview_every=1),
+        output=tmp_path / "s",
+        device="cpu",
+        observers=Observers(on_note=notes.append),
+    )
+    assert read_student(tmp_path / "s") == info
+    assert [note for note in notes if note.startswith("there is no grid.png: ")]
+    assert [note for note in notes if note.startswith("there is no 000001.png: ")]
+
+
+@pytest.mark.parametrize("name", ["vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"])
+def test_a_link_to_nothing_is_named_in_every_part(
+    tiny_folder: Path, prompt_file: Path, tmp_path: Path, name: str
+) -> None:
+    model = shutil.copytree(tiny_folder, tmp_path / "m")
+    (model / name).unlink()
+    (model / name).symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match=f"{name} is a link to nothing"):
+        distill(
+            locate(str(model)),
+            DistillConfig(prompts=prompt_file, updates=1),
+            output=tmp_path / "s",
+            device="cpu",
+            observers=SILENT,
+        )
+
+
+def test_rescaling_keeps_links_as_they_are_and_the_settings_true(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path
+) -> None:
+    config = DistillConfig(prompts=prompt_file, updates=1, batch_size=2)
+    distill(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
+    (tmp_path / "s" / "dead").symlink_to(tmp_path / "gone")
+    (tmp_path / "s" / "texts").symlink_to(prompt_file.parent)
+    rescaled = DistillConfig(prompts=prompt_file, updates=1, batch_size=2, adapter_scale=1.5)
+    distill(tiny_files, rescaled, RunConfig(resume=True), output=tmp_path / "s", device="cpu", observers=SILENT)
+    assert (tmp_path / "s" / "dead").is_symlink()
+    assert (tmp_path / "s" / "texts").is_symlink()
+    assert json.loads((tmp_path / "s" / "config.json").read_text())["adapter_scale"] == 1.5
+
+
+def test_cached_texts_have_the_modes_of_the_umask(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        distill(
+            tiny_files,
+            DistillConfig(prompts=prompt_file, updates=1, batch_size=2),
+            RunConfig(cache_text=tmp_path / "texts"),
+            output=tmp_path / "s",
+            device="cpu",
+            observers=SILENT,
+        )
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "texts").rglob("*") if path.is_file()]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o644}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("m.csv", 'file_name,text\na.png,"tall tree\nb.png,a dog\n'), ("p.tsv", 'id\ttext\n1\t"a cat\n2\ta dog\n')],
+)
+def test_a_quote_that_is_never_closed_swallows_no_rows(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=f"can't read .*{name} line"):
+        list(csv_rows(tmp_path / name))
+
+
+def test_a_tsv_of_one_column_is_divided_by_tabs_alone(tmp_path: Path) -> None:
+    (tmp_path / "p.tsv").write_text("prompt\na red, round apple\n")
+    assert list(csv_rows(tmp_path / "p.tsv")) == [(2, {"prompt": "a red, round apple"})]
+
+
+@pytest.mark.parametrize("caption", ["a\0b", "a red cat".encode("utf-16-le").decode("utf-8")])
+def test_a_caption_with_zero_bytes_is_no_text(tmp_path: Path, caption: str) -> None:
+    (tmp_path / "a.txt").write_bytes(caption.encode())
+    for given in (caption, tmp_path / "a.txt"):
+        with pytest.raises(_BadSampleError, match="its caption is not UTF-8 text"):
+            _caption(Row(name="a", image=None, caption=given))
