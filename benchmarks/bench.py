@@ -289,7 +289,9 @@ def _in_torch(model: Model, student: Any, config: BenchConfig) -> tuple[list[Tim
     if denoiser.config.get("time_cond_proj_dim") is None:
         # Else the stock pipeline makes one pass at any guidance.
         variants.append(StockVariant(mode="teacher", runner=TorchRunner(denoiser), pipeline=stock_pipeline(model)))
-    others: list[tuple[str, Any, Sequence[int] | None]] = [("captured", CapturedRunner, None)] if on_gpu else []
+    others: list[tuple[str, Any, Sequence[int] | None]] = (
+        [("captured", CapturedRunner, None)] if on_gpu and model.family.capturable else []
+    )
     if config.max_autotune or pays_to_compile(denoiser) if config.compile is None else config.compile:
         compiled = partial(CompiledRunner, max_autotune=config.max_autotune)
         others.append(("compiled", compiled, config.compiled_batch_sizes()))

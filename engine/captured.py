@@ -49,9 +49,11 @@ class CapturedRunner(TorchRunner):
                 normalization copies into the other order (`studies layouts`).
 
         Raises:
-            BoostDiffError: the denoiser is on no CUDA device.
+            BoostDiffError: the denoiser is on no CUDA device, or of a family that can't be captured.
         """
         super().__init__(denoiser)
+        if not self.family.capturable:
+            raise BoostDiffError(f"CUDA graphs can't hold the denoiser of a {self.family.name} model")
         if reason := missing_cuda(self.device):
             raise BoostDiffError(reason)
         denoiser.to(memory_format=layout)

@@ -45,6 +45,8 @@ class Family(ABC):
     and else variance preserving (α² + σ² = 1)."""
     half: ClassVar[torch.dtype] = torch.float16
     """Precision on an accelerator."""
+    capturable: ClassVar[bool] = True
+    """Whether a CUDA graph can hold the denoiser: not where its forward pass makes tensors from Python's numbers."""
     takes_more: ClassVar[bool] = False
     """Whether students may be guidance-conditioned, of live negative prompts, soft prompts or trained normalizations:
     they change a UNet."""

@@ -86,7 +86,8 @@ class Guider:
 
     def _at(self, t: float) -> Any:
         guider = self._of_diffusers
-        guider.set_state(self.timesteps - 1 - t, self.timesteps, t)
+        # Flow matching begins at t = T, one beyond the last timestep.
+        guider.set_state(max(0, self.timesteps - 1 - t), self.timesteps, t)
         return guider
 
     def guides(self, t: float | torch.Tensor) -> bool:

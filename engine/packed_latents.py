@@ -18,6 +18,7 @@ class PackedLatents(Family):
     """Latents are packed by the pipeline, as FLUX's: `(B, C, H, W)` to `(B, HW / 4, 4C)`."""
 
     default_side = 128
+    capturable = False
 
     def packed(self, latents: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)

@@ -72,7 +72,9 @@ class QwenImage(PackedLatents):
             given, width = (text.get("text_config") or text).get("hidden_size"), config["joint_attention_dim"]
             if given != width:
                 raise InputError(f"joint_attention_dim is {width!r}, where the text encoder gives {given!r}")
-            counts({"sample_size": self.default_side} | config, "sample_size")
+            (size,) = counts({"sample_size": self.default_side} | config, "sample_size")
+            if size % PATCH:
+                raise InputError(f"sample_size is {size}: it must be a multiple of {PATCH}")
 
         def vae() -> None:
             config = parts["vae"]

@@ -83,6 +83,9 @@ def sampling(
     """
     # Schedulers keep their tables on the CPU: a timestep from the GPU would be waited for in each step.
     scheduler.set_timesteps(steps, device="cpu")
+    if hasattr(scheduler, "set_begin_index"):
+        # Else it is looked up by the first timestep, of which many steps of flow matching have several.
+        scheduler.set_begin_index(0)
     z_t = noise * scheduler.init_noise_sigma
     for t, on_device in zip(scheduler.timesteps, scheduler.timesteps.to(noise.device), strict=True):
         prediction = denoiser(scheduler.scale_model_input(z_t, t), on_device, text)

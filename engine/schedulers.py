@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -378,7 +379,8 @@ def _fits(scheduler: SchedulerMixin, steps: int) -> bool:
     count = scheduler.config.num_train_timesteps
     if not 1 <= steps <= count:
         return False
-    scheduler.set_timesteps(steps)
+    with np.errstate(all="ignore"):
+        scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps
     if is_flow(scheduler.config):
         # A single step can't be stretched to the last sigma that a folder may ask for (Qwen-Image's `shift_terminal`).

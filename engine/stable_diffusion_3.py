@@ -57,7 +57,9 @@ class StableDiffusion3(Family):
         def transformer() -> None:
             config = parts["transformer"]
             channels = counts(config, "in_channels", "out_channels") + counts(parts["vae"], "latent_channels")
-            counts(config, "sample_size", "patch_size")
+            size, patch = counts(config, "sample_size", "patch_size")
+            if size % patch:
+                raise InputError(f"sample_size is {size}: it must be a multiple of patch_size, {patch}")
             if len(set(channels)) > 1:
                 raise InputError(f"transformer and VAE have {', '.join(map(str, channels))} channels, not all the same")
             pooled = sum(counts(parts[name], "projection_dim")[0] for name in CLIPS)

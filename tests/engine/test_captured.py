@@ -1,5 +1,6 @@
 import pytest
 import torch
+from boostdiff.engine import families
 from boostdiff.engine.captured import CapturedRunner
 from boostdiff.engine.errors import BoostDiffError
 from boostdiff.engine.model import Model, load
@@ -22,6 +23,14 @@ def test_replayed_predictions_are_those_of_the_denoiser(tiny: Model) -> None:
                 got, expected = runner.predict(inputs), eager.predict(inputs)
             assert (got - expected).norm() < 1e-2 * expected.norm()
         assert len(runner._recordings) == 2
+
+
+def test_denoisers_that_make_tensors_of_numbers_are_refused(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not families.QwenImage.capturable
+    assert not families.Chroma.capturable
+    monkeypatch.setattr(type(tiny.family), "capturable", False)
+    with pytest.raises(BoostDiffError, match="CUDA graphs can't hold the denoiser of a stable-diffusion model"):
+        CapturedRunner(tiny.denoiser)
 
 
 def test_without_cuda_it_says_what_it_needs(tiny: Model) -> None:

@@ -1,5 +1,6 @@
 """Families of flow matching against their stock pipelines: teacher, student, adapter, merge, engine, resume."""
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,9 @@ from boostdiff.distill.distill import distill
 from boostdiff.distill.loop import Observers
 from boostdiff.engine.adapters import LORA_FILE
 from boostdiff.engine.config import GenerateConfig
-from boostdiff.engine.errors import BoostDiffError
+from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.exported import Engine
+from boostdiff.engine.files import read_json, write_json
 from boostdiff.engine.generate import draw
 from boostdiff.engine.guidance import GuidedDenoiser
 from boostdiff.engine.merge import merge, merge_in_place, merge_student
@@ -250,3 +252,13 @@ def test_a_resumed_run_gives_the_same_bytes(
     info = distill(files, config, execution, output=tmp_path / "student", device="cpu", observers=quiet)
     assert info.result["resumed_at"] == 5
     assert (tmp_path / "student" / LORA_FILE).read_bytes() == (students[kind] / LORA_FILE).read_bytes()
+
+
+@pytest.mark.parametrize("size", [7, 9])
+def test_a_size_that_the_patches_do_not_divide_is_refused(folders: dict[str, Path], tmp_path: Path, size: int) -> None:
+    config = folders["sd3"] / "transformer/config.json"
+    model = tmp_path / "sd3"
+    shutil.copytree(folders["sd3"], model)
+    write_json(model / "transformer/config.json", read_json(config) | {"sample_size": size})
+    with pytest.raises(InputError, match=f"sample_size is {size}: it must be a multiple of patch_size, 2"):
+        locate(str(model))

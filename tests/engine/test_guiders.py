@@ -101,6 +101,15 @@ def test_an_interval_of_timesteps_is_diffusers_interval_of_steps(sampler: str, s
     assert guider.passes(scheduler.timesteps.tolist()) == 20 + 11
 
 
+@pytest.mark.parametrize(
+    ("t", "interval", "guided"), [(1000, "0:1", True), (1000, "0:0.5", True), (1000, "0.2:1", False)]
+)
+def test_an_interval_from_0_has_the_first_step_of_flow_matching(t: int, interval: str, guided: bool) -> None:
+    guider = Guider(name="interval", settings={"guidance_interval": interval})
+    assert guider.guides(t) is guided
+    assert guider.guides(t - 1) is guided
+
+
 def test_an_interval_does_not_depend_on_the_scale_before() -> None:
     guider = ours("interval")
     inside = torch.tensor(600)

@@ -64,6 +64,7 @@ def test_a_batch_of_prompts_of_several_lengths_is_each_prompt_alone(model: Model
     ("part", "changes", "message"),
     [
         ("transformer", {"guidance_embeds": True}, "guidance_embeds is True"),
+        ("transformer", {"sample_size": 9}, "sample_size is 9: it must be a multiple of 2"),
         ("transformer", {"joint_attention_dim": 24}, "joint_attention_dim is 24, where the text encoder gives 16"),
         ("transformer", {"in_channels": 4}, "in_channels, out_channels and patch_size are 4, 4 and 2"),
         ("vae", {"latents_std": None}, "latents_mean and latents_std"),

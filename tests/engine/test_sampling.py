@@ -7,13 +7,13 @@ import pytest
 import torch
 from boostdiff.benchmarks.session import RESEED
 from boostdiff.engine.adapters import LORA_FILE
-from boostdiff.engine.conditions import TextEmbeddings
+from boostdiff.engine.conditions import PromptEmbeds, TextEmbeddings
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.guidance import GuidedDenoiser, SinglePassDenoiser
 from boostdiff.engine.model import Model, locate
 from boostdiff.engine.runners import TorchRunner
-from boostdiff.engine.sampling import decode, default_batch_size, generate, initial_noise, sample, to_uint8
-from boostdiff.engine.schedulers import SAMPLERS, make_scheduler
+from boostdiff.engine.sampling import decode, default_batch_size, generate, initial_noise, sample, sampling, to_uint8
+from boostdiff.engine.schedulers import SAMPLERS, check_steps, make_scheduler
 from boostdiff.engine.student import apply_student, read_student
 from diffusers import AutoencoderTiny, EulerDiscreteScheduler, StableDiffusionPipeline
 from tiny import PROMPTS, make_pipeline
@@ -186,6 +186,25 @@ def test_a_small_vae_encodes(tiny: Model) -> None:
         num_decoder_blocks=(1, 1),
     )
     assert tiny.family.encode_latents(vae, torch.zeros(2, 3, 16, 16)).shape == (2, 4, 8, 8)
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("unipc", 400), ("dpm++", 1000), ("euler", 1000)])
+def test_steps_of_flow_matching_that_share_a_timestep_are_drawn(sampler: str, steps: int) -> None:
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+    check_steps(config, [sampler], [steps])
+    text = TextEmbeddings(conditional=PromptEmbeds(encoder_hidden_states=torch.zeros(1, 1, 1)), unconditional=None)
+    drawn = list(
+        sampling(
+            lambda z_t, t, text: torch.ones_like(z_t),
+            text=text,
+            noise=torch.zeros(1, 1, 2, 2),
+            scheduler=make_scheduler(sampler, config),
+            steps=steps,
+        )
+    )
+    assert len(drawn) == steps
+    # The velocity is 1 from σ = 1 to 0.
+    torch.testing.assert_close(drawn[-1], torch.full((1, 1, 2, 2), -1.0), atol=1e-3, rtol=0)
 
 
 def test_noise_is_that_of_a_generator_per_image() -> None:

@@ -15,10 +15,10 @@ from boostdiff.engine.merge import merge_student
 from boostdiff.engine.model import Model, ModelFiles, load, locate
 from boostdiff.engine.sampling import initial_noise
 from boostdiff.engine.student import Distilled, read_student
-from boostdiff.export.diffusers_folder import GUARD_WIDTH, write_diffusers_folder
+from boostdiff.export.diffusers_folder import GUARD_WIDTH, own_size, write_diffusers_folder
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
-from tiny import CPU, make_pipeline, make_xl_pipeline
+from tiny import CPU, make_pipeline, make_sd3_pipeline, make_xl_pipeline
 
 FIXED = Distilled(method="lora", guidance=3.0)
 
@@ -113,3 +113,17 @@ def test_what_a_folder_says_and_does_not_say(tiny_folder: Path, tmp_path: Path) 
     assert str(tiny_folder) not in said + card
     scheduler = DDIMScheduler.from_pretrained(tmp_path / "made/scheduler")
     assert (scheduler.config.clip_sample, scheduler.config.prediction_type) == (False, "epsilon")
+
+
+def test_a_transformers_position_embeddings_are_of_the_size_that_it_was_trained_at(
+    tiny_files: ModelFiles, tmp_path: Path
+) -> None:
+    make_sd3_pipeline(t5=False).save_pretrained(tmp_path / "sd3")
+    for files, written in ((locate(str(tmp_path / "sd3")), 16), (tiny_files, 12)):
+        model = load(files, device=CPU)
+        model.denoiser.register_to_config(sample_size=12)
+        with own_size(model):
+            assert model.denoiser.config["sample_size"] == (
+                files.denoiser_config["sample_size"] if written == 16 else written
+            )
+        assert model.denoiser.config["sample_size"] == 12
