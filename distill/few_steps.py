@@ -162,9 +162,8 @@ def adopted(config: DistillConfig) -> DistillConfig:
         return config
     info = read_student(config.start_from, instead="--start-from DIR")
     if info.steps not in (None, 2 * config.stages[0]):
-        raise InputError(
-            f"the student in {config.start_from} takes {info.steps} steps: pass --few-steps {info.steps}:END"
-        )
+        fewer = f": pass --few-steps {info.steps}:END" if info.steps % 2 == 0 else ", which can't be halved"
+        raise InputError(f"the student in {config.start_from} takes {info.steps} steps{fewer}")
     known, plain = {"norms": False} | info.settings | {"guider": info.guider}, DistillConfig()
     names = (*STUDENTS_OWN, *(name for settings in GUIDERS.values() for name in settings))
     settings: dict[str, Any] = {name: known.get(name) for name in names}
@@ -197,7 +196,13 @@ def check_stages(config: DistillConfig, files: ModelFiles, *, reads_weights: boo
     """
     if files.flow:
         raise InputError("--few-steps is for noise schedules of betas, not for models of flow matching")
-    check_steps(files.scheduler_config, [SAMPLER], [2 * config.stages[0]], spacing=SPACING)
+    start = 2 * config.stages[0]
+    try:
+        check_steps(files.scheduler_config, [SAMPLER], [start], spacing=SPACING)
+    except InputError:
+        raise InputError(
+            f"--few-steps {config.few_steps} can't be used: {start} steps do not go with this model's schedule"
+        ) from None
     if config.start_from and reads_weights:
         read_student(config.start_from, files)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

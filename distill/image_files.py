@@ -103,6 +103,8 @@ def _folder(folder: Path, files: list[Path]) -> ImageData:
         found = [(image, captions.get(image.with_suffix(""))) for image in images]
     used = [path for pair in found for path in pair if isinstance(path, Path)] + ([table] if table else [])
     notes = _passed_over(files, used, folder)
+    if table and found and all(caption is None for _, caption in found):
+        raise InputError(f"{table} holds no captions: name their field {' or '.join(TEXT_FIELDS)}")
     if all(caption is None for _, caption in found):
         reason = f" ({notes[0]})" if notes else ""
         raise InputError(f"{folder} holds no captioned images: add metadata.jsonl, or a .txt beside each image{reason}")

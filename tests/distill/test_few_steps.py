@@ -444,9 +444,11 @@ def test_what_can_not_be_trained_is_refused_before_anything_is_written(
                 attempt()
         assert not list(tmp_path.glob("s*"))
 
-    refused("--steps 2048 can't be used with ddim", few_steps="2048:4")
+    refused("--few-steps 2048:4 can't be used: 2048 steps do not go with", few_steps="2048:4")
     refused("there is no student in", few_steps="8:4", start_from=tmp_path / "missing")
     refused("takes 4 steps: pass --few-steps 4:END", few_steps="8:2", start_from=four_steps)
+    one_step = few_step_copy(students["lora"], tmp_path / "one", 1)
+    refused("takes 1 steps, which can't be halved", few_steps="8:2", start_from=one_step)
     refused("--guidance 5.0: the student in", few_steps="8:4", start_from=students["lora"], guidance=5.0)
     refused("--rank 4: the student in", few_steps="8:4", start_from=students["lora"], rank=4)
     refused("--method bitfit: the student in", few_steps="8:4", start_from=students["lora"], method="bitfit")

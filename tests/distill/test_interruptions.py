@@ -12,6 +12,7 @@ import pytest
 import torch
 from boostdiff.distill.config import DistillConfig, RunConfig
 from boostdiff.distill.distill import distill
+from boostdiff.distill.image_files import open_images
 from boostdiff.distill.images import Row, _BadSampleError, _caption
 from boostdiff.distill.loop import CHECKPOINT_FILE, Observers, UpdateReport
 from boostdiff.engine.errors import BoostDiffError, InputError
@@ -178,6 +179,20 @@ def test_a_quote_that_is_never_closed_swallows_no_rows(tmp_path: Path, name: str
 def test_a_tsv_of_one_column_is_divided_by_tabs_alone(tmp_path: Path) -> None:
     (tmp_path / "p.tsv").write_text("prompt\na red, round apple\n")
     assert list(csv_rows(tmp_path / "p.tsv")) == [(2, {"prompt": "a red, round apple"})]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metadata.csv", "file_name,description\na.png,a cat\n"),
+        ("metadata.jsonl", '{"file_name": "a.png", "title": "a cat"}\n'),
+    ],
+)
+def test_a_table_without_captions_is_named(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    (tmp_path / "a.png").touch()
+    with pytest.raises(InputError, match=f"{name} holds no captions: name their field text"):
+        open_images(str(tmp_path))
 
 
 @pytest.mark.parametrize("caption", ["a\0b", "a red cat".encode("utf-16-le").decode("utf-8")])
