@@ -115,8 +115,7 @@ def sweep_columns(session: Session, config: SweepConfig) -> Columns:
 
 
 def is_papers(info: StudentInfo) -> bool:
-    """Whether the paper has such a student: plain guidance at w = 3 alone, by LoRA at rank 8 in attention or BitFit
-    alone."""
+    """Whether the paper has such a student: plain guidance, w = 3, LoRA at rank 8 in attention or BitFit, no more."""
     conditions = Distilled(**{item.name: getattr(info, item.name) for item in fields(Distilled)})
     if conditions != Distilled(method=info.method, guidance=3.0) or info.settings.get("norms"):
         return False

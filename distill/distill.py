@@ -128,8 +128,8 @@ def distill(
         # A stage of a resumed run may have been begun, or not.
         begun = execution.resume and (work_folder(student) / CONFIG_FILE).is_file()
         how, whose = replace(execution, resume=begun), stage.identity(same) if stage else same
-        last = stage is not None and stage.steps == config.stages[-1]
-        return _train(files, config, how, target, data, whose, student, observers, stage, follows=not last)
+        follows = stage is None or stage.steps != config.stages[-1]
+        return _train(files, config, how, target, data, whose, student, observers, stage, follows=follows)
 
     if not config.stages:
         info = _train(files, config, execution, target, data, same, output, observers)

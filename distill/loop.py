@@ -319,11 +319,11 @@ class Run:
                 if self.execution.preview_every and self.done % self.execution.preview_every == 0 and main:
                     (self.folder / PREVIEWS).mkdir(exist_ok=True)
                     draw(self.folder / PREVIEWS / f"{self.done:06}.png")
-                if stop:
-                    self.stopped = request.name or "another process"
                 if stop and not last:
+                    self.stopped = request.name or "another process"
                     raise self.interrupted()
-            self.stopped = self.stopped or request.name or ""
+            # In the last update, too: another stage may follow.
+            self.stopped = request.name or ""
         notes = in_words(self.source.notes())
         for note in notes if main else ():
             observers.on_note(note)

@@ -80,33 +80,23 @@ def write_diffusers_folder(model: Model, distilled: Distilled, folder: Path) -> 
     try:
         # Of flow matching it is the class that stock diffusers has already.
         pipeline.scheduler = scheduler if is_flow(scheduler.config) else DDIMScheduler.from_config(settings)
-        with one_pass(model.denoiser), own_size(model):
+        with one_pass(model.denoiser):
             pipeline.save_pretrained(folder, safe_serialization=True)
     finally:
         pipeline.scheduler = scheduler
     for path in (*folder.glob("*.json"), *folder.glob("*/*config.json")):
         # The folder that the model was loaded from.
         write_json(path, {key: value for key, value in read_json(path).items() if key != "_name_or_path"})
+    size = model.files.denoiser_config.get("sample_size")
+    if size is not None and not isinstance(model.denoiser, UNet2DConditionModel):
+        # Of a transformer, position embeddings are made from the size that it was trained at.
+        path = folder / model.family.denoiser / "config.json"
+        write_json(path, read_json(path) | {"sample_size": size})
     for pattern in LICENCES:
         for path in model.files.folder.glob(pattern):
             shutil.copyfile(path, folder / path.name)
     (folder / "README.md").write_text(_card(model, distilled), encoding="utf-8")
     return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.safetensors"))]
-
-
-@contextmanager
-def own_size(model: Model) -> Iterator[None]:
-    """Give a transformer's configuration the size that it was trained at: its position embeddings are made from it."""
-    denoiser, exported = model.denoiser, model.denoiser.config.get("sample_size")
-    size = model.files.denoiser_config.get("sample_size")
-    if isinstance(denoiser, UNet2DConditionModel) or size is None or size == exported:
-        yield
-        return
-    denoiser.register_to_config(sample_size=size)
-    try:
-        yield
-    finally:
-        denoiser.register_to_config(sample_size=exported)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What goes wrong around a run: signals between stages, damaged checkpoints, pictures that can't be drawn."""
+"""What goes wrong around a run: files in its way, signals between stages, damaged checkpoints, odd captions."""
 
 import json
 import os
@@ -23,6 +23,85 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 SILENT = Observers(preview=False)
+
+
+@pytest.mark.parametrize(
+    "theirs", ["notes.txt", "engine/manifest.json", "stages/8/README.md", "stages/notes/today.md", "previews/best.txt"]
+)
+def test_what_a_user_has_put_into_a_students_folder_is_not_removed(
+    tiny_files: ModelFiles, prompt_file: Path, students: dict[str, Path], tmp_path: Path, theirs: str
+) -> None:
+    output, config = shutil.copytree(students["lora"], tmp_path / "s"), DistillConfig(prompts=prompt_file, updates=1)
+    shutil.copytree(students["lora"], output / "stages/8")
+    for own in ("previews/000001.png", "stages/8/boostdiff/events.1", ".DS_Store"):
+        (output / own).parent.mkdir(exist_ok=True)
+        (output / own).touch()
+    (output / theirs).parent.mkdir(exist_ok=True)
+    (output / theirs).write_text("mine")
+    with pytest.raises(InputError, match=f"{theirs} was not written by `boostdiff distill`, which would remove it"):
+        distill(tiny_files, config, output=output, device="cpu", observers=SILENT)
+    assert (output / theirs).read_text() == "mine"
+    (output / theirs).unlink()
+    distill(tiny_files, config, output=output, device="cpu", observers=SILENT)
+    assert not (output / "stages").exists()
+
+
+@pytest.mark.parametrize("stages", [None, "4:2"])
+def test_what_is_put_there_during_a_run_is_not_removed_and_the_student_is_kept(
+    tiny_files: ModelFiles, prompt_file: Path, students: dict[str, Path], tmp_path: Path, stages: str | None
+) -> None:
+    output = shutil.copytree(students["lora"], tmp_path / "s")
+    before = read_student(output)
+    config = DistillConfig(
+        prompts=prompt_file, updates=1, batch_size=2, few_steps=stages, stage_updates=1 if stages else None
+    )
+
+    def put(report: object) -> None:
+        (output / "notes.txt").write_text("mine")
+
+    observers = Observers(preview=False, on_update=put)
+    with pytest.raises(InputError, match=r"notes.txt was not written .*: the new student stays in .*s\.unfinished"):
+        distill(tiny_files, config, output=output, device="cpu", observers=observers)
+    assert (output / "notes.txt").read_text() == "mine"
+    assert read_student(output) == before
+    kept = read_student(tmp_path / "s.unfinished")
+    assert kept.steps == (2 if stages else None)
+    with pytest.raises(InputError, match=r"notes\.txt was not written"):
+        distill(tiny_files, config, output=output, device="cpu", observers=SILENT)
+    assert read_student(tmp_path / "s.unfinished") == kept
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "raw/a.png"])
+def test_a_work_folder_of_something_else_is_not_removed(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / "s.unfinished" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(InputError, match=r"s\.unfinished, where the run would work, holds something else"):
+        distill(
+            tiny_files,
+            DistillConfig(prompts=prompt_file, updates=1),
+            output=tmp_path / "s",
+            device="cpu",
+            observers=SILENT,
+        )
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("inside", ["s", "s/texts", "s.unfinished/texts"])
+def test_cached_texts_inside_the_output_are_refused(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, inside: str
+) -> None:
+    with pytest.raises(InputError, match=r"--cache-text .* would be lost with .*: pass another --output"):
+        distill(
+            tiny_files,
+            DistillConfig(prompts=prompt_file, updates=1),
+            RunConfig(cache_text=tmp_path / inside),
+            output=tmp_path / "s",
+            device="cpu",
+            observers=SILENT,
+        )
 
 
 @pytest.mark.parametrize("stops_at", [(None, 2), (4, 3)])

@@ -177,6 +177,28 @@ def test_it_is_trained_on_for_few_steps_and_resumed(
     assert resumed.adapter_files == whole.adapter_files
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"base_precision": "int8"},
+        {"base_precision": "int8", "method": "bitfit"},
+        {"negative_prompt": "live"},
+        {"guidance": 1.5, "guidance_max": 5.0, "method": "bitfit"},
+    ],
+)
+def test_it_goes_with_other_kinds_of_students(
+    tiny: Model, prompt_file: Path, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    if "base_precision" in more:
+        pytest.importorskip("torchao")
+    config = DistillConfig(norms=True, prompts=prompt_file, updates=3, batch_size=4, learning_rate=0.02, **more)
+    info = distill(tiny.files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
+    base = {name: p.clone() for name, p in tiny.denoiser.state_dict().items()}
+    assert merge_in_place(tiny, tmp_path / "s", info).relative < 1e-4
+    trained = load_file(tmp_path / "s" / NORMS_FILE)
+    assert any((tensor - base[name]).abs().max() > 0.01 for name, tensor in trained.items())
+
+
 @pytest.mark.parametrize("change", ["x.weight", "a shape"])
 def test_parameters_that_do_not_fit_are_refused(
     tiny: Model, norm_students: dict[str, Path], tmp_path: Path, change: str
