@@ -188,10 +188,9 @@ def refuse_unused(config: Any, why: str, *names: str) -> None:
     Raises:
         InputError: one of them was asked for.
     """
-    hints = get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         if field.name in names and getattr(config, field.name) != _default(field):
-            option = _option(hints[field.name]) or OptionInfo()
+            option = _option(get_type_hints(type(config), include_extras=True)[field.name]) or OptionInfo()
             raise InputError(f"{_flag(field.name, option)} is not used {why}: leave it out")
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +33,7 @@ def is_installed(module: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
+@cache
 def _version(name: str) -> str | None:
     try:
         return version(name)

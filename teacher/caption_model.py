@@ -98,6 +98,7 @@ def caption_model(
         checkpoint=work / "caption-model.checkpoint.safetensors",
         steps=steps,
         learning_rate=learning_rate,
+        header={"seed": seed, "batch": batch},
     )
     half = [0.5, 0.5, 0.5]
     square = {"height": SIZE, "width": SIZE}

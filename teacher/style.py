@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
+from ..engine.files import write_whole
 from .dataset import STYLES, Artworks
 from .placement import draw_training_pictures, to_model_range
 
@@ -87,7 +88,7 @@ def style_network(work: Path, artworks: Artworks, *, seed: int = 0, steps: int =
     path = work / STYLE_FILE
     if not path.exists():
         weights = train_style(artworks, seed=seed, steps=steps).state_dict()
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
+        write_whole(path, save({name: tensor.contiguous() for name, tensor in weights.items()}))
     network = StyleNetwork()
     network.load_state_dict(load_file(path))
     return network.eval().requires_grad_(False)

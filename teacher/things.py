@@ -12,9 +12,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ..benchmarks.quality.features import features_of
+from ..engine.files import write_whole
 from .dataset import Artworks
 from .measure import reconstructed
 from .placement import draw_training_pictures
@@ -71,7 +72,7 @@ def things_classifier(
         fitted = fit_groups(
             features_of(network, pictures), group_labels(artworks, chosen), len(artworks.groups), seed=seed
         )
-        save_file(fitted, path)
+        write_whole(path, save(fitted))
     return load_file(path)
 
 

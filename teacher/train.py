@@ -20,7 +20,8 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..distill.checkpoint import load_training_state
@@ -28,7 +29,7 @@ from ..distill.order import Share
 from ..engine.compiled import has_bfloat16, missing_compiler
 from ..engine.embedded import MODEL_DIR
 from ..engine.errors import InputError
-from ..engine.files import hash_of, staged_folder
+from ..engine.files import hash_of, staged_folder, write_whole
 from ..engine.model import locate, resolve_device
 from ..engine.terminal import run
 from .architecture import BETAS, TIMESTEPS, make_text_encoder, make_tokenizer, make_unet, make_vae, save_pipeline
@@ -98,12 +99,13 @@ def vae(
         checkpoint=work / "vae.checkpoint.safetensors",
         steps=steps,
         learning_rate=learning_rate,
+        header={"seed": seed, "batch": batch},
     )
     model.eval()
     psnr = held_out_psnr(model, artworks)
     print(f"vae: held-out PSNR {psnr:.2f} dB over {artworks.held_out.sum()} artworks")
     weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, work / "vae.safetensors")
+    write_whole(work / "vae.safetensors", safetensors_bytes(weights))
 
 
 @app.command()
@@ -124,9 +126,8 @@ def latents(work: Work = Path("teacher-work"), seed: Seed = 0) -> None:
             encoded.append(moments.latent_dist.mean.half().cpu())
     everything = torch.cat(encoded)
     scale = 1 / everything.float().std()
-    partial = work / "latents.partial.safetensors"
-    save_file({"latents": everything.contiguous(), "pairs": torch.from_numpy(pairs), "scale": scale}, partial)
-    partial.replace(work / "latents.safetensors")
+    tensors = {"latents": everything.contiguous(), "pairs": torch.from_numpy(pairs), "scale": scale}
+    write_whole(work / "latents.safetensors", safetensors_bytes(tensors))
     print(f"latents: {len(everything)} of {tuple(everything.shape[1:])}, scaling_factor {scale:.4f}")
 
 

@@ -385,7 +385,14 @@ def test_a_traceback_under_debug_and_the_same_end(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
-@pytest.mark.parametrize("command", [("distill", "--dry-run", "--json"), ("--version",), ("distill", "--help")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(("distill", "--dry-run", "--json"), marks=pytest.mark.slow),
+        ("--version",),
+        ("distill", "--help"),
+    ],
+)
 def test_results_that_nobody_gets_are_no_success(command: tuple[str, ...]) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(

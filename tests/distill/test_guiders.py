@@ -244,7 +244,9 @@ def bold_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("cfg", "apg") else ()) for name in SETTINGS]
+)
 def test_previews_generate_and_bench_have_the_same_teacher(
     bold_folder: Path, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -180,6 +180,7 @@ def test_a_resumed_stream_goes_on_identically(tmp_path: Path, write: Callable[[P
     assert other.notes == stream.notes
 
 
+@pytest.mark.slow
 def test_an_unfinished_stream_ends_quietly(tmp_path: Path) -> None:
     """Shards left open at the interpreter's end say nothing; and another process sees the same order."""
     specs = [tar_folder(tmp_path / "tar"), parquet_folder(tmp_path / "parquet")]

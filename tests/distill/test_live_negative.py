@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,9 +177,17 @@ def test_a_student_follows_its_negative_prompt_in_stock_pipelines_too(files: Mod
 
 @pytest.mark.parametrize("files", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)], indirect=True)
 def test_an_engine_takes_any_negative_prompt_and_one_per_image(
-    files: ModelFiles, student: Path, tmp_path: Path
+    files: ModelFiles,
+    student: Path,
+    engines: dict[str, Path],
+    reuse_graphs: Callable[..., None],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
 ) -> None:
     info = read_student(student, files)
+    if "sdxl" not in request.node.name:
+        # Its other parts are those of the tiny model.
+        reuse_graphs(engines["lora"], fresh=("unet",))
     manifest = export(files, ExportConfig(), student=student, output=tmp_path / "engine", device="cpu")
     assert manifest.distilled.live_negative_prompt
     base = load(files, device=CPU)
@@ -347,6 +356,7 @@ def test_a_unet_is_given_processors_once(tiny: Model) -> None:
         make_adapter("bitfit", tiny.denoiser, live_negative_prompt=True)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_unet_reads_the_newest_time_embedding(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     # A CPU that has bfloat16 would compile in it.

@@ -125,7 +125,12 @@ def test_gradient_accumulation_and_checkpointing_change_nothing_but_memory(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"guidance": 1.5, "guidance_max": 7.5}, {"precision": "bf16"}, {"images": "images"}]
+    "changes",
+    [
+        pytest.param({"guidance": 1.5, "guidance_max": 7.5}, marks=pytest.mark.slow),
+        {"precision": "bf16"},
+        {"images": "images"},
+    ],
 )
 def test_a_run_cut_short_and_resumed_gives_the_same_bytes(
     tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, changes: dict[str, object]

@@ -46,7 +46,10 @@ def student(folder: Path, prompts: Path, output: Path, *, cache: Path | None, pr
     return (output / LORA_FILE).read_bytes()
 
 
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow if kind in ("sdxl", "qwen-image") else ()) for kind in MAKERS],
+)
 def test_a_run_on_stored_text_gives_the_same_student(
     kind: str, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

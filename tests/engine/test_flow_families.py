@@ -172,7 +172,7 @@ def test_a_pipeline_folder_draws_the_students_image(
     assert same(got, stock_image(folders[kind], w=None, student=students[kind]))
 
 
-@pytest.mark.parametrize("kind", DISTILLED)
+@pytest.mark.parametrize("kind", SLOWER)
 def test_speed_has_the_stock_pipelines_row(folders: dict[str, Path], kind: str) -> None:
     model = load(locate(str(folders[kind])), device=CPU)
     runner = TorchRunner(model.denoiser)

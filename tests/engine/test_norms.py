@@ -103,8 +103,9 @@ def test_it_is_read_from_what_it_saved(
     assert endings == ({"weight"} if method == "bitfit" else {"weight", "bias"})
     other = make_adapter(method, load(tiny_files, device=CPU).denoiser, **options)
     other.read(tmp_path)
+    got = other.parameters()
     for name, parameter in adapter.parameters().items():
-        assert torch.equal(other.parameters()[name], parameter)
+        assert torch.equal(got[name], parameter)
 
 
 @pytest.mark.parametrize("method", ["lora", "bitfit"])

@@ -388,6 +388,7 @@ def test_what_a_user_put_into_an_engine_is_not_removed(
     refuse_loss(copied)
 
 
+@pytest.mark.slow
 def test_a_decoder_of_a_size_that_varies(tiny: Model, tmp_path: Path) -> None:
     part = vae_decoder_part(tiny, ExportConfig(size=(16, 16, 32)))
     part.compute_references()

@@ -63,7 +63,7 @@ def edited(name: str, key: str, value: object) -> Callable[[Path], None]:
     [
         (edited("vae_decoder/config.json", "scaling_factor", 0.2), "image by"),
         (edited("tokenizer/tokenizer_config.json", "pad_token", "a"), "latents by"),
-        (edited("scheduler/scheduler_config.json", "beta_end", 0.02), "latents by"),
+        pytest.param(edited("scheduler/scheduler_config.json", "beta_end", 0.02), "latents by", marks=pytest.mark.slow),
     ],
 )
 def test_what_is_lost_between_parts_is_found(

@@ -11,9 +11,10 @@ import torch
 from artworks import make_artworks
 from boostdiff.engine.embedded import MODEL_DIR
 from boostdiff.engine.errors import InputError
+from boostdiff.engine.terminal import run
 from boostdiff.teacher.architecture import make_unet, make_vae
 from boostdiff.teacher.optimize import learning_rate_factor, mean_over_processes, optimize, step_generator
-from boostdiff.teacher.train import diffusion, the_tokenizer
+from boostdiff.teacher.train import app, diffusion, the_tokenizer, vae
 from safetensors.torch import load_file, save_file
 
 
@@ -168,11 +169,14 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("stage", "missing"), [("diffusion", "latents"), ("latents", "vae"), ("save", "diffusion")])
-def test_a_stage_names_the_one_before_it(tmp_path: Path, stage: str, missing: str) -> None:
-    command = [sys.executable, "-m", "boostdiff.teacher.train", stage, "--work", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+def test_a_stage_names_the_one_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stage: str, missing: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", stage, "--work", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        run(app)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
     assert f"run the stage `{missing}`" in line
 
 
@@ -193,3 +197,16 @@ def test_a_work_folder_keeps_its_tokenizer(tmp_path: Path, monkeypatch: pytest.M
     assert again(caption).input_ids == first(caption).input_ids
     assert again.get_vocab() == first.get_vocab()
     assert the_tokenizer(tmp_path / "other", other).get_vocab() != first.get_vocab()
+
+
+def test_a_checkpoint_of_another_seed_is_not_passed_off_as_this_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("boostdiff.teacher.train.load_artworks", lambda work: make_artworks(12))
+    monkeypatch.setattr("boostdiff.teacher.train.held_out_psnr", lambda model, artworks: 0.0)
+    vae(tmp_path, steps=1, batch=2, seed=0)
+    first = (tmp_path / "vae.safetensors").read_bytes()
+    for other, option in (({"batch": 2, "seed": 1}, "--seed"), ({"batch": 3, "seed": 0}, "--batch")):
+        with pytest.raises(InputError, match=f"begun with another {option}:"):
+            vae(tmp_path, steps=1, **other)
+    assert (tmp_path / "vae.safetensors").read_bytes() == first

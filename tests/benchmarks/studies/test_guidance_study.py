@@ -115,7 +115,7 @@ def test_effective_guidance_at_each_scale_of_the_range(tmp_path: Path, prompt_fi
     assert len(set((tmp_path / "features").iterdir()) - shards) == 10 + 1
 
 
-@pytest.mark.parametrize("beside", [[], ["w3"]])
+@pytest.mark.parametrize("beside", [pytest.param([], marks=pytest.mark.slow), ["w3"]])
 def test_effective_guidance_of_few_steps_is_at_their_own(student: Path, tmp_path: Path, beside: list[str]) -> None:
     few = few_step_copy(student, tmp_path / "few", 2)
     folders = [*(student.with_name(name) for name in beside), few]
