@@ -25,7 +25,6 @@ from ..engine.runners import Runner, TorchRunner, chosen_graph, unavailable
 from ..engine.schedulers import check_spacing, check_steps
 from ..engine.student import read_student
 from .config import BenchConfig, Metrics
-from .quality.baselines import candidates
 from .quality.quality import Quality, evaluate
 from .quality.samples import SamplingVariant, bounded_memory
 from .session import Session, with_sampling
@@ -71,16 +70,23 @@ class BenchResult:
         if head is None:
             return "Student and teacher could not be timed on one runner: there is no speed-up to report."
         words = (
-            f"The student makes images {head.estimate:.2fx} as fast as the two-pass teacher ({head.faster.runner}, "
-            f"batch {head.batch_size}, {self.provenance['config']['steps']} steps; counted operations allow "
-            f"{head.ceiling:.2f}x)"
+            f"The student makes images {head.estimate:.2fx} as fast as the two-pass teacher on the same runner "
+            f"({head.faster.runner}, batch {head.batch_size}, {self.provenance['config']['steps']} steps; counted "
+            f"operations allow {head.ceiling:.2f}x)"
         )
         # Of the same row, which need not be the fastest.
         of_head = next(
             row for row in self.speed.students if (row.runner, row.batch_size) == (head.faster.runner, head.batch_size)
         )
-        if stock := self.speed.ratio("images", of_head, baseline="stock diffusers"):
-            words += f", and {stock.estimate.value:.2f}x as fast as stock diffusers with guidance"
+        fastest = self.speed.fastest_teacher(head.batch_size)
+        runner = fastest.runner if fastest else head.slower.runner
+        if runner not in (head.slower.runner, "stock diffusers") and (
+            ratio := self.speed.ratio("images", of_head, baseline=runner)
+        ):
+            words += f", {ratio.estimate:.2fx} as fast as the fastest two-pass teacher ({runner})"
+        if ratio := self.speed.ratio("images", of_head, baseline="stock diffusers"):
+            words += f", and {ratio.estimate:.2fx} as fast as stock diffusers with guidance"
+            words += ", the fastest two-pass teacher" if runner == "stock diffusers" else ""
         return f"{words}."
 
     def _quality_verdict(self) -> list[str]:
@@ -93,7 +99,7 @@ class BenchResult:
         elif student.distance_interval is None:
             sentences.append(f"N = {quality.images} images are too few to compare quality: --samples 200 is usual.")
         elif delta := student.delta_to_guided:
-            sentence = f"Its {quality.features} is {_compared(delta)}"
+            sentence = f"Its {quality.features} {_compared(delta)}"
             if share := student.gain_recovered:
                 sentence += f": it recovers {share:.0%} of what guidance gains"
             sentences.append(f"{sentence} (N = {quality.images}).")
@@ -121,11 +127,10 @@ class BenchResult:
 def _compared(delta: Estimate) -> str:
     """A student's distance compared with the guided teacher's."""
     if delta.low <= 0 <= delta.high:
-        return f"within noise of the teacher's ({delta:+.1f})"
-    if delta.value > 0:
-        return f"worse than the teacher's by {delta:.1f}"
-    better = Estimate(value=-delta.value, low=-delta.high, high=-delta.low, coverage=delta.coverage)
-    return f"better than the teacher's by {better:.1f}"
+        return f"is within noise of the teacher's ({delta:+.1f})"
+    # A lower distance is a difference from the teacher, too: it is no better copy.
+    side = "farther from real images" if delta.value > 0 else "nearer to real images, no closer copy of the teacher"
+    return f"differs from the teacher's by {delta:+.1f} ({side})"
 
 
 def bench(
@@ -202,12 +207,11 @@ def bench(
 def _quality_variants(session: Session, config: BenchConfig) -> list[SamplingVariant]:
     """Guided teacher, unguided teacher, and what is compared with them."""
     guidance = session.guidance
-    settings = candidates(steps=session.steps, guidance=guidance) if config.alternatives else []
     return [
         session.teacher(guidance),
         session.teacher(1.0),
         *(session.student(student, guidance) for student in session.students),
-        *(session.baseline(setting) for setting in settings),
+        *(session.baselines() if config.alternatives else ()),
         session.teacher(guidance, reseeded=True),
     ]
 

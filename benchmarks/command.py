@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -66,11 +66,13 @@ def _measure(
     students: list[Path] | None,
     prompts: Path | None,
     output: Path,
+    written: Sequence[str],
     **more: Any,
 ) -> Any:
-    """Call `bench` or `measure_grid` under a progress bar."""
+    """Call `bench` or `measure_grid` under a progress bar; `written` are names of the files that show its result."""
     from ..engine.model import locate
     from ..engine.prompts import read_prompts
+    from .report.output_folder import check_replaceable
     from .session import with_sampling
 
     students, files = students or [STUDENT_FOLDER], locate(model)
@@ -80,6 +82,7 @@ def _measure(
         raise InputError("pass --prompts FILE: only the embedded model comes with prompts")
     lines = read_prompts(prompts or embedded.HELD_OUT_PROMPTS)
     check_output(output)
+    check_replaceable(output, written)
     config = with_sampling(config, students)
     with progress_bar("measuring", config.image_steps(compared) or 1) as advance:
         return verb(
@@ -138,7 +141,8 @@ def bench(
     config = config_from(BenchConfig, options, **({"samples": 0} if speed_only or random_weights else {}))
     from .bench import bench as measure
     from .bench import bench_random
-    from .report.report import REPORT_FILES, replaced_files, terminal_report, write_report
+    from .report.output_folder import REPORT_FILES, check_replaceable
+    from .report.report import terminal_report, write_report
 
     if random_weights:
         from .speed.random_weights import locate_configs
@@ -146,15 +150,15 @@ def bench(
         with progress_bar("measuring", 1) as advance:
             files = locate_configs(model)
             check_output(output)
+            check_replaceable(output, REPORT_FILES)
             result = bench_random(files, config, device=device, report=lambda message: advance(0, note=message))
     else:
         metrics = config_from(Metrics, options).for_model(model) if config.samples else Metrics()
-        more = {"engine": engine, "metrics": metrics, "device": device}
+        more: dict[str, Any] = {"engine": engine, "metrics": metrics, "device": device, "written": REPORT_FILES}
         result = _measure(measure, config, model=model, students=student, prompts=prompts, output=output, **more)
     # Of several processes that were launched, only the first has a result.
     if result:
-        with replaced_files(output, REPORT_FILES) as folder:
-            write_report(result, folder)
+        write_report(result, output)
         _show(result, terminal_report, "Report", output / "report.html", as_json=as_json)
 
 
@@ -174,10 +178,12 @@ def _grid_command(name: str, settings: type[Table1Config] | type[SweepConfig], s
     ) -> None:
         quiet_libraries()
         config = config_from(settings, options)
-        more = {"metrics": config_from(Metrics, options).for_model(model), "device": device}
         from .report.grids import terminal_grid, write_grid
+        from .report.output_folder import files_of
         from .table1 import measure_grid
 
+        metrics = config_from(Metrics, options).for_model(model)
+        more: dict[str, Any] = {"metrics": metrics, "device": device, "written": files_of(name)}
         grid = _measure(measure_grid, config, model=model, students=student, prompts=prompts, output=output, **more)
         if grid:
             write_grid(grid, output)
@@ -210,9 +216,10 @@ def compose(
     config = config_from(ComposeConfig, options)
     metrics, engines = config_from(Metrics, options).for_model(model), engine or []
     from .compose import compose as measure
-    from .report.composed import terminal_composed, write_composed
+    from .report.composed import NAME, terminal_composed, write_composed
+    from .report.output_folder import files_of
 
-    more = {"engines": engines, "metrics": metrics, "device": device}
+    more: dict[str, Any] = {"engines": engines, "metrics": metrics, "device": device, "written": files_of(NAME)}
     result = _measure(measure, config, model=model, students=student, prompts=prompts, output=output, **more)
     write_composed(result, output)
     _show(result, terminal_composed, "Table", output / "compose.html", as_json=as_json)

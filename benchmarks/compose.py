@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..engine.compiled import CompiledRunner, with_bfloat16_vae
-from ..engine.errors import InputError, one_line
+from ..engine.errors import BoostDiffError, InputError, one_line
 from ..engine.exported import Engine
 from ..engine.files import hash_of
 from ..engine.guidance import SinglePassDenoiser
@@ -23,7 +23,6 @@ from ..engine.runners import Runner, TorchRunner, unavailable
 from ..engine.sampling import decode, initial_noise, sample
 from ..engine.schedulers import check_steps
 from .config import ComposeConfig, Metrics
-from .quality.baselines import candidates
 from .quality.composition import Composition, Row, loss_of, with_front
 from .quality.quality import compared
 from .quality.samples import SamplingVariant, bounded_memory
@@ -102,8 +101,7 @@ def torch_configurations(session: Session, config: ComposeConfig) -> Iterator[Co
         variants = [at.teacher(at.guidance)] if steps in config.steps else []
         if steps == max(config.steps):
             variants.append(at.teacher(1.0))
-            settings = candidates(steps=steps, guidance=at.guidance) if config.alternatives else []
-            variants += map(at.baseline, settings)
+            variants += at.baselines() if config.alternatives else []
         yield from map(make, variants)
         for student in (each for each in at.students if each.info.steps or steps in config.steps):
             yield make(_student(at, student), few_steps=student.info.steps is not None)
@@ -126,9 +124,10 @@ def _configuration(
     few_steps: bool = False,
 ) -> Configuration:
     spacing = variant.make_scheduler().config.get("timestep_spacing")
-    # Names of training-free baselines and of few-step students have their steps.
+    # Names of training-free baselines and of few-step students have their steps, and of some baselines the spacing.
     steps = [] if variant.role == "alternative" or few_steps else [f"{variant.steps} steps"]
-    parts = [variant.name, *steps, *([spacing] if spacing != own_spacing else []), f"{runner} {precision}"]
+    spaced = [] if spacing == own_spacing or variant.name.endswith(f", {spacing}") else [spacing]
+    parts = [variant.name, *steps, *spaced, f"{runner} {precision}"]
     named = replace(variant, name=", ".join(parts))
     return Configuration(variant=named, model=model, runner=runner, precision=precision, identity=identity)
 
@@ -159,7 +158,15 @@ def exported_configurations(
                 if name != "tensorrt" or manifest.plan in manifest.files:
                     left_out[f"{called}, {name}"] = reason
                 continue
-            engine = opened.enter_context(Engine.load(folder, runner=name, device=str(device), precision=precision))
+            try:
+                loaded = Engine.load(folder, runner=name, device=str(device), precision=precision)
+            except InputError:
+                raise
+            except BoostDiffError as error:
+                # It is listed, but a library that it needs is missing.
+                left_out[f"{called}, {name}{f' {precision}' if precision else ''}"] = str(error)
+                continue
+            engine = opened.enter_context(loaded)
             if engine.model.latent_shape != shape:
                 raise InputError(f"the engine in {folder} draws images of another size than the model: leave it out")
             runner = engine.model.denoiser

@@ -142,11 +142,8 @@ class BenchConfig(SamplingConfig):
             raise InputError("--alternatives needs --steps of at least 2: with one, no pass can be saved")
 
     def image_steps(self, students: int) -> int:
-        from .quality.baselines import candidates
-
         steps = self.steps or STEPS
-        swept = candidates(steps=steps, guidance=1.0) if self.alternatives else []
-        return self.samples * ((students + 3) * steps + sum(one.steps for one in swept))
+        return self.samples * ((students + 3) * steps + _swept_steps(self, steps))
 
     def batch_sizes_on(self, device: torch.device) -> tuple[int, ...]:
         """The batch sizes to measure on a device, ascending."""
@@ -156,6 +153,15 @@ class BenchConfig(SamplingConfig):
     def compiled_batch_sizes(self) -> tuple[int, ...] | None:
         """The batch sizes to measure `torch.compile` at, each of which is compiled for; None for all."""
         return None if self.batch_sizes else (8,)
+
+
+def _swept_steps(config: BenchConfig | ComposeConfig, steps: int) -> int:
+    """Of all training-free baselines at so many steps' cost, at most; 0 if they are not asked for."""
+    from .quality.baselines import SPACINGS, candidates
+
+    spacings = (None,) if config.timestep_spacing else SPACINGS
+    swept = candidates(steps=steps, guidance=1.0, spacings=spacings) if config.alternatives else []
+    return sum(one.steps for one in swept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,11 +247,8 @@ class ComposeConfig(SamplingConfig):
             raise InputError("--alternatives needs --steps of at least 2: with one, no pass can be saved")
 
     def image_steps(self, students: int) -> int:
-        from .quality.baselines import candidates
-
-        swept = candidates(steps=max(self.steps), guidance=1.0) if self.alternatives else []
-        steps = (students + 1) * sum(self.steps) + max(self.steps) + sum(one.steps for one in swept)
-        return self.samples * steps
+        most = max(self.steps)
+        return self.samples * ((students + 1) * sum(self.steps) + most + _swept_steps(self, most))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,11 +23,11 @@ from ..engine.options import SAMPLER, STEPS
 from ..engine.prompts import truncation_note
 from ..engine.runners import Runner, TorchRunner
 from ..engine.sampling import default_batch_size
-from ..engine.schedulers import check_spacing
+from ..engine.schedulers import check_spacing, is_flow
 from ..engine.student import Distilled, StudentInfo, read_student
 from ..engine.versions import source_commit, versions
 from .config import BenchConfig, ComposeConfig, Metrics, SamplingConfig, SweepConfig, Table1Config
-from .quality.baselines import Baseline
+from .quality.baselines import SPACINGS, Baseline, candidates
 from .quality.clip_score import ClipScorer
 from .quality.features import EfficientNetLite0Features, InceptionFeatures
 from .quality.reference import reference_of
@@ -288,8 +288,15 @@ class Session:
             identity={"mode": "student", "adapter": student.info.adapter_sha256, "guidance": scale},
         )
 
-    def baseline(self, setting: Baseline) -> SamplingVariant:
-        """A training-free baseline."""
+    def baselines(self) -> list[SamplingVariant]:
+        """The training-free baselines, over timestep spacings too, unless one is asked for or the schedule has none."""
+        own = self.make_scheduler().config.get("timestep_spacing")
+        one = self.spacing or own == "trailing" or is_flow(self.model.pipeline.scheduler.config)
+        spacings = (None,) if one else SPACINGS
+        return [*map(self._baseline, candidates(steps=self.steps, guidance=self.guidance, spacings=spacings))]
+
+    def _baseline(self, setting: Baseline) -> SamplingVariant:
+        make_scheduler = partial(self.model.make_scheduler, self.sampler, spacing=setting.spacing or self.spacing)
         return self._variant(
             name=setting.name,
             role="alternative",
@@ -297,7 +304,8 @@ class Session:
             guidance=setting.guidance,
             steps=setting.steps,
             cost=setting.cost,
-            open=lambda: setting.denoiser(self.runner(self.model.denoiser), self.make_scheduler),
+            open=lambda: setting.denoiser(self.runner(self.model.denoiser), make_scheduler),
+            make_scheduler=make_scheduler,
             identity={"mode": "interval", **asdict(setting)},
         )
 

@@ -13,6 +13,7 @@ from ..engine.options import STEPS
 from ..engine.schedulers import check_steps
 from ..engine.student import Distilled, StudentInfo
 from .config import SAMPLER_NAMES, Metrics, SweepConfig, Table1Config
+from .quality.features import InceptionFeatures
 from .quality.quality import QualityRow, compared
 from .quality.samples import SampleCache, SamplingVariant, bounded_memory
 from .session import Session, Student, with_sampling
@@ -46,7 +47,7 @@ class Cell:
         column: "DDIM, 20 steps", or "w=3".
         sampler: see `SamplingVariant`, as for `guidance`.
         quality: compared with the teacher that comes first in the column; its name is the row's.
-        paper: the paper's figure; None where it has none, or has another model.
+        paper: the paper's FID; None where it has none, or has another model, or the distance is no FID.
     """
 
     column: str
@@ -192,8 +193,9 @@ def measure_grid(
         if samples is None:
             return None
         with bounded_memory(session.batch_size):
-            # The paper's are of the model's own timesteps.
-            paper = {} if config.timestep_spacing else papers_figures(files, session.students)
+            # The paper's are FID, of the model's own timesteps.
+            alike = samples.network.distance_name == InceptionFeatures.distance_name and not config.timestep_spacing
+            paper = papers_figures(files, session.students) if alike else {}
             cells = measured_cells(samples, columns, paper=paper)
         return Grid(
             name=name,

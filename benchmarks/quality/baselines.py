@@ -1,12 +1,12 @@
 """Training-free baselines, which save UNet passes: guidance at a part of the steps, or fewer steps.
 
 Swept over a few settings at equal cost, so that a student is compared with the best of each: at the student's cost and
-at one and a half times as much.
+at one and a half times as much; with the model's timesteps, and with trailing ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -28,6 +28,9 @@ SCALES = (1.0, 1.5)
 BUDGETS = (1.0, 1.5)
 """Passes per image, relative to the student's."""
 
+SPACINGS = (None, "trailing")
+"""Timestep spacings, where the schedule has them: the model's own, and what suits few steps."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
@@ -43,6 +46,7 @@ class Baseline:
         steps: sampling steps.
         first: index of the first guided step.
         last: index behind the last guided step.
+        spacing: of the timesteps; None is that of the rows beside it.
     """
 
     method: str
@@ -50,6 +54,7 @@ class Baseline:
     steps: int
     first: int
     last: int
+    spacing: str | None = None
 
     @property
     def cost(self) -> int:
@@ -58,8 +63,9 @@ class Baseline:
 
     @property
     def name(self) -> str:
-        """Row label: "CFG w=3 at steps 1-5 of 15"."""
-        return f"CFG w={self.guidance:g} at steps {self.first + 1}-{self.last} of {self.steps}"
+        """Row label: "CFG w=3 at steps 1-5 of 15, trailing"."""
+        steps = f"steps {self.first + 1}-{self.last} of {self.steps}"
+        return f"CFG w={self.guidance:g} at {steps}{f', {self.spacing}' if self.spacing else ''}"
 
     def denoiser(self, runner: Runner, make_scheduler: Callable[[], SchedulerMixin]) -> Denoiser:
         """The denoiser for the schedulers that `make_scheduler` gives."""
@@ -74,18 +80,20 @@ class Baseline:
         return denoiser
 
 
-def candidates(*, steps: int, guidance: float) -> list[Baseline]:
+def candidates(*, steps: int, guidance: float, spacings: Sequence[str | None] = (None,)) -> list[Baseline]:
     """The settings to sweep: of equal cost within each of `BUDGETS`.
 
     n steps, k of them guided, cost n + k passes. A share k / n of `SHARES` at each of `SCALES`, from the first step on
-    or in the middle; and n = k, that is full guidance at fewer steps. `steps` (at least 2) and `guidance` are the
-    student's.
+    or in the middle; and n = k, that is full guidance at fewer steps. Each with all of `spacings`, which matter in few
+    steps. `steps` (at least 2) and `guidance` are the student's.
     """
     settings: dict[tuple[Any, ...], Baseline] = {}
 
     def add(method: str, scale: float, n: int, first: int, k: int) -> None:
-        one = Baseline(method=method, guidance=guidance * scale, steps=n, first=first, last=first + k)
-        settings.setdefault((one.guidance, n, first, k), one)
+        for spacing in spacings:
+            w, last = guidance * scale, first + k
+            one = Baseline(method=method, guidance=w, steps=n, first=first, last=last, spacing=spacing)
+            settings.setdefault((w, n, first, k, spacing), one)
 
     for budget, scale in product((int(steps * share) for share in BUDGETS), SCALES):
         add(FEWER, scale, budget // 2, 0, budget // 2)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ...engine.errors import BoostDiffError
-from ...engine.files import give_modes, hash_of
+from ...engine.files import give_modes, hash_of, sha256_of
 from ...engine.guidance import Denoiser
 from ...engine.model import Model
-from ...engine.sampling import generate, to_uint8
+from ...engine.sampling import batches, to_uint8
 from .clip_score import ClipScorer
 from .features import FeatureNetwork, features_of
 from .reference import Reference
@@ -31,8 +31,25 @@ from .reference import Reference
 SHARD = 200
 """Images per file: a killed run loses no more."""
 
+_PACKAGE = Path(__file__).parents[2]
+_SOURCES = (
+    "engine/**/*.py",
+    "export/*.py",
+    "benchmarks/quality/*.py",
+    "benchmarks/session.py",
+    "benchmarks/speed/fastest.py",
+)
+"""Code that decides images and their features: export makes the graphs that ONNX Runtime draws by."""
+
 _TIMEOUT = timedelta(days=30)
 """How long the slowest process is waited for: shards take long, and the default is minutes."""
+
+
+@cache
+def code_sha256(package: Path = _PACKAGE) -> str:
+    """SHA-256 of the code that decides images and their features, in a clone as in an installed package."""
+    paths = sorted({path for pattern in _SOURCES for path in package.glob(pattern)})
+    return hash_of([[path.relative_to(package).as_posix(), sha256_of(path)] for path in paths])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +91,7 @@ class Sampled:
 
 
 COLORS = ("luminance", "saturation", "contrast")
+COLOR_BATCH = 8
 
 
 def color_statistics(images: torch.Tensor) -> torch.Tensor:
@@ -81,6 +99,11 @@ def color_statistics(images: torch.Tensor) -> torch.Tensor:
 
     Mean luma (Rec. 709 weights, on gamma-encoded values), mean HSV saturation, and the standard deviation of luma.
     """
+    # A few at a time: the float images of a shard would take gigabytes.
+    return torch.cat([_colors_of_batch(batch) for batch in images.split(COLOR_BATCH)])
+
+
+def _colors_of_batch(images: torch.Tensor) -> torch.Tensor:
     rgb = images.float() / 255
     luma = torch.einsum("nchw,c->nhw", rgb, rgb.new_tensor([0.2126, 0.7152, 0.0722])).flatten(1)
     highest = rgb.amax(dim=1)
@@ -170,7 +193,7 @@ class SampleCache:
             "keep": self.keep,
             "features": self.network.sha256,
             "clip": self.clip.sha256 if self.clip else None,
-            "measured": list(COLORS),
+            "code": code_sha256(),
         }
 
     def _shard(self, variant: SamplingVariant, start: int) -> dict[str, torch.Tensor]:
@@ -185,18 +208,18 @@ class SampleCache:
     def _sample(self, variant: SamplingVariant, start: int) -> dict[str, torch.Tensor]:
         prompts = self.prompts[start : start + self.shard]
         text = self.model.family.encode(self.model.pipeline, prompts, negative_prompt=self.negative_prompt)
-        images = to_uint8(
-            generate(
-                self.model,
-                variant.open(),
-                text=text,
-                make_scheduler=variant.make_scheduler,
-                steps=variant.steps,
-                seed=self.seed + variant.seed_offset + start,
-                batch_size=self.batch_size,
-                on_step=partial(self.on_images, variant.name),
-            )
+        drawn = batches(
+            self.model,
+            variant.open(),
+            text=text,
+            make_scheduler=variant.make_scheduler,
+            steps=variant.steps,
+            seed=self.seed + variant.seed_offset + start,
+            batch_size=self.batch_size,
+            on_step=partial(self.on_images, variant.name),
         )
+        # Batch by batch: as floats a shard would take four times as much.
+        images = torch.cat([to_uint8(batch) for batch in drawn])
         tensors = {
             "features": features_of(self.network, images),
             "colors": color_statistics(images),

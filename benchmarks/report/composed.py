@@ -12,17 +12,17 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from ...engine.files import write_json
 from ..quality.composition import Composition, Row, on_front
 from ..stats import CONFIDENCE
+from .output_folder import files_of, written_results
 from .page import html_note, html_plot, html_table, page
 from .plots import COLORS, finished
-from .report import replaced_files, terminal_table
+from .report import terminal_table
 from .tables import Table, formatted, intervals_note
 
 TITLE = "What to take: quality and time"
 COLOR_OF_ROLE = COLORS | {"alternative": "#c98a2b"}
-FILES = tuple(f"compose.{suffix}" for suffix in ("md", "html", "json"))
+NAME = "compose"
 
 
 def composed_table(result: Composition) -> Table:
@@ -58,7 +58,8 @@ def note(result: Composition) -> str:
         f"diffusers: its pipeline call, eager, with guidance in {result.steps} steps, "
         f"{1e3 * result.stock_seconds.value:.1f} ms per image. Quality: N = {result.images} images per row by the same "
         f"runner, same prompts, seeds and noise; teacher: {result.rows[0].quality.name}. "
-        f"{intervals_note(result.images)} *: no row is at least as fast and nearer to real images (Pareto front)."
+        f"{intervals_note(result.images)} *: no row is at least as fast and nearer to real images (Pareto front of the "
+        "point estimates)."
     )
 
 
@@ -118,9 +119,9 @@ def _speedup(row: Row) -> float:
 
 
 def write_composed(result: Composition, output: Path) -> None:
-    """Write `FILES`; all else in the folder stays."""
-    with replaced_files(output, FILES) as folder:
-        (folder / FILES[0]).write_text(markdown(result), encoding="utf-8")
+    """Write `compose.md`, `compose.json` and `compose.html`; all else in the folder stays."""
+    with written_results(output, files_of(NAME), result.as_json()) as folder:
+        (folder / f"{NAME}.md").write_text(markdown(result), encoding="utf-8")
         alt = f"{result.features} and caption score over the speed, with the Pareto front"
         parts = [
             f'<p class="verdict">{html.escape(result.verdict())}</p>',
@@ -129,5 +130,4 @@ def write_composed(result: Composition, output: Path) -> None:
             *(html_note(f"{name} was left out: {reason}") for name, reason in result.left_out.items()),
             html_note(note(result)),
         ]
-        (folder / FILES[1]).write_text(page(TITLE, parts, result.provenance), encoding="utf-8")
-        write_json(folder / FILES[2], result.as_json())
+        (folder / f"{NAME}.html").write_text(page(TITLE, parts, result.provenance), encoding="utf-8")

@@ -9,11 +9,11 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from ...engine.files import write_json
 from ..table1 import Cell, Grid
+from .output_folder import files_of, written_results
 from .page import html_note, html_plot, html_table, page
 from .plots import sweep_plot
-from .report import replaced_files, terminal_table
+from .report import terminal_table
 from .tables import NOTHING, Table, formatted, intervals_note
 
 
@@ -27,7 +27,7 @@ def _table(grid: Grid, shown: Callable[[Cell], str]) -> Table:
 
 
 def grid_table(grid: Grid) -> Table:
-    """The distances; the paper's FID beside, where it is of this model."""
+    """The distances; the paper's FID beside, where it is of this model and ours is FID."""
 
     def shown(cell: Cell) -> str:
         value = formatted(cell.quality.distance_interval or cell.quality.distance)
@@ -85,7 +85,7 @@ def _turned(table: Table) -> Table:
 
 def write_grid(grid: Grid, output: Path) -> None:
     """Write `NAME.md`, `NAME.json` and `NAME.html`; all else in the folder stays."""
-    with replaced_files(output, [f"{grid.name}.{suffix}" for suffix in ("md", "html", "json")]) as folder:
+    with written_results(output, files_of(grid.name), grid.as_json()) as folder:
         (folder / f"{grid.name}.md").write_text(markdown(grid), encoding="utf-8")
         parts = [html_table(grid_table(grid))]
         if grid.name == "sweep":
@@ -95,4 +95,3 @@ def write_grid(grid: Grid, output: Path) -> None:
             parts += [f"<p>{html.escape(words)}</p>", html_table(table)]
         content = page(grid.title, [*parts, html_note(note(grid))], grid.provenance)
         (folder / f"{grid.name}.html").write_text(content, encoding="utf-8")
-        write_json(folder / f"{grid.name}.json", grid.as_json())

@@ -18,6 +18,9 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
+# Names may hold paths, and a pair of "$" in one is no formula.
+matplotlib.rcParams["text.parse_math"] = False
+
 COLORS = {"teacher": "#8a8f98", "reseeded": "#8a8f98", "student": "#2f6fed", "unguided": "#c9cdd3"}
 _INK = "#1e1e24"
 _STYLES = ("-", "--", ":", "-.", (0, (1, 3)))

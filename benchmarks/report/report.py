@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
@@ -13,10 +10,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ...engine.files import write_json
 from ...engine.pictures import labelled_grid
 from ..bench import BenchResult
 from . import tables
+from .output_folder import REPORT_FILES, written_results
 from .page import GRID_ROWS, html_report
 
 
@@ -59,29 +56,9 @@ def comparison_grid(result: BenchResult) -> Image.Image:
     return labelled_grid(columns, result.prompts[: len(columns[names[0]])])
 
 
-REPORT_FILES = ("report.html", "grid.png", "report.json")
-"""All that `write_report` may write, in the order in which they take their names."""
-
-
-def write_report(result: BenchResult, folder: Path) -> None:
-    """Write `REPORT_FILES` into a folder, as far as there is something to show."""
-    write_json(folder / "report.json", result.as_json())
-    (folder / "report.html").write_text(html_report(result), encoding="utf-8")
-    if result.quality:
-        comparison_grid(result).save(folder / "grid.png")
-
-
-@contextmanager
-def replaced_files(output: Path, names: Sequence[str]) -> Iterator[Path]:
-    """A new folder whose files take their names in `output` if the block ends well; all else in there stays.
-
-    Of these names, files that the block does not write are removed from `output`.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=output) as folder:
-        yield Path(folder)
-        for name in names:
-            if Path(folder, name).is_file():
-                Path(folder, name).replace(output / name)
-            else:
-                (output / name).unlink(missing_ok=True)
+def write_report(result: BenchResult, output: Path) -> None:
+    """Write `REPORT_FILES`, as far as there is something to show; all else in the folder stays."""
+    with written_results(output, REPORT_FILES, result.as_json()) as folder:
+        (folder / "report.html").write_text(html_report(result), encoding="utf-8")
+        if result.quality:
+            comparison_grid(result).save(folder / "grid.png")

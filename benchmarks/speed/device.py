@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache
-from torch.utils.benchmark import Timer
 
 from ...engine.compiled import has_bfloat16
 from ...engine.errors import BoostDiffError, one_line
@@ -66,9 +65,15 @@ def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:
     """
     size = GEMM_SIZES.get(device.type, 4096)
     a, b = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
-    tensors = {"a": a, "b": b, "product": a @ b}
-    timer = Timer("torch.mm(a, b, out=product)", globals=tensors, num_threads=torch.get_num_threads())
-    return 2 * size**3 / min(timer.timeit(1).mean for _ in range(PEAK_RUNS)) / 1e12
+    product, seconds = a @ b, []
+    for _ in range(PEAK_RUNS):
+        # torch's own timers wait for the current device alone.
+        synchronize(device)
+        began = time.perf_counter()
+        torch.mm(a, b, out=product)
+        synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds) / 1e12
 
 
 def gemm_peaks(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[str, float]:
@@ -129,12 +134,12 @@ def in_turns(
 
     Args:
         calls: what makes a batch and gives its times, with its name.
-        rounds: batches of each, after one that is discarded, on a GPU two.
+        rounds: batches of each, after one that is discarded, on a GPU three.
         left_out: takes the reason, by name, for what fails.
         needed: so many of the first must not fail.
 
     Returns:
-        What each gave, round by round, nothing if it failed; and `memory_in_use` after its discarded batches.
+        What each gave, round by round, nothing if it failed; and `memory_in_use` after its second discarded batch.
 
     Raises:
         BoostDiffError: one that must not fail did.
@@ -164,7 +169,12 @@ def in_turns(
             clear_device_cache()
             attempt(index, "warming up")
         memory.append(memory_in_use(device))
-        found[index].clear()
+    if memory_in_use(device) is not None:
+        # Torch takes back the memory that it let go of for later rows: that must not count as the first round's.
+        for index in range(len(calls)):
+            attempt(index, "warming up")
+    for times in found:
+        times.clear()
     for number in range(rounds):
         for index in range(len(calls))[:: (-1) ** number]:
             attempt(index, f"round {number + 1} of {rounds},")

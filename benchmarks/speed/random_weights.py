@@ -14,18 +14,20 @@ from ...engine.files import read_json
 from ...engine.model import Model, ModelFiles, default_dtype, locate, part_from_config, prepare_for_inference
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-"""Configurations of public models; the command line takes the names of their folders."""
+"""Configurations of public models."""
+
+PUBLIC = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
+"""Their names, which the command line takes."""
 
 
 def locate_configs(model: str) -> ModelFiles:
-    """Find a model's configuration: a folder of `CONFIGS` by its name, else as `engine.model.locate`."""
-    names = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
-    if model in names:
+    """Find a model's configuration: one of `PUBLIC`, else as `engine.model.locate`."""
+    if model in PUBLIC:
         return dataclasses.replace(locate(str(CONFIGS / model)), name=model)
     try:
         return locate(model)
     except InputError as error:
-        raise InputError(f"{error}; for random weights also {', '.join(names)}") from None
+        raise InputError(f"{error}; for random weights also {', '.join(PUBLIC)}") from None
 
 
 def random_model(files: ModelFiles, *, device: torch.device, seed: int = 0) -> Model:

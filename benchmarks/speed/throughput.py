@@ -218,6 +218,11 @@ class Speed:
         """The student's rows, the one with the most images per second first."""
         return sorted((row for row in self.rows if row.mode == "student"), key=lambda row: -row.images_per_second.value)
 
+    def fastest_teacher(self, batch_size: int) -> SpeedRow | None:
+        """The two-pass teacher's row with the most images per second, whatever its runner; None if there is none."""
+        teachers = [row for row in self.rows if (row.mode, row.batch_size) == ("teacher", batch_size)]
+        return max(teachers, key=lambda row: row.images_per_second.value, default=None)
+
     def ratio(self, part: str, row: SpeedRow, *, baseline: str | None = None) -> SpeedRatio | None:
         """Guided teacher over a student's row; None where they were not timed together.
 
@@ -253,7 +258,7 @@ def measure(
         variants: the ratios need a teacher and a student on the same runner.
         model: as `guidance`, `make_scheduler`, `steps` and `guider` see `Workload`.
         prompts: at least one; repeated to fill a batch.
-        runs: timed batches per variant, after one that is discarded, on a GPU two.
+        runs: timed batches per variant, after one that is discarded, on a GPU three.
     """
     live = {variant.key for variant in variants if variant.live}
     flops, device = count_flops(model, live=bool(live)), variants[0].runner.device
@@ -311,7 +316,7 @@ def _row(
 
 
 BASELINES = ("stock diffusers", "compiled")
-"""The strongest that a user has without a student, compared with the student on its best runner."""
+"""What a user has without a student, compared with the student on its best runner."""
 
 
 def _ratios(
@@ -319,18 +324,25 @@ def _ratios(
 ) -> list[SpeedRatio]:
     """Teacher and unguided teacher over the student on each runner; torch's teacher over the other runners' students.
 
-    And the baselines over the student that is fastest at this batch size. Those in `live` attend to two texts.
+    And the baselines and the fastest teacher over the student that is fastest at this batch size. Those in `live`
+    attend to two texts.
     """
+
+    def seconds(key: RunnerMode) -> float:
+        return median_of([run["total"] for run in measured[key]]).value
+
     batch_size = len(work.prompts)
     passes = work.teacher_passes
     students = [key for key in measured if key.mode == "student"]
     # What is compared with the teacher on its own runner is compared with the baselines.
     candidates = [key for key in students if RunnerMode(key.runner, "teacher") in measured] or students
-    best = min(candidates, key=lambda key: median_of([run["total"] for run in measured[key]]).value, default=None)
+    best = min(candidates, key=seconds, default=None)
+    teachers = sorted((key for key in measured if key.mode == "teacher"), key=seconds)
+    strongest = [*BASELINES, *(key.runner for key in teachers[:1])]
     ratios = []
     for faster in students:
         same_runner, unguided = (RunnerMode(faster.runner, mode) for mode in ("teacher", "unguided"))
-        baselines = [RunnerMode(name, "teacher") for name in ("torch", *(BASELINES if faster == best else ()))]
+        baselines = [RunnerMode(name, "teacher") for name in ("torch", *(strongest if faster == best else ()))]
         others = dict.fromkeys([same_runner, unguided, *baselines])
         lives = {"live": faster in live, "live_teacher": same_runner in live}
         ceilings = {

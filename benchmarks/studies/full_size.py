@@ -26,7 +26,7 @@ from ...engine.versions import versions
 from ..config import parse_batch_sizes
 from ..report.tables import Table
 from ..speed.device import hardware
-from ..speed.random_weights import locate_configs, random_model
+from ..speed.random_weights import PUBLIC, locate_configs, random_model
 from .held_out import Configuration, Runs, Steps, usable_work
 
 STAGES = ("speed", "layouts", "folder", "training", "export", "engine", "compiled-training", "compiled")
@@ -179,7 +179,7 @@ def full_size(
     work: Annotated[
         Path, typer.Option(help="Folder for weights, students and engines: some 10 GB.", callback=usable_work)
     ],
-    model: Annotated[str, typer.Option(help="sd15, sd21-base, sdxl, or a pipeline folder.")] = "sd21-base",
+    model: Annotated[str, typer.Option(help=f"{', '.join(PUBLIC)}, or a pipeline folder.")] = "sd21-base",
     only: Annotated[
         str | None, typer.Option(help=f"Stages, comma-separated: {', '.join(STAGES)}.", show_default="all")
     ] = None,
@@ -216,6 +216,9 @@ def full_size(
     if unknown := set(wanted) - set(planned):
         raise InputError(f"unknown stage {unknown.pop()!r}: choose from {', '.join(planned)}")
     check_output(output)
+    written = ("summary.md", "layouts.md")
+    if not (output / SETTINGS).exists() and (there := next((n for n in written if (output / n).exists()), None)):
+        raise InputError(f"the output {output} holds a {there} of something else: choose another --output")
     settings = {"model": model, "steps": steps, "runs": runs, "updates": updates, "batch_sizes": batch_sizes}
     settings["device"] = device_name(target)
     for begun in (work / SETTINGS, output / SETTINGS):

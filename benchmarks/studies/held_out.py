@@ -29,6 +29,7 @@ from ...engine.student import read_student
 from ..config import BenchConfig, Metrics, comma_separated
 from ..quality.samples import SampleCache
 from ..session import Session, with_sampling
+from ..speed.random_weights import PUBLIC
 
 
 def usable_work(folder: Path) -> Path:
@@ -43,7 +44,7 @@ Steps = Annotated[int, typer.Option("--steps", min=1, help="Sampling steps.")]
 Runs = Annotated[int, typer.Option("--runs", min=3, help="Timed batches per row.")]
 Scales = Annotated[str, typer.Option("--scales", help="Guidance scales of guidance-conditioned students.")]
 Configuration = Annotated[
-    str, typer.Argument(help="sd15, sd21-base, sdxl, or a folder with a pipeline's configuration.")
+    str, typer.Argument(help=f"{', '.join(PUBLIC)}, or a folder with a pipeline's configuration.")
 ]
 
 scales_of = comma_separated("--scales", float, "1.5,3,5", least=1)

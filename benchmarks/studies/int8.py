@@ -37,7 +37,7 @@ from ...export.quantize import layers_of, quantized
 from ..config import BenchConfig
 from ..quality.distances import paired_feature_distance
 from ..quality.quality import Figures
-from ..quality.samples import SampleCache, SamplingVariant
+from ..quality.samples import SampleCache, SamplingVariant, code_sha256
 from ..report.tables import NOTHING, Table, formatted
 from ..session import Session
 from ..stats import median_of
@@ -73,7 +73,7 @@ def teacher_graphs(session: Session, manifest: Manifest, folder: Path, scheme: S
     """The teacher's UNet likewise, made by the student's recipe: its layers, prompts and number of states."""
     graphs = {precision: folder / f"model.{precision}.onnx" for precision in (scheme.source, scheme.precision)}
     record, entry = folder / f"made.{scheme.precision}.json", manifest.artefacts[f"unet/model.{scheme.precision}.onnx"]
-    made = {"inputs": manifest.inputs, "kept": sorted(entry["kept"])}
+    made = {"inputs": manifest.inputs, "kept": sorted(entry["kept"]), "code": code_sha256()}
     if record.exists() and read_json(record) == made:
         return graphs
     folder.mkdir(parents=True, exist_ok=True)
@@ -211,7 +211,8 @@ def speed(session: Session, graphs: dict[str, Path], runs: int) -> list[Table]:
                     runner.predict(inputs)
                     times[name].append(time.perf_counter() - began)
         ratios = [a / b for a, b in zip(times["fp32"][2:], times["int8"][2:], strict=True)]
-        lines.append([str(batch), f"{median_of(ratios):.2fx}", str(runs)])
+        ratio = median_of(ratios)
+        lines.append([str(batch), f"{ratio:.2fx}", str(runs)])
     feeds = {name: tensor.float().numpy() for name, tensor in inputs.items()}
     spent = {name: seconds_by_operator(path, feeds, 5) for name, path in graphs.items()}
     wholes = [sum(of.values()) for of in spent.values()]
@@ -221,7 +222,7 @@ def speed(session: Session, graphs: dict[str, Path], runs: int) -> list[Table]:
         for name in names[:12]
     ]
     return [
-        Table(headings=["batch", "FP32's time over INT8's", "runs"], cells=lines),
+        Table(headings=["batch", f"FP32's time over INT8's [{ratio.coverage:.0%}]", "runs"], cells=lines),
         Table(headings=["operator, share of the time at batch 8", "FP32", "INT8"], cells=shares),
     ]
 

@@ -78,7 +78,8 @@ def layouts(
     for layout, order in LAYOUTS.items():
         denoiser.to(memory_format=order)
         runners = [TorchRunner(denoiser)]
-        runners += [CapturedRunner(denoiser, layout=order)] if target.type == "cuda" else []
+        captured = target.type == "cuda" and loaded.family.capturable
+        runners += [CapturedRunner(denoiser, layout=order)] if captured else []
         for runner in runners:
             with runner:
                 for batch in batches:

@@ -30,6 +30,7 @@ from ...engine.model import ModelFiles, resolve_device
 from ...engine.options import DeviceOption, SamplerOption
 from ...engine.runners import TorchRunner
 from ...engine.schedulers import check_steps
+from ...engine.stable_diffusion import StableDiffusion
 from ..config import parse_batch_sizes
 from ..report.tables import Table
 from ..speed.device import hardware
@@ -151,7 +152,8 @@ def profile(
     check_steps(configs.scheduler_config, [sampler], [steps])
     loaded, rows = random_model(configs, device=target), []
     print(hardware(target), flush=True)
-    others = [*([CapturedRunner] if target.type == "cuda" else []), *([CompiledRunner] if compile else [])]
+    captured = target.type == "cuda" and loaded.family.capturable
+    others = [*([CapturedRunner] if captured else []), *([CompiledRunner] if compile else [])]
     # Copies, as these change the order of the weights.
     for runner in [TorchRunner(loaded.denoiser), *(other(copy.deepcopy(loaded.denoiser)) for other in others)]:
         for size in sizes:
@@ -205,7 +207,9 @@ def one_update(update: str, configs: ModelFiles, batch_size: int, checkpointing:
 
 
 def training_memory(
-    model: Configuration = "sd21-base",
+    model: Annotated[
+        str, typer.Argument(help="sd15, sd21-base, or a folder with the configuration of such a UNet's pipeline.")
+    ] = "sd21-base",
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per update.")] = 1,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations.")
@@ -217,6 +221,8 @@ def training_memory(
     teacher's pass. Peak is the process's resident set on a CPU, allocated memory on a GPU.
     """
     configs, peaks = locate_configs(model), {}
+    if configs.family.name != StableDiffusion.name:
+        raise InputError(f"training-memory is for Stable Diffusion 1.x and 2.x, and {model} is {configs.family.name}")
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes:
         for update in UPDATES:
             result = processes.submit(one_update, update, configs, batch_size, gradient_checkpointing).result()

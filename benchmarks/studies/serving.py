@@ -33,7 +33,7 @@ from ..config import comma_separated
 from ..report.tables import Table
 from .held_out import Steps
 
-clients_of = comma_separated("--clients", int, "1,4,16,64")
+clients_of = comma_separated("--clients", int, "1,4,16,64", least=1)
 TIMEOUT_SECONDS = 600
 """For a server to start, to answer or to stop."""
 

@@ -14,6 +14,7 @@ from boostdiff.benchmarks import bench as bench_module
 from boostdiff.benchmarks.bench import BenchResult, _compared, _in_torch, bench
 from boostdiff.benchmarks.config import BenchConfig, Metrics, Table1Config, parse_batch_sizes
 from boostdiff.benchmarks.quality.samples import COLORS, bounded_memory
+from boostdiff.benchmarks.report import report as report_module
 from boostdiff.benchmarks.report.report import terminal_report, write_report
 from boostdiff.benchmarks.report.tables import baselines_table, quality_table
 from boostdiff.benchmarks.session import Session
@@ -41,12 +42,19 @@ MANY = [f"{prompt} on a red background" for prompt in PROMPTS] * 6
 @pytest.mark.parametrize(
     ("value", "low", "high", "says"),
     [
-        (-19.6, -25.0, -14.2, "better than the teacher's by 19.6 [14.2, 25.0]"),
-        (3.0, 1.0, 5.0, "worse than the teacher's by 3.0 [1.0, 5.0]"),
-        (-1.0, -3.0, 1.0, "within noise of the teacher's (-1.0 [-3.0, +1.0])"),
+        (
+            -19.6,
+            -25.0,
+            -14.2,
+            "differs from the teacher's by -19.6 [-25.0, -14.2] (nearer to real images, no closer copy of the teacher)",
+        ),
+        (3.0, 1.0, 5.0, "differs from the teacher's by +3.0 [+1.0, +5.0] (farther from real images)"),
+        (-1.0, -3.0, 1.0, "is within noise of the teacher's (-1.0 [-3.0, +1.0])"),
     ],
 )
-def test_the_verdict_tells_who_is_ahead(value: float, low: float, high: float, says: str) -> None:
+def test_the_verdict_tells_how_far_the_student_is_from_its_teacher(
+    value: float, low: float, high: float, says: str
+) -> None:
     assert _compared(Estimate(value=value, low=low, high=high, coverage=0.95)) == says
 
 
@@ -77,8 +85,13 @@ def test_every_runner_here_is_timed(result: BenchResult) -> None:
         assert (row.host_gap is None) == (row.text_encoder is None) == (row.vae_decode is None) == stock
         assert 3 * row.denoiser_step.median < row.latency.median
     assert speed.peaks.keys() == {"float32", *(["bfloat16"] if has_bfloat16(CPU) else [])}
-    assert len(speed.ratios) == 2 * 2 * (2 + 3 + 1)
+    pairs = 2 + 3 + 1
     for batch_size in (1, 2):
+        found = [r for r in speed.ratios if r.batch_size == batch_size]
+        fastest = speed.fastest_teacher(batch_size).runner
+        (best,) = {r.faster for r in found if r.slower.runner == "stock diffusers"}
+        assert len(found) == 2 * (pairs + (best.runner == "torch" and fastest == "onnx"))
+        assert (RunnerMode(fastest, "teacher"), best) in [(r.slower, r.faster) for r in found]
         rates = {
             r.runner: r.images_per_second.value
             for r in speed.rows
@@ -136,7 +149,7 @@ def test_the_verdict_speaks_of_one_row_of_the_student() -> None:
         verdict = BenchResult(speed=speed, skipped={}, quality=None, prompts=[], provenance=provenance).verdict()
         assert verdict.startswith("The student makes images 1.80x ")
         assert "(captured, batch 8, 20 steps" in verdict
-        assert re.findall(r"(\S+) as fast as stock diffusers", verdict) == ([says] if says else [])
+        assert re.findall(r"(\S+) \[\S+ \S+\] as fast as stock diffusers", verdict) == ([says] if says else [])
 
 
 def test_rows_share_their_seeds_and_are_compared(result: BenchResult) -> None:
@@ -193,6 +206,22 @@ def test_the_report_is_one_self_contained_page(result: BenchResult, tmp_path: Pa
     roles = [row["role"] for row in report["quality"]["rows"]]
     assert [roles.count(role) for role in ("teacher", "unguided", "student", "reseeded")] == [1, 1, 2, 1]
     assert set(report["quality"]["best_alternatives"]) < {row["name"] for row in report["quality"]["rows"]}
+
+
+def test_figures_outlive_a_page_that_can_not_be_drawn(
+    result: BenchResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(result: BenchResult) -> str:
+        assert read_json(tmp_path / "report.json")["verdict"] == result.verdict()
+        raise ValueError("no picture")
+
+    write_report(replace(result, prompts=[]), tmp_path)
+    (tmp_path / "mine.txt").write_text("mine")
+    monkeypatch.setattr(report_module, "html_report", fails)
+    with pytest.raises(ValueError, match="no picture"):
+        write_report(result, tmp_path)
+    # And no page of another run beside it.
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "mine.txt"}
 
 
 def test_the_best_of_each_sweep_is_shown(result: BenchResult) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from boostdiff.benchmarks.config import Metrics
+from boostdiff.benchmarks.report.output_folder import check_replaceable, written_results
 from boostdiff.cli import main
 from boostdiff.engine import embedded
 from PIL import Image
@@ -171,7 +172,61 @@ def test_a_sweep_of_captions_against_a_folder(
     assert {path: path.stat().st_mtime_ns for path in (output / "cache").iterdir()} == shards
 
 
-@pytest.mark.parametrize("name", ["[lora]", "x[/lora]"])
+BENCH = ("report.json", "report.html", "grid.png")
+
+
+@pytest.mark.parametrize(
+    ("words", "held", "says"),
+    [
+        (["--random-weights"], {"report.html": "mine"}, "holds a report.html that `boostdiff bench` did not write"),
+        (["--random-weights"], {"report.json": "[1]"}, "holds a report.json that"),
+        (["--random-weights"], {"grid.png": "mine", "report.json": '{"a": 1}'}, "holds a report.json that"),
+        ([], {"grid.png": "mine"}, "holds a grid.png that"),
+        ([], {"student.json": "{}", "grid.png": "of the student"}, "a student, an engine or a model (it holds student"),
+        (["--random-weights"], {"manifest.json": "{}"}, "a student, an engine or a model (it holds manifest.json)"),
+        (["table1"], {"table1.md": "mine"}, "holds a table1.md that"),
+        (["sweep"], {"sweep.json": "{}"}, "holds a sweep.json that"),
+        (["sweep"], {"model_index.json": "{}"}, "it holds model_index.json"),
+        (["compose"], {"compose.html": "mine", "report.json": '{"schema_version": 6}'}, "holds a compose.html that"),
+        (["compose"], {"student.json": "{}"}, "it holds student.json"),
+    ],
+)
+def test_files_of_others_are_not_replaced(
+    workplace: Path,
+    tiny_folder: Path,
+    words: list[str],
+    held: dict[str, str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, content in held.items():
+        (tmp_path / name).write_text(content)
+    prompts = [] if "--random-weights" in words else ["--prompts", workplace / "captions.json"]
+    monkeypatch.setattr("boostdiff.benchmarks.session.load", lambda *_, **__: pytest.fail("weights are read"))
+    monkeypatch.setattr("boostdiff.benchmarks.bench.random_model", lambda *_, **__: pytest.fail("a model is made"))
+    assert run([*words, "--model", tiny_folder, *prompts, "--output", tmp_path], monkeypatch) == 2
+    shown = capfd.readouterr().err
+    assert shown.startswith(f"boostdiff: error: the output {tmp_path} ")
+    assert shown.count("\n") == 1
+    assert says in shown
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == held
+
+
+def test_what_bench_wrote_is_replaced(tmp_path: Path) -> None:
+    figures = {"schema_version": 1}
+    for drawn in (BENCH[1:], BENCH[1:2], ()):
+        check_replaceable(tmp_path, BENCH)
+        with written_results(tmp_path, BENCH, figures | {"drawn": drawn}) as folder:
+            for name in drawn:
+                (folder / name).touch()
+        assert {path.name for path in tmp_path.iterdir()} == {BENCH[0], *drawn}
+    check_replaceable(tmp_path / "missing", BENCH)
+
+
+@pytest.mark.parametrize("name", ["[lora]", pytest.param("x[/lora]", marks=pytest.mark.slow)])
 def test_a_path_is_shown_as_it_is(
     workplace: Path,
     tiny_folder: Path,

@@ -1,18 +1,26 @@
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from boostdiff.benchmarks.compose import Configuration, compose, torch_configurations, usable
+from boostdiff.benchmarks.compose import (
+    Configuration,
+    compose,
+    exported_configurations,
+    torch_configurations,
+    usable,
+)
 from boostdiff.benchmarks.config import ComposeConfig, Metrics
 from boostdiff.benchmarks.quality.composition import Composition, Row, loss_of, with_front
 from boostdiff.benchmarks.quality.quality import QualityRow
 from boostdiff.benchmarks.report.composed import composed_table, markdown, write_composed
 from boostdiff.benchmarks.session import Session
 from boostdiff.benchmarks.stats import Estimate
-from boostdiff.engine.errors import InputError
+from boostdiff.engine.errors import BoostDiffError, InputError
+from boostdiff.engine.exported import Engine
 from boostdiff.engine.manifest import read_manifest
 from boostdiff.engine.model import locate
 from boostdiff.engine.student import read_student
@@ -63,7 +71,8 @@ def test_every_combination_is_a_row(result: Composition, engines: dict[str, Path
         "few-step student lora, 2 steps, trailing, torch float32",
     }
     assert result.rows[0].quality.name == "teacher w=3, 4 steps, torch float32"
-    assert any(row.quality.role == "alternative" for row in result.rows)
+    alternatives = [row.quality.name for row in result.rows if row.quality.role == "alternative"]
+    assert {name.count("trailing") for name in alternatives} == {0, 1}
     assert {name.split(", ")[1] for name in result.left_out} <= {"tensorrt"}
     for row in result.rows:
         passes = 2 if row.quality.name.startswith("teacher w=3") else 1
@@ -95,6 +104,10 @@ def estimate(value: float) -> Estimate:
     return Estimate(value=value, low=value, high=value, coverage=0.95)
 
 
+def difference(value: float) -> Estimate:
+    return Estimate(value=value, low=value - 12, high=value + 12, coverage=0.95)
+
+
 def row(name: str, *, seconds: float, distance: float, caption: float, teacher: QualityRow | None = None) -> Row:
     quality = QualityRow(
         name=name,
@@ -105,6 +118,8 @@ def row(name: str, *, seconds: float, distance: float, caption: float, teacher: 
         distance=distance,
         distance_to_teacher_image=0.0,
         caption_score=estimate(caption),
+        delta_to_guided=difference(distance - (teacher.distance or 0)) if teacher else None,
+        caption_delta_to_guided=difference(caption - (teacher.caption_value or 0)) if teacher else None,
         colors={},
     )
     return Row(
@@ -129,9 +144,12 @@ def test_the_verdict_takes_the_worse_of_distance_and_caption_score(result: Compo
     measured = replace(result, rows=with_front([teacher, *rows]), features="FD", caption_label="caption score")
     assert [r.loss for r in rows] == pytest.approx([1 / 60, 5.5 / 60, 0.005, 0.4])
     assert measured.verdict() == (
-        "The fastest of what loses little of FD and caption score against two passes: within 1% it is slow, 2.67x as "
-        "fast as stock diffusers with guidance; within 3% it is one pass, 4.00x as fast as stock diffusers with "
-        "guidance; within 10% it is few steps, 8.00x as fast as stock diffusers with guidance."
+        "By point estimates, the fastest of what loses little of FD and caption score against two passes: within 1% it "
+        "is slow (ΔFD +0.5 [-11.5, +12.5], Δ caption score +0.0 [-12.0, +12.0]), 2.67x [2.67, 2.67] as fast as stock "
+        "diffusers with guidance; within 3% it is one pass (ΔFD -1.0 [-13.0, +11.0], Δ caption score -1.0 [-13.0, "
+        "+11.0]), 4.00x [4.00, 4.00] as fast as stock diffusers with guidance; within 10% it is few steps (ΔFD +2.0 "
+        "[-10.0, +14.0], Δ caption score -5.5 [-17.5, +6.5]), 8.00x [8.00, 8.00] as fast as stock diffusers with "
+        "guidance."
     )
     assert [r.quality.name for r in measured.rows if r.on_front] == ["one pass", "few steps", "blurred"]
     assert (
@@ -151,8 +169,8 @@ def test_rows_of_one_name_stay_apart(result: Composition) -> None:
     verdict = replace(
         result, rows=with_front([teacher, one, other, faster]), features="FD", caption_label="c"
     ).verdict()
-    assert "within 3% it is twin, 4.00x" in verdict
-    assert "within 10% it is twin, 8.00x" in verdict
+    assert "within 3% it is twin (ΔFD +2.0 [-10.0, +14.0], Δ caption score +0.0 [-12.0, +12.0]), 4.00x" in verdict
+    assert "within 10% it is twin (ΔFD +9.0 [-3.0, +21.0], Δ caption score +0.0 [-12.0, +12.0]), 8.00x" in verdict
     assert [r.on_front for r in with_front([other, replace(other, quality=faster.quality)])] == [False, True]
 
 
@@ -230,3 +248,36 @@ def test_an_engine_that_can_draw_no_batch_is_left_out(
         found = list(usable(session, [first, *others], left_out))
     assert [each.variant.name for each in found] == [each.variant.name for each in others]
     assert left_out == {first.variant.name: "a batch beyond the profile"}
+
+
+def test_an_engine_whose_library_is_missing_is_left_out(
+    tiny_folder: Path,
+    students: dict[str, Path],
+    engines: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files, config = locate(str(tiny_folder)), ComposeConfig(steps=(2,), samples=4, runs=3)
+    other = Path(shutil.copytree(engines["lora"], tmp_path / "other"))
+    load = Engine.load
+
+    def loads(folder: Path, **options: object) -> Engine:
+        if folder == other:
+            raise error
+        return load(folder, **options)
+
+    monkeypatch.setattr(Engine, "load", loads)
+    opened = Session.open(
+        files, config, students=[students["lora"]], guidance=None, prompts=PROMPTS * 4, device="cpu", guided=True
+    )
+    manifests = {folder: read_manifest(folder) for folder in (other, engines["lora"])}
+    with opened as session, ExitStack() as stack:
+        session, left_out = replace(session, sampler="ddim"), dict[str, str]()
+        error: BoostDiffError = BoostDiffError("libonnx is missing")
+        found = list(exported_configurations(session, config, manifests, opened=stack, left_out=left_out))
+        assert [each.runner for each in found] == [f"{engines['lora'].name}: onnx"]
+        assert left_out.pop("other, onnx") == "libonnx is missing"
+        # What a user can put right ends it.
+        error = InputError("was changed")
+        with pytest.raises(InputError, match="was changed"):
+            list(exported_configurations(session, config, manifests, opened=stack, left_out=left_out))

@@ -2,8 +2,10 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from boostdiff.benchmarks import table1
 from boostdiff.benchmarks.config import Metrics, SweepConfig, Table1Config
 from boostdiff.benchmarks.quality.distances import frechet_distance
 from boostdiff.benchmarks.quality.features import EfficientNetLite0Features, features_of
@@ -331,6 +333,34 @@ def test_the_papers_figures_stand_beside_what_the_paper_measured_alone(students:
     few = replace(lora, sampler="ddim", steps=20, timestep_spacing="trailing")
     assert rows(few, infos["bitfit"]) == set()
     assert rows(few, infos["bitfit"], steps=50) == {*teachers, "student bitfit"}
+
+
+@pytest.mark.parametrize(
+    ("distance", "spacing", "shown"), [("FID", None, 15.0), ("FD-EffNetLite0", None, None), ("FID", "trailing", None)]
+)
+def test_the_papers_fid_stands_beside_fid_alone(
+    tiny_folder: Path,
+    students: dict[str, Path],
+    reference: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    distance: str,
+    spacing: Literal["trailing"] | None,
+    shown: float | None,
+) -> None:
+    """As if the tiny model were the paper's, and the network's name its distance's."""
+    monkeypatch.setattr(table1, "papers_figures", lambda *_: {("teacher w=3", "ddim", 1): 15.0})
+    monkeypatch.setattr(EfficientNetLite0Features, "distance_name", distance)
+    grid = measure_grid(
+        locate(str(tiny_folder)),
+        Table1Config(samplers=("ddim",), steps=(1,), samples=2, timestep_spacing=spacing),
+        students=[students["lora"]],
+        prompts=MANY,
+        metrics=Metrics(reference=reference),
+        device="cpu",
+    )
+    assert grid
+    assert grid.cells[0].paper == shown
+    assert ("(paper: FID 15.0)" in markdown(grid)) == bool(shown)
 
 
 def test_wrong_tables(tiny_folder: Path, students: dict[str, Path], reference: Path) -> None:

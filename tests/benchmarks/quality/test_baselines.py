@@ -1,15 +1,22 @@
 """What needs no training, against stock diffusers whose callback does the same."""
 
+import copy
+import inspect
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from boostdiff.benchmarks.quality.baselines import CUT_OFF, FEWER, INTERVAL, Baseline, candidates
+from boostdiff.benchmarks.config import BenchConfig
+from boostdiff.benchmarks.quality.baselines import CUT_OFF, FEWER, INTERVAL, SPACINGS, Baseline, candidates
+from boostdiff.benchmarks.session import Session
 from boostdiff.benchmarks.speed.stock import stock_pipeline
 from boostdiff.engine.model import Model
 from boostdiff.engine.runners import TorchRunner
 from boostdiff.engine.sampling import decode, initial_noise, sample
 from boostdiff.engine.schedulers import make_scheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny import PROMPTS
 
 W = 6.0
@@ -81,4 +88,41 @@ def test_sweeps_are_of_equal_cost() -> None:
     assert all(0 <= one.first < one.last <= one.steps for one in swept)
     assert all((one.first > 0) == (one.method == INTERVAL) for one in swept)
     assert len({one.name for one in swept}) == len(swept) == 20
+    spaced = candidates(steps=20, guidance=3.0, spacings=SPACINGS)
+    assert len({one.name for one in spaced}) == len(spaced) == 40
+    assert {one.name for one in spaced} - {one.name for one in swept} == {f"{one.name}, trailing" for one in swept}
     assert all(one.cost <= 3 for one in candidates(steps=2, guidance=3.0))
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "swept"),
+    [
+        ("leading", None, {"leading", "trailing"}),
+        ("trailing", None, {"trailing"}),
+        ("leading", "trailing", {"trailing"}),
+        ("leading", "leading", {"leading"}),
+    ],
+)
+def test_the_timestep_spacing_is_swept_too(tiny: Model, own: str, asked: str | None, swept: set[str]) -> None:
+    pipeline = copy.copy(tiny.pipeline)
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, timestep_spacing=own)
+    config = BenchConfig(timestep_spacing=asked, alternatives=True, steps=4)
+    session = Session(model=replace(tiny, pipeline=pipeline), config=config, steps=4)
+    variants = session.baselines()
+    assert {each.make_scheduler().config.timestep_spacing for each in variants} == swept
+    assert len({each.name for each in variants}) == len(variants)
+    # What the progress counts is what is sampled.
+    plain = BenchConfig(timestep_spacing=asked, steps=4).image_steps(1)
+    assert config.image_steps(1) - plain >= config.samples * sum(each.steps for each in variants)
+    # Guidance is switched on and off at the timesteps that are sampled.
+    for each in variants:
+        scheduler, denoiser = each.make_scheduler(), each.open()
+        scheduler.set_timesteps(each.steps)
+        guided_at = inspect.getclosurevars(denoiser).nonlocals["guided_at"]
+        assert len(guided_at & set(scheduler.timesteps.tolist())) == each.cost - each.steps
+
+
+def test_flow_matching_has_no_timestep_spacing_to_sweep(tiny: Model) -> None:
+    pipeline = SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler(), unet=tiny.denoiser)
+    session = Session(model=replace(tiny, pipeline=pipeline), sampler="dpm++", steps=4)
+    assert {each.name.count("trailing") for each in session.baselines()} == {0}

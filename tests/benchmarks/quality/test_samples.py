@@ -15,16 +15,22 @@ from typing import Any
 
 import pytest
 import torch
+from boostdiff.benchmarks import session as session_module
+from boostdiff.benchmarks.quality import features, samples
 from boostdiff.benchmarks.quality.features import EfficientNetLite0Features
 from boostdiff.benchmarks.quality.samples import SampleCache
 from boostdiff.benchmarks.session import Session, identity_of
+from boostdiff.benchmarks.speed import fastest
+from boostdiff.engine import sampling
 from boostdiff.engine.files import read_json, write_json
 from boostdiff.engine.model import Model
+from boostdiff.engine.sampling import generate, to_uint8
 from boostdiff.engine.schedulers import SAMPLERS
 from diffusers import SchedulerMixin
 from diffusers.configuration_utils import FrozenDict
 from safetensors import safe_open
 from tiny import PROMPTS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 STEPS = 2
 
@@ -100,6 +106,80 @@ def test_whatever_determines_the_images_names_the_shard(sample_cache: SampleCach
     for count, (other, variant) in enumerate(others, start=2):
         other.sampled(variant)
         assert len(shards(sample_cache)) == count
+
+
+def test_other_code_draws_again(sample_cache: SampleCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package, hashes = tmp_path / "boostdiff", [samples.code_sha256()]
+    for path in ("engine/sampling.py", "engine/embedded/__init__.py", "benchmarks/quality/features.py"):
+        for content in ("a = 1", "a = 2"):
+            (package / path).parent.mkdir(parents=True, exist_ok=True)
+            (package / path).write_text(content)
+            hashes.append(samples.code_sha256.__wrapped__(package))
+    (package / "engine/sampling.py").rename(package / "engine/sampled.py")
+    hashes.append(samples.code_sha256.__wrapped__(package))
+    assert len(set(hashes)) == len(hashes)
+    for path in ("serve/api.py", "engine/embedded/prompts/held_out.txt", "benchmarks/report/page.py"):
+        (package / path).parent.mkdir(parents=True, exist_ok=True)
+        (package / path).write_text("other")
+    assert samples.code_sha256.__wrapped__(package) == hashes[-1]
+    # What is hashed is what this package has; and it is part of a shard's name.
+    assert {path for pattern in samples._SOURCES for path in samples._PACKAGE.glob(pattern)} >= {
+        Path(module.__file__) for module in (samples, features, sampling, fastest, session_module)
+    }
+    variant = Session(model=sample_cache.model, sampler="ddim", steps=STEPS).teacher(3.0)
+    before = sample_cache._key(variant, 0)
+    monkeypatch.setattr(samples, "code_sha256", lambda: "another")
+    assert sample_cache._key(variant, 0) == before | {"code": "another"} != before
+
+
+def test_a_shard_is_held_in_8_bits(sample_cache: SampleCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As floats 200 images of 1024 pixels are 2.3 GiB, and several copies were made of them."""
+    converted: list[int] = []
+
+    def counting(images: torch.Tensor) -> torch.Tensor:
+        converted.append(len(images))
+        return to_uint8(images)
+
+    monkeypatch.setattr(samples, "to_uint8", counting)
+    cache = replace(sample_cache, shard=8, keep=8, folder=None)
+    session = Session(model=cache.model, sampler="ddim", steps=STEPS)
+    found = cache.sampled(session.teacher(3.0))
+    assert converted == [3, 3, 2]
+    # The same as of all at once.
+    images = to_uint8(
+        generate(
+            cache.model,
+            session.teacher(3.0).open(),
+            text=cache.model.family.encode(cache.model.pipeline, cache.prompts),
+            make_scheduler=session.make_scheduler,
+            steps=STEPS,
+            seed=cache.seed,
+            batch_size=cache.batch_size,
+        )
+    )
+    assert torch.equal(found.samples, images)
+    assert torch.equal(found.features, features.features_of(cache.network, images))
+    assert torch.equal(found.colors, samples._colors_of_batch(images))
+
+
+class LargestFloat(TorchDispatchMode):
+    """Counts the numbers of the largest float tensor that is made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.is_floating_point():
+            self.numbers = max(self.numbers, made.numel())
+        return made
+
+
+def test_colors_are_computed_a_few_images_at_a_time() -> None:
+    images = torch.randint(0, 256, (50, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with LargestFloat() as largest:
+        colors = samples.color_statistics(images)
+    assert largest.numbers == samples.COLOR_BATCH * 3 * 16 * 16
+    assert torch.equal(colors, samples._colors_of_batch(images))
 
 
 @pytest.mark.parametrize("name", ["unet/config.json", "model_index.json", "vae/config.json"])

@@ -1,5 +1,5 @@
 import matplotlib.pyplot as plt
-from boostdiff.benchmarks.report.plots import speed_plot
+from boostdiff.benchmarks.report.plots import speed_plot, svg_of
 from boostdiff.benchmarks.speed.flops import Flops
 from boostdiff.benchmarks.speed.throughput import MODES, Speed, SpeedRow
 from boostdiff.benchmarks.stats import Estimate, Percentiles
@@ -36,3 +36,14 @@ def test_every_runner_and_batch_size_has_bars_of_its_own() -> None:
     assert len({bar.get_y() for bar in bars}) == len(rows)
     assert len({bar.get_facecolor() for bar in bars}) == len(MODES)
     plt.close(figure)
+
+
+def test_a_name_is_no_formula() -> None:
+    """A path with two dollars in it stood for mathematics, and a wrong one ended the report."""
+    speed = Speed(
+        rows=[row("a$_^b$", "student", 1)],
+        ratios=[],
+        flops=Flops(denoiser=1, vae_decode=1, text_encoder=1),
+        peaks={},
+    )
+    assert b"a$_^b$, batch 1" in svg_of(speed_plot(speed))

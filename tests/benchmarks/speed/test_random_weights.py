@@ -1,3 +1,4 @@
+import re
 import shutil
 from pathlib import Path
 
@@ -6,12 +7,14 @@ import torch
 from boostdiff.benchmarks.bench import bench_random
 from boostdiff.benchmarks.config import BenchConfig
 from boostdiff.benchmarks.speed import random_weights
-from boostdiff.benchmarks.speed.random_weights import CONFIGS, locate_configs, random_model
+from boostdiff.benchmarks.speed.random_weights import CONFIGS, PUBLIC, locate_configs, random_model
+from boostdiff.benchmarks.studies.__main__ import app
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.model import load, locate
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from tiny import CPU, make_xl_pipeline
 from transformers import CLIPTextConfig, CLIPTextModel
+from typer.main import get_command
 
 
 @pytest.fixture
@@ -39,6 +42,15 @@ def test_shipped_configurations_have_the_models_parameters(name: str, unet: int,
         )
     counts = [sum(p.numel() for p in module.parameters()) for module in modules]
     assert counts == [unet, text_encoder, 83_653_863]
+
+
+def test_page_and_help_have_the_name_of_every_configuration() -> None:
+    docs = Path(random_weights.__file__).parents[2] / "docs/benchmark.md"
+    (text,) = (part for part in docs.read_text(encoding="utf-8").split("\n\n") if "From a configuration alone" in part)
+    assert re.findall(r"`([\w-]+)`", text) == PUBLIC == sorted(path.name for path in CONFIGS.iterdir())
+    for study in ("profile", "layouts", "random-folder", "full-size"):
+        parameters = get_command(app).commands[study].params
+        assert any(", ".join(PUBLIC) in str(getattr(each, "help", "")) for each in parameters), study
 
 
 def test_speed_from_configurations_alone(configs: Path) -> None:

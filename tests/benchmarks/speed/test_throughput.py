@@ -40,6 +40,29 @@ def test_calls_take_turns(count: int, rounds: int) -> None:
     assert not left_out
 
 
+def test_memory_that_was_let_go_of_is_taken_again_before_the_first_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, where the cache is cleared before each row's warm-up."""
+    turns: list[str] = []
+    monkeypatch.setattr(device, "clear_device_cache", lambda: turns.append("clear"))
+    monkeypatch.setattr(device, "memory_in_use", lambda _: 1)
+
+    def call(name: str) -> int:
+        turns.append(name)
+        return len(turns)
+
+    found, _ = called_in_turns([(name, partial(call, name)) for name in "ab"], 3)
+    assert "".join(turns).replace("clear", "-") == "-a-a-b-b" + "ab" + "abbaab"
+    assert found[0] == ([11, 14, 15], 1)
+
+
+def test_the_peak_waits_for_the_device_that_it_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited, asked = list[torch.device](), torch.device("cpu", 0)
+    monkeypatch.setattr(device, "synchronize", waited.append)
+    monkeypatch.setitem(device.GEMM_SIZES, "cpu", 8)
+    assert device.gemm_peak(asked, torch.float32) > 0
+    assert waited == [asked] * 2 * device.PEAK_RUNS
+
+
 def test_what_all_is_compared_with_must_not_fail() -> None:
     def fails() -> float:
         raise RuntimeError("out of memory")
@@ -189,6 +212,15 @@ def test_the_baselines_are_compared_with_what_the_verdict_speaks_of(with_teacher
     work = SimpleNamespace(prompts=["a"], teacher_passes=2, steps=4)
     ratios = throughput._ratios(measured, work, Flops(denoiser=1, vae_decode=1, text_encoder=1))  # type: ignore[arg-type]
     assert {ratio.faster.runner for ratio in ratios if ratio.slower.runner == "stock diffusers"} == {compared}
+
+
+def test_the_fastest_teacher_is_compared_with_the_fastest_student_whatever_its_runner() -> None:
+    times = {("fast", "student"): 1.0, ("fast", "teacher"): 4.0, ("torch", "student"): 2.0, ("other", "teacher"): 3.0}
+    measured = {RunnerMode(*key): [{"total": t, "denoiser": t}] * 3 for key, t in times.items()}
+    work = SimpleNamespace(prompts=["a"], teacher_passes=2, steps=4)
+    ratios = throughput._ratios(measured, work, Flops(denoiser=1, vae_decode=1, text_encoder=1))  # type: ignore[arg-type]
+    found = {(r.slower.runner, r.faster.runner): r.estimate.value for r in ratios if r.part == "images"}
+    assert found == {("fast", "fast"): 4.0, ("other", "fast"): 3.0}
 
 
 def test_a_variant_is_timed_at_its_own_batch_sizes(tiny: Model) -> None:

@@ -1,10 +1,11 @@
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from boostdiff.benchmarks.bench import bench
 from boostdiff.benchmarks.config import BenchConfig, Metrics
-from boostdiff.benchmarks.studies.int8 import int8, seconds_by_operator, student_graphs
+from boostdiff.benchmarks.studies.int8 import int8, seconds_by_operator, speed, student_graphs
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.manifest import read_manifest
 from boostdiff.engine.model import Model, ModelFiles
@@ -58,6 +59,13 @@ def test_the_students_graphs_are_those_whose_layers_were_measured(
     entry["quantized"] = {"time embeddings": 0.0}
     with pytest.raises(InputError, match="of a version that measured groups of layers: export it again"):
         student_graphs(manifest, folder, INT8)
+
+
+def test_an_interval_of_a_speed_has_its_coverage(engines: dict[str, Path], tiny: Model) -> None:
+    graph = engines["lora"] / "unet/model.onnx"
+    session = SimpleNamespace(model=tiny, students=[SimpleNamespace(denoiser=tiny.denoiser)])
+    table, _ = speed(session, {"fp32": graph, "int8": graph}, 3)  # type: ignore[arg-type]
+    assert table.headings[1] == "FP32's time over INT8's [75%]"
 
 
 def test_time_is_split_by_operator(engines: dict[str, Path], tiny: Model) -> None:

@@ -26,6 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, prompt_file: Path) -> Path:
     few_step_copy(made / "s", made / "t/lora-0", 2)
     (made / "file").write_text("x")
     (made / "dir").mkdir()
+    (made / "others").mkdir()
+    (made / "others/summary.md").write_text("mine")
     (made / "loop").symlink_to("loop")
     return made
 
@@ -75,6 +77,9 @@ WRONG = [
     (f"random-folder emoji64 --output rf --seed {2**70}", "--seed"),
     ("random-folder emoji64 --output file", "file"),
     ("full-size --work file", "is a file: choose another --work"),
+    ("full-size --work w --output others", "the output others holds a summary.md of something else: choose another"),
+    ("training-memory sdxl", "for Stable Diffusion 1.x and 2.x, and sdxl is stable-diffusion-xl"),
+    ("training-memory sana-1600m", "for Stable Diffusion 1.x and 2.x, and sana-1600m is sana"),
     ("full-size --work w --output file", "is a file: choose another --output"),
     ("full-size --work w --model nosuch", "there is no model 'nosuch'"),
     ("full-size --work w --only foo", "unknown stage 'foo'"),
@@ -115,6 +120,7 @@ def test_wrong_input_is_refused_before_any_work(
     assert sorted(path for path in folder.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_an_error_is_the_one_line_that_is_shown() -> None:
     """Libraries say what they miss where they are imported."""
     command = [sys.executable, "-m", "boostdiff.benchmarks.studies", "nosuch"]
