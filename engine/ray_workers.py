@@ -52,7 +52,9 @@ def start_ray(address: str, *, cpus: int | None = None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     started: dict[str, Any] = {}
     if address == "local":
-        started = {"num_cpus": cpus or len(os.sched_getaffinity(0)), "include_dashboard": False}
+        # macOS and Windows bind no process to CPUs.
+        here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        started = {"num_cpus": cpus or here, "include_dashboard": False}
     try:
         if found := re.fullmatch(r"(?:ray://)?\[?([^\[\]]+?)\]?:(\d{1,5})", address):
             # Ray itself tries for minutes.

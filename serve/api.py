@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hmac
 import json
 import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -27,15 +26,14 @@ from starlette.exceptions import HTTPException
 
 from ..engine.errors import InputError
 from ..engine.options import STEPS
+from .guard import Guard, Traffic, error_answer
 from .image_model import Description, Drawn, Job
-from .settings import Limits, is_loopback
+from .settings import Limits
 from .url_files import UrlFiles
 
 PAGE = Path(__file__).with_name("page.html")
 FIELD = re.compile(r"[a-z_]{1,40}")
 """Names of fields that an answer may repeat: a client's own may hold anything."""
-OPEN_PATHS = re.compile(r"/|/health|/v1/images/files/[\w-]+\.png")
-"""What needs no key: the page, the health, and images under names that can't be guessed."""
 
 POLICY = (
     "default-src 'none'; img-src data: 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -43,11 +41,20 @@ POLICY = (
 )
 """The page asks nobody but this server."""
 
+DESCRIBE_SECONDS = 10.0
+"""Seconds that a model has to say what it is; one that does not is still loading, or its replica is lost."""
+
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 
 
 class OverloadedError(Exception):
     """Too many wait for a model."""
+
+
+class NotReadyError(Exception):
+    """A model does not answer yet, or no longer."""
 
 
 class Backend(Protocol):
@@ -97,80 +104,6 @@ class ImagesRequest(BaseModel):
         return [Job(**same, seed=seed + i, height=height, width=width) for i in range(self.n or 1)]
 
 
-def error_answer(status: int, message: str, *, code: str | None = None, param: str | None = None) -> JSONResponse:
-    """An error in OpenAI's form."""
-    kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
-    headers = {"Retry-After": "1"} if status in (429, 503) else {}
-    if status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-    return JSONResponse(body, status_code=status, headers=headers)
-
-
-@dataclass
-class Traffic:
-    """Requests of one process.
-
-    Attributes:
-        ongoing: those that have not been answered to the end.
-        closed: whether further ones are refused, as the server stops.
-    """
-
-    ongoing: int = 0
-    closed: bool = False
-
-
-class Guard:
-    """Around the application: the key, the size of bodies, and on the loopback the name that was asked for."""
-
-    def __init__(self, app: Any, *, key: str | None, body: int, loopback: bool, traffic: Traffic) -> None:
-        self.app, self.key, self.body, self.loopback, self.traffic = app, key, body, loopback, traffic
-
-    def _refusal(self, scope: Any) -> JSONResponse | None:
-        if self.traffic.closed:
-            return error_answer(503, "the server is stopping", code="stopping")
-        headers = dict(scope["headers"])
-        host = re.sub(r":\d*$", "", headers.get(b"host", b"localhost").decode("latin-1")).strip("[]")
-        if self.loopback and self.key is None and not is_loopback(host):
-            # Another site's name that leads to this machine: its scripts may not draw here (DNS rebinding).
-            return error_answer(403, "this server answers requests to localhost only", code="forbidden_host")
-        if self.key is not None and not OPEN_PATHS.fullmatch(scope["path"]):
-            scheme, _, shown = headers.get(b"authorization", b"").partition(b" ")
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(shown.strip(), self.key.encode()):
-                return error_answer(401, "the API key is missing or wrong", code="invalid_api_key")
-        length = headers.get(b"content-length", b"0")
-        if not length.isdigit():
-            return error_answer(400, "Content-Length is not a number")
-        return self._too_large() if len(length) > 18 or int(length) > self.body else None
-
-    def _too_large(self) -> JSONResponse:
-        return error_answer(413, f"the request has more than {self.body} bytes", code="request_too_large")
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """See the ASGI specification."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        if refusal := self._refusal(scope):
-            await refusal(scope, receive, send)
-            return
-        received = 0
-
-        async def limited() -> Any:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.body:
-                raise HTTPException(413, f"the request has more than {self.body} bytes")
-            return message
-
-        self.traffic.ongoing += 1
-        try:
-            await self.app(scope, limited, send)
-        finally:
-            self.traffic.ongoing -= 1
-
-
 def make_app(
     backends: Mapping[str, Backend],
     *,
@@ -178,6 +111,7 @@ def make_app(
     files: UrlFiles,
     key: str | None = None,
     loopback: bool = True,
+    public_url: str | None = None,
     metrics: Callable[[], Awaitable[str]] | None = None,
     traffic: Traffic | None = None,
 ) -> FastAPI:
@@ -189,6 +123,7 @@ def make_app(
         files: where images lie that are answered as a URL.
         key: what requests must show as a bearer token, if anything.
         loopback: whether this machine alone may ask.
+        public_url: what the URLs of images begin with, without a slash at the end; None takes what a request asked for.
         metrics: gives the text of `GET /metrics` in Prometheus' format.
         traffic: counts its requests, and closes it.
     """
@@ -216,6 +151,25 @@ def make_app(
         finally:
             waiting -= count
 
+    async def described(name: str) -> Description:
+        """What a model says of itself; a NotReadyError where it says nothing in time."""
+        try:
+            async with asyncio.timeout(DESCRIBE_SECONDS):
+                return await backends[name].describe()
+        except (TimeoutError, OverloadedError):
+            raise NotReadyError(name) from None
+
+    def entry(name: str, found: Description | None) -> dict[str, Any]:
+        """A model as OpenAI lists it, with what it takes if that is known."""
+        common = {"id": name, "object": "model", "created": started, "owned_by": "boostdiff"}
+        return common | {"ready": found is not None} | (asdict(found) if found else {})
+
+    async def listed(name: str) -> dict[str, Any]:
+        try:
+            return entry(name, await described(name))
+        except NotReadyError:
+            return entry(name, None)
+
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
@@ -235,6 +189,10 @@ def make_app(
     @app.exception_handler(OverloadedError)
     async def overloaded(request: Request, error: OverloadedError) -> Response:
         return error_answer(503, "too many images are waiting: try again later", code="overloaded")
+
+    @app.exception_handler(NotReadyError)
+    async def not_ready(request: Request, error: NotReadyError) -> Response:
+        return error_answer(503, f"the model {error} is not ready: try again later", code="not_ready")
 
     @app.exception_handler(TimeoutError)
     async def late(request: Request, error: TimeoutError) -> Response:
@@ -256,11 +214,9 @@ def make_app(
     @app.get("/health")
     async def health() -> Any:
         """200 once every model has drawn and compared images, which `models` tells."""
-        try:
-            async with asyncio.timeout(10):
-                found = {name: (await backend.describe()).checked for name, backend in backends.items()}
-        except (TimeoutError, OverloadedError):
-            return error_answer(503, "a model is not ready", code="not_ready")
+        found = {
+            name: each.checked for name, each in zip(backends, await _together(map(described, backends)), strict=True)
+        }
         return {"status": "ok", "models": found}
 
     @app.get("/metrics")
@@ -272,8 +228,8 @@ def make_app(
 
     @app.get("/v1/models")
     async def models() -> Any:
-        """OpenAI's list, with what each model takes."""
-        data = [await model(name) for name in backends]
+        """OpenAI's list, with what each model takes; of one that is not `ready`, its name alone."""
+        data = await _together(map(listed, backends))
         return {"object": "list", "data": data, "limits": limits.model_dump()}
 
     @app.get("/v1/models/{name:path}")
@@ -281,14 +237,12 @@ def make_app(
         """One model of the list."""
         if name not in backends:
             return error_answer(404, "there is no such model", param="model", code="model_not_found")
-        async with asyncio.timeout(10):
-            described = await backends[name].describe()
-        return asdict(described) | {"object": "model", "created": started, "owned_by": "boostdiff"}
+        return entry(name, await described(name))
 
     @app.get("/v1/images/files/{name}")
     async def image_file(name: str) -> Response:
         """An image that was answered as a URL, for as long as it is kept."""
-        content = files.read(name)
+        content = await asyncio.to_thread(files.read, name)
         if content is None:
             raise HTTPException(404, "there is no such image, or no longer")
         return Response(content, media_type="image/png", headers={"Cache-Control": "private, max-age=60"})
@@ -301,7 +255,7 @@ def make_app(
             return error_answer(404, "there is no such model", param="model", code="model_not_found")
         steps = body.steps
         if steps is None and limits.steps < STEPS:
-            steps = (await backends[name].describe()).steps or limits.steps
+            steps = (await described(name)).steps or limits.steps
         for value, most, param in (
             (len(body.prompt), limits.prompt, "prompt"),
             (len(body.negative_prompt or ""), limits.prompt, "negative_prompt"),
@@ -327,9 +281,10 @@ def make_app(
         answer: dict[str, Any] = {"created": int(time.time()), "output_format": "png", "data": []}
         for image in drawn:
             if body.response_format == "url":
-                if (kept := files.write(image.png)) is None:
+                if (kept := await asyncio.to_thread(files.write, image.png)) is None:
                     return error_answer(503, "no room for files: ask for b64_json", code="no_room")
-                shown = {"url": str(request.base_url.replace(path=f"/v1/images/files/{kept}"))}
+                asked = f"{request.base_url.scheme}://{request.base_url.netloc}"
+                shown = {"url": f"{public_url or asked}/v1/images/files/{kept}"}
             else:
                 shown = {"b64_json": base64.b64encode(image.png).decode()}
             answer["data"].append(shown | _said(image))
@@ -365,11 +320,11 @@ def make_app(
     return app
 
 
-async def _together(draws: Sequence[Coroutine[Any, Any, Drawn]]) -> list[Drawn]:
-    """The images of one request; where one fails the others are given up, and what it raised is raised."""
+async def _together(asked: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results, at once; where one fails the others are given up, and what it raised is raised."""
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(each) for each in draws]
+            tasks = [group.create_task(each) for each in asked]
     except BaseExceptionGroup as failed:
         raise failed.exceptions[0] from None
     return [task.result() for task in tasks]

@@ -38,7 +38,8 @@ def serve(**options: Any) -> None:
     from .image_model import name_of
     from .settings import api_key, is_loopback, parse_settings
 
-    cpus, gpu = len(os.sched_getaffinity(0)), torch.cuda.is_available()
+    # macOS and Windows bind no process to CPUs.
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if config.config is not None:
         try:
             values = yaml.safe_load(read_text(config.config))
@@ -47,7 +48,9 @@ def serve(**options: Any) -> None:
         args, host, port = read_config(values, config.config)
     else:
         count = config.replicas * (1 + config.teacher)
-        share = {"num_gpus": 1 / (1 + config.teacher)} if gpu else {"num_cpus": max(1, cpus // count)}
+        share = (
+            {"num_gpus": 1 / (1 + config.teacher)} if torch.cuda.is_available() else {"num_cpus": max(1, cpus // count)}
+        )
         args = config.settings(deployment={"ray_actor_options": share})
         cpus, host, port = max(cpus, count), config.host, config.port
     settings = parse_settings({**args, "loopback": is_loopback(host)})

@@ -68,6 +68,10 @@ class ServeConfig:
         str, typer.Option(help="Address to listen on; any but the loopback (localhost) needs BOOSTDIFF_API_KEY.")
     ] = "127.0.0.1"
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000
+    public_url: Annotated[
+        str | None,
+        typer.Option(show_default="what a request asked for", help="What image URLs begin with, behind a proxy."),
+    ] = None
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -92,7 +96,8 @@ class ServeConfig:
             engine = (self.engine or ENGINE_FOLDER).resolve()
             models = [common | {"engine": str(engine), "runner": self.runner or "auto", "precision": self.precision}]
         limits = {"steps": self.max_steps, "waiting": self.max_waiting, "seconds": self.timeout}
-        return {"models": [*models, *([in_torch] if self.teacher else [])], "limits": limits}
+        models += [in_torch] if self.teacher else []
+        return {"models": models, "limits": limits, "public_url": self.public_url}
 
 
 def absolute(model: str) -> str:

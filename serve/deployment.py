@@ -27,7 +27,8 @@ from ray.serve.handle import DeploymentHandle
 from ..engine.errors import InputError, one_line
 from ..engine.ray_workers import start_ray
 from ..engine.terminal import quiet_libraries
-from .api import OverloadedError, Traffic, make_app
+from .api import OverloadedError, make_app
+from .guard import Traffic
 from .image_model import Description, Drawn, Job, name_of, open_model
 from .local import LocalBackend
 from .settings import ModelSettings, ServerSettings, api_key, first_of, parse_settings
@@ -185,6 +186,7 @@ def _app(settings: ServerSettings, deployments: Mapping[str, str], key: str | No
         files=UrlFiles(storage, seconds=settings.url_seconds),
         key=key,
         loopback=settings.loopback,
+        public_url=settings.public_url,
         metrics=node_metrics,
         traffic=TRAFFIC,
     )

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from .image_model import Description, Drawn, ImageModel, Job
+from .image_model import Description, Drawn, ImageModel, Job, Picture, encoded
 
 WAIT_SHARE, MAX_WAIT_SECONDS = 0.02, 0.1
 """A batch that is not full waits for others for this share of the last one's duration, and so many seconds at most."""
@@ -21,7 +21,7 @@ class LocalBackend:
 
     def __init__(self, model: ImageModel) -> None:
         self._model, self._thread, self._seconds = model, ThreadPoolExecutor(1), 0.0
-        self._waiting: list[tuple[Job, asyncio.Future[Drawn]]] = []
+        self._waiting: list[tuple[Job, asyncio.Future[Picture]]] = []
         self._worker: asyncio.Task[None] | None = None
 
     async def describe(self) -> Description:
@@ -30,20 +30,19 @@ class LocalBackend:
 
     async def draw(self, job: Job) -> Drawn:
         """See `api.Backend`."""
-        self._model.check(job)
         loop = asyncio.get_running_loop()
-        self._waiting.append((job, loop.create_future()))
-        drawn = self._waiting[-1][1]
+        drawn: asyncio.Future[Picture] = loop.create_future()
+        self._waiting.append((self._model.completed(job), drawn))
         if self._worker is None or self._worker.done():
             self._worker = loop.create_task(self._draw_all())
-        return await drawn
+        # On another thread, while this one's draws the next batch.
+        return await asyncio.to_thread(encoded, await drawn)
 
     async def stream(self, job: Job, previews: int) -> AsyncGenerator[Drawn, None]:
-        """See `api.Backend`; batches of others are drawn between the previews."""
-        self._model.check(job)
-        states = self._model.stream([job], previews)
+        """See `api.Backend`; batches and other streams are drawn between the previews."""
+        states = self._model.stream([self._model.completed(job)], previews)
         while drawn := await asyncio.get_running_loop().run_in_executor(self._thread, next, states, None):
-            yield drawn[0]
+            yield await asyncio.to_thread(encoded, drawn[0])
 
     async def _draw_all(self) -> None:
         """Draw until nothing waits, always together with what waits longest."""
@@ -56,12 +55,12 @@ class LocalBackend:
             if batch:
                 await self._draw(*zip(*batch, strict=True))
 
-    def _batchable(self) -> list[tuple[Job, asyncio.Future[Drawn]]]:
+    def _batchable(self) -> list[tuple[Job, asyncio.Future[Picture]]]:
         """What can be drawn together with what waits longest; whoever was given up on is not drawn for."""
         self._waiting = [each for each in self._waiting if not each[1].done()]
         return [each for each in self._waiting if each[0].batch_key == self._waiting[0][0].batch_key]
 
-    async def _draw(self, jobs: Sequence[Job], futures: Sequence[asyncio.Future[Drawn]]) -> None:
+    async def _draw(self, jobs: Sequence[Job], futures: Sequence[asyncio.Future[Picture]]) -> None:
         try:
             images = await asyncio.get_running_loop().run_in_executor(self._thread, self._model.draw, jobs)
         except Exception as error:

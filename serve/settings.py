@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..engine import embedded
 from ..engine.config import EXPORTED
@@ -84,6 +86,8 @@ class ServerSettings(_Settings):
         storage: folder of images that are answered as a URL; of several nodes a shared one. None takes a temporary one
             of each API replica.
         url_seconds: lifetime of such an image.
+        public_url: what the URLs of images begin with, such as "https://images.example.org", where a proxy stands in
+            front. None takes what each request asked for.
         loopback: whether the server listens to this machine alone; a key is needed otherwise.
         api_replicas: replicas of what answers requests and hands them to the models.
     """
@@ -92,8 +96,24 @@ class ServerSettings(_Settings):
     limits: Limits = Limits()
     storage: str | None = None
     url_seconds: float = Field(3600, gt=0)
+    public_url: str | None = None
     loopback: bool = False
     api_replicas: int = Field(1, ge=1)
+
+    @field_validator("public_url")
+    @classmethod
+    def _web_address(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            parts = urlsplit(value)
+            # A port that is no number raises when it is read.
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            usable = False
+        if not usable or re.search(r"[\s?#@\\]", value):
+            raise ValueError("pass a URL such as https://images.example.org")
+        return value.rstrip("/")
 
     @model_validator(mode="after")
     def _one_storage(self) -> ServerSettings:

@@ -6,11 +6,14 @@ import re
 import secrets
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from ..engine.files import write_whole
 
 NAME = re.compile(r"[\w-]{32}\.png")
+SWEEP_SHARE = 0.01
+"""Old files are looked for once in this share of their lifetime, as that reads the whole folder."""
 
 
 class UrlFiles:
@@ -23,7 +26,7 @@ class UrlFiles:
             self._temporary = tempfile.TemporaryDirectory(prefix="boostdiff-images-")
             folder = Path(self._temporary.name)
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._seconds = folder, seconds
+        self._folder, self._seconds, self._next_sweep = folder, seconds, 0.0
 
     def close(self) -> None:
         """Delete the images in a temporary folder."""
@@ -31,16 +34,28 @@ class UrlFiles:
             self._temporary.cleanup()
 
     def write(self, content: bytes) -> str | None:
-        """The name of a new file; None where the disk takes no more. What is too old goes."""
+        """The name of a new file; None where the disk takes no more. What is too old goes. Threads may share it.
+
+        Not for an event loop, as thousands of files may be looked at.
+        """
         name = f"{secrets.token_urlsafe(24)}.png"
         try:
-            for path in self._folder.glob("*.png"):
-                if NAME.fullmatch(path.name) and self._is_old(path):
-                    path.unlink(missing_ok=True)
+            self._sweep()
             write_whole(self._folder / name, content)
         except OSError:
             return None
         return name
+
+    def _sweep(self) -> None:
+        now = time.monotonic()
+        if now < self._next_sweep:
+            return
+        self._next_sweep = now + SWEEP_SHARE * self._seconds
+        for path in self._folder.glob("*.png"):
+            # Another thread, or another replica's, may have deleted it.
+            with suppress(FileNotFoundError):
+                if NAME.fullmatch(path.name) and self._is_old(path):
+                    path.unlink()
 
     def read(self, name: str) -> bytes | None:
         """A file's content; None where there is none, or it is too old."""

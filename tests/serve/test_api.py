@@ -18,8 +18,9 @@ from PIL import Image
 
 pytest.importorskip("fastapi", reason="the extra dev has it")
 
-from boostdiff.serve.api import ImagesRequest, OverloadedError, Traffic, make_app
-from boostdiff.serve.image_model import Description, Drawn, ImageModel, Job, open_model
+from boostdiff.serve.api import ImagesRequest, OverloadedError, make_app
+from boostdiff.serve.guard import Traffic
+from boostdiff.serve.image_model import Description, Drawn, ImageModel, Job, Picture, open_model
 from boostdiff.serve.local import LocalBackend
 from boostdiff.serve.settings import Limits, ModelSettings
 from boostdiff.serve.url_files import UrlFiles
@@ -80,7 +81,7 @@ def test_images_do_not_depend_on_their_batch(model: ImageModel) -> None:
     assert [image.batch for image in images] == [6, 5] * 5 + [6]
     for job, image in zip(jobs, images, strict=True):
         (alone,) = model.draw([job])
-        assert np.abs(pixels(alone.png) - pixels(image.png)).max() <= 1
+        assert np.abs(np.asarray(alone.image).astype(int) - pixels(image.png)).max() <= 1
         assert image.seed == job.seed
     assert "4 images drawn alone and together differ by 0/255" in model.description.checked
 
@@ -88,7 +89,7 @@ def test_images_do_not_depend_on_their_batch(model: ImageModel) -> None:
 def test_a_batch_that_fails_is_not_the_end(model: ImageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     backend, draw = LocalBackend(model), model.draw
 
-    def fails_at_first(jobs: list[Job]) -> list[Drawn]:
+    def fails_at_first(jobs: list[Job]) -> list[Picture]:
         monkeypatch.setattr(model, "draw", draw)
         raise RuntimeError("out of memory")
 
@@ -106,7 +107,7 @@ def test_a_batch_that_fails_is_not_the_end(model: ImageModel, monkeypatch: pytes
 def test_one_faulty_job_fails_alone(model: ImageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     backend, draw = LocalBackend(model), model.draw
 
-    def picky(jobs: list[Job]) -> list[Drawn]:
+    def picky(jobs: list[Job]) -> list[Picture]:
         if any(job.seed == 1 for job in jobs):
             raise RuntimeError("not finite")
         return draw(jobs)
@@ -125,7 +126,7 @@ def test_one_faulty_job_fails_alone(model: ImageModel, monkeypatch: pytest.Monke
 def test_half_a_character_is_refused(teacher: ImageModel, text: str) -> None:
     """The tokenizer would stumble over it, and so the whole batch."""
     with pytest.raises(InputError, match="holds half a character"):
-        teacher.check(Job(**{"prompt": "a", "seed": 0, text: "a\ud800"}))
+        teacher.completed(Job(**{"prompt": "a", "seed": 0, text: "a\ud800"}))
 
 
 def test_the_teacher_makes_two_passes_and_takes_more(client: TestClient) -> None:
@@ -146,6 +147,48 @@ def test_an_image_as_a_url(client: TestClient, tmp_path: Path) -> None:
     assert pixels(client.get(image["url"]).content).shape == (16, 16, 3)
     for other in ("a" * 32 + ".png", "../api.py", "%2e%2e%2fx", "x.png"):
         assert client.get(f"/v1/images/files/{other}").status_code == 404
+
+
+class FilesAside(UrlFiles):
+    """Refuses to be used on an event loop, which a slow disk would stop."""
+
+    def write(self, content: bytes) -> str | None:
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            asyncio.get_running_loop()
+        return super().write(content)
+
+    def read(self, name: str) -> bytes | None:
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            asyncio.get_running_loop()
+        return super().read(name)
+
+
+@pytest.mark.parametrize("public", [None, "https://images.example.org/draw"])
+def test_files_behind_a_proxy_are_written_beside_the_event_loop(
+    teacher: ImageModel, tmp_path: Path, public: str | None
+) -> None:
+    files = FilesAside(tmp_path, seconds=60)
+    app = make_app({"tiny": LocalBackend(teacher)}, limits=LIMITS, files=files, public_url=public)
+    client = TestClient(app, base_url="http://localhost:8000")
+    asked = {"prompt": "a red cat", "steps": 1, "response_format": "url"}
+    (image,) = client.post(URL, json=asked, headers={"x-forwarded-proto": "https"}).json()["data"]
+    server, name = image["url"].split("/v1/images/files/")
+    assert server == (public or "http://localhost:8000")
+    assert pixels(client.get(f"/v1/images/files/{name}").content).shape == (16, 16, 3)
+
+
+def test_old_files_are_looked_for_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = list[str]()
+
+    def glob(folder: Path, pattern: str) -> list[Path]:
+        looked.append(pattern)
+        # Another replica has deleted it.
+        return [folder / f"{'a' * 32}.png"]
+
+    monkeypatch.setattr(Path, "glob", glob)
+    files = UrlFiles(tmp_path, seconds=3600)
+    assert None not in [files.write(b"1") for _ in range(3)]
+    assert len(looked) == 1
 
 
 def test_images_as_files_go_away(tmp_path: Path) -> None:
@@ -263,7 +306,7 @@ def test_a_few_step_student_lists_its_own_sampling(model: ImageModel) -> None:
     few = replace(model._distilled, sampler="euler", steps=4, timestep_spacing="trailing")
     made = ImageModel(name="few", model=model._model, distilled=few, engine=model._engine, max_batch=None)
     assert (made.description.samplers, made.description.steps) == (("euler",), 4)
-    made.check(Job(prompt="a", seed=0, steps=made.description.steps, sampler=made.description.samplers[0]))
+    made.completed(Job(prompt="a", seed=0, steps=made.description.steps, sampler=made.description.samplers[0]))
     assert model.description.steps is None
     assert len(model.description.samplers) > 1
 
@@ -310,6 +353,54 @@ def test_failures_are_told_without_their_traceback(tmp_path: Path, error: Except
         assert ("retry-after" in answer.headers) == (status == 503)
         assert "/home" not in answer.text
     assert client.get("/health").status_code == (503 if status == 503 else status)
+
+
+class Loading(Slow):
+    """A backend that says nothing yet."""
+
+    def __init__(self) -> None:
+        """Without an error."""
+
+    async def describe(self) -> Description:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+def test_a_model_that_loads_is_listed_beside_the_others(
+    teacher: ImageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("boostdiff.serve.api.DESCRIBE_SECONDS", 0)
+    backends = {"lost": Slow(OverloadedError()), "loading": Loading(), "tiny": LocalBackend(teacher)}
+    client = TestClient(make_app(backends, limits=Limits(steps=5), files=UrlFiles(tmp_path, seconds=1)), base_url=LOCAL)
+    lost, loading, ready = client.get("/v1/models").json()["data"]
+    assert [each["ready"] for each in (lost, loading, ready)] == [False, False, True]
+    assert loading.keys() == {"id", "object", "created", "owned_by", "ready"}
+    assert (loading["id"], ready["role"]) == ("loading", "teacher")
+    for answer in (
+        client.get("/v1/models/loading"),
+        # How many steps it takes is asked first.
+        client.post(URL, json={"prompt": "a", "model": "loading"}),
+    ):
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (503, "not_ready")
+        assert error["message"] == "the model loading is not ready: try again later"
+    assert client.get("/health").status_code == 503
+
+
+def test_models_are_asked_at_once(tmp_path: Path, teacher: ImageModel) -> None:
+    asked = list[str]()
+
+    class Together(LocalBackend):
+        async def describe(self) -> Description:
+            asked.append("")
+            while len(asked) % 2:
+                await asyncio.sleep(0)
+            return await super().describe()
+
+    backends = {name: Together(teacher) for name in "ab"}
+    client = TestClient(make_app(backends, limits=LIMITS, files=UrlFiles(tmp_path, seconds=1)), base_url=LOCAL)
+    assert [each["ready"] for each in client.get("/v1/models").json()["data"]] == [True, True]
+    assert client.get("/health").status_code == 200
 
 
 def test_too_many_images_at_once(client: TestClient, model: ImageModel, tmp_path: Path) -> None:

@@ -35,13 +35,15 @@ def test_the_examples_are_read() -> None:
 
 
 def test_options_make_the_settings() -> None:
-    config = ServeConfig(engine=Path("/engines/a"), teacher=True, model="emoji64", replicas=2, max_steps=30)
+    config = ServeConfig(
+        engine=Path("/engines/a"), teacher=True, model="emoji64", replicas=2, max_steps=30, public_url="https://a.org/"
+    )
     settings = parse_settings(config.settings(deployment={"ray_actor_options": {"num_cpus": 1}}))
     engine, teacher = settings.models
     assert (engine.engine, engine.runner) == ("/engines/a", "auto")
     assert (teacher.engine, teacher.student, name_of(teacher)) == (None, None, "emoji64-teacher")
     assert engine.deployment == {"ray_actor_options": {"num_cpus": 1}, "num_replicas": 2}
-    assert settings.limits.steps == 30
+    assert (settings.limits.steps, settings.public_url) == (30, "https://a.org")
     in_torch = parse_settings(ServeConfig(student=Path("/s")).settings(deployment={})).models
     assert [each.student for each in in_torch] == ["/s"]
 
@@ -107,6 +109,14 @@ def test_what_was_not_exported(engines: dict[str, Path], options: Any, said: str
 
 
 @pytest.mark.usefixtures("installed")
+def test_a_system_that_binds_no_process_to_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS, Windows: it comes as far as the key."""
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)
+    with pytest.raises(InputError, match=KEY_VARIABLE):
+        command.serve(**vars(ServeConfig(host="example.org")))
+
+
+@pytest.mark.usefixtures("installed")
 def test_a_port_that_is_taken(students: dict[str, Path], tiny_folder: Path) -> None:
     options = vars(ServeConfig()) | {"student": students["lora"], "model": str(tiny_folder)}
     with socket.socket() as held:
@@ -149,6 +159,18 @@ def test_configurations_that_can_not_be_used(change: dict[str, Any], said: str) 
         ({"models": [{"name": "../x y"}]}, r"models\.0\.name"),
         ({"models": [{}], "limits": {"steps": 0}}, r"limits\.steps"),
         ({"models": [{}], "api_replicas": 2}, "api_replicas above 1 need a storage"),
+        *(
+            ({"models": [{}], "public_url": url}, "public_url: .*pass a URL such as https://")
+            for url in (
+                "images.example.org",
+                "ftp://a",
+                "https://",
+                "https://a:x",
+                "https://u:p@a",
+                "https://a/?b",
+                "//a",
+            )
+        ),
         ([], "settings can't be used"),
     ],
 )

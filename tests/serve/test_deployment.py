@@ -17,8 +17,8 @@ pytest.importorskip("ray", reason="the extra serve has it")
 pytest.importorskip("fastapi", reason="the extra dev has it")
 
 from boostdiff.serve import deployment
-from boostdiff.serve.api import Guard
 from boostdiff.serve.deployment import RayBackend, build, check_room
+from boostdiff.serve.guard import Guard
 from boostdiff.serve.image_model import Job
 from fastapi import FastAPI
 from ray import cloudpickle

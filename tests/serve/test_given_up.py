@@ -86,6 +86,13 @@ class Asked:
         return self.messages[0]["status"]
 
 
+class Unfinished(Asked):
+    """A request whose client never sends the end of its body."""
+
+    async def receive(self) -> dict[str, Any]:
+        return await super().receive() | {"more_body": True}
+
+
 def steady_app(tmp_path: Path, **limits: Any) -> tuple[Steady, Any]:
     backend = Steady()
     return backend, make_app({"x": backend}, limits=Limits(**limits), files=UrlFiles(tmp_path, seconds=1))
@@ -102,6 +109,26 @@ def test_a_preview_is_sent_at_once_and_its_stream_keeps_its_place(tmp_path: Path
         assert '"preview"' not in str(stream)
         await stream.task
         assert await Asked(app).status() == 200
+
+    asyncio.run(talk())
+
+
+def test_a_body_has_a_deadline_and_what_is_drawn_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("boostdiff.serve.guard.BODY_SECONDS", 0)
+
+    async def talk() -> None:
+        backend, app = steady_app(tmp_path)
+        unfinished = Unfinished(app)
+        async with asyncio.timeout(20):
+            assert await unfinished.status() == 408
+        assert (b"connection", b"close") in unfinished.messages[0]["headers"]
+        assert json.loads(str(unfinished))["error"]["message"] == "the request's body took more than 0 seconds"
+        drawn = Asked(app)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert not drawn.task.done()
+        backend.go.set()
+        assert await drawn.status() == 200
 
     asyncio.run(talk())
 

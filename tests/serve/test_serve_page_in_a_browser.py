@@ -122,6 +122,37 @@ def test_a_few_step_student_draws_its_own_steps(browser: Any, tiny_folder: Path,
         assert browser.find_element("name", "steps").is_enabled() == beside
 
 
+class Loading(LocalBackend):
+    """Says nothing until it is loaded."""
+
+    loaded = False
+
+    async def describe(self) -> Description:
+        if not self.loaded:
+            raise TimeoutError
+        return replace(await super().describe(), id="late")
+
+
+@pytest.mark.parametrize("browser", [1280], indirect=True)
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_model_that_loads_is_drawn_by_later(browser: Any, tiny_folder: Path, beside: bool) -> None:
+    teacher = open_model(ModelSettings(model=str(tiny_folder), device="cpu"))
+    late = Loading(teacher)
+    ready = {teacher.description.id: LocalBackend(teacher)} if beside else {}
+    with served({"late": late} | ready) as url:
+        browser.get(url)
+        wait_for(browser, "Not ready yet: late.")
+        browser.switch_to.active_element.send_keys("\n")
+        wait_for(browser, "Done. Not ready yet: late." if beside else "Not ready yet: late.")
+        assert len(browser.find_elements("css selector", "figcaption")) == beside
+        late.loaded = True
+        browser.execute_script("document.querySelector('#message').textContent = ''")
+        browser.find_element("name", "prompt").send_keys("\n")
+        wait_for(browser, "Done.")
+        captions = [each.text for each in browser.find_elements("css selector", "figcaption")]
+        assert ["40 passes" in each for each in captions] == [True] * (1 + beside)
+
+
 def test_what_is_refused_is_told(browser: Any) -> None:
     browser.find_element("name", "prompt").clear()
     browser.find_element("name", "prompt").send_keys(" \n")
