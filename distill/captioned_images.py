@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..engine.errors import InputError
 from ..engine.model import Model
 from ..engine.prompts import is_truncated, token_limit
 from .images import ImageData, ImageStream
@@ -60,9 +61,24 @@ class CaptionedImages(Source):
         """See `Source.batch`.
 
         Raises:
-            InputError: more samples are unreadable than allowed.
+            InputError: the images can't be read, or more samples are bad than allowed, here or in another process; the
+                stream is then where it was before.
         """
-        captions, images = self.stream.next_batch(self.share.members)
+        before, notes, failure = self.stream.state(), self.stream.notes.copy(), ""
+        try:
+            captions, images = self.stream.next_batch(self.share.members)
+        except InputError as error:
+            failure = str(error)
+        # All processes fail at once: together they can write a checkpoint.
+        failures, counts = zip(*self.share.gather_list([(failure, self.stream.notes)]), strict=True)
+        try:
+            if failure := next(filter(None, failures), ""):
+                raise InputError(failure)
+            self.stream.check(sum(counts, Counter()))
+        except InputError:
+            self.stream.restore(before)
+            self.stream.notes = notes
+            raise
         vae = self.model.pipeline.vae
         with torch.no_grad():
             together = max(1, ENCODED_PIXELS // images[0, 0].numel())
@@ -86,14 +102,8 @@ class CaptionedImages(Source):
         )
 
     def notes(self) -> Counter[str]:
-        """See `Source.notes`.
-
-        Raises:
-            InputError: together the processes skipped more bad samples than allowed.
-        """
-        total = sum(self.share.gather_list([self.stream.notes]), Counter[str]())
-        self.stream.check(total)
-        return total
+        """See `Source.notes`."""
+        return sum(self.share.gather_list([self.stream.notes]), Counter[str]())
 
     def state(self) -> dict[str, torch.Tensor]:
         """See `Source.state`."""

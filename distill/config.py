@@ -147,7 +147,7 @@ class DistillConfig(GuiderOptions):
     loss_weight: Annotated[
         Literal["constant", "snr", "truncated-snr", "snr+1", "min-snr", "clamped-snr", "flow"],
         typer.Option(
-            show_default="snr; flow for flow matching",
+            show_default="snr; snr+1 with zero terminal SNR; flow for flow matching",
             help="Weight of the x-space loss over noise levels; the paper's is constant.",
         ),
     ] = UNRESOLVED
@@ -291,18 +291,22 @@ class DistillConfig(GuiderOptions):
         """Whether the student has guidance as an input (w-conditioned, Meng et al. 2023)."""
         return self.guidance_max is not None
 
-    def resolved(self, *, in_bfloat16: bool, embedded: bool, flow: bool = False) -> DistillConfig:
+    def resolved(
+        self, *, in_bfloat16: bool, embedded: bool, flow: bool = False, zero_terminal_snr: bool = False
+    ) -> DistillConfig:
         """With what was left out filled in from the preset, the method and the device.
 
         Args:
             in_bfloat16: whether the device has bfloat16 instructions.
             embedded: whether the model is the one that ships with prompts.
             flow: whether the model is one of flow matching.
+            zero_terminal_snr: whether its last timestep has no signal, which "snr" would not train.
 
         Raises:
             InputError: a batch can't be shared between new and earlier samples.
         """
         updates = UPDATES * (RANGE_UPDATES if self.guidance_conditioned else 1)
+        weight = "flow" if flow else "snr+1" if zero_terminal_snr else LOSS_WEIGHT
         scales = NORMS_SCALES if self.norms else ADAPTER_SCALES
         scale = LIVE_SCALE if self.live_negative_prompt else scales.get(self.method, 1.0)
         defaults: dict[str, Any] = {
@@ -310,7 +314,7 @@ class DistillConfig(GuiderOptions):
             "stage_updates": updates if self.few_steps else None,
             "batch_size": BATCH_SIZE,
             "learning_rate": LEARNING_RATES[self.method] * (1 if embedded else OTHER_MODELS),
-            "loss_weight": None if self.start_from else "flow" if flow else LOSS_WEIGHT,
+            "loss_weight": None if self.start_from else weight,
             "precision": "bf16" if in_bfloat16 else "fp32",
             "adapter_scale": None if self.unscaled else scale if embedded and not self.guidance_conditioned else 1.0,
             "guider": "cfg",
@@ -336,7 +340,7 @@ class RunConfig:
         int, typer.Option(min=0, help="Unreadable samples of --images to skip in an epoch before the run stops.")
     ] = 0
     gradient_accumulation_steps: Annotated[
-        int, typer.Option(min=1, help="Passes per update; increased automatically when out of memory.")
+        int, typer.Option(min=1, help="Microbatches per update; more when out of memory.")
     ] = 1
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations, to save memory.")

@@ -11,28 +11,28 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 
 from ..engine import embedded
-from ..engine.adapters import KOHYA_FILE, Adapter
-from ..engine.compiled import has_bfloat16, missing_compiler, use_plain_attention
+from ..engine.adapters import KOHYA_FILE
+from ..engine.compiled import has_bfloat16, missing_compiler
 from ..engine.errors import InputError
-from ..engine.files import check_output, prepare_output, publish
-from ..engine.model import LARGE_PARAMETERS, Model, ModelFiles, load, resolve_device
+from ..engine.files import check_output, prepare_output
+from ..engine.model import LARGE_PARAMETERS, ModelFiles, resolve_device
 from ..engine.options import config_as_json, refuse_unused
 from ..engine.prompts import read_prompts, truncation_note
-from ..engine.student import INFO_FILE, StudentInfo
+from ..engine.student import INFO_FILE, StudentInfo, read_student
 from ..engine.terminal import is_main_process
 from ..engine.versions import is_installed, to_install
 from .captioned_images import CaptionedImages
 from .config import DistillConfig, RunConfig
-from .counts import adapter_of, base_dtype, count_parameters, memory_needed
+from .counts import base_dtype, count_parameters, memory_needed
 from .few_steps import FrozenStudent, Stage, adopted, adopted_in_words, check_stages, train_in_stages
 from .images import ImageData
+from .job import Job
 from .loop import Observers, Run
 from .negatives import NegativePrompts
-from .objective import NoiseSchedule
+from .objective import LOSS_WEIGHTS, NoiseSchedule, has_zero_terminal_snr
 from .order import Share
 from .preview import Preview
 from .replay import Replay
@@ -43,9 +43,9 @@ from .run_folder import (
     adapter_scale_of,
     at_work_in,
     begin,
-    exclusive_lock,
     finished_run,
     identity,
+    publish_student,
     refuse_loss_of_files,
     refuse_loss_of_inputs,
     rescale,
@@ -63,7 +63,10 @@ PREVIEW_ROWS = 6
 def resolve(config: DistillConfig, files: ModelFiles, device: torch.device) -> DistillConfig:
     """The configuration with what was left out filled in for a model and a device."""
     return adopted(config).resolved(
-        in_bfloat16=has_bfloat16(device), embedded=files.folder == embedded.MODEL_DIR, flow=files.flow
+        in_bfloat16=has_bfloat16(device),
+        embedded=files.folder == embedded.MODEL_DIR,
+        flow=files.flow,
+        zero_terminal_snr=has_zero_terminal_snr(files.scheduler_config),
     )
 
 
@@ -109,39 +112,39 @@ def distill(
     refuse_loss_of_inputs(output, config, execution)
     if taken := adopted_in_words(config):
         observers.on_note(taken)
-    folder, same = work_folder(output), identity(files, config, images)
-    if execution.resume and (ended := finished_run(output, same)):
-        # A default that has changed since is no reason to touch a finished student.
-        before, kohya = adapter_scale_of(ended), execution.format == "kohya"
-        scale = before if asked_scale is None else asked_scale
-        complete = scale == before and not (kohya and not (output / KOHYA_FILE).is_file())
-        if complete or not is_main_process():
-            observers.on_note(f"the run in {output} has ended: there is nothing left to resume")
-            return ended
-        what = f"{KOHYA_FILE} is added" if scale == before else f"its adapter is scaled by {scale:g}, not trained"
-        observers.on_note(f"the run in {output} has ended: {what}")
-        return rescale(ended, *_load(files, config, execution, target), scale, output, kohya=kohya)
+    zero_snr = has_zero_terminal_snr(files.scheduler_config)
+    if config.loss_weight and zero_snr and not LOSS_WEIGHTS[config.loss_weight](torch.zeros(())):
+        observers.on_note(
+            f"--loss-weight {config.loss_weight} is 0 at this model's last timestep, where there is no signal: "
+            "the first step of sampling is not trained"
+        )
+    job = Job(
+        files=files,
+        config=config,
+        execution=execution,
+        device=target,
+        prompts=prompts,
+        images=images,
+        identity=identity(files, config, images),
+        observers=observers,
+    )
+    if execution.resume and (ended := finished_run(output, job.identity)):
+        return _again(job, ended, asked_scale, output)
     refuse_loss_of_files(output)
-    replaces, data = (output / INFO_FILE).is_file(), (prompts, images)
-
-    def train(student: Path, stage: Stage | None) -> StudentInfo:
-        # A stage of a resumed run may have been begun, or not.
-        begun = execution.resume and (work_folder(student) / CONFIG_FILE).is_file()
-        how, whose = replace(execution, resume=begun), stage.identity(same) if stage else same
-        follows = stage is None or stage.steps != config.stages[-1]
-        return _train(files, config, how, target, data, whose, student, observers, stage, follows=follows)
-
+    folder, replaces = work_folder(output), (output / INFO_FILE).is_file()
+    # All processes look before the main one gives the name: making the accelerator waits for all.
+    trained = execution.resume and (folder / INFO_FILE).is_file()
     if not config.stages:
-        info = _train(files, config, execution, target, data, same, output, observers)
+        info = _publish(job, output) if trained else _train(job, output)
     else:
-        if execution.resume:
-            resumable_state(folder, same)
-        else:
-            begin(folder, same, observers)
-        with exclusive_lock(folder):
+        with at_work_in(folder):
+            if execution.resume:
+                resumable_state(folder, job.identity)
+            else:
+                begin(folder, job.identity, observers)
             info = train_in_stages(
                 config,
-                train,
+                partial(_train_stage, job),
                 folder=folder,
                 output=output,
                 finished=observers.on_start,
@@ -149,55 +152,82 @@ def distill(
             )
     if replaces:
         observers.on_note(f"the student that was in {output} is replaced")
-    return info
+    return _again(job, info, asked_scale, output) if trained and not config.stages else info
 
 
-def _train(
-    files: ModelFiles,
-    config: DistillConfig,
-    execution: RunConfig,
-    target: torch.device,
-    data: tuple[list[str], ImageData | None],
-    same: dict[str, Any],
-    output: Path,
-    observers: Observers,
-    stage: Stage | None = None,
-    *,
-    follows: bool = False,
-) -> StudentInfo:
+def _again(job: Job, ended: StudentInfo, asked_scale: float | None, output: Path) -> StudentInfo:
+    """What a run that has ended gives when it is resumed: its student, with another scale or file if asked for."""
+    # A default that has changed since is no reason to touch a finished student.
+    before, kohya = adapter_scale_of(ended), job.execution.format == "kohya"
+    scale = before if asked_scale is None else asked_scale
+    complete = scale == before and not (kohya and not (output / KOHYA_FILE).is_file())
+    if complete or not is_main_process():
+        job.observers.on_note(f"the run in {output} has ended: there is nothing left to resume")
+        return ended
+    what = f"{KOHYA_FILE} is added" if scale == before else f"its adapter is scaled by {scale:g}, not trained"
+    job.observers.on_note(f"the run in {output} has ended: {what}")
+    return rescale(ended, *job.load(job.device), scale, output, kohya=kohya)
+
+
+def _publish(job: Job, output: Path) -> StudentInfo:
+    """Give its name to a student that was trained to the end, but refused the name or killed before it.
+
+    Raises:
+        InputError: it was trained under other settings, or see `publish_student`.
+    """
+    folder, info = work_folder(output), None
+    resumable_state(folder, job.identity)
+    accelerator = job.accelerator(folder)
+    if accelerator.is_main_process:
+        with at_work_in(folder):
+            info = read_student(folder)
+            job.observers.on_start(job.config.updates)
+            publish_student(folder, output)
+    return _from_main_process(accelerator, info)
+
+
+def _train_stage(job: Job, output: Path, stage: Stage | None) -> StudentInfo:
+    """Train the student of a stage, or without one that of guidance; a resumed run goes on with one that was begun."""
+    folder, follows = work_folder(output), stage is None or stage.steps != job.config.stages[-1]
+    begun = job.execution.resume and (folder / CONFIG_FILE).is_file()
+    job = replace(job, execution=replace(job.execution, resume=begun))
+    if stage:
+        job = replace(job, config=stage.config(job.config), identity=stage.identity(job.identity))
+    if begun and (folder / INFO_FILE).is_file():
+        return _publish(job, output)
+    return _train(job, output, stage, follows=follows)
+
+
+def _train(job: Job, output: Path, stage: Stage | None = None, *, follows: bool = False) -> StudentInfo:
     """Train one student, of guidance or of a stage: open the run folder, train, publish.
 
     Where another stage `follows`, a signal in the last update stops the run as in any other.
     """
     prepare_output(output, replaces=INFO_FILE)
-    folder = work_folder(output)
-    state = resumable_state(folder, same) if execution.resume else None
-    if stage:
-        config = stage.config(config)
-
-    # Open the run folder.
-    accelerator = _accelerator(config, target, folder, execution.log_with)
-    run, preview = _run(files, config, execution, accelerator, target, *data, folder, observers, stage)
-    if state is not None:
-        run.restore(state)
-    elif accelerator.is_main_process:
-        begin(folder, same, observers)
-    accelerator.wait_for_everyone()
-
+    folder, execution, observers = work_folder(output), job.execution, job.observers
+    # Likewise, before the main process may begin anew.
+    state = resumable_state(folder, job.identity) if execution.resume else None
+    accelerator = job.accelerator(folder)
     info = None
+    # Held before the weights are read, which can take minutes.
     with at_work_in(folder) if accelerator.is_main_process else nullcontext():
+        run, preview = _run(job, accelerator, folder, stage)
+        if state is not None:
+            run.restore(state)
+        elif accelerator.is_main_process:
+            begin(folder, job.identity, observers)
+        accelerator.wait_for_everyone()
         if execution.log_with:
-            accelerator.init_trackers(TRACKER, {key: value for key, value in same.items() if value is not None})
+            settings = {key: value for key, value in job.identity.items() if value is not None}
+            accelerator.init_trackers(TRACKER, settings)
         result = run.train(observers, preview.write)
         if accelerator.is_main_process:
-            if config.adapter_scale is not None:
-                run.adapter.scale(config.adapter_scale, config.guidance_max)
-            info = write_student(run, identity=same, result=result)
-            # A run takes hours.
-            refuse_loss_of_files(output, finished=folder)
-            publish(folder, output)
+            if job.config.adapter_scale is not None:
+                run.adapter.scale(job.config.adapter_scale, job.config.guidance_max)
+            info = write_student(run, identity=job.identity, result=result)
+            publish_student(folder, output)
             # The last: nothing that goes wrong with a picture is worth a student.
-            if observers.preview and _affordable(preview, result, target, observers, output):
+            if observers.preview and _affordable(preview, result, job.device, observers, output):
                 preview.write(output / PREVIEW_FILE)
     if run.stopped and follows:
         raise run.interrupted()
@@ -253,21 +283,12 @@ def plan(
     return [], open_images(config.images)
 
 
-def _run(
-    files: ModelFiles,
-    config: DistillConfig,
-    execution: RunConfig,
-    accelerator: Accelerator,
-    target: torch.device,
-    prompts: list[str],
-    images: ImageData | None,
-    folder: Path,
-    observers: Observers,
-    stage: Stage | None,
-) -> tuple[Run, Preview]:
+def _run(job: Job, accelerator: Accelerator, folder: Path, stage: Stage | None) -> tuple[Run, Preview]:
     """The run's moving parts, with the weights read, and what draws its previews."""
+    files, config, execution, observers = job.files, job.config, job.execution, job.observers
+    prompts, images = job.prompts, job.images
     # Under a launcher each process has its accelerator.
-    device = accelerator.device if accelerator.num_processes > 1 else target
+    device = accelerator.device if accelerator.num_processes > 1 else job.device
     store, negative = None, config.fixed_negative_prompt
     # Prompts that stand far apart show more than the first few of a sorted list.
     shown = prompts[:: max(1, len(prompts) // PREVIEW_ROWS)][:PREVIEW_ROWS]
@@ -276,7 +297,7 @@ def _run(
         with accelerator.main_process_first():
             encoded = store.fill(prompts, [negative], device)
         observers.on_note(f"{encoded} texts encoded into {execution.cache_text}")
-    model, adapter = _load(files, config, execution, device)
+    model, adapter = job.load(device)
     frozen = FrozenStudent(model, adapter, stage, device) if stage else None
     schedule = frozen.schedule if frozen else NoiseSchedule.of(model.make_scheduler("ddim"), device)
     rank, world_size = accelerator.process_index, accelerator.num_processes
@@ -310,46 +331,6 @@ def _run(
     run.notes = [note for note in notes if note]
     text = None if store is None else source.text(shown, [negative]).to(model.denoiser.dtype)
     return run, Preview(run, shown, text, note=observers.on_note)
-
-
-def _load(
-    files: ModelFiles, config: DistillConfig, execution: RunConfig, device: torch.device
-) -> tuple[Model, Adapter]:
-    """The model in the run's precision, and a new adapter on its denoiser."""
-    model = load(
-        files,
-        device=device,
-        dtype=base_dtype(config, device),
-        text_encoders=execution.cache_text is None,
-        int8=config.base_precision == "int8",
-    )
-    if device.type == "cuda":
-        # Half-precision convolutions run on tensor cores in this order alone.
-        model.denoiser.to(memory_format=torch.channels_last)
-    if device.type == "cpu" and config.precision != "fp32":
-        use_plain_attention(model.denoiser)
-    torch.manual_seed(config.seed)
-    adapter = adapter_of(model.denoiser, config)
-    if execution.gradient_checkpointing:
-        model.denoiser.enable_gradient_checkpointing()
-    return model, adapter
-
-
-def _accelerator(config: DistillConfig, target: torch.device, folder: Path, log_with: str | None) -> Accelerator:
-    # accelerate keeps one state per process; a second run in it may use another precision.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(
-        mixed_precision="no" if config.precision == "fp32" else config.precision,
-        cpu=target.type == "cpu",
-        log_with=log_with,
-        project_dir=folder,
-    )
-    if config.new_samples < accelerator.num_processes:
-        raise InputError(
-            f"--batch-size {config.batch_size} with --reuse {config.reuse} is too small for "
-            f"{accelerator.num_processes} processes"
-        )
-    return accelerator
 
 
 def _affordable(

@@ -28,7 +28,7 @@ class Row:
     Attributes:
         name: where it stands, for messages.
         image: encoded bytes, or the file that holds them.
-        caption: text, or the file whose first line that isn't blank is the caption.
+        caption: text, or the file whose lines are together the caption.
         error: why there is no sample here (a shard cut short, say); image and caption are then None.
         notes: what of it is not used, to follow "2 of 10 samples".
     """

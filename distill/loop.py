@@ -1,7 +1,8 @@
 """The training loop, on one process or many.
 
 Every process holds the model and works on its share of each batch; the adapter is small, so one all-reduce of its
-gradients per update is all that they exchange, and no wrapper comes between the loop and the denoiser.
+gradients per update is all that they exchange (of images also whether they could be read), and no wrapper comes between
+the loop and the denoiser.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Run:
         done: number of updates done.
         notes: what of the data is not used, in words.
         frozen: student of the stage before, of a stage of few steps.
-        parts: passes per update; more than configured where memory does not suffice.
+        microbatches: per update; more than configured where memory does not suffice.
         stopped: the signal that asked the run to stop, "" before one did.
     """
 
@@ -103,11 +104,11 @@ class Run:
     watch: LossWatch = field(default_factory=LossWatch)
     notes: list[str] = field(default_factory=list)
     frozen: FrozenStudent | None = None
-    parts: int = field(init=False)
+    microbatches: int = field(init=False)
     stopped: str = ""
 
     def __post_init__(self) -> None:
-        self.parts = self.execution.gradient_accumulation_steps
+        self.microbatches = self.execution.gradient_accumulation_steps
         self.runner = (TrainingRunner if self.execution.compile else TorchRunner)(self.model.denoiser)
         self.autocast = self.accelerator.autocast if self.config.precision != "fp32" else nullcontext
         self.guider = self.config.chosen_guider.for_schedule(self.model.pipeline.scheduler.config)
@@ -159,19 +160,19 @@ class Run:
         return losses * guidance_weight(batch.guidance) if weighted else losses
 
     def gradients(self, batch: Batch, update: int) -> tuple[Batch, torch.Tensor]:
-        """Compute this process's gradients of the mean loss, in `parts` passes.
+        """Accumulate this process's gradients of the mean loss over `microbatches`.
 
         Returns:
             The batch with targets, and this process's share of the mean over its samples of their loss and of the
             baseline's, `(2,)`. Samples that the student has not been trained on: it counts for R².
         """
-        teacher_x, baseline_x = map(torch.cat, zip(*map(self.targets, batch.split(self.parts)), strict=True))
+        teacher_x, baseline_x = map(torch.cat, zip(*map(self.targets, batch.split(self.microbatches)), strict=True))
         batch = replace(batch, teacher_x=teacher_x)
         whole = self.replay.extended(batch, self.source, update)
         seen = []
-        for part in whole.split(self.parts):
-            losses = self.losses(self.student_x(part.z_t, part.t, batch=part), part)
-            # The sum over shares and parts is the mean over all processes' samples.
+        for microbatch in whole.split(self.microbatches):
+            losses = self.losses(self.student_x(microbatch.z_t, microbatch.t, batch=microbatch), microbatch)
+            # The sum over shares and microbatches is the mean over all processes' samples.
             self.accelerator.backward(losses.sum() / self.config.batch_size)
             seen.append(losses.detach())
         both = torch.cat(seen)[: len(batch)], self.losses(baseline_x, batch)
@@ -206,7 +207,7 @@ class Run:
         return stop
 
     def within_memory(self, batch: Batch, update: int, note: Callable[[str], None]) -> tuple[Batch, torch.Tensor]:
-        """`gradients`, in more passes than before where memory does not suffice.
+        """`gradients`, in more microbatches than before where memory does not suffice.
 
         Raises:
             BoostDiffError: not even one sample fits.
@@ -220,13 +221,13 @@ class Run:
             # Only here, after the handler, are the activations that the traceback holds let go.
             self.optimizer.zero_grad(set_to_none=True)
             clear_device_cache(garbage_collection=True)
-            if self.parts >= self.config.reuse * len(batch):
+            if self.microbatches >= self.config.reuse * len(batch):
                 hint = "" if self.execution.gradient_checkpointing else "pass --gradient-checkpointing, or "
                 raise BoostDiffError(f"out of memory with one sample at a time: {hint}stop what else uses the device")
-            self.parts = min(2 * self.parts, self.config.reuse * len(batch))
+            self.microbatches = min(2 * self.microbatches, self.config.reuse * len(batch))
             note(
-                f"out of memory: continuing with --gradient-accumulation-steps {self.parts}, which gives the same "
-                "student"
+                f"out of memory: continuing with --gradient-accumulation-steps {self.microbatches}, "
+                "which gives the same student"
             )
 
     def reduce(self, losses: torch.Tensor, request: StopRequest) -> tuple[float, float, bool]:
@@ -284,7 +285,12 @@ class Run:
         )
 
     def train(self, observers: Observers, draw: Callable[[Path], None]) -> dict[str, Any]:
-        """Do the updates that are left; what `student.json` says of them."""
+        """Do the updates that are left; what `student.json` says of them.
+
+        Raises:
+            InputError: data can't be used; the updates before are saved.
+            BoostDiffError: see `update`, or the run was asked to stop.
+        """
         start, throughput = self.done, Throughput(self.config.batch_size)
         main = self.accelerator.is_main_process
         for note in self.notes if main else ():
@@ -292,7 +298,16 @@ class Run:
         observers.on_start(start)
         with _open_log(self.folder / LOG_FILE, start, main) as log, stop_request() as request:
             for update in range(start, self.config.updates):
-                stop = self.update(update, request, observers.on_note)
+                try:
+                    stop = self.update(update, request, observers.on_note)
+                except InputError as error:
+                    # Of several processes those that read images fail together, others alone.
+                    alone = self.accelerator.num_processes > 1 and self.config.images is None
+                    if alone or not self.done:
+                        raise
+                    log.flush()
+                    self.checkpoint()
+                    raise InputError(f"{error}; saved after update {self.done}, from where --resume goes on") from None
                 loss, r2 = self.watch.losses[-1], self.watch.guidance_r2()
                 values = {"loss": loss, self.baseline: self.watch.baseline[-1], self.r2: r2}
                 values["teacher_evaluations"] = self.budget()["teacher_evaluations"]
@@ -335,7 +350,7 @@ class Run:
             "images_per_second": throughput.images_per_second,
             "final_loss": self.watch.mean_loss(),
             self.r2: self.watch.guidance_r2(),
-            "gradient_accumulation_steps": self.parts,
+            "gradient_accumulation_steps": self.microbatches,
             "processes": self.accelerator.num_processes,
             "peak_memory": peak_memory(self.model.device),
             "notes": self.notes + notes,

@@ -5,13 +5,14 @@ Legend: z_t latents (B, C, H, W), α and σ the noise schedule at t as (B, 1, 1,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
 
-from ..engine.schedulers import is_flow
+from ..engine.schedulers import is_flow, make_scheduler
 
 MIN_SNR_GAMMA = 5.0
 """γ of min-SNR-γ (Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy")."""
@@ -30,9 +31,28 @@ LOSS_WEIGHTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 """ω(λ) as a function of the SNR e^λ = α²/σ², for an x-space loss (Salimans & Ho 2022, §4).
 
-"constant" is the paper's; "snr" equals a mean squared error between noise predictions, "flow" one between the
-velocities of flow matching (1/σ² = (1 + α/σ)² where α = 1 − σ).
+"constant" is the paper's; "snr" equals a mean squared error between noise predictions, "snr+1" one between
+v-predictions (1/σ² where α² + σ² = 1), "flow" one between the velocities of flow matching (1/σ² = (1 + α/σ)² where
+α = 1 − σ).
 """
+
+
+LEAST_ALPHA_SQUARED = 1e-6
+"""Below it there is no signal. Stable Diffusion's last timestep has 5e-3, one of `squaredcos_cap_v2` 2e-9."""
+
+
+def has_zero_terminal_snr(config: Mapping[str, Any]) -> bool:
+    """Whether a model predicts from noise alone at the last timestep (Lin et al. 2023, arXiv 2305.08891).
+
+    Always of flow matching; never where the noise is predicted, as "snr" then weights all timesteps alike.
+
+    Args:
+        config: configuration of the model's scheduler, with the defaults of its class.
+    """
+    if is_flow(config):
+        return True
+    scheduler = make_scheduler("ddim", config)
+    return scheduler.config.prediction_type != "epsilon" and bool(scheduler.alphas_cumprod[-1] < LEAST_ALPHA_SQUARED)
 
 
 @dataclass(frozen=True, kw_only=True)

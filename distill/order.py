@@ -35,7 +35,7 @@ class Share:
         return range(*(self.batch_size * i // self.world_size for i in (self.rank, self.rank + 1)))
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """All processes' rows in the batch's order, on the CPU."""
+        """All processes' rows in the batch's order; of several processes on the CPU."""
         return torch.cat(gather_object([rows.detach().cpu()])) if self.world_size > 1 else rows
 
     def gather_list(self, items: list[T]) -> list[T]:

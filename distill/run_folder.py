@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
@@ -46,28 +46,30 @@ def work_folder(output: Path) -> Path:
 
 
 @contextmanager
-def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Hold a run's work folder.
+def at_work_in(folder: Path) -> Iterator[None]:
+    """Hold a run's work folder, made where there is none; after an InputError it stays only if it can be resumed.
 
     Raises:
-        InputError: another run does.
+        InputError: another run holds it, or it is no run's.
     """
+    with suppress(FileExistsError):
+        folder.mkdir()
     with locked(folder, wait=False) as free:
         if free is False:
             raise InputError(f"another run is at work in {folder}: wait for it, or choose another --output")
-        yield
-
-
-@contextmanager
-def at_work_in(folder: Path) -> Iterator[None]:
-    """`exclusive_lock`; data that can't be used from the start leaves nothing to resume."""
-    with exclusive_lock(folder):
+        if any(folder.iterdir()) and not (_is_resumable(folder) or (folder / CONFIG_FILE).is_file()):
+            raise InputError(f"{folder}, where the run would work, holds something else: pass another --output")
         try:
             yield
         except InputError:
-            if not any((folder / name).exists() for name in (CHECKPOINT_FILE, INFO_FILE)):
+            if not _is_resumable(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+def _is_resumable(folder: Path) -> bool:
+    """Whether there is more in a work folder than the settings of a run."""
+    return any(any(folder.glob(pattern)) for pattern in (CHECKPOINT_FILE, INFO_FILE, f"{STAGES}/*"))
 
 
 def identity(files: ModelFiles, config: DistillConfig, images: ImageData | None) -> dict[str, Any]:
@@ -110,20 +112,20 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def begin(folder: Path, identity: dict[str, Any], observers: Observers) -> None:
-    """An empty work folder with the run's settings; an earlier run that could be resumed is set aside, not lost."""
-    if folder.exists():
-        with exclusive_lock(folder):
-            kept = (CHECKPOINT_FILE, INFO_FILE, f"{STAGES}/*")
-            if any(any(folder.glob(pattern)) for pattern in kept):
-                names = chain([".abandoned"], (f".abandoned-{number}" for number in count(2)))
-                aside = next(path for path in map(folder.with_suffix, names) if not path.exists())
-                folder.replace(aside)
-                observers.on_note(f"an unfinished run, which --resume would have continued, is now in {aside}")
-            elif any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
-                raise InputError(f"{folder}, where the run would work, holds something else: pass another --output")
-            else:
-                shutil.rmtree(folder)
-    folder.mkdir()
+    """Empty a work folder, which is held, and write the run's settings; a run that can be resumed is set aside."""
+    if _is_resumable(folder):
+        names = chain([".abandoned"], (f".abandoned-{number}" for number in count(2)))
+        aside = next(path for path in map(folder.with_suffix, names) if not path.exists())
+        aside.mkdir()
+        # The settings first: what a kill leaves is then not taken for a run to resume.
+        for path in sorted(folder.iterdir(), key=lambda path: path.name != CONFIG_FILE):
+            path.replace(aside / path.name)
+        observers.on_note(f"an unfinished run, which --resume would have continued, is now in {aside}")
+    for path in list(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     write_json(folder / CONFIG_FILE, identity)
 
 
@@ -182,12 +184,16 @@ def refuse_loss_of_files(output: Path, *, finished: Path | None = None) -> None:
         if not (own or path.is_dir() or path.name.startswith(".")):
             raise InputError(
                 f"{path} was not written by `boostdiff distill`, which would remove it: "
-                + (f"the new student stays in {finished}" if finished else "move it, or choose another --output")
+                + (
+                    f"the new student stays in {finished}: move that file, and run again with --resume"
+                    if finished
+                    else "move it, or choose another --output"
+                )
             )
 
 
 def write_student(run: Run, *, identity: dict[str, Any], result: dict[str, Any]) -> StudentInfo:
-    """The adapter's files, and `student.json` that names them, in place of the checkpoint."""
+    """The adapter's files, and then `student.json` that names them."""
     config, adapter, folder = run.config, run.adapter, run.folder
     adapter_files = _save(adapter, folder, run.model, kohya=run.execution.format == "kohya")
     low, high = config.guidance_bounds
@@ -216,8 +222,19 @@ def write_student(run: Run, *, identity: dict[str, Any], result: dict[str, Any])
         result=result,
     )
     info.write(folder)
-    (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
     return info
+
+
+def publish_student(folder: Path, output: Path) -> None:
+    """Give a student that is whole in its work folder the run's name.
+
+    Raises:
+        InputError: see `refuse_loss_of_files`; it stays where it is.
+    """
+    # Again: a run takes hours.
+    refuse_loss_of_files(output, finished=folder)
+    (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+    publish(folder, output)
 
 
 def _save(adapter: Adapter, folder: Path, model: Model, *, kohya: bool) -> dict[str, str]:

@@ -47,14 +47,14 @@ class Batch:
     def __len__(self) -> int:
         return len(self.t)
 
-    def split(self, parts: int) -> list[Batch]:
-        """In up to `parts` batches, whose sizes differ by one at most."""
-        pieces = [piece for piece in np.array_split(np.arange(len(self)), parts) if len(piece)]
+    def split(self, microbatches: int) -> list[Batch]:
+        """In up to so many microbatches, whose sizes differ by one at most."""
+        pieces = [piece for piece in np.array_split(np.arange(len(self)), microbatches) if len(piece)]
         return [self[int(piece[0]) : int(piece[-1]) + 1] for piece in pieces]
 
     def __getitem__(self, rows: slice) -> Batch:
-        parts: dict[str, Any] = {name: None if each is None else each[rows] for name, each in vars(self).items()}
-        return Batch(**parts)
+        taken: dict[str, Any] = {name: None if each is None else each[rows] for name, each in vars(self).items()}
+        return Batch(**taken)
 
 
 class Source(ABC):

@@ -24,6 +24,7 @@ from ..engine.errors import InputError, one_line
 from ..engine.files import give_modes, read_json
 from ..engine.model import Model, ModelFiles
 from ..engine.text_encoders import load_text
+from ..engine.versions import versions
 
 
 class _StandIn(SimpleNamespace):
@@ -31,7 +32,10 @@ class _StandIn(SimpleNamespace):
 
 
 class TextStore:
-    """A folder with a file of embeddings for each prompt; several models, sizes and precisions may share it."""
+    """A folder with a file of embeddings for each prompt.
+
+    Several models, sizes, precisions and versions of the libraries that encode may share it.
+    """
 
     def __init__(self, folder: Path, files: ModelFiles, dtype: torch.dtype) -> None:
         self.folder, self.files, self.dtype = folder, files, dtype
@@ -40,7 +44,10 @@ class TextStore:
         size = files.family.latent_shape(files.denoiser_config)
         self._index = read_json(files.folder / "model_index.json")
         pixels = files.family.pixels_per_latent(files.vae_config)
-        self.identity = [files.family.name, parts, list(size), pixels, str(dtype), files.family.settings(self._index)]
+        settings, installed = files.family.settings(self._index), versions()
+        # Instructions, masks and padding of prompts are diffusers' and transformers' code.
+        libraries = [installed[name] for name in ("diffusers", "transformers")]
+        self.identity = [files.family.name, parts, list(size), pixels, str(dtype), settings, libraries]
 
     def path(self, prompt: str, *, negative: bool) -> Path:
         """Where a prompt's embeddings lie."""

@@ -17,6 +17,7 @@ from boostdiff.distill.monitoring import Throughput
 from boostdiff.distill.objective import LOSS_WEIGHTS
 from boostdiff.distill.run_folder import work_folder
 from boostdiff.distill.source import Batch
+from boostdiff.distill.trajectories import Trajectories
 from boostdiff.engine.adapters import LORA_FILE, METHODS
 from boostdiff.engine.compiled import TrainingRunner
 from boostdiff.engine.errors import BoostDiffError, InputError
@@ -24,7 +25,7 @@ from boostdiff.engine.model import ModelFiles, locate
 from boostdiff.engine.student import StudentInfo, read_student
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
-from tiny import save_images, with_another_unet
+from tiny import make_pipeline, save_images, with_another_unet
 
 SILENT = Observers(preview=False)
 
@@ -60,6 +61,39 @@ def test_training_brings_the_student_to_the_teacher(
         "grid.png",
     }
     assert not work_folder(tmp_path / "s").exists()
+
+
+NO_SIGNAL_AT_THE_END = {
+    "v_prediction": {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    "sample": {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"},
+}
+
+
+@pytest.mark.parametrize(("prediction_type", "untrained"), [("v_prediction", "snr"), ("sample", "min-snr")])
+def test_a_last_timestep_without_signal_is_trained(
+    prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prediction_type: str, untrained: str
+) -> None:
+    pipeline = make_pipeline(prediction_type=prediction_type)
+    pipeline.scheduler.register_to_config(**NO_SIGNAL_AT_THE_END[prediction_type])
+    pipeline.save_pretrained(tmp_path / "model")
+    files, notes = locate(str(tmp_path / "model")), list[str]()
+    batch = Trajectories.batch
+    # All at the last timestep, from which trailing sampling takes its first step.
+    monkeypatch.setattr(
+        Trajectories,
+        "batch",
+        lambda self, update: replace(batch(self, update), t=torch.full((2,), len(self.schedule) - 1)),
+    )
+    losses = {}
+    for weight in (None, untrained):
+        config = DistillConfig(prompts=prompt_file, updates=1, batch_size=2, reuse=1, loss_weight=weight)  # type: ignore[arg-type]
+        observers = Observers(preview=False, on_note=notes.append)
+        info = distill(files, config, output=tmp_path / "s", device="cpu", observers=observers)
+        losses[info.settings["loss_weight"]] = logged(tmp_path / "s")[0]
+        said = [note for note in notes if "is not trained" in note]
+        assert len(said) == (weight is not None)
+    assert losses.pop("snr+1") > 1e-6
+    assert losses.pop(untrained) < 1e-6
 
 
 def test_training_on_images(tiny_files: ModelFiles, tmp_path: Path) -> None:
@@ -323,10 +357,16 @@ def test_starting_over_sets_an_unfinished_run_aside(tiny_files: ModelFiles, prom
     }
 
 
-def test_two_runs_do_not_share_a_work_folder(tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path) -> None:
+def test_two_runs_do_not_share_a_work_folder(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2)
 
+    def needless(*args: object, **options: object) -> None:
+        raise AssertionError("weights are read before the folder is held")
+
     def second(report: object) -> None:
+        monkeypatch.setattr("boostdiff.distill.job.load", needless)
         for resume in (False, True):
             with pytest.raises(InputError, match="another run is at work"):
                 distill(tiny_files, config, RunConfig(resume=resume), output=tmp_path / "s", device="cpu")

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,25 @@ import torch
 from boostdiff.distill.config import DistillConfig, RunConfig
 from boostdiff.distill.distill import distill
 from boostdiff.distill.image_files import open_images
-from boostdiff.distill.images import Row, _BadSampleError, _caption
+from boostdiff.distill.images import ImageStream, Row, _BadSampleError, _caption
 from boostdiff.distill.loop import CHECKPOINT_FILE, Observers, UpdateReport
+from boostdiff.engine.adapters import LORA_FILE
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.files import csv_rows
 from boostdiff.engine.model import ModelFiles, locate
-from boostdiff.engine.student import read_student
+from boostdiff.engine.student import StudentInfo, read_student
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny import save_images
 
 SILENT = Observers(preview=False)
+
+
+def _trained(report: UpdateReport) -> None:
+    raise AssertionError("what was trained is trained again")
+
+
+UNTRAINED = Observers(preview=False, on_update=_trained)
 
 
 @pytest.mark.parametrize(
@@ -66,15 +76,138 @@ def test_what_is_put_there_during_a_run_is_not_removed_and_the_student_is_kept(
     assert read_student(output) == before
     kept = read_student(tmp_path / "s.unfinished")
     assert kept.steps == (2 if stages else None)
-    with pytest.raises(InputError, match=r"notes\.txt was not written"):
-        distill(tiny_files, config, output=output, device="cpu", observers=SILENT)
-    assert read_student(tmp_path / "s.unfinished") == kept
+    for again in (RunConfig(), RunConfig(resume=True)):
+        with pytest.raises(InputError, match=r"notes\.txt was not written"):
+            distill(tiny_files, config, again, output=output, device="cpu", observers=SILENT)
+        assert read_student(tmp_path / "s.unfinished") == kept
+    (output / "notes.txt").unlink()
+    info = distill(tiny_files, config, RunConfig(resume=True), output=output, device="cpu", observers=UNTRAINED)
+    assert info == kept == read_student(output, tiny_files)
+    assert not (tmp_path / "s.unfinished").exists()
+
+
+@pytest.mark.parametrize("scale", [None, 1.5])
+@pytest.mark.parametrize("stages", [None, pytest.param("4:2", marks=pytest.mark.slow)])
+def test_a_run_killed_before_its_student_has_its_name_is_not_trained_again(
+    tiny_files: ModelFiles,
+    prompt_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    scale: float | None,
+    stages: str | None,
+) -> None:
+    def killed(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    few = {"few_steps": stages, "stage_updates": 1} if stages else {}
+    config = DistillConfig(prompts=prompt_file, updates=2, batch_size=2, adapter_scale=scale if stages else None, **few)
+    monkeypatch.setattr("boostdiff.distill.run_folder.publish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        distill(
+            tiny_files, config, RunConfig(checkpoint_every=1), output=tmp_path / "s", device="cpu", observers=SILENT
+        )
+    monkeypatch.undo()
+    trained: list[tuple[int | None, int]] = []
+    observers = Observers(preview=False, on_update=lambda report: trained.append((report.steps, report.update)))
+    asked = replace(config, adapter_scale=scale)
+    info = distill(tiny_files, asked, RunConfig(resume=True), output=tmp_path / "s", device="cpu", observers=observers)
+    assert trained == ([(2, 1)] if stages else [])
+    assert read_student(tmp_path / "s", tiny_files) == info
+    assert not list(tmp_path.rglob(CHECKPOINT_FILE))
+    if not stages:
+        assert info.settings["adapter_scale"] == (scale or 1.0)
+
+
+def test_starting_over_sets_a_student_without_its_name_aside(
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    config, notes = DistillConfig(prompts=prompt_file, updates=1, batch_size=2), list[str]()
+    monkeypatch.setattr("boostdiff.distill.run_folder.publish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        distill(tiny_files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
+    monkeypatch.undo()
+    kept = read_student(tmp_path / "s.unfinished")
+    observers = Observers(preview=False, on_note=notes.append)
+    distill(tiny_files, config, output=tmp_path / "s", device="cpu", observers=observers)
+    assert read_student(tmp_path / "s.abandoned", tiny_files) == kept
+    assert "s.abandoned" in notes[0]
+
+
+def test_weights_that_can_not_be_read_leave_an_unfinished_run_where_it_is(
+    tiny_files: ModelFiles, prompt_file: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise InputError("no weights")
+
+    before = unfinished.read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="no weights"):
+        patch.setattr("boostdiff.distill.job.load", fail)
+        config = DistillConfig(prompts=prompt_file, updates=1, batch_size=2)
+        distill(tiny_files, config, output=unfinished.parent.with_name("s"), device="cpu", observers=SILENT)
+    assert unfinished.read_bytes() == before
+    assert [path.name for path in unfinished.parent.parent.iterdir()] == [unfinished.parent.name]
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_an_image_that_can_not_be_read_costs_no_updates(tiny_files: ModelFiles, tmp_path: Path, skipped: bool) -> None:
+    save_images(tmp_path / "images", count=6)
+    config = DistillConfig(images=str(tmp_path / "images"), updates=5, batch_size=2, reuse=1, learning_rate=0.01)
+    execution = RunConfig(max_bad_samples=1 if skipped else 0)
+    stream = ImageStream(open_images(str(tmp_path / "images")), height=16, width=16, batch_size=2, seed=0)
+    captions = [caption for _ in range(3) for caption in stream.next_batch(range(2))[0]]
+    image = tmp_path / "images" / f"{captions[-1].split()[1]}.png"
+    good = image.read_bytes()
+    bad = bytes(len(good))
+
+    def run(name: str, execution: RunConfig) -> StudentInfo:
+        return distill(tiny_files, config, execution, output=tmp_path / name, device="cpu", observers=SILENT)
+
+    image.write_bytes(bad if skipped else good)
+    whole = run("whole", execution)
+    image.write_bytes(bad)
+    with pytest.raises(InputError, match=r"bad image sample .*; saved after update 2, from where --resume goes on"):
+        run("cut", RunConfig())
+    image.write_bytes(bad if skipped else good)
+    info = run("cut", replace(execution, resume=True))
+    assert info.result["resumed_at"] == 2
+    assert info.result["notes"] == whole.result["notes"]
+    assert len(info.result["notes"]) == skipped
+    for name in (LORA_FILE, "log.jsonl"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_embeddings_that_can_not_be_read_cost_no_updates(tiny_files: ModelFiles, tmp_path: Path) -> None:
+    # Trajectories of up to 16 steps: by then others begin, with prompts that are read only now.
+    config = DistillConfig(prompts=tmp_path / "prompts.txt", updates=20, batch_size=3, learning_rate=0.01)
+    config.prompts.write_text("".join(f"a red cat {number}\n" for number in range(60)))
+    texts = tmp_path / "texts"
+
+    def run(name: str, *, resume: bool = False, lose: bool = False) -> StudentInfo:
+        def on_update(report: UpdateReport) -> None:
+            if lose and report.update == 2:
+                shutil.rmtree(texts)
+
+        execution, observers = RunConfig(cache_text=texts, resume=resume), Observers(preview=False, on_update=on_update)
+        return distill(tiny_files, config, execution, output=tmp_path / name, device="cpu", observers=observers)
+
+    run("whole")
+    with pytest.raises(InputError, match=r"can't read the text embeddings .*; saved after update \d+, from where"):
+        run("cut", lose=True)
+    assert run("cut", resume=True).result["resumed_at"] >= 2
+    assert (tmp_path / "cut" / LORA_FILE).read_bytes() == (tmp_path / "whole" / LORA_FILE).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["thesis.txt", "raw/a.png"])
 def test_a_work_folder_of_something_else_is_not_removed(
-    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, name: str
+    tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    def needless(*args: object, **options: object) -> None:
+        raise AssertionError("weights are read before the folder is looked into")
+
+    monkeypatch.setattr("boostdiff.distill.job.load", needless)
     path = tmp_path / "s.unfinished" / name
     path.parent.mkdir(parents=True)
     path.write_text("mine")

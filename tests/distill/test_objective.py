@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from boostdiff.distill.objective import (
@@ -6,6 +8,7 @@ from boostdiff.distill.objective import (
     ddim_step,
     distillation_loss,
     dpm_solver_2m,
+    has_zero_terminal_snr,
     x_from_prediction,
 )
 from boostdiff.engine.schedulers import make_scheduler
@@ -60,12 +63,31 @@ def test_loss_equals_a_float64_reference(schedule: NoiseSchedule, weight: str) -
     assert distillation_loss(student, teacher, alpha, sigma, weight).mean().item() == pytest.approx(total, rel=1e-5)
 
 
-def test_snr_weighting_is_the_noise_prediction_error(schedule: NoiseSchedule) -> None:
+@pytest.mark.parametrize(("weight", "prediction_type"), [("snr", "epsilon"), ("snr+1", "v_prediction")])
+def test_weights_that_are_the_error_of_what_is_predicted(
+    schedule: NoiseSchedule, weight: str, prediction_type: str
+) -> None:
     z_t, student, teacher = torch.randn(3, 4, 4, 8, 8)
     alpha, sigma = schedule.at(T)
-    in_x = [x_from_prediction(noise, z_t, alpha, sigma, "epsilon") for noise in (student, teacher)]
+    in_x = [x_from_prediction(predicted, z_t, alpha, sigma, prediction_type) for predicted in (student, teacher)]
     expected = torch.nn.functional.mse_loss(student, teacher)
-    torch.testing.assert_close(distillation_loss(*in_x, alpha, sigma, "snr").mean(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(distillation_loss(*in_x, alpha, sigma, weight).mean(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"prediction_type": "epsilon"}, False),
+        ({"prediction_type": "v_prediction"}, False),
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, True),
+        ({"prediction_type": "sample", "trained_betas": [0.1] * 19 + [1.0], "num_train_timesteps": 20}, True),
+        ({"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"}, True),
+        ({"prediction_type": "epsilon", "beta_schedule": "squaredcos_cap_v2"}, False),
+        ({"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}, True),
+    ],
+)
+def test_schedules_without_signal_at_the_end(settings: dict[str, Any], expected: bool) -> None:
+    assert has_zero_terminal_snr(dict(SCHEDULER.config) | settings) is expected
 
 
 def test_ddim_step_is_that_of_diffusers(schedule: NoiseSchedule) -> None:

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,9 @@ from boostdiff.distill import loop
 from boostdiff.distill.checkpoint import load_training_state
 from boostdiff.distill.config import DistillConfig, RunConfig
 from boostdiff.distill.distill import distill
+from boostdiff.distill.image_files import open_images
+from boostdiff.distill.images import ImageStream
+from boostdiff.distill.job import TIMEOUT, Job
 from boostdiff.distill.loop import CHECKPOINT_FILE, LOG_FILE, Observers, UpdateReport
 from boostdiff.distill.monitoring import LossWatch
 from boostdiff.distill.objective import NoiseSchedule
@@ -80,6 +85,40 @@ def test_a_share_of_the_pool_is_a_slice_of_the_whole(tiny: Model) -> None:
         for one in (whole, *parts):
             one.advance(0.5 * one.z_t)
     assert whole.started > 5
+
+
+def test_processes_wait_for_the_main_one_for_hours(tiny_files: ModelFiles, tmp_path: Path) -> None:
+    """It draws pictures and encodes texts alone; NCCL gives up after ten minutes."""
+    config = DistillConfig().resolved(in_bfloat16=False, embedded=False)
+    shared: dict[str, Any] = {"files": tiny_files, "execution": RunConfig(), "device": CPU, "observers": SILENT}
+    job = Job(config=config, prompts=list(PROMPTS), images=None, identity={}, **shared)
+    assert job.accelerator(tmp_path).init_handler.to_kwargs() == {"timeout": TIMEOUT}
+    assert timedelta(hours=1) < TIMEOUT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_bad_samples", [0, 1])
+def test_two_processes_stop_together_at_an_image_that_one_can_not_read(
+    tiny_files: ModelFiles, tmp_path: Path, max_bad_samples: int
+) -> None:
+    save_images(tmp_path / "images", count=6)
+    stream = ImageStream(open_images(str(tmp_path / "images")), height=16, width=16, batch_size=2, seed=0)
+    batches = [[int(caption.split()[1]) for caption in stream.next_batch(range(2))[0]] for _ in range(3)]
+    # The first process's share, and then the second's: together more than allowed.
+    bad = [batches[2][1]] if max_bad_samples == 0 else [batches[1][0], batches[2][1]]
+    for number in bad:
+        (tmp_path / "images" / f"{number}.png").write_bytes(b"no image")
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "boostdiff"),
+        *("distill", "--model", str(tiny_files.folder), "--images", str(tmp_path / "images"), "--updates", "5"),
+        *("--batch-size", "2", "--reuse", "1", "--device", "cpu", "--output", str(tmp_path / "two")),
+        *("--precision", "fp32", "--max-bad-samples", str(max_bad_samples)),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode
+    assert "saved after update 2" in " ".join(done.stderr.split()), done.stderr
+    assert load_training_state(work_folder(tmp_path / "two") / CHECKPOINT_FILE).step == 2
 
 
 @pytest.mark.slow

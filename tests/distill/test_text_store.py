@@ -10,6 +10,7 @@ from boostdiff.engine.adapters import LORA_FILE
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.files import read_json, write_json
 from boostdiff.engine.model import locate
+from boostdiff.engine.versions import versions
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from tiny import CPU, make_pipeline, make_sd3_pipeline, make_xl_pipeline
 from tiny_qwen_image import make_qwen_image_pipeline
@@ -78,6 +79,19 @@ def test_folders_of_other_settings_do_not_share_texts(tmp_path: Path) -> None:
         MAKERS[kind]().save_pretrained(tmp_path / kind)
         paths.add(TextStore(tmp_path, locate(str(tmp_path / kind)), torch.float32).path("", negative=True))
     assert len(paths) == 2
+
+
+@pytest.mark.parametrize("library", ["diffusers", "transformers"])
+def test_texts_of_another_version_are_not_taken(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    def stored() -> int:
+        return TextStore(tmp_path, locate(str(tiny_folder)), torch.float32).fill(["a red cat"], [""], CPU)
+
+    assert (stored(), stored()) == (2, 0)
+    upgraded = versions() | {library: "99"}
+    monkeypatch.setattr("boostdiff.distill.text_store.versions", lambda: upgraded)
+    assert (stored(), stored()) == (2, 0)
 
 
 @pytest.mark.parametrize("name", ["block_out_channels", "act_fn"])
