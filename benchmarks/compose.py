@@ -68,7 +68,7 @@ class Configuration:
         latents = sample(
             denoiser,
             text=text,
-            noise=noise.to(device, text.conditional.dtype),
+            noise=noise.to(device, model.family.latents_dtype(text.conditional.dtype)),
             scheduler=self.variant.make_scheduler(),
             steps=self.variant.steps,
         )

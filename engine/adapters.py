@@ -1,7 +1,8 @@
 """Adapters: what is trained while the denoiser stays frozen. Each class attaches, saves, loads and merges one.
 
 Teacher and student share one denoiser: `disabled()` turns it back into the teacher for as long as the block lasts.
-To add one, write its class here; `METHODS`, `adapter_class`, `make_adapter` and `DistillConfig.method` name it.
+To add one, write its class here; `METHODS`, `adapter_class`, `make_adapter`, `DistillConfig.method` and, with its
+rate, `distill.config.LEARNING_RATES` name it.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .errors import BoostDiffError
+from .errors import BoostDiffError, InputError
+from .family import Family
 from .runners import TorchRunner
 
 WARM_UPS = 3
@@ -19,6 +20,16 @@ Shapes = tuple[tuple[str, torch.Size, torch.dtype], ...]
 def missing_cuda(device: torch.device) -> str | None:
     """Why CUDA graphs can't be recorded on a device, or None."""
     return None if device.type == "cuda" else "CUDA graphs need an NVIDIA GPU"
+
+
+def check_capturable(family: Family) -> None:
+    """Refuse a family whose denoisers no CUDA graph can hold.
+
+    Raises:
+        InputError: it is one.
+    """
+    if not family.capturable:
+        raise InputError(f"CUDA graphs can't hold the denoiser of a {family.name} model: choose another --runner")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +60,11 @@ class CapturedRunner(TorchRunner):
                 normalization copies into the other order (`studies layouts`).
 
         Raises:
-            BoostDiffError: the denoiser is on no CUDA device, or of a family that can't be captured.
+            InputError: see `check_capturable`.
+            BoostDiffError: the denoiser is on no CUDA device.
         """
         super().__init__(denoiser)
-        if not self.family.capturable:
-            raise BoostDiffError(f"CUDA graphs can't hold the denoiser of a {self.family.name} model")
+        check_capturable(self.family)
         if reason := missing_cuda(self.device):
             raise BoostDiffError(reason)
         denoiser.to(memory_format=layout)

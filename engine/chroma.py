@@ -74,6 +74,10 @@ class Chroma(PackedLatents):
 
         return {"vae": vae, "transformer": transformer}
 
+    def max_tokens(self, pipeline: DiffusionPipeline, tokenizer: str) -> int:
+        """See `Family.max_tokens`; the tokenizer's own length is not used."""
+        return TEXT_TOKENS
+
     def embed(self, pipeline: DiffusionPipeline, prompts: list[str]) -> PromptEmbeds:
         hidden, _, mask, *_ = pipeline.encode_prompt(prompts, device=pipeline.device, do_classifier_free_guidance=False)
         return PromptEmbeds(encoder_hidden_states=hidden, encoder_attention_mask=mask.long())

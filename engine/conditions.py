@@ -50,13 +50,9 @@ class PromptEmbeds:
 
     def to(self, *args: Any, **kwargs: Any) -> PromptEmbeds:
         """As `torch.Tensor.to`, for all; a mask of whole numbers keeps its dtype."""
-
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.is_floating_point():
-                return tensor.to(*args, **kwargs)
-            return tensor.to(*args, **kwargs).to(tensor.dtype)
-
-        return self.map(moved)
+        moved = self.map(lambda tensor: tensor.to(*args, **kwargs) if tensor.is_floating_point() else tensor)
+        device = moved.encoder_hidden_states.device
+        return moved.map(lambda tensor: tensor.to(device))
 
     def expand(self, count: int) -> PromptEmbeds:
         """One prompt's embeddings for `count` images, without a copy."""

@@ -1,12 +1,12 @@
 """An exported student in Python: `Engine.load("outputs/engine")("a prompt", steps=20, seed=0)`.
 
-The whole pipeline runs from the engine folder: no torch module and no model folder is needed.
+The pipeline runs from the engine folder; text encoders that are not exported (see `Family.exported_text_encoders`) run
+in torch, from the folder of the model that the engine was made from.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from .conditions import TextEmbeddings
-from .config import EXPORTED, PIXEL_MULTIPLE
+from .config import EXPORTED
 from .errors import BoostDiffError, InputError
 from .exported_parts import ExportedTextEncoder, ExportedVaeDecoder, text_in_torch
 from .families import family_of
@@ -159,7 +159,7 @@ class Engine(AbstractContextManager["Engine"]):
         default = [factor * side for side in self.model.latent_shape[1:]]
         size = [asked or side for asked, side in zip((height, width), default, strict=True)]
         smallest, _, largest = self.manifest.options["size"] or (0, 0, 0)
-        multiple = math.lcm(factor * self.model.family.latent_multiple(config, exported=True), PIXEL_MULTIPLE)
+        multiple = self.model.family.pixel_multiple(config, self.model.pipeline.vae.config, exported=True)
         if size != default and not all(smallest <= side <= largest and side % multiple == 0 for side in size):
             raise InputError(
                 f"the engine in {self.model.files.folder} can't draw {size[0]}x{size[1]} pixels: it was exported for "
@@ -291,7 +291,7 @@ class Engine(AbstractContextManager["Engine"]):
         states = sampling(
             self.denoiser(guidance),
             text=text,
-            noise=noise.to(model.device, text.conditional.dtype),
+            noise=noise.to(model.device, model.family.latents_dtype(text.conditional.dtype)),
             scheduler=make_scheduler(model),
             steps=steps,
         )

@@ -1,4 +1,4 @@
-"""What differs between model families, in one place: `Family`, and all that a denoiser of UNet class has in common.
+"""What differs between model families, in one place: `Family`.
 
 A new family is a subclass in a module of its own and a row in `families.FAMILIES`; docs/families.md shows one.
 """
@@ -6,6 +6,7 @@ A new family is a subclass in a module of its own and a row in `families.FAMILIE
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -16,6 +17,8 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img impo
 
 from .checks import Parts
 from .conditions import PromptEmbeds, TextEmbeddings, is_live
+from .config import PIXEL_MULTIPLE
+from .errors import InputError
 from .guidance import combine
 
 TEXT_BATCH_SIZE = 64
@@ -136,7 +139,10 @@ class Family(ABC):
         unconditional = None
         if negative_prompt is not None:
             negatives = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
-            unconditional = PromptEmbeds.cat([self.embed_negative(pipeline, each) for each in negatives])
+            distinct = list(dict.fromkeys(negatives))
+            unconditional = PromptEmbeds.cat([self.embed_negative(pipeline, each) for each in distinct])
+            if len(distinct) < len(negatives):
+                unconditional = unconditional[torch.tensor([distinct.index(each) for each in negatives])]
         return TextEmbeddings(conditional=PromptEmbeds.cat(chunks), unconditional=unconditional)
 
     @abstractmethod
@@ -215,6 +221,17 @@ class Family(ABC):
         """What height and width of latents must be multiples of, for the network or for a graph of several sizes."""
         return denoiser_config.get("patch_size", 1)
 
+    def largest_side(self, denoiser_config: dict[str, Any]) -> int | None:
+        """The longest side of latents that the network takes, if there is one."""
+        return None
+
+    float32_latents: ClassVar[bool] = False
+    """Whether the stock pipeline keeps latents in FP32 between steps, whatever precision the denoiser is in."""
+
+    def latents_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of latents, from the noise on, beside text embeddings of this dtype."""
+        return torch.float32 if self.float32_latents else dtype
+
     # The sampler.
 
     def scheduler_config(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -230,6 +247,35 @@ class Family(ABC):
     def pixels_per_latent(self, vae_config: dict[str, Any]) -> int:
         """Pixels of an image's side for each latent."""
         return 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+    def pixel_multiple(
+        self, denoiser_config: dict[str, Any], vae_config: dict[str, Any], *, exported: bool = False
+    ) -> int:
+        """What height and width of images must be multiples of, for the stock pipeline, and see `latent_multiple`."""
+        latents = self.latent_multiple(denoiser_config, exported=exported)
+        return math.lcm(self.pixels_per_latent(vae_config) * latents, PIXEL_MULTIPLE)
+
+    def check_size(
+        self,
+        size: Sequence[int],
+        denoiser_config: dict[str, Any],
+        vae_config: dict[str, Any],
+        *,
+        options: str,
+        exported: bool = False,
+    ) -> None:
+        """Refuse a height and width in pixels, asked for by these options, that the model can't draw.
+
+        Raises:
+            InputError: one is no multiple of `pixel_multiple`, or longer than `largest_side`.
+        """
+        multiple = self.pixel_multiple(denoiser_config, vae_config, exported=exported)
+        rule = f"must be multiples of {multiple}" if any(side % multiple for side in size) else None
+        latents = self.largest_side(denoiser_config)
+        if latents and max(size) > (most := latents * self.pixels_per_latent(vae_config)):
+            rule = f"must be at most {most}"
+        if rule:
+            raise InputError(f"can't draw {size[0]}x{size[1]} pixels: {options} {rule}")
 
     video_vae: ClassVar[bool] = False
     """Whether the VAE is one of videos, `(B, C, frames, H, W)`: images are of one frame."""

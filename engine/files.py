@@ -13,8 +13,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -253,12 +254,16 @@ def _check_replaceable(path: Path, markers: Sequence[str]) -> None:
         )
 
 
-def publish(staged: Path, final: Path) -> None:
-    """Give a finished folder its final name; a folder that had the name goes away only then."""
+def publish(staged: Path, final: Path, *, check: Callable[[], None] = lambda: None) -> None:
+    """Give a finished folder its final name; a folder that had the name goes away only then.
+
+    `check` may still refuse it, by an exception, while no other process of this program can replace what is there.
+    """
     give_modes(staged)
     final = final.resolve()
     parent = final.parent
     with locked(parent):
+        check()
         replaced = Path(tempfile.mkdtemp(prefix=f".{final.name}.replaced-", dir=parent))
         if final.exists():
             final.replace(replaced)
@@ -306,10 +311,13 @@ def _clear_abandoned(final: Path) -> None:
 
 
 @contextmanager
-def staged_folder(final: Path, *, replaces: str | Sequence[str]) -> Iterator[Path]:
+def staged_folder(
+    final: Path, *, replaces: str | Sequence[str], before_publishing: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
     """A new folder beside `final` that takes its name if the block ends well, and goes away if not.
 
-    A folder that has the name already must hold the files `replaces`, and is removed if the block ends well.
+    A folder that has the name already must hold the files `replaces`, and is removed if the block ends well. If it may
+    not go by then, which `before_publishing` can say by an InputError, the new one stays beside it under another name.
 
     Raises:
         InputError: nothing can be written there, or another folder would have to go.
@@ -317,6 +325,12 @@ def staged_folder(final: Path, *, replaces: str | Sequence[str]) -> Iterator[Pat
     prepare_output(final, replaces=replaces)
     final = final.resolve()
     parent = final.parent
+
+    def check() -> None:
+        # The block may have taken hours.
+        check_output(final, replaces=replaces)
+        before_publishing()
+
     with ExitStack() as held:
         with locked(parent):
             _clear_abandoned(final)
@@ -324,4 +338,10 @@ def staged_folder(final: Path, *, replaces: str | Sequence[str]) -> Iterator[Pat
             held.callback(shutil.rmtree, staged, ignore_errors=True)
             held.enter_context(locked(staged))
         yield staged
-        publish(staged, final)
+        try:
+            publish(staged, final, check=check)
+        except InputError as error:
+            names = (parent / f"{final.name}-{number}" for number in count(2))
+            kept = next(path for path in names if not path.exists())
+            staged.replace(kept)
+            raise InputError(f"{error}; the finished one is in {kept}") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,10 +18,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .adapters import ADAPTER_NAME
-from .captured import CapturedRunner, missing_cuda
+from .captured import CapturedRunner, check_capturable, missing_cuda
 from .compiled import CompiledRunner, missing_compiler, with_bfloat16_vae
 from .conditions import TextEmbeddings
-from .config import PIXEL_MULTIPLE, GenerateConfig
+from .config import GenerateConfig
 from .errors import BoostDiffError, InputError
 from .exported import Engine, scheduler_of
 from .family import TEXT_BATCH_SIZE
@@ -38,7 +37,7 @@ from .prompts import truncation_note
 from .runners import Runner, TorchRunner
 from .sampling import batches, default_batch_size, to_pil
 from .schedulers import check_spacing, check_steps
-from .student import apply_student, read_student
+from .student import apply_student, check_model, read_student
 
 IN_TORCH: dict[str, Callable[..., Runner]] = {
     "torch": TorchRunner,
@@ -69,8 +68,11 @@ class Sampling:
 def resolve(files: ModelFiles | None, config: GenerateConfig) -> GenerateConfig:
     """With sampler, steps and timestep spacing filled in: a few-step student's own, or the defaults.
 
+    Of a model no weights are read.
+
     Raises:
-        InputError: student or engine can't be read, or can't take them; or the model's schedule has too few timesteps.
+        InputError: student or engine can't be read, or can't take them; the model's schedule has too few timesteps; or
+            the model can't draw images of this size, or on this runner.
     """
     distilled = None
     if config.on_engine:
@@ -82,8 +84,13 @@ def resolve(files: ModelFiles | None, config: GenerateConfig) -> GenerateConfig:
         raise InputError(f"the runner {config.runner} needs a model")
     else:
         schedule = files.scheduler_config
+        if config.runner == "captured":
+            check_capturable(files.family)
+        if size := _asked_size(files, config):
+            options = "--height and --width"
+            files.family.check_size(size, files.denoiser_config, files.vae_config, options=options)
         if not config.teacher:
-            distilled = read_student(config.student or STUDENT_FOLDER, files)
+            distilled = read_student(config.student or STUDENT_FOLDER)
     asked = config.timestep_spacing
     spacing: Any = distilled.choose_spacing(asked) if distilled else asked
     check_spacing(schedule, asked)
@@ -95,7 +102,7 @@ def resolve(files: ModelFiles | None, config: GenerateConfig) -> GenerateConfig:
 
 @contextmanager
 def open_engine(config: GenerateConfig, device: str) -> Iterator[Sampling]:
-    """The engine alone: neither the model's folder nor the student's is read, but to compare a student's hashes."""
+    """The engine, of whose model no more is read than `Engine` says, and of a student's folder its hashes."""
     folder = config.engine or ENGINE_FOLDER
     manifest = read_manifest(folder)
     if config.student is not None:
@@ -112,21 +119,20 @@ def open_engine(config: GenerateConfig, device: str) -> Iterator[Sampling]:
         )
 
 
-def load_sized(files: ModelFiles, config: GenerateConfig, device: torch.device) -> Model:
-    """The model in torch, made to draw images of the size that was asked for.
-
-    Raises:
-        InputError: it can't make them, said before its weights are read; see `load`.
-    """
+def _asked_size(files: ModelFiles, config: GenerateConfig) -> list[int] | None:
+    """Height and width in pixels, of which one may be the model's own; None where both are."""
+    if not (config.height or config.width):
+        return None
     latent = files.family.latent_shape(files.denoiser_config)[1:]
     factor = files.family.pixels_per_latent(files.vae_config)
-    size = [pixels or factor * side for pixels, side in zip((config.height, config.width), latent, strict=True)]
-    asked = config.height or config.width
-    multiple = math.lcm(factor * files.family.latent_multiple(files.denoiser_config), PIXEL_MULTIPLE)
-    if asked and any(side % multiple for side in size):
-        raise InputError(f"can't draw {size[0]}x{size[1]} pixels: --height and --width must be multiples of {multiple}")
+    return [pixels or factor * side for pixels, side in zip((config.height, config.width), latent, strict=True)]
+
+
+def _load(files: ModelFiles, config: GenerateConfig, device: torch.device) -> Model:
+    """The model in torch, made to draw images of the size that was asked for; see `load`."""
     model = load(files, device=device)
-    if asked:
+    if size := _asked_size(files, config):
+        factor = files.family.pixels_per_latent(files.vae_config)
         # Noise, and SDXL's conditions, are of the size in the denoiser's configuration.
         model.denoiser.register_to_config(sample_size=[side // factor for side in size])
     return with_bfloat16_vae(model) if config.runner == "compiled" else model
@@ -138,7 +144,7 @@ def _runner(config: GenerateConfig, denoiser: Any) -> Runner:
 
 def open_teacher(files: ModelFiles, config: GenerateConfig, device: torch.device) -> Sampling:
     """The teacher in torch: two passes with guidance, one where w is 1."""
-    model = load_sized(files, config, device)
+    model = _load(files, config, device)
     scale = DEFAULT_GUIDANCE if config.guidance is None else config.guidance
     guider = config.chosen_guider.for_schedule(model.pipeline.scheduler.config)
     denoiser = teacher_denoiser(_runner(config, model.denoiser), scale, guider)
@@ -150,7 +156,7 @@ def open_student(files: ModelFiles, config: GenerateConfig, device: torch.device
     """The student in torch: its adapter beside the weights, merged on runners that compile."""
     folder = config.student or STUDENT_FOLDER
     # What the student can't do is said before the weights are read.
-    info = read_student(folder, files)
+    info = read_student(folder)
     info.choose_guidance(config.guidance)
     negative_prompt = info.choose_negative_prompt(config.negative_prompt)
     info.check_guider(config)
@@ -165,7 +171,8 @@ def open_student(files: ModelFiles, config: GenerateConfig, device: torch.device
         }
         if other := next((name for name, there in others.items() if there), None):
             raise InputError(f"--lora-scale is for students of method lora and one guidance scale, not {other} ones")
-    model = load_sized(files, config, device)
+    check_model(info, folder, files)
+    model = _load(files, config, device)
     if config.runner == "torch":
         apply_student(model.denoiser, folder, info)
     else:
@@ -175,6 +182,19 @@ def open_student(files: ModelFiles, config: GenerateConfig, device: torch.device
         model.denoiser.set_adapters(ADAPTER_NAME, config.lora_scale)
     denoiser = info.denoiser(_runner(config, model.denoiser), config.guidance)
     return Sampling(model=model, denoiser=denoiser, negative_prompt=negative_prompt, adapter=info.adapter_sha256)
+
+
+def device_of(config: GenerateConfig, name: str) -> torch.device:
+    """The device of this name, for a runner in torch.
+
+    Raises:
+        InputError: this machine lacks the device.
+        BoostDiffError: the runner lacks something there.
+    """
+    target = resolve_device(name)
+    if (lacking := LACKING.get(config.runner)) and (reason := lacking(target)):
+        raise BoostDiffError(reason)
+    return target
 
 
 @contextmanager
@@ -190,10 +210,7 @@ def opened(files: ModelFiles | None, config: GenerateConfig, device: str) -> Ite
             yield sampling
         return
     assert files is not None
-    target = resolve_device(device)
-    if (lacking := LACKING.get(config.runner)) and (reason := lacking(target)):
-        raise BoostDiffError(reason)
-    yield (open_teacher if config.teacher else open_student)(files, config, target)
+    yield (open_teacher if config.teacher else open_student)(files, config, device_of(config, device))
 
 
 def images_of(

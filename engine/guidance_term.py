@@ -41,7 +41,9 @@ def trajectory(model: Model, text: TextEmbeddings, scale: float, guider: Guider 
     sample(
         recording,
         text=text,
-        noise=initial_noise(model.latent_shape, count=len(text), seed=0).to(model.device, model.denoiser.dtype),
+        noise=initial_noise(model.latent_shape, count=len(text), seed=0).to(
+            model.device, model.family.latents_dtype(model.denoiser.dtype)
+        ),
         scheduler=model.make_scheduler("ddim"),
         steps=TRAJECTORY_STEPS,
     )

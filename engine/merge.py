@@ -70,7 +70,9 @@ def merge_in_place(model: Model, folder: Path, info: StudentInfo) -> MergeProof:
     inputs = model.family.example_inputs(model.pipeline, batch=2)
     if denoiser.num_parameters() >= LARGE_PARAMETERS:
         # The weights are the same at any size, and at the full one this would take minutes.
-        inputs["sample"] = inputs["sample"][..., : inputs["sample"].shape[2] // 4, : inputs["sample"].shape[3] // 4]
+        multiple = model.family.latent_multiple(denoiser.config)
+        height, width = (max(1, side // 4 // multiple) * multiple for side in inputs["sample"].shape[2:])
+        inputs["sample"] = inputs["sample"][..., :height, :width]
 
     def predictions() -> torch.Tensor:
         arguments = dict(inputs)

@@ -7,7 +7,6 @@ import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import diffusers
@@ -15,7 +14,6 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
-from huggingface_hub import snapshot_download
 
 from . import embedded
 from .contract import check_folder
@@ -23,9 +21,10 @@ from .errors import InputError, one_line
 from .families import family_of
 from .family import Family
 from .files import read_json, sha256_of, without_bom
+from .hub import configuration_of, fetch_weights
 from .int8_weights import freeze_int8, int8_weights
 from .schedulers import is_flow, make_scheduler
-from .text_encoders import load_text
+from .text_encoders import load_text, variant_in
 
 HASHED = {".json", ".txt", ".model", ".safetensors"}
 """Suffixes of the files that make a model."""
@@ -54,8 +53,15 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @lru_cache
 def _sha256_at(path: Path, size: int, modified: int) -> str:
-    """SHA-256 of weights, which can be gigabytes: a file is read once a process while it keeps its size and time."""
     return sha256_of(path)
+
+
+def _sha256(path: Path) -> str:
+    """Of a model's file. Weights can be gigabytes: they are read once a process while they keep their size and time."""
+    if path.suffix != ".safetensors":
+        return sha256_of(path)
+    path = path.resolve()
+    return _sha256_at(path, path.stat().st_size, path.stat().st_mtime_ns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +75,7 @@ class ModelFiles:
         denoiser_config: the denoiser's configuration, as the pipeline will have it.
         vae_config: the VAE's.
         scheduler_config: the scheduler's.
+        hub_id: where its weights come from, if they may not be in the folder yet; see `fetch`.
     """
 
     name: str
@@ -77,6 +84,16 @@ class ModelFiles:
     denoiser_config: dict[str, Any]
     vae_config: dict[str, Any] = field(default_factory=dict)
     scheduler_config: dict[str, Any] = field(default_factory=dict)
+    hub_id: str | None = None
+
+    def fetch(self) -> None:
+        """Fetch a hub id's weights, unless they are there. Called by what reads them: all else can be checked before.
+
+        Raises:
+            InputError: the hub can't be reached, or gives none.
+        """
+        if self.hub_id is not None:
+            fetch_weights(self.hub_id, self.folder.name)
 
     @property
     def flow(self) -> bool:
@@ -97,8 +114,9 @@ class ModelFiles:
         """The denoiser's safetensors files and their variant (`None` or "fp16").
 
         Raises:
-            InputError: there are none.
+            InputError: there are none, or they can't be fetched.
         """
+        self.fetch()
         for variant, infix in ((None, ""), ("fp16", ".fp16")):
             stem = f"diffusion_pytorch_model{infix}"
             folder = self.denoiser_folder
@@ -120,11 +138,11 @@ class ModelFiles:
     def denoiser_sha256(self) -> str:
         """One hash for the denoiser's weight files."""
         _, files = self.denoiser_weights()
-        paths = [path.resolve() for path in files]
-        return "-".join(_sha256_at(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+        return "-".join(map(_sha256, files))
 
     def other_sha256(self) -> dict[str, str]:
         """One hash for each part but the denoiser's weights: its configuration, words and safetensors files."""
+        self.fetch()
         hashes = {
             "model_index": sha256_of(self.folder / "model_index.json"),
             "denoiser_config": sha256_of(self.denoiser_folder / "config.json"),
@@ -134,7 +152,7 @@ class ModelFiles:
                 continue
             _refuse_broken_links(self.folder / part)
             files = sorted(path for path in (self.folder / part).glob("*") if path.suffix in HASHED)
-            hashes[part] = "-".join(sha256_of(path) for path in files)
+            hashes[part] = "-".join(_sha256(path) for path in files)
         return hashes
 
     def parameters(self) -> dict[str, int]:
@@ -212,7 +230,7 @@ def default_dtype(device: torch.device, family: Family) -> torch.dtype:
 def locate(model: str, *, weights: bool = True) -> ModelFiles:
     """Find `emoji64`, a pipeline folder, or a hub id such as "organization/name", and read its configuration.
 
-    Without `weights`, a hub id's configuration alone is fetched.
+    Of a hub id the configuration alone is fetched; its weights when they are first read, without `weights` never.
 
     Raises:
         InputError: there is no such model, or it is not one that can be used.
@@ -225,8 +243,12 @@ def locate(model: str, *, weights: bool = True) -> ModelFiles:
             f"StableDiffusionPipeline.from_single_file({str(folder)!r}).save_pretrained(FOLDER) "
             "(of SDXL, StableDiffusionXLPipeline), and pass that"
         )
-    if not os.path.exists(folder):
-        folder = _download(model, weights=weights)
+    hub_id = None if os.path.exists(folder) else model
+    if hub_id:
+        missing = f"there is no model {hub_id!r}: pass {embedded.MODEL_NAME}, a diffusers pipeline folder or a hub id"
+        if not HUB_ID.fullmatch(hub_id):
+            raise InputError(missing)
+        folder = configuration_of(hub_id, missing=missing)
     if not (folder / "model_index.json").is_file():
         _refuse_broken_links(folder)
         raise InputError(f"{folder} is no diffusers pipeline folder: it has no model_index.json")
@@ -240,6 +262,7 @@ def locate(model: str, *, weights: bool = True) -> ModelFiles:
         denoiser_config=family.denoiser_config(parts[family.denoiser]),
         vae_config=parts["vae"],
         scheduler_config=family.scheduler_config(parts["scheduler"]),
+        hub_id=hub_id if weights else None,
     )
 
 
@@ -247,29 +270,6 @@ def _refuse_broken_links(folder: Path) -> None:
     """A hub's cache holds links, which lead nowhere where they alone were copied."""
     if broken := next((path for path in sorted(folder.glob("*")) if not path.exists()), None):
         raise InputError(f"{broken} is a link to nothing: copy the files that such links lead to, as `cp -rL` does")
-
-
-def _download(model: str, *, weights: bool) -> Path:
-    missing = f"there is no model {model!r}: pass {embedded.MODEL_NAME}, a diffusers pipeline folder or a hub id"
-    if not HUB_ID.fullmatch(model):
-        raise InputError(missing)
-    reason, folder = "", None
-    # Some repositories hold the fp16 variant alone.
-    for variant in (None, "fp16"):
-        try:
-            if not weights:
-                return Path(snapshot_download(model, allow_patterns=["model_index.json", "*/*.json"]))
-            folder = Path(DiffusionPipeline.download(model, use_safetensors=True, variant=variant))
-        except Exception as error:
-            # The hub client raises dozens of types, from "repository not found" to the socket's; diffusers says of each
-            # that its cache lacks the model, and points to the cause. What a repository asks for stands in later lines.
-            reason = reason or shorten(str(error.__cause__ or error), width=500)
-            continue
-        if any(path for part in ("unet", "transformer") for path in (folder / part).glob("*.safetensors")):
-            break
-    if folder is None:
-        raise InputError(f"{missing} (no such folder here or in the hub's cache, and the hub says: {reason})")
-    return folder
 
 
 def load(
@@ -292,11 +292,16 @@ def load(
     variant, _ = files.denoiser_weights()
     names = files.family.text_encoders if text_encoders else ()
     encoders = load_text(files, names, device=torch.device("cpu"), dtype=dtype)
+    vae = getattr(diffusers, read_json(files.folder / "model_index.json")["vae"][1])
     try:
         with without_bom(files.folder) as folder:
+            # Its variant need not be the denoiser's.
+            options = {"variant": variant_in(files.folder / "vae"), "use_safetensors": True, "local_files_only": True}
+            decoder = vae.from_pretrained(folder / "vae", dtype=dtype, **options)
             pipeline = files.family.pipeline_class.from_pretrained(
                 folder,
                 dtype=dtype,
+                vae=decoder,
                 variant=variant,
                 use_safetensors=True,
                 local_files_only=True,

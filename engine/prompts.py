@@ -103,26 +103,54 @@ def _coco_captions(text: str, path: Path) -> list[str]:
 
 
 def token_limit(pipeline: Any) -> int:
-    """Tokens that every text encoder of a pipeline takes, its start and end among them."""
-    return min(limit for _, limit in _tokenizers(pipeline))
+    """The most tokens of a text that any text encoder of a pipeline takes, its start and end among them."""
+    return max(limit for _, limit in _tokenizers(pipeline).values())
 
 
 def is_truncated(pipeline: Any, text: str) -> bool:
-    """Whether a text has more tokens than a text encoder takes."""
-    return any(len(tokenizer(text)["input_ids"]) > limit for tokenizer, limit in _tokenizers(pipeline))
+    """Whether a text has more tokens than any text encoder takes, so that its end is lost."""
+    return _cut_by(pipeline, text) == _tokenizers(pipeline).keys()
 
 
 def truncation_note(pipeline: Any, texts: Iterable[str], what: str = "prompts") -> str | None:
-    """One line that says how many of several texts are truncated, and to how many tokens; None where all are used."""
-    distinct = list(dict.fromkeys(texts))
-    count = sum(is_truncated(pipeline, text) for text in distinct)
-    return f"{count} of {len(distinct)} {what} are cut to {token_limit(pipeline)} tokens" if count else None
+    """One line that says how many of several texts are truncated, and to how many tokens; None where all are used.
+
+    Those that one text encoder cuts and another reads whole are counted apart.
+    """
+    distinct, tokenizers = list(dict.fromkeys(texts)), _tokenizers(pipeline)
+    cuts = [_cut_by(pipeline, text) for text in distinct]
+    lost, notes = cuts.count(set(tokenizers)), []
+    if lost:
+        notes.append(f"{lost} of {len(distinct)} {what} are cut to {token_limit(pipeline)} tokens")
+    if partly := [names for names in cuts if names and names != tokenizers.keys()]:
+        short: set[str] = set().union(*partly)
+        limit = min(tokenizers[name][1] for name in short)
+        cutting, reading = _kinds(pipeline, short), _kinds(pipeline, tokenizers.keys() - short)
+        notes.append(
+            f"{len(partly)} of {len(distinct)} {what} are cut to {limit} tokens in {cutting}, not in {reading}"
+        )
+    return "; ".join(notes) or None
 
 
-def _tokenizers(pipeline: Any) -> list[tuple[Any, int]]:
-    """Tokenizers, and the most tokens that they may make."""
+def _tokenizers(pipeline: Any) -> dict[str, tuple[Any, int]]:
+    """Tokenizers by their names in the pipeline, and the most tokens that they may make."""
     family = FAMILIES[type(pipeline).__name__]
-    found = {name: getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2")}
-    return [
-        (tokenizer, family.max_tokens(pipeline, name)) for name, tokenizer in found.items() if tokenizer is not None
-    ]
+    found = {name: getattr(pipeline, name, None) for name in family.tokenizers}
+    return {
+        name: (tokenizer, family.max_tokens(pipeline, name))
+        for name, tokenizer in found.items()
+        if tokenizer is not None
+    }
+
+
+def _kinds(pipeline: Any, names: Iterable[str]) -> str:
+    """Tokenizers in words, such as "CLIP"."""
+    classes = {type(getattr(pipeline, name)).__name__ for name in names}
+    return " and ".join(sorted(re.sub(r"Tokenizer(Fast)?$", "", name) for name in classes))
+
+
+def _cut_by(pipeline: Any, text: str) -> set[str]:
+    """The tokenizers that make more tokens of a text than their text encoders take."""
+    return {
+        name for name, (tokenizer, limit) in _tokenizers(pipeline).items() if len(tokenizer(text)["input_ids"]) > limit
+    }

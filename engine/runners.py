@@ -1,7 +1,8 @@
 """Runners: one denoiser, several modes of execution, one call signature.
 
 Each is a context manager; that of a UNet can be set as `pipe.unet` in a stock diffusers pipeline. To add one, subclass
-`Runner`, or `sessions.Session` for an exported graph, and name it in `unavailable`.
+`Runner` and name it in `generate.IN_TORCH`; or, for exported graphs, `sessions.Session`, and name it in
+`config.EXPORTED`, `open_session` and `unavailable`.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from .errors import BoostDiffError, InputError
 from .guidance import Denoiser
 from .model import Model
 
-LATENT_AREA_512 = 64**2
-"""Latents of an image, one channel, at 512 pixels."""
+PIXELS_512 = 512**2
+"""Pixels of an image at 512 by 512."""
 
 
 def verify_finite(finite: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
@@ -108,8 +108,8 @@ def decode(model: Model, latents: torch.Tensor, finite: Sequence[torch.Tensor] =
         BoostDiffError: images hold NaN or Inf, or `finite` says so of the latents, see `verify_finite`.
     """
     vae = model.pipeline.vae
-    area = latents.shape[2] * latents.shape[3]
-    together = len(latents) if area < LATENT_AREA_512 else max(1, 4 * LATENT_AREA_512 // area)
+    area = _pixels(model, *latents.shape[2:])
+    together = len(latents) if area < PIXELS_512 else max(1, 4 * PIXELS_512 // area)
     images, in_range = [], []
     for part in latents.split(together):
         decoded = model.family.decode_latents(vae, model.family.denormalized(part.to(vae.dtype), vae)).float()
@@ -126,8 +126,13 @@ def decode(model: Model, latents: torch.Tensor, finite: Sequence[torch.Tensor] =
 
 def default_batch_size(model: Model) -> int:
     """Images to denoise together: 8 of up to 512 pixels, so many fewer of larger ones, such as 2 of 1024."""
-    _, height, width = model.latent_shape
-    return min(8, max(1, 8 * LATENT_AREA_512 // (height * width)))
+    return min(8, max(1, 8 * PIXELS_512 // _pixels(model, *model.latent_shape[1:])))
+
+
+def _pixels(model: Model, height: int, width: int) -> int:
+    """Pixels of an image of so many latents."""
+    factor: int = model.pipeline.vae_scale_factor
+    return factor**2 * height * width
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -171,7 +176,7 @@ def batches(
     for start in range(0, len(text), batch_size):
         chunk = text[start : start + batch_size]
         noise = initial_noise(model.latent_shape, count=len(chunk), seed=seed + start)
-        noise = noise.to(model.device, chunk.conditional.dtype)
+        noise = noise.to(model.device, model.family.latents_dtype(chunk.conditional.dtype))
         finite = []
         for z_t in sampling(denoiser, text=chunk, noise=noise, scheduler=make_scheduler(), steps=steps):
             finite.append(z_t.isfinite().all())

@@ -36,6 +36,7 @@ class Sana(Family):
     text_encoders = ("text_encoder",)
     flow = True
     half = torch.bfloat16
+    float32_latents = True
     targets: ClassVar = {
         "attention": ATTENTION,
         "transformer": (*ATTENTION, *FEED_FORWARD),
@@ -108,16 +109,17 @@ class Sana(Family):
     def forward(self, denoiser: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         scale: float = denoiser.config["timestep_scale"]  # type: ignore[index, assignment]
         sample, mask = inputs["sample"], inputs["encoder_attention_mask"]
+        text = inputs["encoder_hidden_states"]
         prediction: torch.Tensor = denoiser(
-            sample,
-            encoder_hidden_states=inputs["encoder_hidden_states"],
+            sample.to(text.dtype),
+            encoder_hidden_states=text,
             # Of the latents' batch, as an exporter must be told.
             encoder_attention_mask=mask.reshape(sample.shape[0], mask.shape[1]),
             timestep=inputs["timestep"] * scale,
             return_dict=False,
         )[0]
         # The other half, where there is one, is the variance.
-        return prediction[:, : sample.shape[1]]
+        return prediction[:, : sample.shape[1]].to(sample.dtype)
 
     def stock_guidance(self, guidance_scale: float) -> dict[str, Any]:
         return super().stock_guidance(guidance_scale) | {"use_resolution_binning": False}

@@ -92,7 +92,7 @@ class Job:
             weights = hash_of(read_manifest(self.config.engine or ENGINE_FOLDER).files)
         else:
             assert self.files is not None
-            student = None if self.config.teacher else read_student(self.config.student or STUDENT_FOLDER)
+            student = None if self.config.teacher else read_student(self.config.student or STUDENT_FOLDER, self.files)
             adapter = student and student.adapter_sha256
             weights = hash_of([self.files.denoiser_sha256(), adapter, self.files.other_sha256()])
         return {

@@ -60,6 +60,10 @@ class StableDiffusion3(Family):
             size, patch = counts(config, "sample_size", "patch_size")
             if size % patch:
                 raise InputError(f"sample_size is {size}: it must be a multiple of patch_size, {patch}")
+            if config["pos_embed_max_size"] is not None:
+                counts(config, "pos_embed_max_size")
+            if (most := self.largest_side(config)) and size > most:
+                raise InputError(f"sample_size is {size}: it must be at most {most}, pos_embed_max_size × patch_size")
             if len(set(channels)) > 1:
                 raise InputError(f"transformer and VAE have {', '.join(map(str, channels))} channels, not all the same")
             pooled = sum(counts(parts[name], "projection_dim")[0] for name in CLIPS)
@@ -82,6 +86,10 @@ class StableDiffusion3(Family):
             "tokenizer": lambda: check_clip_text(parts, CLIPS, self.tokenizers[:2]),
         }
 
+    def max_tokens(self, pipeline: DiffusionPipeline, tokenizer: str) -> int:
+        """See `Family.max_tokens`; T5's own length is not used."""
+        return T5_TOKENS if tokenizer == "tokenizer_3" else super().max_tokens(pipeline, tokenizer)
+
     def embed(self, pipeline: DiffusionPipeline, prompts: list[str]) -> PromptEmbeds:
         hidden, _, pooled, _ = pipeline.encode_prompt(
             prompts, None, None, device=pipeline.device, do_classifier_free_guidance=False
@@ -100,6 +108,11 @@ class StableDiffusion3(Family):
         arguments = {"hidden_states" if name == "sample" else name: tensor for name, tensor in inputs.items()}
         prediction: torch.Tensor = denoiser(**arguments, return_dict=False)[0]
         return prediction
+
+    def largest_side(self, denoiser_config: dict[str, Any]) -> int | None:
+        """See `Family.largest_side`; positions are cut from a table, where there is one."""
+        positions: int | None = denoiser_config["pos_embed_max_size"]
+        return positions and positions * denoiser_config["patch_size"]
 
     def timesteps(self, scheduler_config: Any, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
         """See `Family.timesteps`; patches are of 2 by 2 latents."""

@@ -247,18 +247,28 @@ def read_student(folder: Path, files: ModelFiles | None = None, *, instead: str 
             raise InputError(f"the student in {folder} is incomplete: {name} is missing")
         if sha256_of(path) != expected:
             raise InputError(f"{path} is damaged: its SHA-256 is not the one in {INFO_FILE}; distill again")
-    if files is not None and files.denoiser_sha256() != info.denoiser_sha256:
+    if files is not None:
+        check_model(info, folder, files)
+    return info
+
+
+def check_model(info: StudentInfo, folder: Path, files: ModelFiles) -> None:
+    """Refuse a student, read from a folder, for another model than it was trained on; reads the denoiser's weights.
+
+    Raises:
+        InputError: it is another's; or see `ModelFiles.denoiser_weights`.
+    """
+    if files.denoiser_sha256() != info.denoiser_sha256:
         raise InputError(
             f"the student in {folder} belongs to another model ({info.model}), not to {files.name}: "
             "pass the --model it was trained on, or distill one for this model"
         )
-    if files is not None and "prediction_type" in info.settings:
+    if "prediction_type" in info.settings:
         known, now = info.settings["prediction_type"], files.scheduler_config.get("prediction_type")
         if known != now:
             raise InputError(
                 f"the student in {folder} learned from a model of prediction_type {known}, this is of {now}"
             )
-    return info
 
 
 def apply_student(denoiser: Any, folder: Path, info: StudentInfo) -> None:

@@ -20,8 +20,9 @@ def load_text(files: ModelFiles, names: Iterable[str], *, device: torch.device, 
     """Text encoders and tokenizers of a folder, by their names in a pipeline; those that it leaves out are not there.
 
     Raises:
-        InputError: a file is missing, damaged, incomplete or not safetensors.
+        InputError: a file is missing, damaged, incomplete or not safetensors, or can't be fetched.
     """
+    files.fetch()
     index, found = read_json(files.folder / "model_index.json"), dict[str, Any]()
     with without_bom(files.folder) as root:
         for name in names:
@@ -37,7 +38,7 @@ def load_text(files: ModelFiles, names: Iterable[str], *, device: torch.device, 
                     local_files_only=True,
                     dtype=dtype,
                     use_safetensors=True,
-                    variant=_variant(folder),
+                    variant=variant_in(folder),
                     output_loading_info=True,
                 )
             except (torch.OutOfMemoryError, MemoryError):
@@ -50,7 +51,7 @@ def load_text(files: ModelFiles, names: Iterable[str], *, device: torch.device, 
     return found
 
 
-def _variant(folder: Path) -> str | None:
+def variant_in(folder: Path) -> str | None:
     """ "fp16" where there is nothing else."""
     names = [path.name for path in folder.glob("*.safetensors")]
     return "fp16" if names and all(".fp16" in name for name in names) else None

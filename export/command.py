@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -40,10 +39,18 @@ def export(
     from ..engine.model import locate
     from .export import export as run
 
-    config = config_from(ExportConfig, options)
-    files, report = locate(model), partial(console.print, markup=False)
-    with console.status("exporting"):
+    config, files = config_from(ExportConfig, options), locate(model)
+    status = console.status("exporting")
+
+    def report(message: str) -> None:
+        # Not before: under it the hub's own bars would not show.
+        status.start()
+        console.print(message, markup=False)
+
+    try:
         manifest = run(files, config, student=student, output=output, device=device, force=force, report=report)
+    finally:
+        status.stop()
     if as_json:
         print_json(asdict(manifest))
         return

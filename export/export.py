@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from ..engine.model import Model, ModelFiles, keep_attention_in_fp32, load, reso
 from ..engine.options import config_as_json
 from ..engine.runners import TorchRunner
 from ..engine.sessions import OnnxSession
-from ..engine.student import Distilled, StudentInfo, read_student
+from ..engine.student import Distilled, StudentInfo, check_model, read_student
 from ..engine.trt import TensorRTSession, check_plan
 from ..engine.versions import versions
 from .calibration import Calibration, calibration_prompts
@@ -72,12 +73,13 @@ def export(
         The manifest.
 
     Raises:
-        InputError: the student or the output can't be used.
+        InputError: the student or the output can't be used; what a user puts there meanwhile stays, and the new engine
+            is kept beside it.
         BoostDiffError: a stage failed, or a result is outside its tolerance; nothing was replaced.
     """
     config, target = config or ExportConfig(), resolve_device(device)
     with torch.cuda.device(target) if target.type == "cuda" else nullcontext():
-        info = read_student(student, files)
+        info = read_student(student)
         encoder, *others = files.family.exported_text_encoders or ("",)
         # Pipelines of two text encoders pass none of them a mask.
         if encoder and not others and read_json(files.folder / encoder / "config.json").get("use_attention_mask"):
@@ -89,9 +91,14 @@ def export(
             raise InputError(f"--quantize is for UNets, not for a {files.family.name} model")
         if config.quantize and info.guidance_range:
             raise InputError("8 bits are judged at one guidance scale, and this student takes a range: no --quantize")
+        for side in config.size or ():
+            files.family.check_size(
+                (side, side), files.denoiser_config, files.vae_config, options="sizes of --size", exported=True
+            )
         prompts = calibration_prompts(config, files)
         backend = choose_backend(config.trt_flavour, fp8=config.quantize == "fp8") if config.trt else None
         prepare_output(output, replaces=MARKS)
+        check_model(info, student, files)
         manifest = _intended(files, info, config, backend)
         if prompts:
             manifest.inputs["calibration_prompts"] = hash_of(prompts)
@@ -104,6 +111,7 @@ def export(
             return present
         refuse_loss(output)
 
+        report(f"reading the weights of {files.name}")
         model = load(files, device=target, dtype=torch.float32)
         height, width = latent_sizes(model, config)[1]
         model.denoiser.register_to_config(sample_size=height if height == width else (height, width))
@@ -128,7 +136,7 @@ def export(
             report("8 bits: measuring what each layer costs")
             denoiser = info.denoiser(TorchRunner(model.denoiser))
             errors = layer_errors(model.denoiser, denoiser, calibration, ranges, SCHEMES[config.quantize])
-        with staged_folder(output, replaces=MARKS) as folder:
+        with staged_folder(output, replaces=MARKS, before_publishing=partial(refuse_loss, output)) as folder:
             write_configs_and_tokenizers(model, manifest, folder, diffusers=config.diffusers)
             precisions = config.precisions(model.denoiser.num_parameters())
             if backend is not None:

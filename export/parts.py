@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import torch
 
 from ..engine.conditions import PromptEmbeds
-from ..engine.config import PIXEL_MULTIPLE
-from ..engine.errors import InputError
 from ..engine.exported_parts import HIDDEN_STATES
 from ..engine.family import Family
 from ..engine.memory import give_back_memory, give_back_pages
@@ -196,18 +193,11 @@ def _size_axes(sizes: Sequence[tuple[int, int]], dim: Callable[[str], Any]) -> d
 
 
 def latent_sizes(model: Model, config: ExportConfig) -> tuple[tuple[int, int], ...]:
-    """Smallest, best and largest (height, width) of the latents.
-
-    Raises:
-        InputError: a size is no multiple of as many pixels as denoiser and stock pipelines need.
-    """
+    """Smallest, best and largest (height, width) of the latents; sizes that can't be drawn are refused before."""
     if config.size is None:
         _, height, width = model.latent_shape
         return ((height, width),) * 3
     factor = model.pipeline.vae_scale_factor
-    pixels = math.lcm(factor * model.family.latent_multiple(model.denoiser.config, exported=True), PIXEL_MULTIPLE)
-    if wrong := [size for size in config.size if size % pixels]:
-        raise InputError(f"--size {wrong[0]} can't be used: this model needs multiples of {pixels} pixels")
     return tuple((size // factor, size // factor) for size in config.size)
 
 

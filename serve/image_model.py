@@ -214,7 +214,7 @@ class ImageModel:
         states = sampling(
             self._denoiser(jobs, model),
             text=text,
-            noise=noise.to(model.device, text.conditional.dtype),
+            noise=noise.to(model.device, model.family.latents_dtype(text.conditional.dtype)),
             scheduler=model.make_scheduler(sampler, spacing=self._spacing),
             steps=steps,
         )

@@ -133,7 +133,7 @@ class TimedVariant:
             # The graph of a student of live negative prompts, of which each row reads two texts.
             assert text.unconditional
             text = TextEmbeddings(conditional=_twice(text.conditional), unconditional=_twice(text.unconditional))
-        noise = work.noise.to(device, runner.dtype)
+        noise = work.noise.to(device, model.family.latents_dtype(runner.dtype))
         latents = sample(denoiser, text=text, noise=noise, scheduler=work.make_scheduler(), steps=work.steps)
         with watch.part("vae_decode"):
             decode(model, latents.to(model.device))

@@ -242,3 +242,30 @@ def test_every_mark_must_be_there(tmp_path: Path, missing: str) -> None:
         check_output(tmp_path, replaces=("a.json", "b.json"))
     (tmp_path / missing).touch()
     check_output(tmp_path, replaces=("a.json", "b.json"))
+
+
+@pytest.mark.parametrize("theirs", ["notes.txt", "deeper/notes.txt"])
+def test_what_is_put_there_meanwhile_stays_and_the_finished_folder_too(tmp_path: Path, theirs: str) -> None:
+    """As long as `before_publishing` says so; and what has taken the folder's place, in any case."""
+    final = tmp_path / "final"
+
+    def refuse() -> None:
+        if (final / theirs).exists():
+            raise InputError(f"{theirs} would be lost")
+
+    for number in (2, 3):
+        with (
+            pytest.raises(InputError, match=rf"{theirs} would be lost; the finished one is in .*final-{number}$"),
+            staged_folder(final, replaces="mark", before_publishing=refuse) as staged,
+        ):
+            (staged / "mark").write_text(str(number))
+            (final / theirs).parent.mkdir(parents=True, exist_ok=True)
+            for path in (final / "mark", final / theirs):
+                path.write_text("theirs")
+        assert (tmp_path / f"final-{number}" / "mark").read_text() == str(number)
+        assert (final / theirs).read_text() == "theirs"
+    with pytest.raises(InputError, match=r"something else .*final-4$"), staged_folder(final, replaces="mark") as staged:
+        (staged / "mark").write_text("4")
+        (final / "mark").unlink()
+    assert (final / theirs).read_text() == "theirs"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["final", "final-2", "final-3", "final-4"]

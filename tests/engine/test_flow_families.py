@@ -19,7 +19,7 @@ from boostdiff.engine.config import GenerateConfig
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.exported import Engine
 from boostdiff.engine.files import read_json, write_json
-from boostdiff.engine.generate import draw
+from boostdiff.engine.generate import draw, resolve
 from boostdiff.engine.guidance import GuidedDenoiser
 from boostdiff.engine.merge import merge, merge_in_place, merge_student
 from boostdiff.engine.model import load, locate
@@ -159,6 +159,17 @@ def test_merged_equals_base_and_adapter(folders: dict[str, Path], students: dict
 
 
 @pytest.mark.parametrize("kind", DISTILLED)
+def test_a_large_one_is_merged_at_a_size_of_whole_patches(
+    folders: dict[str, Path], students: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of 12 by 20 is 3 by 5."""
+    monkeypatch.setattr("boostdiff.engine.merge.LARGE_PARAMETERS", 0)
+    model = load(locate(str(folders[kind])), device=CPU)
+    model.denoiser.register_to_config(sample_size=[12, 20])
+    assert merge_in_place(model, students[kind], read_student(students[kind])).relative < 1e-4
+
+
+@pytest.mark.parametrize("kind", DISTILLED)
 def test_a_pipeline_folder_draws_the_students_image(
     folders: dict[str, Path], students: dict[str, Path], kind: str, tmp_path: Path
 ) -> None:
@@ -252,6 +263,36 @@ def test_a_resumed_run_gives_the_same_bytes(
     info = distill(files, config, execution, output=tmp_path / "student", device="cpu", observers=quiet)
     assert info.result["resumed_at"] == 5
     assert (tmp_path / "student" / LORA_FILE).read_bytes() == (students[kind] / LORA_FILE).read_bytes()
+
+
+@pytest.mark.parametrize("size", [{"height": 72}, {"height": 32, "width": 80}])
+def test_a_size_beyond_the_positions_is_refused(folders: dict[str, Path], size: dict[str, int]) -> None:
+    """They are 16 by 16, of patches of 4 pixels."""
+    files = locate(str(folders["sd3"]))
+    config = GenerateConfig(prompts=["a cat"], teacher=True, **size | {"height": 64, "width": 64})
+    assert resolve(files, config)
+    with pytest.raises(InputError, match=r"pixels: --height and --width must be at most 64$"):
+        resolve(files, GenerateConfig(prompts=["a cat"], teacher=True, **size))
+    side = max(size.values())
+    with pytest.raises(InputError, match=f"can't draw {side}x{side} pixels: --size"):
+        files.family.check_size((side, side), files.denoiser_config, files.vae_config, options="--size", exported=True)
+
+
+@pytest.mark.parametrize("kind", ["chroma", "qwen-image"])
+def test_what_no_cuda_graph_holds_is_refused_before_weights_are_read(folders: dict[str, Path], kind: str) -> None:
+    files = locate(str(folders[kind]))
+    with pytest.raises(InputError, match=f"CUDA graphs can't hold the denoiser of a {kind} model"):
+        resolve(files, GenerateConfig(prompts=["a cat"], teacher=True, runner="captured"))
+
+
+@pytest.mark.parametrize("changes", [{"sample_size": 34}, {"pos_embed_max_size": 3}])
+def test_a_model_beyond_its_own_positions_is_refused(
+    folders: dict[str, Path], tmp_path: Path, changes: dict[str, int]
+) -> None:
+    model = shutil.copytree(folders["sd3"], tmp_path / "sd3")
+    write_json(model / "transformer/config.json", read_json(model / "transformer/config.json") | changes)
+    with pytest.raises(InputError, match=r"sample_size is \d+: it must be at most \d+, pos_embed_max_size"):
+        locate(str(model))
 
 
 @pytest.mark.parametrize("size", [7, 9])

@@ -5,11 +5,10 @@ from typing import Any
 import pytest
 import torch
 from boostdiff.engine import embedded
-from boostdiff.engine.config import GenerateConfig
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.files import read_json, sha256_of, write_json
-from boostdiff.engine.generate import resolve
-from boostdiff.engine.model import load, locate, resolve_device
+from boostdiff.engine.model import Model, load, locate, resolve_device
+from boostdiff.engine.student import read_student
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
@@ -51,18 +50,26 @@ def test_a_hub_that_cannot_be_reached_is_named(weights: bool, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("code", ["403 Client Error.\n\nCannot access gated repo", "404 Client Error.\n\nNot Found"])
-def test_what_the_hub_answers_is_said_to_its_last_line(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_hub_answers_is_said_to_its_last_line(
+    code: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(*args: Any, **options: Any) -> None:
         raise OSError("not cached: check out the root cause in the stacktrace above") from RuntimeError(code)
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("boostdiff.engine.hub.snapshot_download", refused)
+        with pytest.raises(InputError, match=r"there is no model .* a hub id \(") as raised:
+            locate("organisation/gated")
+        assert f"the hub says: {' '.join(code.split())})" in str(raised.value)
+    monkeypatch.setattr("boostdiff.engine.hub.snapshot_download", lambda *arguments, **options: tiny_folder)
     monkeypatch.setattr(DiffusionPipeline, "download", refused)
-    with pytest.raises(InputError) as raised:
-        locate("organisation/gated")
-    assert f"the hub says: {' '.join(code.split())})" in str(raised.value)
+    with pytest.raises(InputError, match="can't fetch the weights of organisation/gated: the hub says: ") as raised:
+        load(locate("organisation/gated"), device=CPU)
+    assert str(raised.value).endswith(" ".join(code.split()))
 
 
 def test_a_hub_id_is_read_from_the_cache(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offline, and for its configuration no weights are asked for."""
+    """Offline, and for its configuration no weights are asked for, which are looked for when they are read."""
     entry = tmp_path / "models--organisation--tiny"
     snapshot = entry / "snapshots" / ("0" * 40)
     shutil.copytree(tiny_folder, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -72,8 +79,9 @@ def test_a_hub_id_is_read_from_the_cache(tiny_folder: Path, tmp_path: Path, monk
     files = locate("organisation/tiny", weights=False)
     assert files.folder == snapshot
     assert files.empty_denoiser().config.cross_attention_dim == 32
+    files = locate("organisation/tiny")
     shutil.copytree(tiny_folder, snapshot, dirs_exist_ok=True)
-    assert locate("organisation/tiny").folder == snapshot
+    assert load(files, device=CPU).files.folder == snapshot
 
 
 def test_weights_are_hashed_once_while_they_stay(
@@ -87,14 +95,33 @@ def test_weights_are_hashed_once_while_they_stay(
 
     monkeypatch.setattr("boostdiff.engine.model.sha256_of", counted)
     files = locate(str(copied))
-    config = GenerateConfig(prompts=["a cat"], student=students["lora"])
-    assert resolve(files, config) == resolve(files, config)
+    assert read_student(students["lora"], files) == read_student(students["lora"], files)
     assert read == ["diffusion_pytorch_model.safetensors"]
     path = copied / "unet" / read[0]
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(InputError, match="belongs to another model"):
-        resolve(files, config)
+        read_student(students["lora"], files)
     assert len(read) == 2
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_weights_of_other_parts_are_hashed_once_while_they_stay(
+    copied: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def counted(path: Path) -> str:
+        read.append(path.parent.name)
+        return sha256_of(path)
+
+    monkeypatch.setattr("boostdiff.engine.model.sha256_of", counted)
+    files, (path,) = locate(str(copied)), (copied / part).glob("*.safetensors")
+    first = files.other_sha256()
+    assert files.other_sha256() == first
+    # Its configuration, which is small, twice.
+    assert read.count(part) == 3
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert [name for name, value in files.other_sha256().items() if value != first[name]] == [part]
 
 
 def test_a_checkpoint_in_one_file_says_how_to_convert_it(tmp_path: Path) -> None:
@@ -174,6 +201,17 @@ def test_an_fp16_variant_is_found(copied: Path, tiny_folder: Path) -> None:
     assert load(locate(str(copied)), device=CPU).denoiser.dtype == torch.float32
 
 
+@pytest.mark.parametrize("parts", [["vae"], ["unet"], ["unet", "text_encoder"]])
+def test_the_variant_of_each_part_is_its_own(copied: Path, tiny: Model, parts: list[str]) -> None:
+    for part in parts:
+        (path,) = (copied / part).glob("*.safetensors")
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    pipeline = load(locate(str(copied)), device=CPU).pipeline
+    for part in ("vae", "unet", "text_encoder"):
+        expected = getattr(tiny.pipeline, part).state_dict()
+        assert all(torch.equal(x, expected[name]) for name, x in getattr(pipeline, part).state_dict().items())
+
+
 @pytest.mark.parametrize("variant", ["bf16", "non_ema"])
 def test_another_variant_alone_is_named(copied: Path, variant: str) -> None:
     path = copied / "unet" / "diffusion_pytorch_model.safetensors"
@@ -184,18 +222,29 @@ def test_another_variant_alone_is_named(copied: Path, variant: str) -> None:
 
 @pytest.mark.parametrize("refuses", [False, True])
 def test_a_hub_repository_of_the_fp16_variant_alone(
-    copied: Path, monkeypatch: pytest.MonkeyPatch, refuses: bool
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: bool
 ) -> None:
-    empty = copied.parent / "without-weights"
-    (empty / "unet").mkdir(parents=True)
+    folder, asked = tmp_path / f"revision-{refuses}", list[dict[str, Any]]()
+    shutil.copytree(tiny_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
 
-    def download(model: str, *, variant: str | None, **options: object) -> str:
-        if variant is None and refuses:
-            raise OSError("Could not find the necessary safetensors weights")
-        return str(empty if variant is None else copied)
+    def download(model: str, **options: Any) -> str:
+        asked.append(options)
+        if options["variant"] is None:
+            if refuses:
+                raise OSError("Could not find the necessary safetensors weights")
+            return str(folder)
+        for path in tiny_folder.rglob("*.safetensors"):
+            shutil.copy(path, (folder / path.relative_to(tiny_folder)).with_suffix(".fp16.safetensors"))
+        return str(folder)
 
-    monkeypatch.setattr("boostdiff.engine.model.DiffusionPipeline.download", download)
-    assert locate("organisation/name").folder == copied
+    monkeypatch.setattr("boostdiff.engine.hub.snapshot_download", lambda *arguments, **options: folder)
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    files = locate("organisation/name")
+    assert not asked
+    assert load(files, device=CPU).files.denoiser_weights()[0] == "fp16"
+    assert [options["variant"] for options in asked] == [None, "fp16"], "and no more"
+    assert {options["revision"] for options in asked} == {folder.name}
+    assert all(options["safety_checker"] is None for options in asked), "it is not fetched"
 
 
 @pytest.mark.parametrize("name", ["teapot", "meta", "mps", "cuda:99", ""])

@@ -1,11 +1,17 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from boostdiff.engine.conditions import PromptEmbeds
 from boostdiff.engine.errors import InputError
+from boostdiff.engine.family import Family
 from boostdiff.engine.model import Model
-from boostdiff.engine.prompts import is_truncated, read_prompts, truncation_note
+from boostdiff.engine.prompts import is_truncated, read_prompts, token_limit, truncation_note
+from tiny import PROMPTS, make_sd3_pipeline
+from tiny_chroma import make_chroma_pipeline
 
 
 def test_lines(tmp_path: Path) -> None:
@@ -112,6 +118,65 @@ def test_texts_beyond_the_text_encoder_are_counted(tiny: Model) -> None:
     assert (
         truncation_note(tiny.pipeline, [fits, long, long, f"{long} dog"]) == f"2 of 3 prompts are cut to {limit} tokens"
     )
+
+
+@pytest.mark.parametrize(
+    ("t5", "note"),
+    [(True, "2 of 3 prompts are cut to 16 tokens in CLIP, not in T5"), (False, "2 of 3 prompts are cut to 16 tokens")],
+)
+def test_what_clip_cuts_and_t5_reads_is_said(t5: bool, note: str) -> None:
+    pipeline = make_sd3_pipeline(t5=t5)
+    texts = ["a cat", " ".join(["cat"] * 20), " ".join(["cat"] * 200)]
+    assert truncation_note(pipeline, texts) == note
+    assert [is_truncated(pipeline, text) for text in texts] == [False, not t5, not t5]
+    assert token_limit(pipeline) == (256 if t5 else 16)
+
+
+@pytest.mark.parametrize("words", [256, 400])
+def test_what_t5_cuts_is_said(words: int) -> None:
+    """256 tokens with its end, as the stock pipeline takes them, whatever its tokenizer takes."""
+    pipeline, long = make_sd3_pipeline(), " ".join(["cat"] * words)
+    assert is_truncated(pipeline, long)
+    assert truncation_note(pipeline, [long]) == "1 of 1 prompts are cut to 256 tokens"
+    assert truncation_note(pipeline, [long, "cat " * 255]).endswith(
+        "256 tokens; 1 of 2 prompts are cut to 16 tokens in CLIP, not in T5"
+    )
+
+
+@pytest.mark.parametrize("length", [64, 10**30])
+def test_chroma_takes_512_tokens_whatever_its_tokenizer_says(length: int) -> None:
+    pipeline = make_chroma_pipeline()
+    pipeline.tokenizer.model_max_length = length
+    assert truncation_note(pipeline, [" ".join(["cat"] * 511)]) is None
+    assert truncation_note(pipeline, [" ".join(["cat"] * 512)]) == "1 of 1 prompts are cut to 512 tokens"
+
+
+@pytest.mark.parametrize("texts", [["a fish"] * 4, ["a fish", "", "a fish", ""], ["a fish"]])
+def test_equal_negative_prompts_are_encoded_once(
+    tiny: Model, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed, encoded = type(tiny.family).embed_negative, list[str]()
+
+    def counted(family: Family, pipeline: Any, prompt: str) -> PromptEmbeds:
+        encoded.append(prompt)
+        return embed(family, pipeline, prompt)
+
+    monkeypatch.setattr(type(tiny.family), "embed_negative", counted)
+    text = tiny.family.encode(tiny.pipeline, PROMPTS[: len(texts)], negative_prompt=texts)
+    assert encoded == list(dict.fromkeys(texts))
+    assert len(text.unconditional) == len(texts)
+    for row, prompt in zip(text.unconditional.encoder_hidden_states, texts, strict=True):
+        assert torch.equal(row, embed(tiny.family, tiny.pipeline, prompt).encoder_hidden_states[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_whole_numbers_stay_as_they_are_beside_half_precision(dtype: torch.dtype) -> None:
+    numbers = torch.tensor([[2049, 70001]])
+    given = PromptEmbeds(encoder_hidden_states=torch.ones(1, 2, 3), encoder_attention_mask=numbers)
+    moved = given.to(dtype)
+    assert moved.dtype == dtype
+    assert torch.equal(moved.tensors()["encoder_attention_mask"], numbers)
+    assert {tensor.device.type for tensor in given.to("meta", dtype).tensors().values()} == {"meta"}
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:

@@ -115,10 +115,20 @@ def test_large_images_are_drawn_and_decoded_a_few_at_a_time(tiny: Model, monkeyp
 
     monkeypatch.setattr(tiny.pipeline.vae, "decode", decoded)
     decode(tiny, latents)
-    monkeypatch.setattr("boostdiff.engine.sampling.LATENT_AREA_512", 8 * 8 // 2)
+    monkeypatch.setattr("boostdiff.engine.sampling.PIXELS_512", 16 * 16 // 2)
     assert default_batch_size(tiny) == 4
     torch.testing.assert_close(decode(tiny, latents), expected, atol=1e-5, rtol=1e-4)
     assert sizes == [3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("latents", "factor", "batch"), [(64, 8, 8), (128, 8, 2), (16, 32, 8), (32, 32, 2), (128, 32, 1)]
+)
+def test_a_batch_is_as_large_as_its_images_allow(tiny: Model, latents: int, factor: int, batch: int) -> None:
+    """Sana has 32 pixels per latent."""
+    tiny.denoiser.register_to_config(sample_size=latents)
+    tiny.pipeline.vae_scale_factor = factor
+    assert default_batch_size(tiny) == batch
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -13,7 +13,7 @@ from boostdiff.engine.guidance import GuidedDenoiser
 from boostdiff.engine.model import Model, load, locate
 from boostdiff.engine.prompts import truncation_note
 from boostdiff.engine.runners import TorchRunner
-from boostdiff.engine.sampling import generate, to_uint8
+from boostdiff.engine.sampling import generate, initial_noise, sample, to_uint8
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny import CPU, PROMPTS
 from tiny_sana import STOCK, make_sana_pipeline
@@ -53,6 +53,24 @@ def test_euler_is_the_stock_pipelines_of_the_same_shift(model: Model) -> None:
     model.pipeline.scheduler = own
     got = to_uint8(images)[0].permute(1, 2, 0).numpy().astype(int)
     assert np.abs(got - np.asarray(stock).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("euler", [True, False])
+def test_latents_stay_in_float32_between_steps_as_in_the_stock_pipeline(folder: Path, euler: bool) -> None:
+    model = load(locate(str(folder)), device=CPU, dtype=torch.bfloat16)
+    noise = initial_noise(model.latent_shape, count=1, seed=5)
+    assert model.family.latents_dtype(model.denoiser.dtype) == noise.dtype
+    if euler:
+        model.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    got = sample(
+        GuidedDenoiser(TorchRunner(model.denoiser), 4.0),
+        text=encoded(model, PROMPTS[0]),
+        noise=noise,
+        scheduler=model.make_scheduler("euler" if euler else "dpm++"),
+        steps=4,
+    )
+    options = {"num_inference_steps": 4, "guidance_scale": 4.0, "latents": noise, "output_type": "latent", **STOCK}
+    torch.testing.assert_close(got, model.pipeline(PROMPTS[0], **options).images, atol=1e-5, rtol=0)
 
 
 def test_prompts_are_cut_where_it_is_said(model: Model) -> None:

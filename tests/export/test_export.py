@@ -388,6 +388,32 @@ def test_what_a_user_put_into_an_engine_is_not_removed(
     refuse_loss(copied)
 
 
+@pytest.mark.parametrize("name", ["my-notes.txt", "unet/mine.safetensors"])
+def test_what_a_user_puts_into_an_engine_during_an_export_is_not_removed(
+    copied: Path,
+    engines: dict[str, Path],
+    tiny_files: ModelFiles,
+    students: dict[str, Path],
+    name: str,
+    reuse_graphs: Callable[..., None],
+) -> None:
+    reuse_graphs(engines["bitfit"])
+    with pytest.raises(InputError, match=rf"{name} was written .*; the finished one is in (.*)") as refused:
+        export(
+            tiny_files,
+            student=students["bitfit"],
+            output=copied,
+            device="cpu",
+            force=True,
+            report=lambda message: (copied / name).write_text("mine"),
+        )
+    assert (copied / name).read_text() == "mine"
+    finished = copied.with_name(f"{copied.name}-2")
+    assert str(refused.value).endswith(str(finished))
+    manifest = read_manifest(finished)
+    assert up_to_date_engine(finished, manifest) == manifest
+
+
 @pytest.mark.slow
 def test_a_decoder_of_a_size_that_varies(tiny: Model, tmp_path: Path) -> None:
     part = vae_decoder_part(tiny, ExportConfig(size=(16, 16, 32)))
@@ -490,7 +516,7 @@ def test_large_models_leave_the_fp32_graph_out() -> None:
 
 
 def test_a_size_that_the_model_can_not_make(tiny_files: ModelFiles, students: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="multiples of 8 pixels"):
+    with pytest.raises(InputError, match="--size must be multiples of 8"):
         export(
             tiny_files, ExportConfig(size=(18, 18, 18)), student=students["lora"], output=tmp_path / "e", device="cpu"
         )
