@@ -131,7 +131,7 @@ class Run:
         if self.frozen:
             return self.frozen.targets(batch.z_t, batch.t, partial(self.student_x, batch=batch))
         alpha, sigma = self.schedule.at(batch.t)
-        timesteps, dtype = self.schedule.timesteps[batch.t], self.model.denoiser.dtype
+        timesteps, dtype = self.schedule.timesteps[batch.t], self.runner.dtype
         scale = batch.guidance if self.config.guidance_conditioned else self.config.guidance
         teacher = GuidedDenoiser(self.runner, scale, self.guider)
 
@@ -145,7 +145,7 @@ class Run:
 
     def student_x(self, z_t: torch.Tensor, t: torch.Tensor, *, batch: Batch) -> torch.Tensor:
         """The student's x̂ `(B, C, H, W)` at latents and timesteps `(B,)`, for a batch's texts and guidance scales."""
-        dtype = self.model.denoiser.dtype
+        dtype = self.runner.dtype
         guidance = batch.guidance if self.config.guidance_conditioned else None
         student = SinglePassDenoiser(self.runner, guidance, live_negative_prompt=self.config.live_negative_prompt)
         with self.autocast():
@@ -327,7 +327,7 @@ class Run:
                         loss=loss,
                         guidance_r2=r2,
                         images_per_second=images_per_second,
-                        peak_memory=peak_memory(self.model.device),
+                        peak_memory=peak_memory(self.runner.device),
                         steps=self.frozen.stage.steps if self.frozen else None,
                     )
                 )
@@ -352,7 +352,7 @@ class Run:
             self.r2: self.watch.guidance_r2(),
             "gradient_accumulation_steps": self.microbatches,
             "processes": self.accelerator.num_processes,
-            "peak_memory": peak_memory(self.model.device),
+            "peak_memory": peak_memory(self.runner.device),
             "notes": self.notes + notes,
         }
 

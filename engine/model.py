@@ -192,7 +192,9 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where it lies."""
-        return self.denoiser.device
+        denoiser = self.denoiser
+        # The property that diffusers gives a module looks at all within it: 40 ms of SDXL with a LoRA.
+        return next(denoiser.parameters()).device if isinstance(denoiser, torch.nn.Module) else denoiser.device
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -402,7 +402,10 @@ def test_results_that_nobody_gets_are_no_success(command: tuple[str, ...]) -> No
     assert done.stderr == ("boostdiff: error: not all could be written to standard output: No space left on device\n")
 
 
-@pytest.mark.parametrize("name", ["[lora]", "x[/lora]", "[bold]x"])
+@pytest.mark.parametrize(
+    "name",
+    ["[lora]", pytest.param("x[/lora]", marks=pytest.mark.slow), pytest.param("[bold]x", marks=pytest.mark.slow)],
+)
 def test_a_path_is_shown_as_it_is(
     boostdiff: Command,
     tiny_folder: Path,

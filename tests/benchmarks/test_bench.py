@@ -325,8 +325,8 @@ def xl(prompt_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     [
         ("sd", 8, None, 8),
         ("sd", 8, 3, 3),
-        ("xl", 8, None, 8),
-        ("xl", 8, 3, 3),
+        pytest.param("xl", 8, None, 8, marks=pytest.mark.slow),
+        pytest.param("xl", 8, 3, 3, marks=pytest.mark.slow),
         pytest.param("xl", 128, None, 2, marks=pytest.mark.slow),
     ],
 )

@@ -231,7 +231,9 @@ def test_the_scale_that_all_students_can_give_is_named(
         assert read_students(folders, files, 3.0)[1] == 3
 
 
-@pytest.mark.parametrize("samples", [2, 3, 4])
+@pytest.mark.parametrize(
+    "samples", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_few_images_have_a_caption_score_without_an_interval(
     tiny_folder: Path, students: dict[str, Path], reference: Path, clip_folder: Path, tmp_path: Path, samples: int
 ) -> None:

@@ -61,7 +61,7 @@ def test_a_scaled_adapter_adds_that_much_more_and_is_scaled_again_without_traini
     assert not work_folder(tmp_path / "s").exists()
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
 def test_of_a_live_negative_prompt_what_tells_the_texts_apart_is_scaled(
     tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, method: Any
 ) -> None:
@@ -79,7 +79,9 @@ def test_of_a_live_negative_prompt_what_tells_the_texts_apart_is_scaled(
     assert plain.settings["adapter_scale"] == 1
 
 
-@pytest.mark.parametrize("few", [{}, {"few_steps": "4:2", "stage_updates": 1}, {"adapter_scale": 1.5}])
+@pytest.mark.parametrize(
+    "few", [{}, {"few_steps": "4:2", "stage_updates": 1}, pytest.param({"adapter_scale": 1.5}, marks=pytest.mark.slow)]
+)
 def test_kohyas_file_is_added_to_a_finished_student(
     tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, few: dict[str, Any]
 ) -> None:

@@ -92,7 +92,7 @@ def test_products_in_fp16_do_not_overflow() -> None:
     assert layer(x)[0, 0].item() == pytest.approx(192, rel=0.02)
 
 
-@pytest.mark.parametrize("method", ["lora", "bitfit"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("bitfit", marks=pytest.mark.slow)])
 def test_the_student_belongs_to_the_model_in_full(
     files: ModelFiles, prompt_file: Path, tmp_path: Path, method: str
 ) -> None:

@@ -394,7 +394,7 @@ def test_a_picture_that_can_not_be_drawn_costs_no_student(
     assert [note.split(":")[1] for note in notes] == [" out of memory"] * 3
 
 
-@pytest.mark.parametrize("batch_size", [5, 8])
+@pytest.mark.parametrize("batch_size", [5, pytest.param(8, marks=pytest.mark.slow)])
 def test_an_update_that_does_not_fit_into_memory_is_split(
     tiny_files: ModelFiles, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
 ) -> None:

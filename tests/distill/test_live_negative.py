@@ -42,7 +42,7 @@ NEGATIVES = ["", "two green birds", "a red cat, a blue dog on a hill, two green 
 """Empty, short, and longer than the text encoder takes."""
 
 
-@pytest.fixture(scope="module", params=["sd", "sdxl"])
+@pytest.fixture(scope="module", params=["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
     folder = tmp_path_factory.mktemp(request.param) / "model"
     (make_xl_pipeline() if request.param == "sdxl" else make_pipeline()).save_pretrained(folder)

@@ -31,6 +31,7 @@ from boostdiff.engine.sessions import OnnxSession
 from boostdiff.engine.student import read_student
 from boostdiff.export.config import ExportConfig
 from boostdiff.export.export import export
+from boostdiff.export.parts import denoiser_part
 from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -184,11 +185,30 @@ def test_a_size_that_the_model_can_not_draw(folders: dict[str, Path], tmp_path: 
     assert not (tmp_path / "images").exists()
 
 
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_the_exported_denoiser_is_the_merged_one(
+    folders: dict[str, Path], family_students: dict[str, Path], kind: str
+) -> None:
+    """What the exporter is given; its graphs are compared where engines are made, of SDXL by the slow proof below."""
+    model = load(locate(str(folders[kind])), device=CPU)
+    merged = merge(model, family_students[kind], read_student(family_students[kind]))
+    text = model.family.encode(model.pipeline, list(PROMPTS), negative_prompt=None).conditional
+    part = denoiser_part(model, merged, text, ExportConfig(), (1, 999))
+    names = {"sample", "timestep", "encoder_hidden_states"} | ({"text_embeds", "time_ids"} if kind == "sdxl" else set())
+    assert part.inputs.keys() == names
+    with torch.no_grad():
+        (got,), expected = part.module(**part.inputs), TorchRunner(merged).predict(part.inputs)
+        other = TorchRunner(stock(folders[kind]).unet).predict(part.inputs)
+    torch.testing.assert_close(got, expected)
+    assert not torch.allclose(got, other, atol=1e-3)
+    assert {case.where.split(",")[0] for case in part.cases} >= {"batch 1", "batch 2"}
+
+
 @pytest.mark.parametrize(
     ("kind", "trt"),
     [
         pytest.param("sd-v", False, marks=pytest.mark.slow),
-        ("sdxl", False),
+        pytest.param("sdxl", False, marks=pytest.mark.slow),
         pytest.param("sdxl", True, marks=pytest.mark.slow),
     ],
 )

@@ -388,7 +388,7 @@ def test_what_a_user_put_into_an_engine_is_not_removed(
     refuse_loss(copied)
 
 
-@pytest.mark.parametrize("name", ["my-notes.txt", "unet/mine.safetensors"])
+@pytest.mark.parametrize("name", [pytest.param("my-notes.txt", marks=pytest.mark.slow), "unet/mine.safetensors"])
 def test_what_a_user_puts_into_an_engine_during_an_export_is_not_removed(
     copied: Path,
     engines: dict[str, Path],

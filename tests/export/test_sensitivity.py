@@ -37,7 +37,9 @@ def rounding(unet: torch.nn.Module, names: list[str], ranges: Ranges, scheme: Sc
         hook.remove()
 
 
-@pytest.mark.parametrize(("live", "scheme"), [(False, INT8), (True, FP8)], ids=["int8", "live, fp8"])
+@pytest.mark.parametrize(
+    ("live", "scheme"), [(False, INT8), pytest.param(True, FP8, marks=pytest.mark.slow)], ids=["int8", "live, fp8"]
+)
 def test_the_estimate_is_what_rounding_changes(
     tiny_folder: Path,
     students: dict[str, Path],

@@ -17,6 +17,7 @@ def artworks() -> Artworks:
     return make_artworks(12)
 
 
+@pytest.mark.slow
 def test_it_learns_and_is_a_stock_folder(artworks: Artworks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caption_model, "load_artworks", lambda work: artworks)
     monkeypatch.setattr(caption_model, "RETRIEVAL", 8)

@@ -127,6 +127,7 @@ def test_evaluate_needs_the_unguided_teacher(tmp_path: Path) -> None:
             evaluate(tmp_path, scales=scales)
 
 
+@pytest.mark.slow
 def test_what_a_negative_prompt_names_is_looked_for(
     artworks: Artworks,
     prompt_file: Path,

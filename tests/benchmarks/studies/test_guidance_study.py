@@ -100,6 +100,7 @@ def test_effective_guidance_is_that_of_the_nearest_teacher() -> None:
     assert nearest_scale(at(9.0), teachers)[0] == 5.0
 
 
+@pytest.mark.slow
 def test_effective_guidance_at_each_scale_of_the_range(tmp_path: Path, prompt_file: Path) -> None:
     ranged = distilled(tmp_path / "ranged", prompt_file, 2.0, 6.0)
     sampling = ("--work", tmp_path, "--samples", 4, "--steps", 2)
