@@ -129,7 +129,7 @@ def distill(
         observers=observers,
     )
     if execution.resume and (ended := finished_run(output, job.identity)):
-        return _again(job, ended, asked_scale, output)
+        return _resume_finished(job, ended, asked_scale, output)
     refuse_loss_of_files(output)
     folder, replaces = work_folder(output), (output / INFO_FILE).is_file()
     # All processes look before the main one gives the name: making the accelerator waits for all.
@@ -152,10 +152,10 @@ def distill(
             )
     if replaces:
         observers.on_note(f"the student that was in {output} is replaced")
-    return _again(job, info, asked_scale, output) if trained and not config.stages else info
+    return _resume_finished(job, info, asked_scale, output) if trained and not config.stages else info
 
 
-def _again(job: Job, ended: StudentInfo, asked_scale: float | None, output: Path) -> StudentInfo:
+def _resume_finished(job: Job, ended: StudentInfo, asked_scale: float | None, output: Path) -> StudentInfo:
     """What a run that has ended gives when it is resumed: its student, with another scale or file if asked for."""
     # A default that has changed since is no reason to touch a finished student.
     before, kohya = adapter_scale_of(ended), job.execution.format == "kohya"

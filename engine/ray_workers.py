@@ -18,6 +18,7 @@ from .errors import BoostDiffError, InputError, one_line
 from .generate import Sampling, opened
 from .shards import Job, draw_shard
 from .terminal import quiet_libraries
+from .versions import usable_cpus
 
 CONNECT_TIMEOUT = 10
 """Seconds for a cluster to take a connection."""
@@ -52,9 +53,7 @@ def start_ray(address: str, *, cpus: int | None = None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     started: dict[str, Any] = {}
     if address == "local":
-        # macOS and Windows bind no process to CPUs.
-        here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        started = {"num_cpus": cpus or here, "include_dashboard": False}
+        started = {"num_cpus": cpus or usable_cpus(), "include_dashboard": False}
     try:
         if found := re.fullmatch(r"(?:ray://)?\[?([^\[\]]+?)\]?:(\d{1,5})", address):
             # Ray itself tries for minutes.

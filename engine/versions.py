@@ -1,5 +1,6 @@
-"""What is installed, and which versions made a file."""
+"""What is here: libraries and CPUs; and which versions made a file."""
 
+import os
 import shutil
 import subprocess
 from functools import cache
@@ -31,6 +32,11 @@ def is_installed(module: str) -> bool:
     """Whether a module can be imported; a folder of its name, such as Ray's own in /tmp, is none."""
     spec = find_spec(module)
     return spec is not None and spec.origin is not None
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use; on macOS and Windows, where none is bound to CPUs, all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache

@@ -13,7 +13,7 @@ from ..engine.errors import BoostDiffError, InputError, one_line
 from ..engine.files import read_text
 from ..engine.options import config_from, options_of
 from ..engine.terminal import console, quiet_libraries
-from ..engine.versions import is_installed, to_install
+from ..engine.versions import is_installed, to_install, usable_cpus
 from .config import ServeConfig, absolute, read_config
 
 RAY_SERVE = {
@@ -38,8 +38,7 @@ def serve(**options: Any) -> None:
     from .image_model import name_of
     from .settings import api_key, is_loopback, parse_settings
 
-    # macOS and Windows bind no process to CPUs.
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus, gpu = usable_cpus(), torch.cuda.is_available()
     if config.config is not None:
         try:
             values = yaml.safe_load(read_text(config.config))
@@ -48,9 +47,7 @@ def serve(**options: Any) -> None:
         args, host, port = read_config(values, config.config)
     else:
         count = config.replicas * (1 + config.teacher)
-        share = (
-            {"num_gpus": 1 / (1 + config.teacher)} if torch.cuda.is_available() else {"num_cpus": max(1, cpus // count)}
-        )
+        share = {"num_gpus": 1 / (1 + config.teacher)} if gpu else {"num_cpus": max(1, cpus // count)}
         args = config.settings(deployment={"ray_actor_options": share})
         cpus, host, port = max(cpus, count), config.host, config.port
     settings = parse_settings({**args, "loopback": is_loopback(host)})

@@ -186,8 +186,7 @@ def diffusion(
         tokenizer = the_tokenizer(work, artworks)
     torch.manual_seed(seed)
     text_encoder, unet = make_text_encoder(tokenizer).to(where), make_unet().to(where)
-    # What is not asked for is left out, as in checkpoints from before there was a header.
-    header: dict[str, Any] = {"flow": True} if flow else {}
+    header: dict[str, Any] = {"seed": seed, "batch": batch, "flow": flow}
     if start_from:
         parts = locate(str(start_from))
         header["start_from"] = hash_of([parts.denoiser_sha256(), parts.other_sha256()["text_encoder"]])

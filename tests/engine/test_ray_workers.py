@@ -32,16 +32,6 @@ def test_a_worker_fits_on_a_machine(
     assert ray_workers.worker_options(count) == expected
 
 
-def test_a_system_that_binds_no_process_to_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """macOS, Windows."""
-    started: dict[str, Any] = {}
-    monkeypatch.delattr("os.sched_getaffinity", raising=False)
-    monkeypatch.setattr("os.cpu_count", lambda: 3)
-    monkeypatch.setattr(ray_workers, "ray", SimpleNamespace(init=lambda **options: started.update(options)))
-    ray_workers.start_ray("local")
-    assert started["num_cpus"] == 3
-
-
 @pytest.mark.parametrize("count", [None, 2])
 def test_no_machine_can_take_a_worker(monkeypatch: pytest.MonkeyPatch, count: int | None) -> None:
     nodes = [{"Alive": True, "Resources": {"memory": 1e9}}, {"Alive": True, "Resources": {"CPU": 0.5}}]

@@ -3,7 +3,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from boostdiff.engine.versions import source_commit, versions
+from boostdiff.engine.versions import source_commit, usable_cpus, versions
 
 GIT = shutil.which("git")
 
@@ -38,3 +38,12 @@ def test_a_library_is_found_under_its_import_name(tmp_path: Path, monkeypatch: p
     assert found["some_library"] == "1.2.3"
     assert "torch" in found
     assert "no_such_library" not in found
+
+
+def test_a_process_may_use_the_cpus_that_it_is_bound_to_or_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {5, 7}, raising=False)
+    assert usable_cpus() == 2
+    # macOS, Windows.
+    monkeypatch.delattr("os.sched_getaffinity")
+    assert usable_cpus() == 3

@@ -109,14 +109,6 @@ def test_what_was_not_exported(engines: dict[str, Path], options: Any, said: str
 
 
 @pytest.mark.usefixtures("installed")
-def test_a_system_that_binds_no_process_to_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """macOS, Windows: it comes as far as the key."""
-    monkeypatch.delattr("os.sched_getaffinity", raising=False)
-    with pytest.raises(InputError, match=KEY_VARIABLE):
-        command.serve(**vars(ServeConfig(host="example.org")))
-
-
-@pytest.mark.usefixtures("installed")
 def test_a_port_that_is_taken(students: dict[str, Path], tiny_folder: Path) -> None:
     options = vars(ServeConfig()) | {"student": students["lora"], "model": str(tiny_folder)}
     with socket.socket() as held:

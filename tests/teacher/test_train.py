@@ -94,7 +94,7 @@ def test_what_a_diffusion_begins_with_is_kept(tmp_path: Path, monkeypatch: pytes
     diffusion(tmp_path, compiles=False, flow=True)
     for folder in (MODEL_DIR, *starts):
         diffusion(tmp_path, compiles=False, start_from=folder)
-    assert headers[:2] == [{}, {"flow": True}]
+    assert headers[:2] == [{"seed": 0, "batch": 64, "flow": flow} for flow in (False, True)]
     assert headers[2] == headers[3]
     assert len({header["start_from"] for header in headers[2:]}) == 3
 
