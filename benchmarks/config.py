@@ -232,6 +232,14 @@ class ComposeConfig(SamplingConfig):
     sampler: SamplerOption = "ddim"
     guidance: GuidanceOption = None
     runs: Annotated[int, typer.Option(min=3, help="Timed batches per row; the intervals reach 95% with 6.")] = 5
+    runner: Annotated[
+        Literal["torch", "captured", "compiled"] | None,
+        typer.Option(
+            help="What executes the rows that are no engines': torch, captured (a CUDA graph of it), compiled "
+            "(torch.compile).",
+            show_default="torch on a GPU; small models on a CPU: compiled where it has bfloat16, else ONNX Runtime",
+        ),
+    ] = None
     max_autotune: MaxAutotuneOption = False
     alternatives: Annotated[
         bool, typer.Option("--alternatives", help="Also what saves passes without training, in the most steps.")

@@ -15,6 +15,7 @@ from diffusers import SchedulerMixin
 
 from ..engine.errors import InputError
 from ..engine.files import hash_of, sha256_of
+from ..engine.generate import device_for
 from ..engine.guidance import teacher_denoiser
 from ..engine.guiders import Guider
 from ..engine.merge import merge
@@ -185,6 +186,8 @@ class Session:
         if len(prompts) < config.samples:
             raise InputError(f"--samples {config.samples} needs as many prompts: there are {len(prompts)}")
         target = resolve_device(device)
+        if isinstance(config, ComposeConfig) and config.runner:
+            device_for(config.runner, files.family, device)
         processes = launched_processes(target)
         # Under a launcher each process has its own accelerator.
         model = load(files, device=processes.device if processes else target)
@@ -201,6 +204,7 @@ class Session:
         opened = FastestRunners(
             model,
             passes=MANY_PASSES if composed else passes,
+            name=config.runner if isinstance(config, ComposeConfig) else None,
             compiles=compiles,
             freezing=composed,
             max_autotune=max_autotune,

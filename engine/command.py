@@ -67,7 +67,7 @@ def generate(
 ) -> None:
     """Draw images with the student in one pass per step; with [bold]--teacher[/], in two."""
     quiet_libraries()
-    from .generate import device_of, draw, resolve
+    from .generate import device_for, draw, resolve
     from .model import locate
     from .prompts import read_prompts
     from .shards import Job
@@ -84,9 +84,9 @@ def generate(
     config = config_from(GenerateConfig, options, prompts=[prompt for prompt in texts for _ in range(count)])
     files = None if config.on_engine else locate(embedded.MODEL_NAME if config.model is None else config.model)
     config = resolve(files, config)
-    if not (config.on_engine or address):
+    if files is not None and not address:
         # Shards are compared with the model's weights before any is drawn.
-        device_of(config, device)
+        device_for(config.runner, files.family, device)
     if address is not None or shard_size is not None:
         job = Job(
             files=files,

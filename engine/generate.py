@@ -24,7 +24,7 @@ from .conditions import TextEmbeddings
 from .config import GenerateConfig
 from .errors import BoostDiffError, InputError
 from .exported import Engine, scheduler_of
-from .family import TEXT_BATCH_SIZE
+from .family import TEXT_BATCH_SIZE, Family
 from .files import check_output, prepare_output, write_whole
 from .guidance import Denoiser, GuidedDenoiser, teacher_denoiser
 from .guiders import GuiderOptions
@@ -184,15 +184,17 @@ def open_student(files: ModelFiles, config: GenerateConfig, device: torch.device
     return Sampling(model=model, denoiser=denoiser, negative_prompt=negative_prompt, adapter=info.adapter_sha256)
 
 
-def device_of(config: GenerateConfig, name: str) -> torch.device:
-    """The device of this name, for a runner in torch.
+def device_for(runner: str, family: Family, name: str) -> torch.device:
+    """The device of this name, for a runner of `IN_TORCH` and a model of a family.
 
     Raises:
-        InputError: this machine lacks the device.
+        InputError: this machine lacks the device, or no CUDA graph can hold the family's denoisers.
         BoostDiffError: the runner lacks something there.
     """
+    if runner == "captured":
+        check_capturable(family)
     target = resolve_device(name)
-    if (lacking := LACKING.get(config.runner)) and (reason := lacking(target)):
+    if (lacking := LACKING.get(runner)) and (reason := lacking(target)):
         raise BoostDiffError(reason)
     return target
 
@@ -210,7 +212,9 @@ def opened(files: ModelFiles | None, config: GenerateConfig, device: str) -> Ite
             yield sampling
         return
     assert files is not None
-    yield (open_teacher if config.teacher else open_student)(files, config, device_of(config, device))
+    yield (open_teacher if config.teacher else open_student)(
+        files, config, device_for(config.runner, files.family, device)
+    )
 
 
 def images_of(

@@ -35,7 +35,9 @@ def serve(**options: Any) -> None:
     import torch
     import yaml
 
-    from .image_model import name_of
+    from ..engine.generate import device_for
+    from ..engine.model import locate
+    from .loading import in_torch, name_of
     from .settings import api_key, is_loopback, parse_settings
 
     cpus, gpu = usable_cpus(), torch.cuda.is_available()
@@ -56,6 +58,9 @@ def serve(**options: Any) -> None:
     names = [name_of(each) for each in settings.models]
     if config.address is None:
         _check_port(host, port)
+        for each in settings.models:
+            if each.engine is None:
+                device_for(in_torch(each), locate(each.model, weights=False).family, each.device)
         # Replicas run in folders of their own.
         for each in settings.models:
             each.engine, each.student = (

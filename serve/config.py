@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..engine import embedded
+from ..engine.config import EXPORTED
 from ..engine.errors import InputError
 from ..engine.options import ENGINE_FOLDER, check_options, refuse_unused
 
@@ -47,8 +48,12 @@ class ServeConfig:
         ),
     ] = None
     runner: Annotated[
-        Literal["auto", "onnx", "tensorrt"] | None,
-        typer.Option(show_default="tensorrt where it runs, else onnx", help="What executes the engine."),
+        Literal["auto", "onnx", "tensorrt", "torch", "captured", "compiled"] | None,
+        typer.Option(
+            show_default="tensorrt where it runs, else onnx; torch",
+            help="What executes the engine: onnx, tensorrt; or --student, and a teacher beside it: torch, captured (a "
+            "CUDA graph of it), compiled (torch.compile, slow to start).",
+        ),
     ] = None
     precision: Annotated[
         Literal["fp32", "fp16"] | None,
@@ -79,7 +84,13 @@ class ServeConfig:
             others = [name for name in vars(self) if name not in ("config", "address")]
             refuse_unused(self, "with --config, whose file says it", *others)
         if self.student is not None:
-            refuse_unused(self, "with --student, which runs in torch", "engine", "runner", "precision")
+            refuse_unused(self, "with --student, which runs in torch", "engine", "precision")
+            if self.runner in EXPORTED:
+                raise InputError(
+                    f"--runner {self.runner} runs engines: pass torch, captured or compiled with --student"
+                )
+        elif self.runner not in (None, "auto", *EXPORTED):
+            raise InputError(f"--runner {self.runner} runs students in torch: pass --student, or onnx or tensorrt")
         elif not self.teacher:
             refuse_unused(self, "without --student or --teacher: an engine holds its model", "model")
 
@@ -91,6 +102,7 @@ class ServeConfig:
         }
         in_torch: dict[str, Any] = common | ({} if self.model is None else {"model": absolute(self.model)})
         if self.student is not None:
+            in_torch |= {"runner": self.runner or "auto"}
             models = [in_torch | {"student": str(self.student.resolve())}]
         else:
             engine = (self.engine or ENGINE_FOLDER).resolve()

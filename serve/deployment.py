@@ -29,7 +29,8 @@ from ..engine.ray_workers import start_ray
 from ..engine.terminal import quiet_libraries
 from .api import OverloadedError, make_app
 from .guard import Traffic
-from .image_model import Description, Drawn, Job, name_of, open_model
+from .image_model import Description, Drawn, Job
+from .loading import name_of, open_model
 from .local import LocalBackend
 from .settings import ModelSettings, ServerSettings, api_key, first_of, parse_settings
 from .url_files import UrlFiles

@@ -6,11 +6,9 @@ An image's noise comes from its seed alone, so it does not depend on the images 
 from __future__ import annotations
 
 import io
-import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,16 +20,13 @@ from ..engine.exported import Engine
 from ..engine.files import is_unicode
 from ..engine.generate import DEFAULT_GUIDANCE
 from ..engine.guidance import Denoiser, GuidedDenoiser, SinglePassDenoiser
-from ..engine.manifest import Manifest, read_manifest
-from ..engine.merge import merge_student
-from ..engine.model import Model, load, locate, resolve_device
+from ..engine.model import Model
 from ..engine.options import SAMPLER, STEPS
 from ..engine.prompts import truncation_note
-from ..engine.runners import TorchRunner, chosen_graph
+from ..engine.runners import Runner
 from ..engine.sampling import decode, default_batch_size, initial_noise, sampling, to_pil
 from ..engine.schedulers import SAMPLERS, check_steps
-from ..engine.student import Distilled, read_student
-from .settings import ModelSettings
+from ..engine.student import Distilled
 
 PNG_LEVEL = 1
 """zlib's: its default, 6, takes two to four times as long, for files smaller by a seventh to a fifth."""
@@ -39,7 +34,14 @@ PNG_LEVEL = 1
 CHECK_PROMPTS = ("a photo of a red apple on a table", "a lighthouse at dusk", "two green birds", "a white fish")
 CHECK_STEPS = 2
 CHECK_LEVELS = 1
-"""What an image may differ by from the same image drawn alone, in levels of 255."""
+"""What an image may differ by, in float32 on a CPU, from the same image drawn alone, in levels of 255."""
+
+CHECK_SHARE = 0.05
+"""What images may differ by elsewhere in the mean, in standard deviations of their values.
+
+Kernels of other batch sizes round in other places. Rounding to bfloat16 moves images of `emoji64` by 0.024, to float16
+by 0.003; that of another prompt is more than one away.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +143,17 @@ class ImageModel:
     """An engine, or a student or a teacher in torch, ready to draw."""
 
     def __init__(
-        self, *, name: str, model: Model, distilled: Distilled | None, engine: Engine | None, max_batch: int | None
+        self,
+        *,
+        name: str,
+        model: Model,
+        runner: Runner,
+        distilled: Distilled | None,
+        engine: Engine | None,
+        max_batch: int | None,
     ) -> None:
         """Not to be called: see `open_model`."""
-        self._model, self._distilled, self._engine = model, distilled, engine
-        self._runner = TorchRunner(model.denoiser) if engine is None else model.denoiser
+        self._model, self._runner, self._distilled, self._engine = model, runner, distilled, engine
         _, height, width = model.latent_shape
         factor = model.pipeline.vae_scale_factor
         few = distilled.sampler if distilled else None
@@ -155,7 +163,7 @@ class ImageModel:
         self.description = Description(
             id=name,
             role="student" if distilled else "teacher",
-            runner=self._runner.name,
+            runner=runner.name,
             passes_per_step=1 if distilled else 2,
             size=(factor * width, factor * height),
             samplers=tuple(SAMPLERS) if few is None else (few,),
@@ -252,10 +260,12 @@ class ImageModel:
         jobs = jobs[: self.description.max_batch]
         together = _levels(self.draw(jobs))
         alone = np.concatenate([_levels(self.draw([job])) for job in jobs])
-        difference = int(np.abs(together - alone).max())
-        if together.std() == 0:
+        differences = np.abs(together - alone)
+        difference, spread = int(differences.max()), float(together.std())
+        if spread == 0:
             raise BoostDiffError(f"{self.description.id} draws images of one color")
-        if difference > CHECK_LEVELS:
+        exact = self._runner.device.type == "cpu" and self._runner.precision == torch.float32
+        if difference > CHECK_LEVELS if exact else differences.mean() > CHECK_SHARE * spread:
             raise BoostDiffError(
                 f"images of {self.description.id} depend on the batch that they are drawn in, by "
                 f"{difference}/255: serve it with a batch of 1"
@@ -300,69 +310,12 @@ class ImageModel:
         """One for a batch of images, each at its own scale."""
         scales = [scale for job in jobs if (scale := self._guidance(job)) is not None]
         guidance = torch.tensor(scales, device=model.device) if scales else None
+        # An engine has a runner for each size.
         runner = self._runner if self._engine is None else model.denoiser
         if self._distilled is None:
             assert guidance is not None
             return GuidedDenoiser(runner, guidance)
         return SinglePassDenoiser(runner, guidance, live_negative_prompt=self._distilled.live_negative_prompt)
-
-
-def open_model(settings: ModelSettings) -> ImageModel:
-    """Open what the settings name.
-
-    Raises:
-        InputError: the engine, the student or the model can't be used.
-        BoostDiffError: this machine can't run it.
-    """
-    engine: Engine | None = None
-    distilled: Distilled | None = None
-    if settings.engine is not None:
-        runner, device = settings.runner, settings.device
-        engine = Engine.load(settings.engine, runner=runner, device=device, precision=settings.precision)
-        model, distilled = engine.model, engine.manifest.distilled
-    else:
-        files = locate(settings.model)
-        if settings.student is not None:
-            distilled = info = read_student(Path(settings.student), files)
-        model = load(files, device=resolve_device(settings.device))
-        if settings.student is not None:
-            # An adapter beside the weights would cost time in every layer.
-            merge_student(model.denoiser, Path(settings.student), info)
-    name, most = name_of(settings), settings.max_batch
-    return ImageModel(name=name, model=model, distilled=distilled, engine=engine, max_batch=most)
-
-
-def name_of(settings: ModelSettings) -> str:
-    """The name that a model will have, once its folders were seen to hold what is asked for; no weights are read.
-
-    Raises:
-        InputError: they can't be used.
-    """
-    if settings.engine is not None:
-        manifest = read_manifest(Path(settings.engine))
-        _check_exported(settings, manifest)
-        named = manifest.model
-    else:
-        named = locate(settings.model, weights=False).name
-        if settings.student is not None:
-            read_student(Path(settings.student))
-    # Without the folders above it, which are nobody's business.
-    name = re.split(r"[/\\]", named.rstrip("/\\"))[-1] or "model"
-    teacher = settings.engine is None and settings.student is None
-    return settings.name or name + ("-teacher" if teacher else "")
-
-
-def _check_exported(settings: ModelSettings, manifest: Manifest) -> None:
-    """Refuse, by an InputError, a runner or a precision that was not exported, whatever machine will draw."""
-    folder = Path(settings.engine or "")
-    if settings.runner == "tensorrt":
-        if manifest.plan not in manifest.files:
-            raise InputError(f"the engine in {folder} was exported without --trt: export again, or serve it with onnx")
-        if settings.precision is not None:
-            raise InputError("a plan has one precision: choose it with the runner onnx alone")
-    elif settings.precision is not None:
-        cpu = torch.device("cpu")
-        chosen_graph(manifest.denoiser, folder=folder, manifest=manifest, device=cpu, precision=settings.precision)
 
 
 def _levels(pictures: Sequence[Picture]) -> np.ndarray:

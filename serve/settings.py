@@ -33,9 +33,9 @@ class ModelSettings(_Settings):
         engine: folder that `boostdiff export` wrote.
         student: folder that `boostdiff distill` wrote, in torch.
         model: model of the student or the teacher.
-        runner: see `Engine.load`.
-        device: likewise.
-        precision: likewise.
+        runner: of an engine see `Engine.load`; else one of `generate.IN_TORCH`, "auto" being "torch".
+        device: see `Engine.load`.
+        precision: of an engine, likewise.
         max_batch: images drawn together; None takes `default_batch_size`.
         deployment: options of Ray Serve's deployment: `num_replicas`, `autoscaling_config`, `ray_actor_options`, …
     """
@@ -44,7 +44,7 @@ class ModelSettings(_Settings):
     engine: str | None = None
     student: str | None = None
     model: str = embedded.MODEL_NAME
-    runner: Literal["auto", *EXPORTED] = "auto"  # type: ignore[valid-type]
+    runner: Literal["auto", "torch", "captured", "compiled", "onnx", "tensorrt"] = "auto"
     device: str = "auto"
     precision: Literal["fp32", "fp16"] | None = None
     max_batch: int | None = Field(None, ge=1, le=1024)
@@ -54,6 +54,9 @@ class ModelSettings(_Settings):
     def _one_source(self) -> ModelSettings:
         if self.engine is not None and (self.student is not None or "model" in self.model_fields_set):
             raise ValueError("an engine includes its student and its model: leave student and model out")
+        if self.runner != "auto" and (self.runner in EXPORTED) != (self.engine is not None):
+            kinds = "onnx and tensorrt run engines; torch, captured and compiled run students and teachers"
+            raise ValueError(f"the runner {self.runner} can't be used here: {kinds}")
         return self
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...engine.captured import CapturedRunner
 from ...engine.compiled import CompiledRunner, has_bfloat16, missing_compiler
 from ...engine.conditions import is_live
 from ...engine.merge import TIMESTEPS
@@ -49,6 +50,7 @@ class FastestRunners(ExitStack):
         model: Model,
         *,
         passes: int,
+        name: str | None = None,
         compiles: bool = True,
         freezing: bool = False,
         max_autotune: bool = False,
@@ -56,7 +58,8 @@ class FastestRunners(ExitStack):
     ) -> None:
         """For the UNets of one model, `passes` single-image UNet passes and batches of `batch_size` images.
 
-        With `compiles` false torch does not compile; `freezing` and `max_autotune` are `CompiledRunner`'s.
+        `name`, of `generate.IN_TORCH`, chooses. With `compiles` false torch does not compile; `freezing` and
+        `max_autotune` are `CompiledRunner`'s.
         """
         super().__init__()
         self.compiled = partial(CompiledRunner, freezing=freezing, max_autotune=max_autotune)
@@ -64,8 +67,13 @@ class FastestRunners(ExitStack):
         self.batch_size = batch_size
         self.opened: dict[int, tuple[Any, Runner]] = {}
         device = model.device
-        self.name = "torch"
-        if device.type == "cpu" and model.denoiser.num_parameters() < LARGE_PARAMETERS and passes >= MANY_PASSES:
+        self.name = name or "torch"
+        if (
+            name is None
+            and device.type == "cpu"
+            and model.denoiser.num_parameters() < LARGE_PARAMETERS
+            and passes >= MANY_PASSES
+        ):
             if compiles and pays_to_compile(model.denoiser) and missing_compiler(device) is None:
                 self.name = "compiled"
             elif is_installed("onnxruntime"):
@@ -83,6 +91,8 @@ class FastestRunners(ExitStack):
             return TorchRunner(denoiser)
         if self.name == "compiled":
             return self.compiled(denoiser, batches=(self.batch_size, 2 * self.batch_size))
+        if self.name == "captured":
+            return CapturedRunner(denoiser)
         folder = self.enter_context(tempfile.TemporaryDirectory())
         path = Path(folder) / "model.onnx"
         encoded = self.model.family.encode(self.model.pipeline, [""])

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from boostdiff.benchmarks.compose import (
     Configuration,
     compose,
@@ -207,6 +208,11 @@ def test_what_does_not_belong_together_is_refused(
         tried(students["lora"], engines["bitfit"], Metrics(reference=reference))
     with pytest.raises(InputError, match=r"--max-autotune is for rows by torch\.compile: here they are by torch"):
         tried(students["lora"], engines["lora"], Metrics(reference=reference), max_autotune=True)
+    with pytest.raises(InputError, match=r"--max-autotune is for rows by torch\.compile: here they are by torch"):
+        tried(students["lora"], None, Metrics(reference=reference), max_autotune=True, runner="torch")
+    if not torch.cuda.is_available():
+        with pytest.raises(BoostDiffError, match="CUDA graphs need an NVIDIA GPU"):
+            tried(students["lora"], None, Metrics(reference=reference), runner="captured")
     with pytest.raises(InputError, match="pass --reference DIR"):
         tried(students["lora"], engines["lora"], Metrics())
     few = few_step_copy(students["lora"], tmp_path / "few", 2)

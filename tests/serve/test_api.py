@@ -20,7 +20,8 @@ pytest.importorskip("fastapi", reason="the extra dev has it")
 
 from boostdiff.serve.api import ImagesRequest, OverloadedError, make_app
 from boostdiff.serve.guard import Traffic
-from boostdiff.serve.image_model import Description, Drawn, ImageModel, Job, Picture, open_model
+from boostdiff.serve.image_model import Description, Drawn, ImageModel, Job, Picture
+from boostdiff.serve.loading import open_model
 from boostdiff.serve.local import LocalBackend
 from boostdiff.serve.settings import Limits, ModelSettings
 from boostdiff.serve.url_files import UrlFiles
@@ -304,7 +305,9 @@ def test_a_few_step_student_lists_its_own_sampling(model: ImageModel) -> None:
     assert model._distilled is not None
     assert model._engine is not None
     few = replace(model._distilled, sampler="euler", steps=4, timestep_spacing="trailing")
-    made = ImageModel(name="few", model=model._model, distilled=few, engine=model._engine, max_batch=None)
+    made = ImageModel(
+        name="few", model=model._model, runner=model._runner, distilled=few, engine=model._engine, max_batch=None
+    )
     assert (made.description.samplers, made.description.steps) == (("euler",), 4)
     made.completed(Job(prompt="a", seed=0, steps=made.description.steps, sampler=made.description.samplers[0]))
     assert model.description.steps is None
@@ -319,7 +322,9 @@ def test_a_batch_fits_of_the_largest_images(model: ImageModel, monkeypatch: pyte
     engine = model._engine
     assert engine is not None
     monkeypatch.setitem(engine.manifest.options, "size", [16, 16, 64])
-    made = ImageModel(name="x", model=model._model, distilled=model._distilled, engine=engine, max_batch=None)
+    made = ImageModel(
+        name="x", model=model._model, runner=model._runner, distilled=model._distilled, engine=engine, max_batch=None
+    )
     assert made.description.max_batch == batch_of(model._model) // 4
 
 

@@ -9,7 +9,7 @@ import yaml
 from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.serve import command
 from boostdiff.serve.config import ServeConfig, read_config
-from boostdiff.serve.image_model import name_of
+from boostdiff.serve.loading import name_of
 from boostdiff.serve.settings import KEY_VARIABLE, ModelSettings, api_key, is_loopback, parse_settings
 
 EXAMPLES = Path(__file__).parents[2] / "docs/serving"
@@ -44,8 +44,10 @@ def test_options_make_the_settings() -> None:
     assert (teacher.engine, teacher.student, name_of(teacher)) == (None, None, "emoji64-teacher")
     assert engine.deployment == {"ray_actor_options": {"num_cpus": 1}, "num_replicas": 2}
     assert (settings.limits.steps, settings.public_url) == (30, "https://a.org")
-    in_torch = parse_settings(ServeConfig(student=Path("/s")).settings(deployment={})).models
-    assert [each.student for each in in_torch] == ["/s"]
+    config = ServeConfig(student=Path("/s"), teacher=True, runner="compiled")
+    in_torch = parse_settings(config.settings(deployment={})).models
+    assert [(each.student, each.runner) for each in in_torch] == [("/s", "compiled"), (None, "compiled")]
+    assert parse_settings(ServeConfig(teacher=True, runner="onnx").settings(deployment={})).models[1].runner == "auto"
 
 
 @pytest.mark.parametrize(
@@ -80,7 +82,10 @@ def test_a_name_has_no_folders(students: dict[str, Path], tiny_folder: Path) -> 
         ({"host": "example.org"}, f"set {KEY_VARIABLE}"),
         ({"engine": Path("/nowhere")}, "there is no engine in /nowhere"),
         ({"student": Path("/nowhere")}, "there is no student in /nowhere"),
-        ({"student": Path("s"), "runner": "onnx"}, "--runner is not used with --student"),
+        ({"student": Path("s"), "runner": "onnx"}, "--runner onnx runs engines: pass torch, captured or compiled"),
+        ({"runner": "captured"}, "--runner captured runs students in torch: pass --student"),
+        ({"engine": Path("e"), "runner": "compiled"}, "--runner compiled runs students in torch"),
+        ({"student": Path("s"), "precision": "fp16"}, "--precision is not used with --student"),
         ({"model": "emoji64"}, "--model is not used"),
         ({"config": Path("a.yaml"), "port": 9}, "--port is not used with --config"),
         ({"config": Path("a.yaml")}, r"can't read a\.yaml"),

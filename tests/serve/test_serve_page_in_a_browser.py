@@ -18,7 +18,8 @@ pytest.importorskip("fastapi")
 import uvicorn
 from boostdiff.engine.errors import InputError
 from boostdiff.serve.api import make_app
-from boostdiff.serve.image_model import Description, Drawn, Job, open_model
+from boostdiff.serve.image_model import Description, Drawn, Job
+from boostdiff.serve.loading import open_model
 from boostdiff.serve.local import LocalBackend
 from boostdiff.serve.settings import Limits, ModelSettings
 from boostdiff.serve.url_files import UrlFiles

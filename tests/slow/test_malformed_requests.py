@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra dev has it")
 
 from boostdiff.serve.api import ImagesRequest, make_app
-from boostdiff.serve.image_model import open_model
+from boostdiff.serve.loading import open_model
 from boostdiff.serve.local import LocalBackend
 from boostdiff.serve.settings import Limits, ModelSettings
 from boostdiff.serve.url_files import UrlFiles

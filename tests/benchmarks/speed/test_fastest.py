@@ -25,6 +25,7 @@ def test_the_fastest_runner_depends_on_work_and_machine(
     monkeypatch.setattr(fastest, "has_bfloat16", lambda device: bfloat16)
     monkeypatch.setattr(fastest, "missing_compiler", lambda device: None)
     assert FastestRunners(tiny, passes=passes, compiles=compiles).name == expected
+    assert FastestRunners(tiny, passes=passes, name="torch").name == "torch"
 
 
 @pytest.mark.parametrize(
