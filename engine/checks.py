@@ -23,7 +23,7 @@ PLAIN_UNET: dict[str, tuple[Any, ...]] = {
 """Settings of a UNet that ask for further inputs, with the values that don't."""
 
 
-def counts(config: dict[str, Any], *names: str) -> list[int]:
+def positive_ints(config: dict[str, Any], *names: str) -> list[int]:
     """Settings that must be whole numbers above 0."""
     for name in names:
         value = config.get(name)
@@ -41,8 +41,8 @@ def check_unet(parts: Parts, text_encoders: Sequence[str]) -> None:
             raise InputError(
                 f"{name} is {unet[name]!r}{why}; models that take more than latents, time and text can't be used"
             )
-    inputs, outputs = counts(unet, "in_channels", "out_channels")
-    (latents,) = counts(vae, "latent_channels")
+    inputs, outputs = positive_ints(unet, "in_channels", "out_channels")
+    (latents,) = positive_ints(vae, "latent_channels")
     if not inputs == outputs == latents:
         raise InputError(
             f"the UNet takes {inputs} channels and gives {outputs}, the VAE has {latents}: only text-to-image models, "
@@ -50,15 +50,15 @@ def check_unet(parts: Parts, text_encoders: Sequence[str]) -> None:
         )
     for part in (unet, vae):
         if part.get("norm_num_groups") is not None:
-            counts(part, "norm_num_groups")
+            positive_ints(part, "norm_num_groups")
     size = unet.get("sample_size")
     sizes = size if isinstance(size, (list, tuple)) else [size, size]
     if len(sizes) != 2:
         raise InputError(f"sample_size is {size!r}: it must be one number, or height and width")
     for side in sizes:
-        counts({"sample_size": side}, "sample_size")
+        positive_ints({"sample_size": side}, "sample_size")
     widths = unet["encoder_hid_dim"] if unet.get("encoder_hid_dim_type") else unet.get("cross_attention_dim")
-    given = sum(counts(parts[name], "hidden_size")[0] for name in text_encoders)
+    given = sum(positive_ints(parts[name], "hidden_size")[0] for name in text_encoders)
     if any(width != given for width in (widths if isinstance(widths, (list, tuple)) else [widths])):
         raise InputError(f"the UNet takes text embeddings of width {widths}, the text encoders give {given}")
 
@@ -99,7 +99,7 @@ def check_clip_text(parts: Parts, text_encoders: Sequence[str], tokenizers: Sequ
     lengths = []
     for name, encoder in zip(tokenizers, text_encoders, strict=True):
         length = parts[name].get("model_max_length")
-        (most,) = counts(parts[encoder], "max_position_embeddings")
+        (most,) = positive_ints(parts[encoder], "max_position_embeddings")
         if not isinstance(length, int) or not 2 < length <= most:
             said = "no model_max_length" if length is None else f"the model_max_length {length!r}"
             raise InputError(

@@ -10,7 +10,7 @@ import torch
 from diffusers import ChromaPipeline, ChromaTransformer2DModel, DiffusionPipeline
 from diffusers.models.transformers.transformer_chroma import ChromaSingleTransformerBlock
 
-from .checks import Parts, check_vae, counts
+from .checks import Parts, check_vae, positive_ints
 from .conditions import PromptEmbeds
 from .errors import InputError
 from .family import ATTENTION, JOINT_ATTENTION
@@ -52,18 +52,18 @@ class Chroma(PackedLatents):
     def checks(self, parts: Parts) -> dict[str, Callable[[], None]]:
         def transformer() -> None:
             config = parts["transformer"]
-            inputs, patch = counts(config, "in_channels", "patch_size")
-            outputs, (latents,) = config.get("out_channels") or inputs, counts(parts["vae"], "latent_channels")
+            inputs, patch = positive_ints(config, "in_channels", "patch_size")
+            outputs, (latents,) = config.get("out_channels") or inputs, positive_ints(parts["vae"], "latent_channels")
             if patch != 1 or not inputs == outputs == PATCH**2 * latents:
                 raise InputError(
                     f"patch_size is {patch}, with {inputs} in and {outputs} out, not 1 and {PATCH**2 * latents}"
                 )
             if (given := parts["text_encoder"].get("d_model")) != (width := config["joint_attention_dim"]):
                 raise InputError(f"joint_attention_dim is {width!r}, where T5 gives {given!r}")
-            axes, (head,) = config["axes_dims_rope"], counts(config, "attention_head_dim")
+            axes, (head,) = config["axes_dims_rope"], positive_ints(config, "attention_head_dim")
             if sum(axes) != head:
                 raise InputError(f"axes_dims_rope is {axes!r}, whose sum must be attention_head_dim, {head}")
-            (size,) = counts({"sample_size": self.default_side} | config, "sample_size")
+            (size,) = positive_ints({"sample_size": self.default_side} | config, "sample_size")
             if size % PATCH:
                 raise InputError(f"sample_size is {size}: it must be a multiple of {PATCH}")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import CLIPTextConfig
 
-from .checks import Parts, counts
+from .checks import Parts, positive_ints
 from .errors import InputError, one_line
 from .family import Family
 from .files import read_json
@@ -63,7 +63,7 @@ def _settings(folder: Path, part: str, index: dict[str, Any], classes: tuple[str
         try:
             known = CLIPTextConfig(**config).to_dict()
             if name == "CLIPTextModelWithProjection":
-                counts(known, "projection_dim")
+                positive_ints(known, "projection_dim")
             return known
         except Exception as error:
             # transformers validates with exceptions that share no base class.

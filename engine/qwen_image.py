@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline, QwenImagePipeline, QwenImageTransformer2DModel
 
-from .checks import Parts, check_vae, counts
+from .checks import Parts, check_vae, positive_ints
 from .conditions import PromptEmbeds
 from .errors import InputError
 from .family import ATTENTION, JOINT_ATTENTION
@@ -61,8 +61,8 @@ class QwenImage(PackedLatents):
             for name, value in PLAIN.items():
                 if config.get(name) != value:
                     raise InputError(f"{name} is {config[name]!r}: distilled, editing and layered models can't be used")
-            inputs, outputs, patch = counts(config, "in_channels", "out_channels", "patch_size")
-            (latents,) = counts(parts["vae"], "z_dim")
+            inputs, outputs, patch = positive_ints(config, "in_channels", "out_channels", "patch_size")
+            (latents,) = positive_ints(parts["vae"], "z_dim")
             if patch != PATCH or inputs != PATCH**2 * latents or outputs != latents:
                 raise InputError(
                     f"in_channels, out_channels and patch_size are {inputs}, {outputs} and {patch}, where squares of "
@@ -72,7 +72,7 @@ class QwenImage(PackedLatents):
             given, width = (text.get("text_config") or text).get("hidden_size"), config["joint_attention_dim"]
             if given != width:
                 raise InputError(f"joint_attention_dim is {width!r}, where the text encoder gives {given!r}")
-            (size,) = counts({"sample_size": self.default_side} | config, "sample_size")
+            (size,) = positive_ints({"sample_size": self.default_side} | config, "sample_size")
             if size % PATCH:
                 raise InputError(f"sample_size is {size}: it must be a multiple of {PATCH}")
 
@@ -80,7 +80,7 @@ class QwenImage(PackedLatents):
             config = parts["vae"]
             if not config.get("latents_mean") or not config.get("latents_std"):
                 raise InputError("latents_mean and latents_std must be one number per channel")
-            counts(config, "z_dim")
+            positive_ints(config, "z_dim")
             same = {"scaling_factor": 1, "in_channels": config["input_channels"], "out_channels": 3}
             check_vae(config | same | {"latent_channels": config["z_dim"]}, pipeline=self.name, normalizes=True)
 

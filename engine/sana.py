@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline, SanaPipeline, SanaTransformer2DModel
 
-from .checks import Parts, check_vae, counts
+from .checks import Parts, check_vae, positive_ints
 from .conditions import PromptEmbeds
 from .errors import InputError
 from .family import ATTENTION, Family
@@ -56,11 +56,11 @@ class Sana(Family):
     def checks(self, parts: Parts) -> dict[str, Callable[[], None]]:
         def transformer() -> None:
             config = parts["transformer"]
-            counts(config, "sample_size", "patch_size")
-            inputs, outputs, heads, width = counts(
+            positive_ints(config, "sample_size", "patch_size")
+            inputs, outputs, heads, width = positive_ints(
                 config, "in_channels", "out_channels", "num_attention_heads", "attention_head_dim"
             )
-            (latents,) = counts(parts["vae"], "latent_channels")
+            (latents,) = positive_ints(parts["vae"], "latent_channels")
             if inputs != latents or outputs not in (inputs, 2 * inputs):
                 raise InputError(
                     f"the transformer takes {inputs} channels and gives {outputs}, the VAE has {latents}: "
@@ -72,7 +72,7 @@ class Sana(Family):
                 raise InputError(
                     f"cross_attention_dim is {config['cross_attention_dim']!r}, not the {heads * width} of its heads"
                 )
-            (given,) = counts(parts["text_encoder"], "hidden_size")
+            (given,) = positive_ints(parts["text_encoder"], "hidden_size")
             if config["caption_channels"] != given:
                 raise InputError(f"caption_channels is {config['caption_channels']!r}, where Gemma gives {given}")
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from .checks import Parts, check_clip_text, check_vae, counts
+from .checks import Parts, check_clip_text, check_vae, positive_ints
 from .conditions import PromptEmbeds
 from .errors import InputError
 from .family import ATTENTION, JOINT_ATTENTION, Family
@@ -56,23 +56,24 @@ class StableDiffusion3(Family):
     def checks(self, parts: Parts) -> dict[str, Callable[[], None]]:
         def transformer() -> None:
             config = parts["transformer"]
-            channels = counts(config, "in_channels", "out_channels") + counts(parts["vae"], "latent_channels")
-            size, patch = counts(config, "sample_size", "patch_size")
+            channels = positive_ints(config, "in_channels", "out_channels")
+            channels += positive_ints(parts["vae"], "latent_channels")
+            size, patch = positive_ints(config, "sample_size", "patch_size")
             if size % patch:
                 raise InputError(f"sample_size is {size}: it must be a multiple of patch_size, {patch}")
             if config["pos_embed_max_size"] is not None:
-                counts(config, "pos_embed_max_size")
+                positive_ints(config, "pos_embed_max_size")
             if (most := self.largest_side(config)) and size > most:
                 raise InputError(f"sample_size is {size}: it must be at most {most}, pos_embed_max_size × patch_size")
             if len(set(channels)) > 1:
                 raise InputError(f"transformer and VAE have {', '.join(map(str, channels))} channels, not all the same")
-            pooled = sum(counts(parts[name], "projection_dim")[0] for name in CLIPS)
+            pooled = sum(positive_ints(parts[name], "projection_dim")[0] for name in CLIPS)
             if config["pooled_projection_dim"] != pooled:
                 raise InputError(f"pooled_projection_dim is {config['pooled_projection_dim']!r}, not CLIP's {pooled}")
             width = config["joint_attention_dim"]
             if (t5 := parts.get("text_encoder_3")) is not None and t5.get("d_model") != width:
                 raise InputError(f"joint_attention_dim is {width!r}, where T5 gives {t5.get('d_model')!r}")
-            if (clip := sum(counts(parts[name], "hidden_size")[0] for name in CLIPS)) > width:
+            if (clip := sum(positive_ints(parts[name], "hidden_size")[0] for name in CLIPS)) > width:
                 raise InputError(f"joint_attention_dim is {width!r}, less than the {clip} that CLIP gives")
 
         def tokenizer_3() -> None:
