@@ -50,8 +50,8 @@ def trajectory(model: Model, text: TextEmbeddings, scale: float, guider: Guider 
     return states[1::EVERY]
 
 
-def scale_of(states: Sequence[State]) -> float:
-    """The guidance term's size, Σ‖ε̂_1 − ε̂_w‖²."""
+def total_sum_of_squares(states: Sequence[State]) -> float:
+    """The guidance term's sum of squares, Σ‖ε̂_1 − ε̂_w‖²."""
     return sum((state.unguided.double() - state.guided.double()).square().sum().item() for state in states)
 
 
@@ -61,8 +61,8 @@ def r2_of(denoiser: Denoiser, states: Sequence[State], text: TextEmbeddings) -> 
 
     NaN where guidance changes nothing, as beyond a guider's interval.
     """
-    error = 0.0
+    residual = 0.0
     for state in states:
-        error += (denoiser(state.z_t, state.t, text).double() - state.guided.double()).square().sum().item()
-    scale = scale_of(states)
-    return 1 - error / scale if scale else math.nan
+        residual += (denoiser(state.z_t, state.t, text).double() - state.guided.double()).square().sum().item()
+    total = total_sum_of_squares(states)
+    return 1 - residual / total if total else math.nan

@@ -14,7 +14,7 @@ from ..engine.conditions import TextEmbeddings
 from ..engine.errors import BoostDiffError, InputError
 from ..engine.family import Family
 from ..engine.guidance import Denoiser
-from ..engine.guidance_term import State, scale_of, trajectory
+from ..engine.guidance_term import State, total_sum_of_squares, trajectory
 from ..engine.model import LARGE_PARAMETERS, Model, ModelFiles
 from ..engine.prompts import read_prompts
 from ..engine.runners import Runner, TorchRunner
@@ -96,7 +96,7 @@ class Calibration:
         text = model.family.encode(model.pipeline, chosen[:checked], negative_prompt=info.negative_prompt)
         guider = info.teacher_guider.for_schedule(model.pipeline.scheduler.config)
         states = trajectory(model, text, info.guidance, guider)
-        if not scale_of(states) > 0:
+        if not total_sum_of_squares(states) > 0:
             raise BoostDiffError("guidance changes nothing in this model: 8 bits can't be judged by it")
         return cls(family=model.family, prompts=chosen[checked:] or chosen, text=text, checked=states)
 

@@ -18,7 +18,7 @@ import torch
 
 from ..engine.errors import BoostDiffError, one_line
 from ..engine.files import is_full_disk
-from ..engine.guidance_term import r2_of, scale_of
+from ..engine.guidance_term import r2_of, total_sum_of_squares
 from ..engine.manifest import Manifest
 from ..engine.memory import give_back_memory
 from ..engine.runners import GraphRunner
@@ -192,10 +192,10 @@ def _judged(
     return made, r2
 
 
-def _error(made: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], scale: float) -> float:
-    """Σ‖ε̂_8 − ε̂‖² / Σ‖ε̂_1 − ε̂_w‖², of which the denominator is `scale`."""
+def _error(made: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], total: float) -> float:
+    """Σ‖ε̂_8 − ε̂‖² / Σ‖ε̂_1 − ε̂_w‖², of which the denominator is `total`."""
     pairs = zip(made, expected, strict=True)
-    error = sum((got.double() - before.double()).square().sum().item() for got, before in pairs) / scale
+    error = sum((got.double() - before.double()).square().sum().item() for got, before in pairs) / total
     return error if math.isfinite(error) else math.inf
 
 
@@ -249,7 +249,7 @@ def quantize_unet(
     quantized(graph, output, nodes, calibration.states, scheme=scheme)
     give_back_memory()
     made, r2 = _judged(output, calibration, manifest, low_memory=large)
-    error = _error(made, expected, scale_of(calibration.checked))
+    error = _error(made, expected, total_sum_of_squares(calibration.checked))
     check = {"error": error, "r2": r2, "r2_before": r2_before, "r2_loss": r2_before - r2}
     allowed = {"error": ERROR_LIMIT, "r2_loss": R2_LIMIT}
     if wrong := [name for name, limit in allowed.items() if not check[name] <= limit]:

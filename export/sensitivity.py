@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..engine.guidance import Denoiser
-from ..engine.guidance_term import scale_of
+from ..engine.guidance_term import total_sum_of_squares
 from .calibration import Calibration
 from .eight_bits import Scheme
 
@@ -121,5 +121,5 @@ def layer_errors(
                     for found in products.values():
                         found.append(torch.zeros(()))
                     prediction.backward(direction, retain_graph=index < DIRECTIONS - 1)
-    size = math.sqrt(DIRECTIONS * scale_of(calibration.checked))
-    return {name: torch.stack(found) / size for name, found in products.items()}
+    norm = math.sqrt(DIRECTIONS * total_sum_of_squares(calibration.checked))
+    return {name: torch.stack(found) / norm for name, found in products.items()}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from boostdiff.distill.config import DistillConfig
 from boostdiff.distill.distill import Observers, distill
-from boostdiff.engine.guidance_term import scale_of
+from boostdiff.engine.guidance_term import total_sum_of_squares
 from boostdiff.engine.merge import merge_in_place
 from boostdiff.engine.model import Model, load, locate
 from boostdiff.engine.runners import TorchRunner
@@ -78,7 +78,7 @@ def test_the_estimate_is_what_rounding_changes(
     ):
         with rounding(model.denoiser, names, ranges, scheme):
             (after,) = calibration.predictions(denoiser)
-        exact = (after.double() - before.double()).square().sum().item() / scale_of(calibration.checked)
+        exact = (after.double() - before.double()).square().sum().item() / total_sum_of_squares(calibration.checked)
         estimate = sum(vectors[name] for name in names).square().sum().item()  # type: ignore[union-attr]
         assert estimate == pytest.approx(exact, rel=0.35), names
         assert exact > 0
