@@ -26,7 +26,7 @@ from ..engine.options import UNRESOLVED
 from ..engine.schedulers import check_steps, make_scheduler
 from ..engine.student import INFO_FILE, StudentInfo, read_student
 from .config import STAGE_LOSS_WEIGHT, STAGE_RATE, DistillConfig
-from .objective import NoiseSchedule, ddim_step, x_of_ddim_step
+from .objective import NoiseSchedule, ddim_step, x_from_ddim_step
 
 SAMPLER, SPACING = "ddim", "trailing"
 """Trailing timesteps begin at the last one, where there is most noise: with few steps another start is far from it."""
@@ -149,7 +149,7 @@ class FrozenStudent:
             halfway = ddim_step(z_t, x, *at, *middle)
             arrived = ddim_step(halfway, x_at(halfway, self._middle[t]), *middle, *end)
         halved = self._halved[t][:, None, None, None]
-        return torch.where(halved, x_of_ddim_step(z_t, arrived, *at, *end), x), x
+        return torch.where(halved, x_from_ddim_step(z_t, arrived, *at, *end), x), x
 
 
 def adopted(config: DistillConfig) -> DistillConfig:

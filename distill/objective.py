@@ -112,7 +112,7 @@ class NoiseSchedule:
             torch.where(clean, self.end[1], sigma[:, None, None, None]),
         )
 
-    def log_snr(self, *timesteps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def half_log_snr(self, *timesteps: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Half of λ, log(α / σ), at each of several timesteps `(B,)`, as `(B, 1, 1, 1)`."""
         return tuple((alpha / sigma).log() for alpha, sigma in (self.at(t.clamp(min=0)) for t in timesteps))
 
@@ -184,7 +184,7 @@ def ddim_step(
     return alpha_next * x + sigma_next * (z_t - alpha * x) / sigma
 
 
-def x_of_ddim_step(
+def x_from_ddim_step(
     z_t: torch.Tensor,
     z_next: torch.Tensor,
     alpha: torch.Tensor,

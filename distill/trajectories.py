@@ -104,7 +104,7 @@ class Trajectories(Source):
         if second_order.any():
             x = torch.where(
                 second_order[:, None, None, None],
-                dpm_solver_2m(teacher_x, self.x_previous, *self.schedule.log_snr(before, t, after)),
+                dpm_solver_2m(teacher_x, self.x_previous, *self.schedule.half_log_snr(before, t, after)),
                 teacher_x,
             )
         self.z_t = ddim_step(self.z_t, x, *self.schedule.at(t), *self.schedule.at(after))

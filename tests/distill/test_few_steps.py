@@ -20,7 +20,7 @@ from boostdiff.distill.config import DistillConfig, RunConfig
 from boostdiff.distill.distill import distill, dry_run, resolve
 from boostdiff.distill.few_steps import FrozenStudent, Stage, adopted_in_words
 from boostdiff.distill.loop import Observers, Run, UpdateReport
-from boostdiff.distill.objective import NoiseSchedule, ddim_step, x_of_ddim_step
+from boostdiff.distill.objective import NoiseSchedule, ddim_step, x_from_ddim_step
 from boostdiff.distill.order import Share
 from boostdiff.distill.run_folder import work_folder
 from boostdiff.distill.source import Batch
@@ -111,7 +111,7 @@ def test_the_target_is_exact_in_float64() -> None:
         (angle.cos().view(-1, 1, 1, 1), angle.sin().view(-1, 1, 1, 1)) for angle in angles.double().unbind(dim=1)
     )
     arrived = ddim_step(ddim_step(z, x, *at, *mid), x_mid, *mid, *end)
-    target = x_of_ddim_step(z, arrived, *at, *end)
+    target = x_from_ddim_step(z, arrived, *at, *end)
     torch.testing.assert_close(ddim_step(z, target, *at, *end), arrived, atol=1e-12, rtol=1e-12)
 
 

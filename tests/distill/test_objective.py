@@ -113,7 +113,7 @@ def test_a_ddim_step_with_the_two_step_estimate_is_dpm_solver_2m(schedule: Noise
         x = x_from_prediction(noise, z_t, alpha, sigma, "epsilon")
         estimate = x
         if before is not None and x_previous is not None:
-            estimate = dpm_solver_2m(x, x_previous, *schedule.log_snr(before[None], t[None], after[None]))
+            estimate = dpm_solver_2m(x, x_previous, *schedule.half_log_snr(before[None], t[None], after[None]))
         expected = scheduler.step(noise, t, z_t).prev_sample
         got = ddim_step(z_t, estimate, alpha, sigma, *schedule.at(after[None]))
         torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
