@@ -47,7 +47,7 @@ OTHER_MODELS = 1 / 40
 
 LARGEST_LIVE = 15.0
 """Upper end of a live student's range of w: the sine that its scales grow by turns back at 16.7."""
-LARGEST = 10_000
+MAX_SCALE = 10_000
 """Of a guidance scale and of LoRA alpha: beyond, numbers overflow in training."""
 
 LIVE = "live"
@@ -194,10 +194,10 @@ class DistillConfig(GuiderOptions):
             InputError: a value can't be used, or would not be used.
         """
         super().__post_init__()
-        if not 1 <= self.guidance <= LARGEST or not 1 <= (self.guidance_max or 1) <= LARGEST:
+        if not 1 <= self.guidance <= MAX_SCALE or not 1 <= (self.guidance_max or 1) <= MAX_SCALE:
             raise InputError(
-                f"--guidance {self.guidance:g} can't be used: it must be a number above 1, at most {LARGEST}; a range "
-                "may begin at 1"
+                f"--guidance {self.guidance:g} can't be used: it must be a number above 1, at most {MAX_SCALE}; "
+                "a range may begin at 1"
             )
         if self.guidance == 1 and self.guidance_max is None:
             raise InputError("--guidance 1 is no guidance, there is nothing to distill: it must be above 1")
@@ -205,8 +205,8 @@ class DistillConfig(GuiderOptions):
             raise InputError(f"--guidance {self.guidance:g}:{self.guidance_max:g} is no range: write LOW:HIGH")
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise InputError("--learning-rate must lie between 0 and 1")
-        if self.alpha is not None and not 0 < self.alpha <= LARGEST:
-            raise InputError(f"--alpha must be above 0, and at most {LARGEST}")
+        if self.alpha is not None and not 0 < self.alpha <= MAX_SCALE:
+            raise InputError(f"--alpha must be above 0, and at most {MAX_SCALE}")
         if self.adapter_scale is not None and not 0 < self.adapter_scale <= 3:
             raise InputError("--adapter-scale must be above 0, and at most 3")
         if unscaled := self.unscaled:

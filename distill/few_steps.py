@@ -28,7 +28,7 @@ from ..engine.student import INFO_FILE, StudentInfo, read_student
 from .config import STAGE_LOSS_WEIGHT, STAGE_RATE, DistillConfig
 from .objective import NoiseSchedule, ddim_step, x_from_ddim_step
 
-SAMPLER, SPACING = "ddim", "trailing"
+STAGE_SAMPLER, STAGE_SPACING = "ddim", "trailing"
 """Trailing timesteps begin at the last one, where there is most noise: with few steps another start is far from it."""
 
 MAX_SNR = 1.0
@@ -118,7 +118,7 @@ class FrozenStudent:
         self.adapter, self.stage = adapter, stage
         self.weights = {name: parameter.detach().clone() for name, parameter in adapter.parameters().items()}
         config = model.pipeline.scheduler.config
-        finer, scheduler = (make_scheduler(SAMPLER, config, spacing=SPACING) for _ in range(2))
+        finer, scheduler = (make_scheduler(STAGE_SAMPLER, config, spacing=STAGE_SPACING) for _ in range(2))
         finer.set_timesteps(2 * stage.steps)
         scheduler.set_timesteps(stage.steps)
         self.schedule = NoiseSchedule.of(scheduler, device)
@@ -198,7 +198,7 @@ def check_stages(config: DistillConfig, files: ModelFiles, *, reads_weights: boo
         raise InputError("--few-steps is for noise schedules of betas, not for models of flow matching")
     start = 2 * config.stages[0]
     try:
-        check_steps(files.scheduler_config, [SAMPLER], [start], spacing=SPACING)
+        check_steps(files.scheduler_config, [STAGE_SAMPLER], [start], spacing=STAGE_SPACING)
     except InputError:
         raise InputError(
             f"--few-steps {config.few_steps} can't be used: {start} steps do not go with this model's schedule"

@@ -17,7 +17,7 @@ from ..engine.model import Model
 from ..engine.pictures import labelled_grid
 from ..engine.runners import TorchRunner
 from ..engine.sampling import default_batch_size, generate, to_uint8
-from .few_steps import SAMPLER, SPACING
+from .few_steps import STAGE_SPACING
 from .loop import Run
 
 PREVIEW_STEPS = 20
@@ -55,7 +55,7 @@ class Preview:
         """
         self.run, self.prompts, self.text, self.note = run, prompts, text, note
         self.steps = run.frozen.stage.steps if run.frozen else PREVIEW_STEPS
-        self.spacing = SPACING if run.frozen else None
+        self.spacing = STAGE_SPACING if run.frozen else None
         self.scales = sorted(set(run.config.guidance_bounds))
         self.runner = AutocastRunner(run.model, run.autocast)
         self.teacher: dict[str, torch.Tensor] = {}
@@ -96,7 +96,7 @@ class Preview:
         model = self.run.model
         sampling: dict[str, Any] = {
             "text": text,
-            "make_scheduler": partial(model.make_scheduler, SAMPLER, spacing=self.spacing),
+            "make_scheduler": partial(model.make_scheduler, "ddim", spacing=self.spacing),
             "steps": self.steps,
             "seed": 0,
             "batch_size": default_batch_size(model),

@@ -26,7 +26,7 @@ from ..engine.student import INFO_FILE, StudentInfo, read_student
 from ..engine.versions import versions
 from .checkpoint import TrainingState, load_training_state
 from .config import DistillConfig, RunConfig
-from .few_steps import SAMPLER, SPACING, STAGES, read_adapter
+from .few_steps import STAGE_SAMPLER, STAGE_SPACING, STAGES, read_adapter
 from .images import ImageData
 from .loop import CHECKPOINT_FILE, LOG_FILE, PREVIEWS, Observers, Run
 
@@ -200,7 +200,7 @@ def write_student(run: Run, *, identity: dict[str, Any], result: dict[str, Any])
     sampling: dict[str, Any] = {}
     if run.frozen:
         stage = run.frozen.stage
-        sampling = {"sampler": SAMPLER, "steps": stage.steps, "timestep_spacing": SPACING}
+        sampling = {"sampler": STAGE_SAMPLER, "steps": stage.steps, "timestep_spacing": STAGE_SPACING}
         result = stage.with_budgets(result)
     info = StudentInfo(
         method=config.method,

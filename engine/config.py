@@ -29,7 +29,7 @@ from .options import (
 EXPORTED = ("onnx", "tensorrt")
 """Runners that execute an exported engine."""
 
-LARGEST = 2**14
+MAX_SIZE = 2**14
 """Pixels of an image's side, or images of a plan: beyond it memory ends, not always with a word."""
 
 PIXEL_MULTIPLE = 8
@@ -106,10 +106,11 @@ class GenerateConfig(GuiderOptions):
         typer.Option(min=1, show_default="8, fewer above 512 pixels", help="Images denoised together."),
     ] = None
     height: Annotated[
-        int | None, typer.Option(min=1, max=LARGEST, show_default="the model's", help="Height of the images in pixels.")
+        int | None,
+        typer.Option(min=1, max=MAX_SIZE, show_default="the model's", help="Height of the images in pixels."),
     ] = None
     width: Annotated[
-        int | None, typer.Option(min=1, max=LARGEST, show_default="the model's", help="Width of the images in pixels.")
+        int | None, typer.Option(min=1, max=MAX_SIZE, show_default="the model's", help="Width of the images in pixels.")
     ] = None
     seed: SeedOption = 0
 

@@ -15,7 +15,7 @@ from .student import Distilled, StudentInfo
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 4
-MARKS = (MANIFEST_FILE, "model_index.json")
+ENGINE_MARKERS = (MANIFEST_FILE, "model_index.json")
 """Both are in every engine; other programs have a `manifest.json`, too."""
 
 CARD = "diffusers/README.md"

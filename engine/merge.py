@@ -16,7 +16,7 @@ from .guidance import guidance_embedding
 from .model import LARGE_PARAMETERS, Model
 from .student import StudentInfo, apply_student
 
-TIMESTEPS = (1, 250, 500, 750, 981)
+CHECK_TIMESTEPS = (1, 250, 500, 750, 981)
 TOLERANCE = 1e-4
 """Largest difference between merged and adapted predictions, relative to their largest value, in float32."""
 
@@ -26,7 +26,7 @@ class MergeProof:
     """How the merged denoiser compares.
 
     Attributes:
-        max_abs: largest absolute difference from base + adapter, over all `TIMESTEPS`.
+        max_abs: largest absolute difference from base + adapter, over all `CHECK_TIMESTEPS`.
         relative: the same over the prediction's largest absolute value.
         cosine: smallest cosine similarity to base + adapter.
         change: largest absolute difference from the base: the adapter's effect.
@@ -84,7 +84,7 @@ def merge_in_place(model: Model, folder: Path, info: StudentInfo) -> MergeProof:
             arguments["timestep_cond"] = guidance_embedding(scales, width)
         outputs = [
             model.family.forward(denoiser, arguments | {"timestep": torch.full_like(arguments["timestep"], t)})
-            for t in TIMESTEPS
+            for t in CHECK_TIMESTEPS
         ]
         # Not all devices have double precision.
         return torch.stack(outputs).cpu().double()
@@ -97,7 +97,7 @@ def merge_in_place(model: Model, folder: Path, info: StudentInfo) -> MergeProof:
 
 
 def proof_of(*, base: torch.Tensor, adapted: torch.Tensor, merged: torch.Tensor) -> MergeProof:
-    """Compare predictions of the base, of base + adapter and of the merged denoiser, each `(TIMESTEPS, B, C, H, W)`.
+    """Compare predictions of the base, of base + adapter and of the merged denoiser, each `(timesteps, B, C, H, W)`.
 
     Raises:
         BoostDiffError: merged differs from base + adapter by more than `TOLERANCE`, or the adapter changes nothing.

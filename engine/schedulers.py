@@ -34,7 +34,7 @@ NOISE_SCHEDULE = (
 )
 """What the network was trained with: taken from the model's folder, the defaults of its scheduler's class included."""
 
-TIMESTEPS = ("timestep_spacing", "steps_offset", "set_alpha_to_one")
+TIMESTEP_SETTINGS = ("timestep_spacing", "steps_offset", "set_alpha_to_one")
 """Where sampling starts and ends: taken from the model's folder where it says so, else the sampler's default."""
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -218,7 +218,7 @@ def make_scheduler(
     # Null is no value, but of `set_alpha_to_one`, where diffusers takes it for false.
     silent |= {key for key in ("timestep_spacing", "steps_offset") if config.get(key) is None}
     taken = {key: config[key] for key in NOISE_SCHEDULE if key in config}
-    taken |= {key: config[key] for key in TIMESTEPS if key in config and key not in silent}
+    taken |= {key: config[key] for key in TIMESTEP_SETTINGS if key in config and key not in silent}
     if name == "ddim" and taken.get("timestep_spacing") == "linspace":
         # Its last timestep is 0, from where DDIM has nowhere to go.
         del taken["timestep_spacing"]

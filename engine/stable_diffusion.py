@@ -17,7 +17,7 @@ from .family import ATTENTION, Family
 FEED_FORWARD = ("proj_in", "proj_out", "net.0.proj", "net.2")
 RESIDUAL = ("conv", "conv1", "conv2", "conv_in", "conv_out", "conv_shortcut", "time_emb_proj", "linear_1", "linear_2")
 
-SIZES = 6
+NUM_TIME_IDS = 6
 """Numbers in SDXL's `time_ids`."""
 
 PLAIN_INPUTS = ("sample", "timestep", "encoder_hidden_states", "timestep_cond")
@@ -165,15 +165,16 @@ class StableDiffusionXL(StableDiffusion):
         if (added := unet.get("addition_embed_type")) != "text_time":
             raise InputError(f"addition_embed_type is {added!r}, where {self.name} has 'text_time'")
         width, each = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
-        if not isinstance(each, int) or width != pooled + SIZES * each:
+        if not isinstance(each, int) or width != pooled + NUM_TIME_IDS * each:
             raise InputError(
-                f"projection_class_embeddings_input_dim is {width!r}, where text embeddings of {pooled} and {SIZES} "
-                f"numbers of size of {each} each make another: refiners and models of other conditions can't be used"
+                f"projection_class_embeddings_input_dim is {width!r}, where text embeddings of {pooled} and "
+                f"{NUM_TIME_IDS} numbers of size of {each} each make another: refiners and models of other conditions "
+                "can't be used"
             )
 
     def prompt_shapes(self, pipeline: DiffusionPipeline) -> dict[str, tuple[int, ...]]:
         return {
             "encoder_hidden_states": self.text_shape(pipeline),
             "text_embeds": (pipeline.text_encoder_2.config.projection_dim,),
-            "time_ids": (SIZES,),
+            "time_ids": (NUM_TIME_IDS,),
         }

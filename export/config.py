@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import typer
 
-from ..engine.config import LARGEST
+from ..engine.config import MAX_SIZE
 from ..engine.errors import InputError
 from ..engine.options import check_options, refuse_unused
 
@@ -43,8 +43,8 @@ def parse_range(text: str | Range) -> Range:
     parsed = Range(*(int(match[i] or match[1]) for i in (1, 2, 3)))
     if not 1 <= parsed.min <= parsed.opt <= parsed.max:
         raise typer.BadParameter(f"{text} must be at least 1 and ascend: MIN:OPT:MAX")
-    if parsed.max > LARGEST:
-        raise typer.BadParameter(f"{text} must be at most {LARGEST}")
+    if parsed.max > MAX_SIZE:
+        raise typer.BadParameter(f"{text} must be at most {MAX_SIZE}")
     return parsed
 
 

@@ -9,8 +9,8 @@ import torch
 
 from .graph import LAYERS
 
-LARGEST = {"int8": 127.0, "fp8": 448.0}
-"""Largest number of each; of FP8, e4m3's."""
+MAX_VALUE = {"int8": float(torch.iinfo(torch.int8).max), "fp8": torch.finfo(torch.float8_e4m3fn).max}
+"""Largest number of each, by precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +55,8 @@ class Scheme:
 
 
 def _as_fp8(values: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    scale = largest / LARGEST["fp8"]
-    numbers = (values / scale).clamp(-LARGEST["fp8"], LARGEST["fp8"])
+    scale = largest / MAX_VALUE["fp8"]
+    numbers = (values / scale).clamp(-MAX_VALUE["fp8"], MAX_VALUE["fp8"])
     return numbers.to(torch.float8_e4m3fn).to(values.dtype) * scale
 
 

@@ -13,9 +13,9 @@ import torch
 from ..engine.conditions import is_live
 from ..engine.errors import BoostDiffError, InputError
 from ..engine.files import hash_of, prepare_output, read_json, staged_folder, write_json
-from ..engine.manifest import CARD, MARKS, Manifest, read_manifest, verified_file
+from ..engine.manifest import CARD, ENGINE_MARKERS, Manifest, read_manifest, verified_file
 from ..engine.memory import give_back_memory
-from ..engine.merge import TIMESTEPS, merge_in_place
+from ..engine.merge import CHECK_TIMESTEPS, merge_in_place
 from ..engine.model import Model, ModelFiles, keep_attention_in_fp32, load, resolve_device
 from ..engine.options import config_as_json
 from ..engine.runners import TorchRunner
@@ -97,7 +97,7 @@ def export(
             )
         prompts = calibration_prompts(config, files)
         backend = choose_backend(config.trt_flavour, fp8=config.quantize == "fp8") if config.trt else None
-        prepare_output(output, replaces=MARKS)
+        prepare_output(output, replaces=ENGINE_MARKERS)
         check_model(info, student, files)
         manifest = _intended(files, info, config, backend)
         if prompts:
@@ -124,7 +124,7 @@ def export(
             f"merged {info.method}: differs from base + adapter by {check.relative:.1e} of the output's scale "
             f"(cosine {check.cosine:.7f}), from the base by {check.change:.2f}"
         )
-        manifest.merge = {**asdict(check), "timesteps": list(TIMESTEPS)}
+        manifest.merge = {**asdict(check), "timesteps": list(CHECK_TIMESTEPS)}
         manifest.denoiser_config = {
             key: value for key, value in dict(model.denoiser.config).items() if not key.startswith("_")
         }
@@ -136,7 +136,7 @@ def export(
             report("8 bits: measuring what each layer costs")
             denoiser = info.denoiser(TorchRunner(model.denoiser))
             errors = layer_errors(model.denoiser, denoiser, calibration, ranges, SCHEMES[config.quantize])
-        with staged_folder(output, replaces=MARKS, before_publishing=partial(refuse_loss, output)) as folder:
+        with staged_folder(output, replaces=ENGINE_MARKERS, before_publishing=partial(refuse_loss, output)) as folder:
             write_configs_and_tokenizers(model, manifest, folder, diffusers=config.diffusers)
             precisions = config.precisions(model.denoiser.num_parameters())
             if backend is not None:
@@ -231,7 +231,7 @@ def _parts(model: Model, config: ExportConfig, precisions: tuple[str, ...]) -> l
     encoded = model.family.encode(pipeline, CHECK_PROMPTS)
     text = encoded.joined() if is_live(model.denoiser.config) else encoded.conditional
     parts = [text_encoder_part(model, name, CHECK_PROMPTS, config) for name in model.family.exported_text_encoders]
-    parts += [vae_decoder_part(model, config), denoiser_part(model, model.denoiser, text, config, TIMESTEPS)]
+    parts += [vae_decoder_part(model, config), denoiser_part(model, model.denoiser, text, config, CHECK_TIMESTEPS)]
     for part in parts:
         part.compute_references()
         if part.half and precisions == ("fp16",):

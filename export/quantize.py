@@ -24,7 +24,7 @@ from ..engine.memory import give_back_memory
 from ..engine.runners import GraphRunner
 from ..engine.sessions import OnnxSession
 from .calibration import Calibration
-from .eight_bits import FP8, INT8, LARGEST, Scheme
+from .eight_bits import FP8, INT8, MAX_VALUE, Scheme
 from .graph import LAYERS, graph_signature, quiet_exporter
 
 BUDGET = 0.01
@@ -150,7 +150,7 @@ def _as_fp8(path: Path) -> None:
         source, scale, _ = node.input
         if scale not in made:
             of_int8 = onnx.numpy_helper.to_array(constants[scale])
-            converted = of_int8.astype(np.float32) * (LARGEST["int8"] / LARGEST["fp8"])
+            converted = of_int8.astype(np.float32) * (MAX_VALUE["int8"] / MAX_VALUE["fp8"])
             # What is always zero has the smallest scale there is.
             converted = np.maximum(converted, np.finfo(of_int8.dtype).smallest_subnormal).astype(of_int8.dtype)
             made[scale] = onnx.numpy_helper.from_array(converted, scale)
@@ -161,7 +161,7 @@ def _as_fp8(path: Path) -> None:
             weight = torch.tensor(onnx.numpy_helper.to_array(constants[source])).float()
             scales = torch.tensor(onnx.numpy_helper.to_array(made[scale])).float()
             axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
-            numbers = (weight.movedim(axis, -1) / scales).movedim(-1, axis).clamp(-LARGEST["fp8"], LARGEST["fp8"])
+            numbers = (weight.movedim(axis, -1) / scales).movedim(-1, axis).clamp(-MAX_VALUE["fp8"], MAX_VALUE["fp8"])
             content = numbers.to(torch.float8_e4m3fn).contiguous().view(torch.uint8).numpy().tobytes()
             weights[node.output[0]] = name = f"{node.output[0]}_fp8"
             made[name] = onnx.helper.make_tensor(name, fp8, list(weight.shape), content, raw=True)

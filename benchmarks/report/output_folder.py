@@ -10,7 +10,7 @@ from typing import Any
 
 from ...engine.errors import InputError
 from ...engine.files import read_json, write_json
-from ...engine.manifest import MARKS
+from ...engine.manifest import ENGINE_MARKERS
 from ...engine.student import INFO_FILE
 
 REPORT_FILES = ("report.json", "report.html", "grid.png")
@@ -28,7 +28,7 @@ def check_replaceable(output: Path, names: Sequence[str]) -> None:
     Raises:
         InputError: one is somebody else's, or the folder is that of a student, an engine or a model.
     """
-    if mark := next((mark for mark in (INFO_FILE, *MARKS) if (output / mark).exists()), None):
+    if mark := next((mark for mark in (INFO_FILE, *ENGINE_MARKERS) if (output / mark).exists()), None):
         raise InputError(
             f"the output {output} is the folder of a student, an engine or a model (it holds {mark}): "
             "choose another --output"

@@ -11,7 +11,7 @@ from typing import Any
 from ...engine.captured import CapturedRunner
 from ...engine.compiled import CompiledRunner, has_bfloat16, missing_compiler
 from ...engine.conditions import is_live
-from ...engine.merge import TIMESTEPS
+from ...engine.merge import CHECK_TIMESTEPS
 from ...engine.model import LARGE_PARAMETERS, Model
 from ...engine.runners import GraphRunner, Runner, TorchRunner
 from ...engine.sessions import OnnxSession
@@ -97,6 +97,6 @@ class FastestRunners(ExitStack):
         path = Path(folder) / "model.onnx"
         encoded = self.model.family.encode(self.model.pipeline, [""])
         text = encoded.joined() if is_live(denoiser.config) else encoded.conditional
-        onnx_from_part(denoiser_part(self.model, denoiser, text, ExportConfig(), TIMESTEPS), path)
+        onnx_from_part(denoiser_part(self.model, denoiser, text, ExportConfig(), CHECK_TIMESTEPS), path)
         session = OnnxSession(path, device=self.model.device)
         return GraphRunner(session, family=self.model.family, denoiser_config=dict(denoiser.config))

@@ -22,7 +22,7 @@ from ...engine.files import read_json, sha256_of, write_json
 from ...engine.guidance import Denoiser, GuidedDenoiser
 from ...engine.guidance_term import State, r2_of, trajectory
 from ...engine.manifest import Manifest, read_manifest
-from ...engine.merge import TIMESTEPS
+from ...engine.merge import CHECK_TIMESTEPS
 from ...engine.model import Model
 from ...engine.options import ENGINE_FOLDER, EngineOption, SamplerOption, SeedOption
 from ...engine.runners import MADE_BY, GraphRunner, Runner
@@ -79,7 +79,7 @@ def teacher_graphs(session: Session, manifest: Manifest, folder: Path, scheme: S
     folder.mkdir(parents=True, exist_ok=True)
     model, (student,), config = session.model, session.students, ExportConfig(quantize="int8")
     text = model.family.encode(model.pipeline, session.prompts[:2]).conditional
-    part = denoiser_part(model, deepcopy(model.denoiser), text, config, TIMESTEPS)
+    part = denoiser_part(model, deepcopy(model.denoiser), text, config, CHECK_TIMESTEPS)
     if scheme.source == "fp16":
         part.to_half()
     onnx_from_part(part, graphs[scheme.source])

@@ -11,7 +11,7 @@ from boostdiff.engine.schedulers import (
     NOISE_SCHEDULE,
     SAMPLERS,
     SPACINGS,
-    TIMESTEPS,
+    TIMESTEP_SETTINGS,
     check_schedule,
     check_spacing,
     check_steps,
@@ -114,7 +114,7 @@ def test_a_folders_spacing_is_taken_but_for_ddims_linspace(name: str, spacing: s
 def test_every_parameter_of_a_sampler_is_decided(name: str) -> None:
     """A diffusers with a new one fails here: is it the folder's or the sampler's own?"""
     scheduler_class, own = SAMPLERS[name]
-    known = {*NOISE_SCHEDULE, *TIMESTEPS, *own, *(key for other in OTHERS for key in other)}
+    known = {*NOISE_SCHEDULE, *TIMESTEP_SETTINGS, *own, *(key for other in OTHERS for key in other)}
     known |= {"dynamic_thresholding_ratio", "clip_sample_range", "variance_type", "timestep_type", "solver_p"}
     known |= {"use_flow_sigmas", "flow_shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal"}
     assert set(inspect.signature(scheduler_class.__init__).parameters) - {"self"} <= known

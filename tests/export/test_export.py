@@ -21,7 +21,7 @@ from boostdiff.engine.families import FAMILIES
 from boostdiff.engine.files import sha256_of
 from boostdiff.engine.generate import draw
 from boostdiff.engine.manifest import read_manifest, verified_file
-from boostdiff.engine.merge import TIMESTEPS, merge, merge_in_place
+from boostdiff.engine.merge import CHECK_TIMESTEPS, merge, merge_in_place
 from boostdiff.engine.model import Model, ModelFiles, locate
 from boostdiff.engine.runners import GraphRunner, unavailable
 from boostdiff.engine.sessions import OnnxSession
@@ -63,7 +63,7 @@ def test_graphs_were_compared_within_tolerance(engine: Path) -> None:
     assert artefacts["unet/model.onnx"]["check"]["relative"] <= 1e-4
     cases = artefacts["unet/model.onnx"]["check"]["cases"]
     assert {f"batch {batch}, timestep 500" for batch in (1, 2, 4, 16)} <= set(cases)
-    assert {f"batch 1, timestep {t}" for t in TIMESTEPS} <= set(cases)
+    assert {f"batch 1, timestep {t}" for t in CHECK_TIMESTEPS} <= set(cases)
     assert "batch 2, timestep 500, 2 chunks of text" in cases
     assert all("check" in artefact for artefact in artefacts.values())
     assert artefacts["unet/model.fp16.onnx"]["check"]["relative"] <= 3e-2
