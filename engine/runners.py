@@ -106,16 +106,8 @@ class Runner(AbstractContextManager["Runner"]):
         refused = [name for name, value in unsupported.items() if value is not None]
         if refused:
             raise InputError(f"the {self.name} runner can't take {', '.join(refused)}")
-        t = torch.as_tensor(timestep, device=self.device)
-        inputs = {
-            "sample": sample,
-            "timestep": t.expand(len(sample)),
-            "encoder_hidden_states": encoder_hidden_states,
-            **(added_cond_kwargs or {}),
-        }
-        if timestep_cond is not None:
-            inputs["timestep_cond"] = timestep_cond
-        prediction = self.predict(inputs)
+        embeds = PromptEmbeds(encoder_hidden_states=encoder_hidden_states, **(added_cond_kwargs or {}))
+        prediction = self.denoise(sample, torch.as_tensor(timestep), embeds, timestep_cond=timestep_cond)
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
 
 
