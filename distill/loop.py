@@ -29,13 +29,14 @@ from ..engine.errors import BoostDiffError, InputError, one_line
 from ..engine.files import give_modes
 from ..engine.guidance import GuidedDenoiser, SinglePassDenoiser
 from ..engine.model import Model
+from ..engine.predictions import x_from_prediction
 from ..engine.runners import TorchRunner
 from .checkpoint import TrainingState, save_training_state
 from .config import DistillConfig, RunConfig, learning_rate_at
 from .few_steps import FrozenStudent
 from .images import in_words
 from .monitoring import LossWatch, StopRequest, Throughput, peak_memory, stop_request
-from .objective import NoiseSchedule, distillation_loss, guidance_weight, x_from_prediction
+from .objective import NoiseSchedule, distillation_loss, guidance_weight
 from .order import reduce_together
 from .replay import Replay
 from .source import Batch, Source

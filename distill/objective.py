@@ -63,7 +63,7 @@ class NoiseSchedule:
         alphas: `(T,)` float32.
         sigmas: `(T,)` float32.
         timesteps: `(T,)`, as the denoiser takes them.
-        prediction_type: see `x_from_prediction`.
+        prediction_type: see `engine.predictions.x_from_prediction`.
         end: α and σ at t = −1, where the last step ends.
     """
 
@@ -120,32 +120,6 @@ class NoiseSchedule:
         """z_t = α x + σ ε."""
         alpha, sigma = self.at(t)
         return alpha * x + sigma * noise
-
-
-def x_from_prediction(
-    prediction: torch.Tensor,
-    z_t: torch.Tensor,
-    alpha: torch.Tensor,
-    sigma: torch.Tensor,
-    prediction_type: str,
-) -> torch.Tensor:
-    """x̂ from what the network predicts (Salimans & Ho 2022, §4 and appendix D).
-
-    The prediction type is a diffusers scheduler's: "epsilon", "v_prediction", "sample" or "flow_prediction".
-
-    Raises:
-        ValueError: the prediction type is unknown.
-    """
-    match prediction_type:
-        case "epsilon":
-            return (z_t - sigma * prediction) / alpha
-        case "v_prediction":
-            return alpha * z_t - sigma * prediction
-        case "sample":
-            return prediction
-        case "flow_prediction":
-            return z_t - sigma * prediction
-    raise ValueError(f"unknown prediction type {prediction_type!r}")
 
 
 def guidance_weight(guidance: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
 from .errors import InputError, one_line
+from .predictions import noise_from_prediction, x_from_prediction
 
 NOISE_SCHEDULE = (
     "num_train_timesteps",
@@ -91,22 +92,17 @@ class DDIM(DDIMScheduler):
         self._next = dict(zip(order, [*order[1:], -1], strict=True))
         self.timesteps = self.timesteps.to(device)
 
-    def step(self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor, **options: Any) -> Any:
-        """As `DDIMScheduler.step`, which takes no further options here but `return_dict`."""
+    def step(self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor, *, return_dict: bool = True) -> Any:
+        """As `DDIMScheduler.step`, without its further options: stock pipelines pass those that a step names."""
         t = int(timestep)
         following = self._next[t]
         alpha_squared = self.alphas_cumprod[t]
         next_squared = self.alphas_cumprod[following] if following >= 0 else self.final_alpha_cumprod
         alpha, sigma = alpha_squared**0.5, (1 - alpha_squared) ** 0.5
-        match self.config.prediction_type:
-            case "epsilon":
-                x, noise = (sample - sigma * model_output) / alpha, model_output
-            case "v_prediction":
-                x, noise = alpha * sample - sigma * model_output, alpha * model_output + sigma * sample
-            case _:
-                x, noise = model_output, (sample - alpha * model_output) / sigma
+        known = model_output, sample, alpha, sigma, self.config.prediction_type
+        x, noise = x_from_prediction(*known), noise_from_prediction(*known)
         after = next_squared**0.5 * x + (1 - next_squared) ** 0.5 * noise
-        return DDIMSchedulerOutput(after, x) if options.get("return_dict", True) else (after, x)
+        return DDIMSchedulerOutput(after, x) if return_dict else (after, x)
 
 
 class FlowEuler(FlowMatchEulerDiscreteScheduler):

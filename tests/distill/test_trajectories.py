@@ -7,11 +7,12 @@ import torch
 from boostdiff.distill.captioned_images import CaptionedImages
 from boostdiff.distill.image_files import open_images
 from boostdiff.distill.images import pixels_of
-from boostdiff.distill.objective import NoiseSchedule, x_from_prediction
+from boostdiff.distill.objective import NoiseSchedule
 from boostdiff.distill.order import Share, epoch_order
 from boostdiff.distill.trajectories import Trajectories
 from boostdiff.engine.guidance import GuidedDenoiser
 from boostdiff.engine.model import Model
+from boostdiff.engine.predictions import x_from_prediction
 from boostdiff.engine.runners import TorchRunner
 from PIL import Image
 from tiny import CPU, PROMPTS, save_images

@@ -148,6 +148,8 @@ def test_ddim_is_diffusers_own_where_that_meets_its_timesteps(prediction_type: s
         torch.testing.assert_close(
             ours.step(prediction, t, z_t, return_dict=False), stock.step(prediction, t, z_t, return_dict=False)
         )
+    with pytest.raises(TypeError, match="eta"):
+        ours.step(prediction, t, z_t, eta=1.0)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
