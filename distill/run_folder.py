@@ -14,13 +14,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..engine.adapters import BITFIT_FILE, KOHYA_FILE, LORA_FILE, SOFT_PROMPT_FILE, Adapter, Lora
+from ..engine.adapters import KOHYA_FILE, Adapter, Lora
 from ..engine.errors import InputError
 from ..engine.files import locked, publish, read_json, sha256_of, write_json
-from ..engine.guidance_input import GUIDANCE_FILE
-from ..engine.live_negative import LIVE_FILE
+from ..engine.guidance_input import ADAPTER_FILES
 from ..engine.model import Model, ModelFiles
-from ..engine.norms import NORMS_FILE
 from ..engine.options import config_as_json
 from ..engine.student import INFO_FILE, StudentInfo, read_student
 from ..engine.versions import versions
@@ -34,10 +32,7 @@ CONFIG_FILE, PREVIEW_FILE = "config.json", "grid.png"
 TRACKER = "boostdiff"
 """Name of a run in trackers; TensorBoard has a folder of it."""
 
-OWN_FILES = {
-    *(INFO_FILE, CONFIG_FILE, LOG_FILE, PREVIEW_FILE),
-    *(LORA_FILE, KOHYA_FILE, BITFIT_FILE, SOFT_PROMPT_FILE, NORMS_FILE, GUIDANCE_FILE, LIVE_FILE),
-}
+OWN_FILES = {INFO_FILE, CONFIG_FILE, LOG_FILE, PREVIEW_FILE, KOHYA_FILE, *ADAPTER_FILES}
 
 
 def work_folder(output: Path) -> Path:

@@ -1,8 +1,8 @@
 """Adapters: what is trained while the denoiser stays frozen. Each class attaches, saves, loads and merges one.
 
 Teacher and student share one denoiser: `disabled()` turns it back into the teacher for as long as the block lasts.
-To add one, write its class here; `METHODS`, `adapter_class`, `make_adapter`, `DistillConfig.method` and, with its
-rate, `distill.config.LEARNING_RATES` name it.
+To add one, write its class here; `METHODS`, `make_adapter`, `DistillConfig.method` and, with its rate,
+`distill.config.LEARNING_RATES` name it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import peft
 import torch
@@ -32,15 +32,18 @@ SOFT_PROMPT_FILE = "soft_prompt.safetensors"
 LORA_METHODS = ("lora", "dora")
 """Methods whose file diffusers' `load_lora_weights` reads."""
 
-METHODS = (*LORA_METHODS, "bitfit", "soft-prompt")
-
 
 class Adapter(ABC):
     """Trainable float32 parameters on a frozen denoiser of any precision; run it under autocast if that is a lower one.
 
     An instance is there for training. What it saved is put onto a denoiser for use by `load`, in stock diffusers
     too, and folded into its weights by `merge`.
+
+    Attributes:
+        file: name of what `save` writes; adapters on top of another have theirs beside that one's.
     """
+
+    file: ClassVar[str]
 
     def __init__(self, denoiser: Any) -> None:
         self.denoiser = denoiser
@@ -173,6 +176,8 @@ def _prefix(denoiser: torch.nn.Module) -> str:
 class Lora(Adapter):
     """LoRA (Hu et al. 2021) and DoRA (Liu et al. 2024), by peft."""
 
+    file = LORA_FILE
+
     def __init__(self, denoiser: Any, method: str, *, rank: int, alpha: float, targets: list[str]) -> None:
         super().__init__(denoiser)
         self.method = method
@@ -272,6 +277,8 @@ class Lora(Adapter):
 class BitFit(Adapter):
     """BitFit (Ben Zaken et al. 2022): every bias of the denoiser is trained, nothing else."""
 
+    file = BITFIT_FILE
+
     def __init__(self, denoiser: Any) -> None:
         super().__init__(denoiser)
         self._base = trained_copies(denoiser, self.parameters())
@@ -331,6 +338,8 @@ class SoftPromptHook(torch.nn.Module):
 class SoftPrompt(Adapter):
     """Prompt tuning (Lester et al. 2021): learned tokens behind the text embedding, the UNet untouched."""
 
+    file = SOFT_PROMPT_FILE
+
     def __init__(self, denoiser: Any, tokens: int) -> None:
         super().__init__(denoiser)
         self.prompt = SoftPromptHook(denoiser, 0.02 * torch.randn(tokens, text_width(denoiser.config)))
@@ -363,7 +372,9 @@ class SoftPrompt(Adapter):
         self.restore({"soft_prompt.tokens": load_file(folder / SOFT_PROMPT_FILE)["tokens"]})
 
 
-def adapter_class(method: str) -> type[Adapter]:
-    """What handles a method of `METHODS`."""
-    others: dict[str, type[Adapter]] = {"bitfit": BitFit, "soft-prompt": SoftPrompt}
-    return others.get(method, Lora)
+METHODS: dict[str, type[Adapter]] = {
+    **dict.fromkeys(LORA_METHODS, Lora),
+    "bitfit": BitFit,
+    "soft-prompt": SoftPrompt,
+}
+"""What handles each method."""

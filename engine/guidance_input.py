@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from .adapters import Adapter, BitFit, Lora, SoftPrompt, copy_by_name
+from .adapters import METHODS, Adapter, BitFit, Lora, SoftPrompt, copy_by_name
 from .errors import InputError
 from .families import family_of_denoiser
 from .guidance import smooth_columns
@@ -30,6 +30,8 @@ class GuidanceConditioned(Adapter):
     The embedding enters beside the timestep's, through a projection that starts at zero. The teacher, which is given
     no w, does not see it.
     """
+
+    file = GUIDANCE_FILE
 
     def __init__(self, unet: UNet2DConditionModel, inner: Adapter) -> None:
         super().__init__(unet)
@@ -92,6 +94,10 @@ def add_guidance_embedding(unet: UNet2DConditionModel, width: int = GUIDANCE_WID
     unet.time_embedding.cond_proj = projection
     unet.register_to_config(time_cond_proj_dim=width)
     return projection
+
+
+ADAPTER_FILES = {each.file for each in (*METHODS.values(), Norms, LiveNegative, GuidanceConditioned)}
+"""All that adapters have files of, in a student's folder."""
 
 
 def make_adapter(

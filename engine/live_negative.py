@@ -164,6 +164,8 @@ def attach(unet: UNet2DConditionModel) -> dict[str, LiveNegativeAttention]:
 class LiveNegative(Adapter):
     """Another adapter, and with it cross-attention to two texts."""
 
+    file = LIVE_FILE
+
     def __init__(self, unet: UNet2DConditionModel, inner: Adapter) -> None:
         super().__init__(unet)
         self.inner = inner

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .adapters import adapter_class
+from .adapters import METHODS
 from .conditions import is_live
 from .errors import BoostDiffError
 from .guidance import guidance_embedding
@@ -53,7 +53,7 @@ def merge_student(denoiser: Any, folder: Path, info: StudentInfo) -> None:
         BoostDiffError: it can't be merged.
     """
     apply_student(denoiser, folder, info)
-    adapter_class(info.method).merge(denoiser)
+    METHODS[info.method].merge(denoiser)
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def merge_in_place(model: Model, folder: Path, info: StudentInfo) -> MergeProof:
     base = predictions()
     apply_student(denoiser, folder, info)
     adapted = predictions()
-    adapter_class(info.method).merge(denoiser)
+    METHODS[info.method].merge(denoiser)
     return proof_of(base=base, adapted=adapted, merged=predictions())
 
 

@@ -36,6 +36,8 @@ class Norms(Adapter):
     In a stock diffusers pipeline: `Norms.load(pipe.unet, folder)`, beside what loads the other adapter.
     """
 
+    file = NORMS_FILE
+
     def __init__(self, unet: UNet2DConditionModel, inner: Adapter) -> None:
         super().__init__(unet)
         self.inner = inner

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .adapters import METHODS, adapter_class
+from .adapters import METHODS
 from .errors import InputError, one_line
 from .files import hash_of, read_json, sha256_of, write_json
 from .guidance import SinglePassDenoiser
@@ -32,7 +32,7 @@ class Distilled:
     """What a student was distilled for, and so can be asked for; engines keep it in their manifest.
 
     Attributes:
-        method: a name in `adapters.METHODS`.
+        method: a key of `adapters.METHODS`.
         guidance: guidance scale w that was distilled in; for a range its middle.
         guidance_range: smallest and largest w of a guidance-conditioned student, else None.
         negative_prompt: negative prompt that was distilled in, or "".
@@ -278,7 +278,7 @@ def apply_student(denoiser: Any, folder: Path, info: StudentInfo) -> None:
         InputError: the adapter's tensors don't fit.
     """
     try:
-        adapter_class(info.method).load(denoiser, folder)
+        METHODS[info.method].load(denoiser, folder)
         if NORMS_FILE in info.adapter_files:
             Norms.load(denoiser, folder)
         if info.live_negative_prompt:
