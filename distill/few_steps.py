@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from ..engine.adapters import Adapter
-from ..engine.errors import InputError, one_line
+from ..engine.errors import InputError
 from ..engine.files import publish, read_json, write_json
 from ..engine.guiders import GUIDERS
 from ..engine.model import Model, ModelFiles
 from ..engine.options import UNRESOLVED
 from ..engine.schedulers import check_steps, make_scheduler
-from ..engine.student import INFO_FILE, StudentInfo, read_student
+from ..engine.student import INFO_FILE, StudentInfo, load_adapter_for_training, read_student
 from .config import STAGE_LOSS_WEIGHT, STAGE_RATE, DistillConfig
 from .objective import NoiseSchedule, ddim_step, x_from_ddim_step
 
@@ -93,18 +92,6 @@ def _budget(steps: int | None, result: dict[str, Any]) -> dict[str, Any]:
     return {"steps": steps, **{name: result.get(name) for name in BUDGET}}
 
 
-def read_adapter(adapter: Adapter, folder: Path) -> None:
-    """Read a student's weights into a new adapter.
-
-    Raises:
-        InputError: they don't fit.
-    """
-    try:
-        adapter.read(folder)
-    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        raise InputError(f"the adapter in {folder} does not fit: {one_line(error)}") from None
-
-
 class FrozenStudent:
     """The student of the stage before on the same denoiser: its weights are swapped in for as long as it predicts."""
 
@@ -114,7 +101,7 @@ class FrozenStudent:
         Raises:
             InputError: they don't fit.
         """
-        read_adapter(adapter, stage.folder)
+        load_adapter_for_training(adapter, stage.folder)
         self.adapter, self.stage = adapter, stage
         self.weights = {name: parameter.detach().clone() for name, parameter in adapter.parameters().items()}
         config = model.pipeline.scheduler.config

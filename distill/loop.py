@@ -249,7 +249,7 @@ class Run:
             InputError: it is of another adapter, or the log beside it is no log.
         """
         try:
-            self.adapter.restore(state.weights)
+            self.adapter.load_state_dict(state.weights)
             self.optimizer.load_state_dict(state.optimizer)
             self.source.restore(state.data, Counter(state.header.get("notes", {})))
             self.replay.restore(state.data)

@@ -20,11 +20,11 @@ from ..engine.files import locked, publish, read_json, sha256_of, write_json
 from ..engine.guidance_input import ADAPTER_FILES
 from ..engine.model import Model, ModelFiles
 from ..engine.options import config_as_json
-from ..engine.student import INFO_FILE, StudentInfo, read_student
+from ..engine.student import INFO_FILE, StudentInfo, load_adapter_for_training, read_student
 from ..engine.versions import versions
 from .checkpoint import TrainingState, load_training_state
 from .config import DistillConfig, RunConfig
-from .few_steps import STAGE_SAMPLER, STAGE_SPACING, STAGES, read_adapter
+from .few_steps import STAGE_SAMPLER, STAGE_SPACING, STAGES
 from .images import ImageData
 from .loop import CHECKPOINT_FILE, LOG_FILE, PREVIEWS, Observers, Run
 
@@ -265,7 +265,7 @@ def rescale(
     Raises:
         InputError: the adapter does not fit.
     """
-    read_adapter(adapter, output)
+    load_adapter_for_training(adapter, output)
     scaled = scale != adapter_scale_of(info)
     if scaled:
         adapter.scale(scale / adapter_scale_of(info), info.guidance_range and info.guidance_range[1])

@@ -8,7 +8,7 @@ To add one, write its class here; `METHODS`, `make_adapter`, `DistillConfig.meth
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -74,7 +74,7 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def read(self, folder: Path) -> None:
+    def load_for_training(self, folder: Path) -> None:
         """Take over what `save` wrote, to be trained further.
 
         Raises:
@@ -101,7 +101,7 @@ class Adapter(ABC):
             BoostDiffError: it can't be merged.
         """
 
-    def restore(self, weights: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, weights: dict[str, torch.Tensor]) -> None:
         """Take over trained parameters by name; a ValueError where names or shapes are not this adapter's."""
         copy_by_name(self.parameters(), weights)
 
@@ -164,6 +164,13 @@ def _lora_tensors(folder: str | Path, prefix: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def _on_b(
+    tensors: dict[str, torch.Tensor], function: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """LoRA's tensors by name, with the function's result in place of every B."""
+    return {name: function(tensor) if ".lora_B." in name else tensor for name, tensor in tensors.items()}
+
+
 def _biases(denoiser: Any) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in denoiser.named_parameters() if name.endswith(".bias")}
 
@@ -207,6 +214,11 @@ class Lora(Adapter):
         finally:
             self.denoiser.enable_adapters()
 
+    @property
+    def scaling(self) -> float:
+        """α / r."""
+        return self.config.lora_alpha / self.config.r
+
     @torch.no_grad()
     def scale(self, factor: float, largest: float | None = None) -> None:
         if self.method != "lora":
@@ -215,20 +227,17 @@ class Lora(Adapter):
             if ".lora_B." in name:
                 parameter.mul_(factor)
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The tensors by peft's names, on the CPU; the scale α / r is folded into B, so that it is one."""
+    def folded_state_dict(self) -> dict[str, torch.Tensor]:
+        """The tensors by peft's names, on the CPU; α / r is folded into B, so that the scale is one."""
         tensors = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER_NAME)
-        scale = self.config.lora_alpha / self.config.r
-        return {
-            name: (tensor * scale if ".lora_B." in name else tensor).detach().cpu().contiguous()
-            for name, tensor in tensors.items()
-        }
+        folded = _on_b(tensors, lambda b: b * self.scaling)
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in folded.items()}
 
     def save(self, folder: Path, pipeline: DiffusionPipeline) -> list[Path]:
         """Write the file that diffusers' `load_lora_weights` reads."""
         pipeline.save_lora_weights(
             folder,
-            **{f"{_prefix(self.denoiser)}_lora_layers": self.state_dict()},
+            **{f"{_prefix(self.denoiser)}_lora_layers": self.folded_state_dict()},
             weight_name=LORA_FILE,
             # One metadata key only: safetensors writes several in random order, and equal runs must give equal bytes.
             # Nothing is lost: without metadata diffusers takes alpha to be the rank, as the folded scale makes it.
@@ -241,14 +250,13 @@ class Lora(Adapter):
         prefix = _prefix(denoiser)
         denoiser.load_lora_adapter(_lora_tensors(folder, prefix), prefix=prefix, adapter_name=ADAPTER_NAME)
 
-    def read(self, folder: Path) -> None:
+    def load_for_training(self, folder: Path) -> None:
         prefix = _prefix(self.denoiser)
         saved = {name.removeprefix(f"{prefix}."): tensor for name, tensor in _lora_tensors(folder, prefix).items()}
-        # By peft's names, as `state_dict` has them, where peft has the adapter's name in between.
+        # By peft's names, as `folded_state_dict` has them, where peft has the adapter's name in between.
         ours = {name.replace(f".{ADAPTER_NAME}", ""): name for name in self._names}
         named = {ours.get(name, ours.get(f"{name}.weight", name)): tensor for name, tensor in saved.items()}
-        scale = self.config.lora_alpha / self.config.r
-        self.restore({name: tensor / scale if ".lora_B." in name else tensor for name, tensor in named.items()})
+        self.load_state_dict(_on_b(named, lambda b: b / self.scaling))
 
     @staticmethod
     @torch.no_grad()
@@ -269,7 +277,7 @@ class Lora(Adapter):
 
         The conversion is diffusers' (`convert_state_dict_to_kohya`), of a UNet's LoRA alone; each alpha is the rank.
         """
-        tensors = convert_state_dict_to_kohya({f"unet.{name}": t for name, t in self.state_dict().items()})
+        tensors = convert_state_dict_to_kohya({f"unet.{name}": t for name, t in self.folded_state_dict().items()})
         save_file({name: t.contiguous() for name, t in tensors.items()}, folder / KOHYA_FILE, metadata={"format": "pt"})
         return folder / KOHYA_FILE
 
@@ -302,7 +310,7 @@ class BitFit(Adapter):
         """See `Adapter.load`: every bias of the denoiser is replaced."""
         copy_by_name(_biases(denoiser), load_file(Path(folder) / BITFIT_FILE))
 
-    def read(self, folder: Path) -> None:
+    def load_for_training(self, folder: Path) -> None:
         self.load(self.denoiser, folder)
 
 
@@ -368,8 +376,8 @@ class SoftPrompt(Adapter):
             raise ValueError(f"its tokens have shape {tuple(tokens.shape)}, not (k, {text_width(denoiser.config)})")
         SoftPromptHook(denoiser, tokens).requires_grad_(False)
 
-    def read(self, folder: Path) -> None:
-        self.restore({"soft_prompt.tokens": load_file(folder / SOFT_PROMPT_FILE)["tokens"]})
+    def load_for_training(self, folder: Path) -> None:
+        self.load_state_dict({"soft_prompt.tokens": load_file(folder / SOFT_PROMPT_FILE)["tokens"]})
 
 
 METHODS: dict[str, type[Adapter]] = {

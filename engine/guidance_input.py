@@ -73,8 +73,8 @@ class GuidanceConditioned(Adapter):
             raise ValueError(f"its guidance embedding has shape {tuple(weight.shape)}")
         projection.weight.copy_(weight)
 
-    def read(self, folder: Path) -> None:
-        self.inner.read(folder)
+    def load_for_training(self, folder: Path) -> None:
+        self.inner.load_for_training(folder)
         copy_by_name({PROJECTION: self.denoiser.get_parameter(PROJECTION)}, load_file(folder / GUIDANCE_FILE))
 
 

@@ -216,8 +216,8 @@ class LiveNegative(Adapter):
             processor.scale.mul_(factor).add_((factor - 1) * (INITIAL_SCALE - 1) / GAIN)
             processor.slope.mul_(factor)
 
-    def read(self, folder: Path) -> None:
-        self.inner.read(folder)
+    def load_for_training(self, folder: Path) -> None:
+        self.inner.load_for_training(folder)
         _read(self.processors, folder)
 
 

@@ -73,6 +73,6 @@ class Norms(Adapter):
         # Beside BitFit, which has all biases, the scales alone.
         copy_by_name({name: p for name, p in known.items() if name in tensors or name.endswith(".weight")}, tensors)
 
-    def read(self, folder: Path) -> None:
-        self.inner.read(folder)
+    def load_for_training(self, folder: Path) -> None:
+        self.inner.load_for_training(folder)
         copy_by_name(self._own(), load_file(folder / NORMS_FILE))

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .adapters import METHODS
+from .adapters import METHODS, Adapter
 from .errors import InputError, one_line
 from .files import hash_of, read_json, sha256_of, write_json
 from .guidance import SinglePassDenoiser
@@ -25,6 +25,9 @@ INFO_FILE = "student.json"
 
 TEACHER_ADVICE = "draw with `boostdiff generate --teacher`"
 """What gives all that a student was not distilled for, named with its command: others have no such option."""
+
+MISFITS = (SafetensorError, RuntimeError, ValueError, KeyError)
+"""What loading another model's adapter raises."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,5 +288,17 @@ def apply_student(denoiser: Any, folder: Path, info: StudentInfo) -> None:
             LiveNegative.load(denoiser, folder)
         if info.guidance_range is not None:
             GuidanceConditioned.load(denoiser, folder)
-    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+    except MISFITS as error:
         raise InputError(f"the adapter in {folder} does not fit {info.model}: {one_line(error)}") from None
+
+
+def load_adapter_for_training(adapter: Adapter, folder: Path) -> None:
+    """Take a student's weights over into a new adapter, to be trained further.
+
+    Raises:
+        InputError: they don't fit.
+    """
+    try:
+        adapter.load_for_training(folder)
+    except MISFITS as error:
+        raise InputError(f"the adapter in {folder} does not fit: {one_line(error)}") from None

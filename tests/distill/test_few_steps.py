@@ -166,7 +166,7 @@ def test_an_adapter_is_read_from_what_it_saved(
             parameter.add_(torch.randn_like(parameter))
     adapter.save(tmp_path, tiny.pipeline)
     other = make_adapter(method, load(tiny_files, device=CPU).denoiser, **options)
-    other.read(tmp_path)
+    other.load_for_training(tmp_path)
     weights = {name: parameter.detach().clone() for name, parameter in other.parameters().items()}
     for name, parameter in adapter.parameters().items():
         assert torch.equal(weights[name], parameter)
@@ -209,7 +209,7 @@ def test_the_teacher_of_a_stage_is_the_student_before_as_it_was(
         zip(made, (output / "stages/guidance", output / "stages/2"), strict=True)
     ):
         adapter = make_adapter("lora", load(tiny_files, device=CPU).denoiser)
-        adapter.read(folder)
+        adapter.load_for_training(folder)
         before = list(adapter.parameters().values())
         for weights in [*seen[6 * number : 6 * number + 6], list(frozen.weights.values())]:
             assert all(map(torch.equal, weights, before))

@@ -89,12 +89,12 @@ def test_a_lora_file_loads_in_stock_diffusers(tiny: Model, tiny_folder: Path, tm
 def test_weights_of_another_adapter_are_refused(tiny: Model, tiny_files: ModelFiles, method: str) -> None:
     adapter = make_adapter(method, tiny.denoiser, rank=4)
     with pytest.raises(ValueError, match="another adapter"):
-        adapter.restore({"x": torch.zeros(1)})
+        adapter.load_state_dict({"x": torch.zeros(1)})
     with pytest.raises(ValueError, match="has shape"):
-        adapter.restore({name: torch.zeros(1, 1) for name in adapter.parameters()})
+        adapter.load_state_dict({name: torch.zeros(1, 1) for name in adapter.parameters()})
     other = make_adapter(method, load(tiny_files, device=CPU).denoiser, rank=4)
     perturb(other)
-    adapter.restore(dict(other.parameters()))
+    adapter.load_state_dict(dict(other.parameters()))
     for name, parameter in adapter.parameters().items():
         assert torch.equal(parameter, other.parameters()[name])
 

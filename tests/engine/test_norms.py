@@ -102,7 +102,7 @@ def test_it_is_read_from_what_it_saved(
     endings = {name.rpartition(".")[2] for name in load_file(tmp_path / NORMS_FILE)}
     assert endings == ({"weight"} if method == "bitfit" else {"weight", "bias"})
     other = make_adapter(method, load(tiny_files, device=CPU).denoiser, **options)
-    other.read(tmp_path)
+    other.load_for_training(tmp_path)
     got = other.parameters()
     for name, parameter in adapter.parameters().items():
         assert torch.equal(got[name], parameter)
