@@ -18,7 +18,7 @@ from ..engine.files import hash_of, sha256_of
 from ..engine.generate import device_for
 from ..engine.guidance import teacher_denoiser
 from ..engine.guiders import Guider
-from ..engine.merge import merge
+from ..engine.merge import merged_copy
 from ..engine.model import Model, ModelFiles, load, resolve_device
 from ..engine.options import SAMPLER, STEPS
 from ..engine.prompts import truncation_note
@@ -222,7 +222,7 @@ class Session:
                         name=f"{name} ({folder})" if names.count(name) > 1 else name,
                         folder=folder,
                         info=info,
-                        denoiser=merge(model, folder, info),
+                        denoiser=merged_copy(model, folder, info),
                     )
                     for name, folder, info in zip(names, students, infos, strict=True)
                 ],

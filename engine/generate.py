@@ -29,7 +29,7 @@ from .files import check_output, prepare_output, write_whole
 from .guidance import Denoiser, GuidedDenoiser, teacher_denoiser
 from .guiders import GuiderOptions
 from .manifest import read_manifest, verify_configurations
-from .merge import merge_student
+from .merge import merge_in_place
 from .model import Model, ModelFiles, load, resolve_device
 from .norms import NORMS_FILE
 from .options import ENGINE_FOLDER, SAMPLER, STEPS, STUDENT_FOLDER
@@ -177,7 +177,7 @@ def open_student(files: ModelFiles, config: GenerateConfig, device: torch.device
         apply_student(model.denoiser, folder, info)
     else:
         # Adapters would cost time in every layer.
-        merge_student(model.denoiser, folder, info)
+        merge_in_place(model.denoiser, folder, info)
     if config.lora_scale is not None:
         model.denoiser.set_adapters(ADAPTER_NAME, config.lora_scale)
     denoiser = info.denoiser(_runner(config, model.denoiser), config.guidance)

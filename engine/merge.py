@@ -1,4 +1,4 @@
-"""Fold an adapter into the weights, in float32, and prove it."""
+"""Fold an adapter into the weights, in float32, and check it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeProof:
+class MergeCheck:
     """How the merged denoiser compares.
 
     Attributes:
@@ -38,14 +38,14 @@ class MergeProof:
     change: float
 
 
-def merge(model: Model, folder: Path, info: StudentInfo) -> Any:
-    """The student as a plain denoiser, see `merge_student`; the model is left as it is."""
+def merged_copy(model: Model, folder: Path, info: StudentInfo) -> Any:
+    """The student as a plain denoiser, see `merge_in_place`; the model is left as it is."""
     merged = copy.deepcopy(model.denoiser)
-    merge_student(merged, folder, info)
+    merge_in_place(merged, folder, info)
     return merged
 
 
-def merge_student(denoiser: Any, folder: Path, info: StudentInfo) -> None:
+def merge_in_place(denoiser: Any, folder: Path, info: StudentInfo) -> None:
     """Turn a base denoiser into the student; a guidance input is added, a soft prompt stays a hook, as graphs take it.
 
     Raises:
@@ -57,14 +57,14 @@ def merge_student(denoiser: Any, folder: Path, info: StudentInfo) -> None:
 
 
 @torch.no_grad()
-def merge_in_place(model: Model, folder: Path, info: StudentInfo) -> MergeProof:
+def merge_and_check(model: Model, folder: Path, info: StudentInfo) -> MergeCheck:
     """Turn the denoiser of a base model in float32 into the student, with one of them in memory at any time.
 
     It is compared with base + adapter as stock libraries apply it.
 
     Raises:
         InputError: the adapter does not fit.
-        BoostDiffError: see `proof_of`; or it can't be merged.
+        BoostDiffError: see `check_merge`; or it can't be merged.
     """
     denoiser = model.denoiser
     inputs = model.family.example_inputs(model.pipeline, batch=2)
@@ -93,24 +93,24 @@ def merge_in_place(model: Model, folder: Path, info: StudentInfo) -> MergeProof:
     apply_student(denoiser, folder, info)
     adapted = predictions()
     METHODS[info.method].merge(denoiser)
-    return proof_of(base=base, adapted=adapted, merged=predictions())
+    return check_merge(base=base, adapted=adapted, merged=predictions())
 
 
-def proof_of(*, base: torch.Tensor, adapted: torch.Tensor, merged: torch.Tensor) -> MergeProof:
+def check_merge(*, base: torch.Tensor, adapted: torch.Tensor, merged: torch.Tensor) -> MergeCheck:
     """Compare predictions of the base, of base + adapter and of the merged denoiser, each `(timesteps, B, C, H, W)`.
 
     Raises:
         BoostDiffError: merged differs from base + adapter by more than `TOLERANCE`, or the adapter changes nothing.
     """
     max_abs = (merged - adapted).abs().max().item()
-    proof = MergeProof(
+    check = MergeCheck(
         max_abs=max_abs,
         relative=max_abs / adapted.abs().max().item(),
         cosine=torch.cosine_similarity(merged.flatten(1), adapted.flatten(1)).min().item(),
         change=(merged - base).abs().max().item(),
     )
-    if not proof.relative <= TOLERANCE:
-        raise BoostDiffError(f"the merged denoiser differs from base + adapter by {proof.relative:.2e} of its scale")
-    if not proof.change > 0:
+    if not check.relative <= TOLERANCE:
+        raise BoostDiffError(f"the merged denoiser differs from base + adapter by {check.relative:.2e} of its scale")
+    if not check.change > 0:
         raise BoostDiffError("the adapter changes nothing: the merged denoiser equals the base")
-    return proof
+    return check

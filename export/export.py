@@ -15,7 +15,7 @@ from ..engine.errors import BoostDiffError, InputError
 from ..engine.files import hash_of, prepare_output, read_json, staged_folder, write_json
 from ..engine.manifest import CARD, ENGINE_MARKERS, Manifest, read_manifest, verified_file
 from ..engine.memory import give_back_memory
-from ..engine.merge import CHECK_TIMESTEPS, merge_in_place
+from ..engine.merge import CHECK_TIMESTEPS, merge_and_check
 from ..engine.model import Model, ModelFiles, keep_attention_in_fp32, load, resolve_device
 from ..engine.options import config_as_json
 from ..engine.runners import TorchRunner
@@ -119,7 +119,7 @@ def export(
         if prompts:
             report("8 bits: drawing the teacher's trajectories, which they are judged at")
             calibration = Calibration.of_teacher(model, prompts, info)
-        check = merge_in_place(model, student, info)
+        check = merge_and_check(model, student, info)
         report(
             f"merged {info.method}: differs from base + adapter by {check.relative:.1e} of the output's scale "
             f"(cosine {check.cosine:.7f}), from the base by {check.change:.2f}"

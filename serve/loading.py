@@ -12,7 +12,7 @@ from ..engine.errors import InputError
 from ..engine.exported import Engine
 from ..engine.generate import IN_TORCH, device_for
 from ..engine.manifest import Manifest, read_manifest
-from ..engine.merge import merge_student
+from ..engine.merge import merge_in_place
 from ..engine.model import load, locate
 from ..engine.runners import Runner, chosen_graph
 from ..engine.sampling import default_batch_size
@@ -48,7 +48,7 @@ def open_model(settings: ModelSettings) -> ImageModel:
         model = load(files, device=device_for(name, files.family, settings.device))
         if settings.student is not None:
             # An adapter beside the weights would cost time in every layer.
-            merge_student(model.denoiser, Path(settings.student), info)
+            merge_in_place(model.denoiser, Path(settings.student), info)
         if name == "compiled":
             model, most = with_bfloat16_vae(model), settings.max_batch or default_batch_size(model)
             # Smaller batches are filled up: to compile for each size would take minutes.

@@ -17,7 +17,7 @@ from ..benchmarks.speed.fastest import SAMPLING_BATCH, FastestRunners
 from ..engine.embedded import MODEL_NAME
 from ..engine.errors import InputError
 from ..engine.guidance import Denoiser, GuidedDenoiser
-from ..engine.merge import merge
+from ..engine.merge import merged_copy
 from ..engine.model import load, locate, resolve_device
 from ..engine.sampling import generate, to_uint8
 from ..engine.student import read_student
@@ -76,7 +76,7 @@ def negatives(
     model = load(files, device=resolve_device("auto"))
     styles, network = style_network(work, artworks, seed=seed), EfficientNetLite0Features()
     things = things_classifier(work, artworks, network, model.pipeline.vae, seed=seed)
-    unets = {folder: merge(model, folder, info) for folder, info in infos.items()}
+    unets = {folder: merged_copy(model, folder, info) for folder, info in infos.items()}
     passes = len(NEGATIVES) * steps * images * (4 + len(students))
     see: dict[str, Callable[[torch.Tensor], list[str]]] = {
         "background": lambda drawn: background_of(drawn.permute(0, 2, 3, 1).numpy()),

@@ -13,7 +13,7 @@ from boostdiff.engine import embedded
 from boostdiff.engine.adapters import KOHYA_FILE, LORA_FILE
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.live_negative import GAIN, INITIAL_SCALE, LIVE_FILE, LiveNegativeAttention, growth_at
-from boostdiff.engine.merge import merge, merge_student
+from boostdiff.engine.merge import merge_in_place, merged_copy
 from boostdiff.engine.model import ModelFiles, load, locate
 from boostdiff.engine.student import StudentInfo, read_student
 from safetensors.torch import load_file
@@ -29,7 +29,7 @@ def added(files: ModelFiles, folder: Path) -> dict[str, torch.Tensor]:
     """What a merged student adds to the denoiser's weights."""
     denoiser = load(files, device=torch.device("cpu")).denoiser
     before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
-    merge_student(denoiser, folder, read_student(folder, files))
+    merge_in_place(denoiser, folder, read_student(folder, files))
     return {name: tensor - before[name] for name, tensor in denoiser.state_dict().items()}
 
 
@@ -113,7 +113,7 @@ def test_of_a_range_the_scale_is_that_at_its_upper_end(
         ends = [load_file(tmp_path / each / name) for each in ("s", "whole")]
         for key, tensor in ends[0].items():
             torch.testing.assert_close(tensor, ends[1][key], msg=key)
-    merged = merge(load(tiny_files, device=torch.device("cpu")), tmp_path / "s", read_student(tmp_path / "s"))
+    merged = merged_copy(load(tiny_files, device=torch.device("cpu")), tmp_path / "s", read_student(tmp_path / "s"))
     processors = [p for p in merged.attn_processors.values() if isinstance(p, LiveNegativeAttention)]
     assert processors
     for processor in processors:

@@ -16,7 +16,7 @@ from boostdiff.engine.adapters import ADAPTER_NAME
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.guidance import SinglePassDenoiser, combine, guidance_embedding, smooth_columns
 from boostdiff.engine.guidance_input import GUIDANCE_FILE
-from boostdiff.engine.merge import merge, merge_in_place
+from boostdiff.engine.merge import merge_and_check, merged_copy
 from boostdiff.engine.model import Model, ModelFiles, load, locate
 from boostdiff.engine.runners import TorchRunner
 from boostdiff.engine.student import apply_student, read_student
@@ -58,9 +58,9 @@ def test_a_conditioned_student_follows_the_guidance_that_it_is_given(conditioned
     """In a stock pipeline, from the merged UNet: `guidance_scale` changes the image and stays one pass a step."""
     info = read_student(conditioned_student, tiny.files)
     assert info.guidance_range == (1.5, 7.5)
-    merged = merge(tiny, conditioned_student, info)
-    proof = merge_in_place(tiny, conditioned_student, info)
-    assert proof.relative < 1e-5
+    merged = merged_copy(tiny, conditioned_student, info)
+    check = merge_and_check(tiny, conditioned_student, info)
+    assert check.relative < 1e-5
     stock = load(tiny.files, device=CPU).pipeline
     stock.unet = merged
     passes = []

@@ -25,7 +25,7 @@ from boostdiff.engine.generate import draw
 from boostdiff.engine.guidance import guidance_embedding
 from boostdiff.engine.guidance_input import make_adapter
 from boostdiff.engine.live_negative import INITIAL_SCALE, LIVE_FILE, LiveNegative, LiveNegativeAttention, growth_at
-from boostdiff.engine.merge import merge, merge_in_place
+from boostdiff.engine.merge import merge_and_check, merged_copy
 from boostdiff.engine.model import Model, ModelFiles, load, locate
 from boostdiff.engine.runners import TorchRunner
 from boostdiff.engine.sampling import decode, initial_noise, sample
@@ -148,8 +148,8 @@ def test_a_student_follows_its_negative_prompt_in_stock_pipelines_too(files: Mod
     assert (info.live_negative_prompt, info.negative_prompt) == (True, "")
     assert LIVE_FILE in info.adapter_files
     base = load(files, device=CPU)
-    merged_unet = merge(base, student, info)
-    assert merge_in_place(base, student, info).relative < 1e-5
+    merged_unet = merged_copy(base, student, info)
+    assert merge_and_check(base, student, info).relative < 1e-5
     base.pipeline.unet = merged_unet
     ours = {negative: image_of(base, info, negative) for negative in NEGATIVES}
     assert np.abs(ours[""] - ours[NEGATIVES[1]]).max() > 1e-3
@@ -191,7 +191,7 @@ def test_an_engine_takes_any_negative_prompt_and_one_per_image(
     manifest = export(files, ExportConfig(), student=student, output=tmp_path / "engine", device="cpu")
     assert manifest.distilled.live_negative_prompt
     base = load(files, device=CPU)
-    base.pipeline.unet = merge(base, student, info)
+    base.pipeline.unet = merged_copy(base, student, info)
     options = {"steps": 3, "seed": 0}
     with Engine.load(tmp_path / "engine", device="cpu") as engine:
         for negative in NEGATIVES:
@@ -250,7 +250,7 @@ def test_a_conditioned_student_takes_both(tiny_files: ModelFiles, prompt_file: P
     info = distill(tiny_files, config, output=tmp_path / "s", device="cpu", observers=Observers())
     assert (tmp_path / "s" / "grid.png").exists()
     model = load(tiny_files, device=CPU)
-    model.pipeline.unet = merge(model, tmp_path / "s", info)
+    model.pipeline.unet = merged_copy(model, tmp_path / "s", info)
     text, z_t = encoded(model, "two green birds"), torch.randn(1, *model.latent_shape)
     with torch.no_grad():
         low, high = (info.denoiser(TorchRunner(model.denoiser), w)(z_t, torch.tensor(500), text) for w in (1.5, 5.0))
@@ -345,7 +345,7 @@ def test_damaged_scales_are_refused(tiny_files: ModelFiles, prompt_file: Path, t
     with pytest.raises(InputError, match="is damaged"):
         read_student(tmp_path / "s", tiny_files)
     with pytest.raises((InputError, BoostDiffError), match="does not fit"):
-        merge(load(tiny_files, device=CPU), tmp_path / "s", info)
+        merged_copy(load(tiny_files, device=CPU), tmp_path / "s", info)
 
 
 def test_a_unet_is_given_processors_once(tiny: Model) -> None:

@@ -9,7 +9,7 @@ from boostdiff.distill.loop import Observers
 from boostdiff.engine.adapters import LORA_METHODS, METHODS, Lora
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.guidance_input import make_adapter
-from boostdiff.engine.merge import merge_in_place
+from boostdiff.engine.merge import merge_and_check
 from boostdiff.engine.model import Model, ModelFiles, load, locate
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
@@ -119,9 +119,9 @@ def test_a_saved_student_is_the_trained_one_and_merges(
     info = distill(tiny_files, config, output=tmp_path / "s", device="cpu", observers=Observers(preview=False))
     assert info.trainable_parameters == count_parameters(tiny_files, config)["trainable_parameters"]
     base = predict(tiny)
-    proof = merge_in_place(tiny, tmp_path / "s", info)
+    check = merge_and_check(tiny, tmp_path / "s", info)
     merged = tiny.denoiser
-    assert proof.relative < 1e-5
+    assert check.relative < 1e-5
     assert (predict(tiny) - base).abs().max() > 1e-4
     assert {type(module) for module in merged.modules()} <= {
         type(m) for m in load(tiny_files, device=CPU).denoiser.modules()

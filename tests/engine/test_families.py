@@ -22,7 +22,7 @@ from boostdiff.engine.files import read_json, write_json
 from boostdiff.engine.generate import draw
 from boostdiff.engine.guidance import GuidedDenoiser
 from boostdiff.engine.manifest import Manifest
-from boostdiff.engine.merge import merge
+from boostdiff.engine.merge import merged_copy
 from boostdiff.engine.model import Model, load, locate
 from boostdiff.engine.runners import GraphRunner, TorchRunner
 from boostdiff.engine.sampling import generate, to_uint8
@@ -191,7 +191,7 @@ def test_the_exported_denoiser_is_the_merged_one(
 ) -> None:
     """What the exporter is given; its graphs are compared where engines are made, of SDXL by the slow proof below."""
     model = load(locate(str(folders[kind])), device=CPU)
-    merged = merge(model, family_students[kind], read_student(family_students[kind]))
+    merged = merged_copy(model, family_students[kind], read_student(family_students[kind]))
     text = model.family.encode(model.pipeline, list(PROMPTS), negative_prompt=None).conditional
     part = denoiser_part(model, merged, text, ExportConfig(), (1, 999))
     names = {"sample", "timestep", "encoder_hidden_states"} | ({"text_embeds", "time_ids"} if kind == "sdxl" else set())
@@ -232,7 +232,7 @@ def test_export_of_every_family(
     common = {"sample", "timestep", "encoder_hidden_states"}
     assert names == common | ({"text_embeds", "time_ids"} if kind == "sdxl" else set())
     model = load(files, device=CPU)
-    merged = merge(model, family_students[kind], read_student(family_students[kind]))
+    merged = merged_copy(model, family_students[kind], read_student(family_students[kind]))
     session = OnnxSession(tmp_path / "engine/unet/model.onnx", device=CPU)
     with GraphRunner(session, family=model.family, denoiser_config=manifest.denoiser_config) as runner:
         inputs = model.family.example_inputs(model.pipeline, 3)

@@ -21,7 +21,7 @@ from boostdiff.engine.exported import Engine
 from boostdiff.engine.files import read_json, write_json
 from boostdiff.engine.generate import draw, resolve
 from boostdiff.engine.guidance import GuidedDenoiser
-from boostdiff.engine.merge import merge, merge_in_place, merge_student
+from boostdiff.engine.merge import merge_and_check, merge_in_place, merged_copy
 from boostdiff.engine.model import load, locate
 from boostdiff.engine.runners import TorchRunner
 from boostdiff.engine.sampling import generate, to_uint8
@@ -153,9 +153,9 @@ def test_a_student_draws_the_same_in_the_stock_pipeline(
 def test_merged_equals_base_and_adapter(folders: dict[str, Path], students: dict[str, Path], kind: str) -> None:
     model = load(locate(str(folders[kind])), device=CPU)
     info = read_student(students[kind], model.files)
-    merged = merge(model, students[kind], info)
+    merged = merged_copy(model, students[kind], info)
     assert not any("lora" in name for name, _ in merged.named_modules())
-    assert merge_in_place(model, students[kind], info).relative < 1e-4
+    assert merge_and_check(model, students[kind], info).relative < 1e-4
 
 
 @pytest.mark.parametrize("kind", DISTILLED)
@@ -166,7 +166,7 @@ def test_a_large_one_is_merged_at_a_size_of_whole_patches(
     monkeypatch.setattr("boostdiff.engine.merge.LARGE_PARAMETERS", 0)
     model = load(locate(str(folders[kind])), device=CPU)
     model.denoiser.register_to_config(sample_size=[12, 20])
-    assert merge_in_place(model, students[kind], read_student(students[kind])).relative < 1e-4
+    assert merge_and_check(model, students[kind], read_student(students[kind])).relative < 1e-4
 
 
 @pytest.mark.parametrize("kind", DISTILLED)
@@ -175,7 +175,7 @@ def test_a_pipeline_folder_draws_the_students_image(
 ) -> None:
     model = load(locate(str(folders[kind])), device=CPU)
     info = read_student(students[kind], model.files)
-    merge_student(model.denoiser, students[kind], info)
+    merge_in_place(model.denoiser, students[kind], info)
     write_diffusers_folder(model, info, tmp_path / "pipeline")
     (one_pass,) = (name for name in model.family.stock_guidance(1.0) if name.endswith(("guidance_scale", "cfg_scale")))
     assert f"`{one_pass}=1.0`" in (tmp_path / "pipeline/README.md").read_text(encoding="utf-8")

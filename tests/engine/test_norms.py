@@ -17,7 +17,7 @@ from boostdiff.engine.config import GenerateConfig
 from boostdiff.engine.errors import InputError
 from boostdiff.engine.generate import draw
 from boostdiff.engine.guidance_input import make_adapter
-from boostdiff.engine.merge import merge, merge_in_place
+from boostdiff.engine.merge import merge_and_check, merged_copy
 from boostdiff.engine.model import Model, ModelFiles, load, locate
 from boostdiff.engine.norms import NORMS_FILE, Norms
 from boostdiff.engine.runners import TorchRunner
@@ -132,8 +132,8 @@ def test_a_student_is_merged_and_draws_the_same_in_the_stock_pipeline(
         "steps": 3,
         "seed": 0,
     }
-    merged = merge(tiny, folder, info)
-    assert merge_in_place(load(tiny.files, device=CPU), folder, info).relative < 1e-5
+    merged = merged_copy(tiny, folder, info)
+    assert merge_and_check(load(tiny.files, device=CPU), folder, info).relative < 1e-5
     expected = generate(tiny, info.denoiser(TorchRunner(merged)), **drawing)
     stock = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
     stock.scheduler = make_scheduler("ddim", stock.scheduler.config)
@@ -195,7 +195,7 @@ def test_it_goes_with_other_kinds_of_students(
     config = DistillConfig(norms=True, prompts=prompt_file, updates=3, batch_size=4, learning_rate=0.02, **more)
     info = distill(tiny.files, config, output=tmp_path / "s", device="cpu", observers=SILENT)
     base = {name: p.clone() for name, p in tiny.denoiser.state_dict().items()}
-    assert merge_in_place(tiny, tmp_path / "s", info).relative < 1e-4
+    assert merge_and_check(tiny, tmp_path / "s", info).relative < 1e-4
     trained = load_file(tmp_path / "s" / NORMS_FILE)
     assert any((tensor - base[name]).abs().max() > 0.01 for name, tensor in trained.items())
 

@@ -12,7 +12,7 @@ from boostdiff.engine.errors import InputError
 from boostdiff.engine.files import read_json
 from boostdiff.engine.generate import draw
 from boostdiff.engine.guidance_input import add_guidance_embedding
-from boostdiff.engine.merge import merge_student
+from boostdiff.engine.merge import merge_in_place
 from boostdiff.engine.model import Model, ModelFiles, load, locate
 from boostdiff.engine.sampling import initial_noise
 from boostdiff.engine.student import Distilled, read_student
@@ -27,7 +27,7 @@ FIXED = Distilled(method="lora", guidance=3.0)
 @pytest.fixture
 def merged(tiny_files: ModelFiles, students: dict[str, Path]) -> Model:
     model = load(tiny_files, device=CPU)
-    merge_student(model.denoiser, students["lora"], read_student(students["lora"]))
+    merge_in_place(model.denoiser, students["lora"], read_student(students["lora"]))
     return model
 
 

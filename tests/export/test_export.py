@@ -21,7 +21,7 @@ from boostdiff.engine.families import FAMILIES
 from boostdiff.engine.files import sha256_of
 from boostdiff.engine.generate import draw
 from boostdiff.engine.manifest import read_manifest, verified_file
-from boostdiff.engine.merge import CHECK_TIMESTEPS, merge, merge_in_place
+from boostdiff.engine.merge import CHECK_TIMESTEPS, merge_and_check, merged_copy
 from boostdiff.engine.model import Model, ModelFiles, locate
 from boostdiff.engine.runners import GraphRunner, unavailable
 from boostdiff.engine.sessions import OnnxSession
@@ -120,7 +120,7 @@ def test_a_plan_for_other_hardware_says_what_helps(
 def test_graphs_are_valid_and_take_any_batch(engine: Path, tiny: Model, students: dict[str, Path]) -> None:
     path = engine / "unet/model.onnx"
     onnx.checker.check_model(path)
-    merged = merge(tiny, students["lora"], read_student(students["lora"]))
+    merged = merged_copy(tiny, students["lora"], read_student(students["lora"]))
     session = OnnxSession(path, device=CPU)
     with (
         GraphRunner(session, family=FAMILY, denoiser_config=read_manifest(engine).denoiser_config) as runner,
@@ -181,7 +181,7 @@ def test_the_onnx_runner_drives_a_stock_pipeline(
             PROMPTS[0], num_inference_steps=4, guidance_scale=1, generator=generator, output_type="np"
         ).images
 
-    merged = merge(tiny, students["lora"], read_student(students["lora"]))
+    merged = merged_copy(tiny, students["lora"], read_student(students["lora"]))
     with Engine.load(engine, runner="onnx", device="cpu") as exported:
         runner = exported.model.denoiser
         got = images(runner)
@@ -242,7 +242,7 @@ def test_references_are_computed_without_tf32(
     monkeypatch: pytest.MonkeyPatch,
     wanted: str,
 ) -> None:
-    """The merge's proof and the parts' references; afterwards the process is as it was, even after a failure."""
+    """The merge's check and the parts' references; afterwards the process is as it was, even after a failure."""
     seen = []
 
     def allowed() -> tuple[bool, str]:
@@ -254,13 +254,13 @@ def test_references_are_computed_without_tf32(
 
     def merged(*arguments: Any) -> Any:
         seen.append(allowed())
-        return merge_in_place(*arguments)
+        return merge_and_check(*arguments)
 
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(wanted)
     try:
         monkeypatch.setattr(Part, "compute_references", compute_references)
-        monkeypatch.setattr("boostdiff.export.export.merge_in_place", merged)
+        monkeypatch.setattr("boostdiff.export.export.merge_and_check", merged)
         assert allowed() == (True, wanted)
         with pytest.raises(BoostDiffError, match="far enough"):
             export(tiny_files, student=students["lora"], output=tmp_path / "e", device="cpu")

@@ -11,7 +11,7 @@ import torch
 from boostdiff.distill.config import DistillConfig
 from boostdiff.distill.distill import Observers, distill
 from boostdiff.engine.guidance_term import total_sum_of_squares
-from boostdiff.engine.merge import merge_in_place
+from boostdiff.engine.merge import merge_and_check
 from boostdiff.engine.model import Model, load, locate
 from boostdiff.engine.runners import TorchRunner
 from boostdiff.engine.student import read_student
@@ -57,7 +57,7 @@ def test_the_estimate_is_what_rounding_changes(
         distill(locate(str(tiny_folder)), config, output=student, device="cpu", observers=Observers(preview=False))
     model, info = load(locate(str(tiny_folder)), device="cpu", dtype=torch.float32), read_student(student)
     calibration = Calibration.of_teacher(model, PROMPTS, info)
-    merge_in_place(model, student, info)
+    merge_and_check(model, student, info)
     with recorded_ranges(model.denoiser) as ranges:
         calibration.add_states(model, info.denoiser, info.choose_negative_prompt(None))
     calibration.checked[1:] = []
