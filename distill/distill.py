@@ -211,7 +211,7 @@ def _train(job: Job, output: Path, stage: Stage | None = None, *, follows: bool 
     info = None
     # Held before the weights are read, which can take minutes.
     with at_work_in(folder) if accelerator.is_main_process else nullcontext():
-        run, preview = _run(job, accelerator, folder, stage)
+        run, preview = _make_run(job, accelerator, folder, stage)
         if state is not None:
             run.restore(state)
         elif accelerator.is_main_process:
@@ -283,7 +283,7 @@ def plan(
     return [], open_images(config.images)
 
 
-def _run(job: Job, accelerator: Accelerator, folder: Path, stage: Stage | None) -> tuple[Run, Preview]:
+def _make_run(job: Job, accelerator: Accelerator, folder: Path, stage: Stage | None) -> tuple[Run, Preview]:
     """The run's moving parts, with the weights read, and what draws its previews."""
     files, config, execution, observers = job.files, job.config, job.execution, job.observers
     prompts, images = job.prompts, job.images

@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import torch
 from accelerate import Accelerator
@@ -121,7 +121,8 @@ class Run:
         self.last_good_weights = [parameter.detach().clone() for parameter in self.parameters]
         self.began = time.monotonic()
         # What the log calls the loss of the baseline, and R².
-        self.baseline, self.r2 = ("before_loss", "stage_r2") if self.frozen else ("unguided_loss", "guidance_r2")
+        self.baseline_key = "before_loss" if self.frozen else "unguided_loss"
+        self.r2_key = "stage_r2" if self.frozen else "guidance_r2"
 
     def targets(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The teacher's x̂_w, and the x̂ of the baseline, a student that has learned nothing, each `(B, C, H, W)`.
@@ -262,7 +263,7 @@ class Run:
         try:
             for line in _log_lines(self.folder / LOG_FILE, self.done):
                 logged = json.loads(line)
-                self.watch.add(logged["loss"], logged[self.baseline])
+                self.watch.add(logged["loss"], logged[self.baseline_key])
         except (ValueError, KeyError, TypeError):
             raise InputError(f"can't resume: {self.folder / LOG_FILE} is damaged; run without --resume") from None
         self.last_good_weights = [parameter.detach().clone() for parameter in self.parameters]
@@ -310,7 +311,7 @@ class Run:
                     self.checkpoint()
                     raise InputError(f"{error}; saved after update {self.done}, from where --resume goes on") from None
                 loss, r2 = self.watch.losses[-1], self.watch.guidance_r2()
-                values = {"loss": loss, self.baseline: self.watch.baseline[-1], self.r2: r2}
+                values = {"loss": loss, self.baseline_key: self.watch.baseline[-1], self.r2_key: r2}
                 values["teacher_evaluations"] = self.budget()["teacher_evaluations"]
                 values["lr"] = learning_rate_at(update, self.config)
                 log.write(json.dumps({"update": update, **values}) + "\n")
@@ -350,7 +351,7 @@ class Run:
             "seconds": round(time.monotonic() - self.began, 1),
             "images_per_second": throughput.images_per_second,
             "final_loss": self.watch.mean_loss(),
-            self.r2: self.watch.guidance_r2(),
+            self.r2_key: self.watch.guidance_r2(),
             "gradient_accumulation_steps": self.microbatches,
             "processes": self.accelerator.num_processes,
             "peak_memory": peak_memory(self.runner.device),
@@ -367,10 +368,9 @@ class Run:
     def budget(self) -> dict[str, int]:
         """What the updates so far have cost, in samples: the teacher evaluates each once, in two passes."""
         evaluated, trained = self.done * self.config.new_samples, self.done * self.config.batch_size
-        forward = 2 * evaluated + trained
-        return {"teacher_evaluations": evaluated, "forward_passes": forward, "backward_passes": trained}
+        return {"teacher_evaluations": evaluated, "forward_passes": 2 * evaluated + trained, "backward_passes": trained}
 
-    def refuse(self, reason: str) -> None:
+    def refuse(self, reason: str) -> NoReturn:
         """Stop, and leave the last good adapter in the unfinished run's folder.
 
         Raises:
