@@ -15,8 +15,6 @@ import torch
 from ..engine.captured import CapturedRunner
 from ..engine.compiled import CompiledRunner, missing_compiler, with_bfloat16_vae
 from ..engine.config import EXPORTED
-from ..engine.errors import BoostDiffError, InputError
-from ..engine.exported import Engine
 from ..engine.manifest import read_manifest
 from ..engine.memory import give_back_memory
 from ..engine.model import Model, ModelFiles, resolve_device
@@ -28,6 +26,7 @@ from .config import BenchConfig, Metrics
 from .quality.quality import Quality, evaluate
 from .quality.samples import SamplingVariant, bounded_memory
 from .session import Session, with_sampling
+from .speed.engines import opened_engine
 from .speed.fastest import pays_to_compile
 from .speed.random_weights import random_model
 from .speed.stock import StockVariant, stock_pipeline
@@ -254,21 +253,8 @@ def _measure_speed(
     with ExitStack() as opened:
         student = session.students[0].denoiser if session.students else model.denoiser
         variants, skipped = _in_torch(model, student, config)
-        reasons = {name: unavailable(name, read_manifest(engine), device) for name in EXPORTED} if engine else {}
-        for name, reason in reasons.items():
-            if reason is not None or engine is None:
-                skipped[name] = str(reason)
-                continue
-            try:
-                precision = config.precision if name == "onnx" else None
-                loaded = Engine.load(engine, runner=name, device=str(device), precision=precision)
-                exported = opened.enter_context(loaded).model
-                variants += [TimedVariant(mode=mode, runner=exported.denoiser, parts=exported) for mode in MODES]
-            except InputError:
-                raise
-            except BoostDiffError as error:
-                # It is listed, but a library that it needs is missing.
-                skipped[name] = str(error)
+        if engine is not None:
+            variants += _exported(engine, config, device, opened=opened, skipped=skipped)
         for name, reason in skipped.items():
             report(f"{name}: left out, {reason}")
         speed = measure(
@@ -296,7 +282,10 @@ def _in_torch(model: Model, student: Any, config: BenchConfig) -> tuple[list[Tim
     others: list[tuple[str, Any, Sequence[int] | None]] = (
         [("captured", CapturedRunner, None)] if on_gpu and model.family.capturable else []
     )
-    if config.max_autotune or pays_to_compile(denoiser) if config.compile is None else config.compile:
+    compiles = config.compile
+    if compiles is None:
+        compiles = config.max_autotune or pays_to_compile(denoiser)
+    if compiles:
         compiled = partial(CompiledRunner, max_autotune=config.max_autotune)
         others.append(("compiled", compiled, config.compiled_batch_sizes()))
     for name, runner, batch_sizes in others:
@@ -311,6 +300,25 @@ def _in_torch(model: Model, student: Any, config: BenchConfig) -> tuple[list[Tim
         parts = with_bfloat16_vae(model) if name == "compiled" else None
         variants += [replace(variant, batch_sizes=batch_sizes, parts=parts) for variant in made]
     return variants, skipped
+
+
+def _exported(
+    engine: Path, config: BenchConfig, device: torch.device, *, opened: ExitStack, skipped: dict[str, str]
+) -> list[TimedVariant]:
+    """All modes on each of an engine's runners, open until `opened` is closed; `skipped` takes why others are not."""
+    manifest, variants = read_manifest(engine), []
+    for name in EXPORTED:
+        if reason := unavailable(name, manifest, device):
+            skipped[name] = reason
+            continue
+        precision = config.precision if name == "onnx" else None
+        loaded = opened_engine(
+            engine, runner=name, device=device, precision=precision, label=name, opened=opened, left_out=skipped
+        )
+        if loaded is not None:
+            exported = loaded.model
+            variants += [TimedVariant(mode=mode, runner=exported.denoiser, parts=exported) for mode in MODES]
+    return variants
 
 
 def _copied(runner: Callable[[Any], Runner], denoiser: Any) -> Runner:

@@ -69,7 +69,7 @@ def _measure(
     written: Sequence[str],
     **more: Any,
 ) -> Any:
-    """Call `bench` or `measure_grid` under a progress bar; `written` are names of the files that show its result."""
+    """Call `bench`, `measure_grid` or `compose` under a progress bar; `written` names the files of its result."""
     from ..engine.model import locate
     from ..engine.prompts import read_prompts
     from .report.output_folder import check_replaceable

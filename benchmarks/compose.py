@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from ..engine.compiled import CompiledRunner, with_bfloat16_vae
-from ..engine.errors import BoostDiffError, InputError, one_line
-from ..engine.exported import Engine
+from ..engine.errors import InputError, one_line
 from ..engine.files import hash_of
 from ..engine.guidance import SinglePassDenoiser
 from ..engine.manifest import Manifest, read_manifest
@@ -28,6 +27,7 @@ from .quality.quality import compared
 from .quality.samples import SamplingVariant, bounded_memory
 from .session import Session, Student
 from .speed.device import in_turns, synchronize
+from .speed.engines import opened_engine
 from .speed.stock import StockVariant, stock_pipeline
 from .speed.throughput import Workload
 from .stats import median_of
@@ -158,19 +158,22 @@ def exported_configurations(
                 if name != "tensorrt" or manifest.plan in manifest.files:
                     left_out[f"{called}, {name}"] = reason
                 continue
-            try:
-                loaded = Engine.load(folder, runner=name, device=str(device), precision=precision)
-            except InputError:
-                raise
-            except BoostDiffError as error:
-                # It is listed, but a library that it needs is missing.
-                left_out[f"{called}, {name}{f' {precision}' if precision else ''}"] = str(error)
+            label = f"{called}, {name}{f' {precision}' if precision else ''}"
+            engine = opened_engine(
+                folder,
+                runner=name,
+                device=device,
+                precision=precision,
+                label=label,
+                opened=opened,
+                left_out=left_out,
+            )
+            if engine is None:
                 continue
-            engine = opened.enter_context(loaded)
             if engine.model.latent_shape != shape:
                 raise InputError(f"the engine in {folder} draws images of another size than the model: leave it out")
             runner = engine.model.denoiser
-            label = precision or str(runner.precision).removeprefix("torch.")
+            computes_in = precision or str(runner.precision).removeprefix("torch.")
             for steps in [student.info.steps] if student.info.steps else sorted(config.steps, reverse=True):
                 at = session.at(session.sampler, steps)
                 scale = at.guidance if student.info.guidance_range else None
@@ -179,8 +182,8 @@ def exported_configurations(
                     variant,
                     model=engine.model,
                     runner=f"{called}: {name}",
-                    precision=label,
-                    identity={"engine": hash_of([name, label, manifest.files])},
+                    precision=computes_in,
+                    identity={"engine": hash_of([name, computes_in, manifest.files])},
                     own_spacing=session.model.pipeline.scheduler.config.get("timestep_spacing"),
                     few_steps=student.info.steps is not None,
                 )
