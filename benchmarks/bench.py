@@ -297,8 +297,8 @@ def _in_torch(model: Model, student: Any, config: BenchConfig) -> tuple[list[Tim
         except torch.OutOfMemoryError:
             skipped[name] = "out of memory"
             continue
-        parts = with_bfloat16_vae(model) if name == "compiled" else None
-        variants += [replace(variant, batch_sizes=batch_sizes, parts=parts) for variant in made]
+        own = with_bfloat16_vae(model) if name == "compiled" else None
+        variants += [replace(variant, batch_sizes=batch_sizes, model=own) for variant in made]
     return variants, skipped
 
 
@@ -317,7 +317,7 @@ def _exported(
         )
         if loaded is not None:
             exported = loaded.model
-            variants += [TimedVariant(mode=mode, runner=exported.denoiser, parts=exported) for mode in MODES]
+            variants += [TimedVariant(mode=mode, runner=exported.denoiser, model=exported) for mode in MODES]
     return variants
 
 

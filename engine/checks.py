@@ -1,4 +1,4 @@
-"""Checks of parts' configurations that several families share; each raises an InputError that names the setting.
+"""Checks of components' configurations that several families share; each raises an InputError that names the setting.
 
 A configuration is complete: the defaults of its class are in it.
 """
@@ -11,8 +11,8 @@ from typing import Any
 
 from .errors import InputError
 
-Parts = dict[str, dict[str, Any]]
-"""The configuration of each part, completed with the defaults of its class, by the part's name."""
+ComponentConfigs = dict[str, dict[str, Any]]
+"""The configuration of each of a pipeline's components, completed with the defaults of its class, by name."""
 
 PLAIN_UNET: dict[str, tuple[Any, ...]] = {
     "class_embed_type": (None,),
@@ -32,9 +32,9 @@ def positive_ints(config: dict[str, Any], *names: str) -> list[int]:
     return [config[name] for name in names]
 
 
-def check_unet(parts: Parts, text_encoders: Sequence[str]) -> None:
+def check_unet(components: ComponentConfigs, text_encoders: Sequence[str]) -> None:
     """A UNet of text-to-image models whose text embeddings are those of its encoders, beside each other."""
-    unet, vae = parts["unet"], parts["vae"]
+    unet, vae = components["unet"], components["vae"]
     for name, values in PLAIN_UNET.items():
         if unet.get(name) not in values:
             why = ": it is distilled already, for any guidance" if name == "time_cond_proj_dim" else ""
@@ -48,9 +48,9 @@ def check_unet(parts: Parts, text_encoders: Sequence[str]) -> None:
             f"the UNet takes {inputs} channels and gives {outputs}, the VAE has {latents}: only text-to-image models, "
             "where all three are the same, can be used"
         )
-    for part in (unet, vae):
-        if part.get("norm_num_groups") is not None:
-            positive_ints(part, "norm_num_groups")
+    for config in (unet, vae):
+        if config.get("norm_num_groups") is not None:
+            positive_ints(config, "norm_num_groups")
     size = unet.get("sample_size")
     sizes = size if isinstance(size, (list, tuple)) else [size, size]
     if len(sizes) != 2:
@@ -58,7 +58,7 @@ def check_unet(parts: Parts, text_encoders: Sequence[str]) -> None:
     for side in sizes:
         positive_ints({"sample_size": side}, "sample_size")
     widths = unet["encoder_hid_dim"] if unet.get("encoder_hid_dim_type") else unet.get("cross_attention_dim")
-    given = sum(positive_ints(parts[name], "hidden_size")[0] for name in text_encoders)
+    given = sum(positive_ints(components[name], "hidden_size")[0] for name in text_encoders)
     if any(width != given for width in (widths if isinstance(widths, (list, tuple)) else [widths])):
         raise InputError(f"the UNet takes text embeddings of width {widths}, the text encoders give {given}")
 
@@ -94,12 +94,12 @@ def check_vae(vae: dict[str, Any], *, pipeline: str, normalizes: bool = False, s
             )
 
 
-def check_clip_text(parts: Parts, text_encoders: Sequence[str], tokenizers: Sequence[str]) -> None:
+def check_clip_text(components: ComponentConfigs, text_encoders: Sequence[str], tokenizers: Sequence[str]) -> None:
     """CLIP text encoders and their tokenizers, all of one length."""
     lengths = []
     for name, encoder in zip(tokenizers, text_encoders, strict=True):
-        length = parts[name].get("model_max_length")
-        (most,) = positive_ints(parts[encoder], "max_position_embeddings")
+        length = components[name].get("model_max_length")
+        (most,) = positive_ints(components[encoder], "max_position_embeddings")
         if not isinstance(length, int) or not 2 < length <= most:
             said = "no model_max_length" if length is None else f"the model_max_length {length!r}"
             raise InputError(

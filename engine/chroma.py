@@ -10,7 +10,7 @@ import torch
 from diffusers import ChromaPipeline, ChromaTransformer2DModel, DiffusionPipeline
 from diffusers.models.transformers.transformer_chroma import ChromaSingleTransformerBlock
 
-from .checks import Parts, check_vae, positive_ints
+from .checks import ComponentConfigs, check_vae, positive_ints
 from .conditions import PromptEmbeds
 from .errors import InputError
 from .family import ATTENTION, JOINT_ATTENTION
@@ -40,7 +40,7 @@ class Chroma(PackedLatents):
     }
 
     @property
-    def parts(self) -> dict[str, tuple[str, ...]]:
+    def component_classes(self) -> dict[str, tuple[str, ...]]:
         return {
             "transformer": ("ChromaTransformer2DModel",),
             "vae": ("AutoencoderKL", "AutoencoderTiny"),
@@ -49,16 +49,17 @@ class Chroma(PackedLatents):
             "scheduler": (),
         }
 
-    def checks(self, parts: Parts) -> dict[str, Callable[[], None]]:
+    def checks(self, components: ComponentConfigs) -> dict[str, Callable[[], None]]:
         def transformer() -> None:
-            config = parts["transformer"]
+            config = components["transformer"]
             inputs, patch = positive_ints(config, "in_channels", "patch_size")
-            outputs, (latents,) = config.get("out_channels") or inputs, positive_ints(parts["vae"], "latent_channels")
+            outputs = config.get("out_channels") or inputs
+            (latents,) = positive_ints(components["vae"], "latent_channels")
             if patch != 1 or not inputs == outputs == PATCH**2 * latents:
                 raise InputError(
                     f"patch_size is {patch}, with {inputs} in and {outputs} out, not 1 and {PATCH**2 * latents}"
                 )
-            if (given := parts["text_encoder"].get("d_model")) != (width := config["joint_attention_dim"]):
+            if (given := components["text_encoder"].get("d_model")) != (width := config["joint_attention_dim"]):
                 raise InputError(f"joint_attention_dim is {width!r}, where T5 gives {given!r}")
             axes, (head,) = config["axes_dims_rope"], positive_ints(config, "attention_head_dim")
             if sum(axes) != head:
@@ -68,8 +69,8 @@ class Chroma(PackedLatents):
                 raise InputError(f"sample_size is {size}: it must be a multiple of {PATCH}")
 
         def vae() -> None:
-            check_vae(parts["vae"], pipeline="ChromaPipeline", shifts=True)
-            if parts["vae"].get("shift_factor") is None:
+            check_vae(components["vae"], pipeline="ChromaPipeline", shifts=True)
+            if components["vae"].get("shift_factor") is None:
                 raise InputError("there is no shift_factor, which ChromaPipeline needs: it may be 0")
 
         return {"vae": vae, "transformer": transformer}

@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 
-from .checks import Parts
+from .checks import ComponentConfigs
 from .conditions import PromptEmbeds, TextEmbeddings, is_live
 from .config import PIXEL_MULTIPLE
 from .errors import InputError
@@ -64,15 +64,15 @@ class Family(ABC):
 
     @property
     @abstractmethod
-    def parts(self) -> dict[str, tuple[str, ...]]:
-        """The pipeline's parts, and the classes that each may be of."""
+    def component_classes(self) -> dict[str, tuple[str, ...]]:
+        """The pipeline's components, and the classes that each may be of."""
 
-    optional_parts: ClassVar[tuple[str, ...]] = ()
-    """Those that a folder may leave out, see `absent_parts`."""
+    optional_components: ClassVar[tuple[str, ...]] = ()
+    """Those that a folder may leave out, see `absent_components`."""
 
-    def absent_parts(self, index: Mapping[str, Any]) -> dict[str, None]:
-        """Optional parts that a `model_index.json` has not, or as null, whatever folders there are."""
-        return {name: None for name in self.optional_parts if index.get(name, [None, None]) == [None, None]}
+    def absent_components(self, index: Mapping[str, Any]) -> dict[str, None]:
+        """Optional components that a `model_index.json` has not, or as null, whatever folders there are."""
+        return {name: None for name in self.optional_components if index.get(name, [None, None]) == [None, None]}
 
     @property
     def tokenizers(self) -> tuple[str, ...]:
@@ -80,23 +80,23 @@ class Family(ABC):
         return tuple(name.replace("text_encoder", "tokenizer") for name in self.text_encoders)
 
     @abstractmethod
-    def checks(self, parts: Parts) -> dict[str, Callable[[], None]]:
-        """By part, what refuses a configuration that can't be used as the stock pipeline uses it, by an InputError.
+    def checks(self, components: ComponentConfigs) -> dict[str, Callable[[], None]]:
+        """By component, what refuses, by an InputError, a configuration that the stock pipeline would use otherwise.
 
-        `parts` are the configurations of all parts that are there, completed with the defaults of their classes.
+        `components` are the configurations of all that are there, completed with the defaults of their classes.
         """
 
     def settings(self, index: Mapping[str, Any]) -> dict[str, Any]:
         """What a `model_index.json` says of the pipeline itself, such as SDXL's `force_zeros_for_empty_prompt`."""
         parameters = inspect.signature(self.pipeline_class.__init__).parameters
         names = parameters.keys() & index.keys() - self.load_options.keys()
-        # A list is a part's class, null a part that is left out.
+        # A list is a component's class, null a component that is left out.
         return {name: index[name] for name in sorted(names) if isinstance(index[name], bool | int | float | str)}
 
     def assemble(self, components: dict[str, Any], index: Mapping[str, Any]) -> DiffusionPipeline:
-        """A pipeline of parts, real or exported, by their names in a `model_index.json`; without a safety checker."""
+        """A pipeline of components, real or exported, by name as in a `model_index.json`; without a safety checker."""
         parameters = inspect.signature(self.pipeline_class.__init__).parameters
-        absent = dict.fromkeys(self.optional_parts)
+        absent = dict.fromkeys(self.optional_components)
         optional = {"feature_extractor": None, "image_encoder": None, **absent, **self.load_options}
         present = {name: value for name, value in optional.items() if name in parameters}
         return self.pipeline_class(**present | self.settings(index) | components)

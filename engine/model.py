@@ -33,8 +33,8 @@ LARGE_PARAMETERS = 100e6
 """Parameters from which comparing everything at full size takes minutes on a CPU, and memory is a concern."""
 
 
-def part_from_config(folder: Path, library: str, class_name: str) -> Any:
-    """A part of a pipeline from its configuration, its weights random: a module, or a scheduler.
+def component_from_config(folder: Path, library: str, class_name: str) -> Any:
+    """A component of a pipeline from its configuration, its weights random: a module, or a scheduler.
 
     Raises:
         InputError: the configuration is of no such class.
@@ -106,9 +106,9 @@ class ModelFiles:
         return self.folder / self.family.denoiser
 
     @property
-    def absent_parts(self) -> dict[str, None]:
-        """Optional parts that the folder leaves out, as `from_pretrained` wants to be told."""
-        return self.family.absent_parts(read_json(self.folder / "model_index.json"))
+    def absent_components(self) -> dict[str, None]:
+        """Optional components that the folder leaves out, as `from_pretrained` wants to be told."""
+        return self.family.absent_components(read_json(self.folder / "model_index.json"))
 
     def denoiser_weights(self) -> tuple[str | None, list[Path]]:
         """The denoiser's safetensors files and their variant (`None` or "fp16").
@@ -141,35 +141,35 @@ class ModelFiles:
         return "-".join(map(_sha256, files))
 
     def other_sha256(self) -> dict[str, str]:
-        """One hash for each part but the denoiser's weights: its configuration, words and safetensors files."""
+        """One hash for each component but the denoiser's weights: its configuration, words and safetensors files."""
         self.fetch()
         hashes = {
             "model_index": sha256_of(self.folder / "model_index.json"),
             "denoiser_config": sha256_of(self.denoiser_folder / "config.json"),
         }
-        for part in ("vae", "scheduler", *self.family.text_encoders, *self.family.tokenizers):
-            if part in self.absent_parts:
+        for component in ("vae", "scheduler", *self.family.text_encoders, *self.family.tokenizers):
+            if component in self.absent_components:
                 continue
-            _refuse_broken_links(self.folder / part)
-            files = sorted(path for path in (self.folder / part).glob("*") if path.suffix in HASHED)
-            hashes[part] = "-".join(_sha256(path) for path in files)
+            _refuse_broken_links(self.folder / component)
+            files = sorted(path for path in (self.folder / component).glob("*") if path.suffix in HASHED)
+            hashes[component] = "-".join(_sha256(path) for path in files)
         return hashes
 
     def parameters(self) -> dict[str, int]:
-        """Numbers of parameters of all parts that have any, by name; made on the meta device."""
+        """Numbers of parameters of all components that have any, by name; made on the meta device."""
         index = read_json(self.folder / "model_index.json")
         counted = {}
         for name in (self.family.denoiser, "vae", *self.family.text_encoders):
-            if name not in self.absent_parts:
+            if name not in self.absent_components:
                 with torch.device("meta"):
-                    part = part_from_config(self.folder / name, *index[name])
-                counted[name] = sum(parameter.numel() for parameter in part.parameters())
+                    component = component_from_config(self.folder / name, *index[name])
+                counted[name] = sum(parameter.numel() for parameter in component.parameters())
         return counted
 
     def empty_denoiser(self) -> Any:
         """The denoiser on the meta device: shapes without memory."""
         with torch.device("meta"):
-            return part_from_config(self.denoiser_folder, "diffusers", self.family.denoiser_class.__name__)
+            return component_from_config(self.denoiser_folder, "diffusers", self.family.denoiser_class.__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,14 +256,14 @@ def locate(model: str, *, weights: bool = True) -> ModelFiles:
         raise InputError(f"{folder} is no diffusers pipeline folder: it has no model_index.json")
     index = read_json(folder / "model_index.json")
     family = family_of(index)
-    parts = check_folder(folder, family, index)
+    components = check_folder(folder, family, index)
     return ModelFiles(
         name=model,
         folder=folder,
         family=family,
-        denoiser_config=family.denoiser_config(parts[family.denoiser]),
-        vae_config=parts["vae"],
-        scheduler_config=family.scheduler_config(parts["scheduler"]),
+        denoiser_config=family.denoiser_config(components[family.denoiser]),
+        vae_config=components["vae"],
+        scheduler_config=family.scheduler_config(components["scheduler"]),
         hub_id=hub_id if weights else None,
     )
 
@@ -308,7 +308,7 @@ def load(
                 use_safetensors=True,
                 local_files_only=True,
                 low_cpu_mem_usage=True,
-                **files.absent_parts | dict.fromkeys(files.family.text_encoders) | encoders,
+                **files.absent_components | dict.fromkeys(files.family.text_encoders) | encoders,
                 **({"quantization_config": int8_weights(files.family.denoiser)} if int8 else {}),
                 **files.family.load_options,
             )
@@ -317,9 +317,9 @@ def load(
     # On damaged settings diffusers, transformers and tokenizers raise nearly anything, the last bare exceptions.
     except Exception as error:
         raise InputError(f"can't load the model in {files.folder}: {one_line(error)}") from None
-    for name, part in pipeline.components.items():
+    for name, component in pipeline.components.items():
         # diffusers leaves what a file lacks without numbers.
-        tensors = part.state_dict().items() if isinstance(part, torch.nn.Module) else ()
+        tensors = component.state_dict().items() if isinstance(component, torch.nn.Module) else ()
         if lacking := [key for key, tensor in tensors if tensor.is_meta]:
             raise InputError(
                 f"{files.folder / name} lacks tensors ({len(lacking)}, such as {lacking[0]}): save the model again, "

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline, QwenImagePipeline, QwenImageTransformer2DModel
 
-from .checks import Parts, check_vae, positive_ints
+from .checks import ComponentConfigs, check_vae, positive_ints
 from .conditions import PromptEmbeds
 from .errors import InputError
 from .family import ATTENTION, JOINT_ATTENTION
@@ -46,7 +46,7 @@ class QwenImage(PackedLatents):
     }
 
     @property
-    def parts(self) -> dict[str, tuple[str, ...]]:
+    def component_classes(self) -> dict[str, tuple[str, ...]]:
         return {
             "transformer": ("QwenImageTransformer2DModel",),
             "vae": ("AutoencoderKLQwenImage",),
@@ -55,20 +55,20 @@ class QwenImage(PackedLatents):
             "scheduler": (),
         }
 
-    def checks(self, parts: Parts) -> dict[str, Callable[[], None]]:
+    def checks(self, components: ComponentConfigs) -> dict[str, Callable[[], None]]:
         def transformer() -> None:
-            config = parts["transformer"]
+            config = components["transformer"]
             for name, value in PLAIN.items():
                 if config.get(name) != value:
                     raise InputError(f"{name} is {config[name]!r}: distilled, editing and layered models can't be used")
             inputs, outputs, patch = positive_ints(config, "in_channels", "out_channels", "patch_size")
-            (latents,) = positive_ints(parts["vae"], "z_dim")
+            (latents,) = positive_ints(components["vae"], "z_dim")
             if patch != PATCH or inputs != PATCH**2 * latents or outputs != latents:
                 raise InputError(
                     f"in_channels, out_channels and patch_size are {inputs}, {outputs} and {patch}, where squares of "
                     f"{PATCH} by {PATCH} latents of {latents} channels make {PATCH**2 * latents}, {latents} and {PATCH}"
                 )
-            text = parts["text_encoder"]
+            text = components["text_encoder"]
             given, width = (text.get("text_config") or text).get("hidden_size"), config["joint_attention_dim"]
             if given != width:
                 raise InputError(f"joint_attention_dim is {width!r}, where the text encoder gives {given!r}")
@@ -77,7 +77,7 @@ class QwenImage(PackedLatents):
                 raise InputError(f"sample_size is {size}: it must be a multiple of {PATCH}")
 
         def vae() -> None:
-            config = parts["vae"]
+            config = components["vae"]
             if not config.get("latents_mean") or not config.get("latents_std"):
                 raise InputError("latents_mean and latents_std must be one number per channel")
             positive_ints(config, "z_dim")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline, SanaPipeline, SanaTransformer2DModel
 
-from .checks import Parts, check_vae, positive_ints
+from .checks import ComponentConfigs, check_vae, positive_ints
 from .conditions import PromptEmbeds
 from .errors import InputError
 from .family import ATTENTION, Family
@@ -44,7 +44,7 @@ class Sana(Family):
     }
 
     @property
-    def parts(self) -> dict[str, tuple[str, ...]]:
+    def component_classes(self) -> dict[str, tuple[str, ...]]:
         return {
             "transformer": ("SanaTransformer2DModel",),
             "vae": ("AutoencoderDC",),
@@ -53,14 +53,14 @@ class Sana(Family):
             "scheduler": (),
         }
 
-    def checks(self, parts: Parts) -> dict[str, Callable[[], None]]:
+    def checks(self, components: ComponentConfigs) -> dict[str, Callable[[], None]]:
         def transformer() -> None:
-            config = parts["transformer"]
+            config = components["transformer"]
             positive_ints(config, "sample_size", "patch_size")
             inputs, outputs, heads, width = positive_ints(
                 config, "in_channels", "out_channels", "num_attention_heads", "attention_head_dim"
             )
-            (latents,) = positive_ints(parts["vae"], "latent_channels")
+            (latents,) = positive_ints(components["vae"], "latent_channels")
             if inputs != latents or outputs not in (inputs, 2 * inputs):
                 raise InputError(
                     f"the transformer takes {inputs} channels and gives {outputs}, the VAE has {latents}: "
@@ -72,11 +72,11 @@ class Sana(Family):
                 raise InputError(
                     f"cross_attention_dim is {config['cross_attention_dim']!r}, not the {heads * width} of its heads"
                 )
-            (given,) = positive_ints(parts["text_encoder"], "hidden_size")
+            (given,) = positive_ints(components["text_encoder"], "hidden_size")
             if config["caption_channels"] != given:
                 raise InputError(f"caption_channels is {config['caption_channels']!r}, where Gemma gives {given}")
 
-        return {"transformer": transformer, "vae": lambda: check_vae(parts["vae"], pipeline="SanaPipeline")}
+        return {"transformer": transformer, "vae": lambda: check_vae(components["vae"], pipeline="SanaPipeline")}
 
     def max_tokens(self, pipeline: DiffusionPipeline, tokenizer: str) -> int:
         """See `Family.max_tokens`; the tokenizer's own length is not used."""

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from packaging.version import InvalidVersion, Version
 
-from .checks import Parts, check_clip_text, check_unet, check_vae
+from .checks import ComponentConfigs, check_clip_text, check_unet, check_vae
 from .conditions import PromptEmbeds
 from .errors import InputError
 from .family import ATTENTION, Family
@@ -42,7 +42,7 @@ class StableDiffusion(Family):
     }
 
     @property
-    def parts(self) -> dict[str, tuple[str, ...]]:
+    def component_classes(self) -> dict[str, tuple[str, ...]]:
         classes = {"text_encoder": ("CLIPTextModel",), "text_encoder_2": ("CLIPTextModelWithProjection",)}
         return {
             "unet": ("UNet2DConditionModel",),
@@ -53,27 +53,27 @@ class StableDiffusion(Family):
             "scheduler": (),
         }
 
-    def checks(self, parts: Parts) -> dict[str, Callable[[], None]]:
+    def checks(self, components: ComponentConfigs) -> dict[str, Callable[[], None]]:
         pipeline = self.pipeline_class.__name__
 
         def unet() -> None:
-            check_unet(parts, self.text_encoders)
-            self.check_added_conditions(parts)
+            check_unet(components, self.text_encoders)
+            self.check_added_conditions(components)
             # Refuses a version that is none.
-            self.denoiser_config(parts["unet"])
+            self.denoiser_config(components["unet"])
 
         return {
             "unet": unet,
-            "vae": lambda: check_vae(parts["vae"], pipeline=pipeline, normalizes=self.normalizes_latents),
-            "tokenizer": lambda: check_clip_text(parts, self.text_encoders, self.tokenizers),
+            "vae": lambda: check_vae(components["vae"], pipeline=pipeline, normalizes=self.normalizes_latents),
+            "tokenizer": lambda: check_clip_text(components, self.text_encoders, self.tokenizers),
         }
 
-    def check_added_conditions(self, parts: Parts) -> None:
+    def check_added_conditions(self, components: ComponentConfigs) -> None:
         """Refuse a UNet that takes other conditions beside the text embedding than `embed` gives.
 
         "text" is an embedding of the text that is there anyway.
         """
-        if (added := parts["unet"].get("addition_embed_type")) not in (None, "text"):
+        if (added := components["unet"].get("addition_embed_type")) not in (None, "text"):
             raise InputError(f"addition_embed_type is {added!r}, a condition that {self.name} does not have")
 
     def denoiser_config(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -160,8 +160,8 @@ class StableDiffusionXL(StableDiffusion):
         time_ids = torch.tensor([[*size, 0, 0, *size]], device=hidden.device, dtype=hidden.dtype)
         return PromptEmbeds(encoder_hidden_states=hidden, text_embeds=pooled, time_ids=time_ids.repeat(len(hidden), 1))
 
-    def check_added_conditions(self, parts: Parts) -> None:
-        unet, pooled = parts["unet"], parts["text_encoder_2"]["projection_dim"]
+    def check_added_conditions(self, components: ComponentConfigs) -> None:
+        unet, pooled = components["unet"], components["text_encoder_2"]["projection_dim"]
         if (added := unet.get("addition_embed_type")) != "text_time":
             raise InputError(f"addition_embed_type is {added!r}, where {self.name} has 'text_time'")
         width, each = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from .checks import Parts, check_clip_text, check_vae, positive_ints
+from .checks import ComponentConfigs, check_clip_text, check_vae, positive_ints
 from .conditions import PromptEmbeds
 from .errors import InputError
 from .family import ATTENTION, JOINT_ATTENTION, Family
@@ -30,7 +30,7 @@ class StableDiffusion3(Family):
     denoiser_class = SD3Transformer2DModel
     text_encoders = (*CLIPS, "text_encoder_3")
     exported_text_encoders = CLIPS
-    optional_parts = ("text_encoder_3", "tokenizer_3")
+    optional_components = ("text_encoder_3", "tokenizer_3")
     flow = True
     targets: ClassVar = {
         "attention": (*ATTENTION, *JOINT_ATTENTION),
@@ -42,7 +42,7 @@ class StableDiffusion3(Family):
     }
 
     @property
-    def parts(self) -> dict[str, tuple[str, ...]]:
+    def component_classes(self) -> dict[str, tuple[str, ...]]:
         return {
             "transformer": ("SD3Transformer2DModel",),
             "vae": ("AutoencoderKL", "AutoencoderTiny"),
@@ -53,11 +53,11 @@ class StableDiffusion3(Family):
             "scheduler": (),
         }
 
-    def checks(self, parts: Parts) -> dict[str, Callable[[], None]]:
+    def checks(self, components: ComponentConfigs) -> dict[str, Callable[[], None]]:
         def transformer() -> None:
-            config = parts["transformer"]
+            config = components["transformer"]
             channels = positive_ints(config, "in_channels", "out_channels")
-            channels += positive_ints(parts["vae"], "latent_channels")
+            channels += positive_ints(components["vae"], "latent_channels")
             size, patch = positive_ints(config, "sample_size", "patch_size")
             if size % patch:
                 raise InputError(f"sample_size is {size}: it must be a multiple of patch_size, {patch}")
@@ -67,24 +67,24 @@ class StableDiffusion3(Family):
                 raise InputError(f"sample_size is {size}: it must be at most {most}, pos_embed_max_size × patch_size")
             if len(set(channels)) > 1:
                 raise InputError(f"transformer and VAE have {', '.join(map(str, channels))} channels, not all the same")
-            pooled = sum(positive_ints(parts[name], "projection_dim")[0] for name in CLIPS)
+            pooled = sum(positive_ints(components[name], "projection_dim")[0] for name in CLIPS)
             if config["pooled_projection_dim"] != pooled:
                 raise InputError(f"pooled_projection_dim is {config['pooled_projection_dim']!r}, not CLIP's {pooled}")
             width = config["joint_attention_dim"]
-            if (t5 := parts.get("text_encoder_3")) is not None and t5.get("d_model") != width:
+            if (t5 := components.get("text_encoder_3")) is not None and t5.get("d_model") != width:
                 raise InputError(f"joint_attention_dim is {width!r}, where T5 gives {t5.get('d_model')!r}")
-            if (clip := sum(positive_ints(parts[name], "hidden_size")[0] for name in CLIPS)) > width:
+            if (clip := sum(positive_ints(components[name], "hidden_size")[0] for name in CLIPS)) > width:
                 raise InputError(f"joint_attention_dim is {width!r}, less than the {clip} that CLIP gives")
 
         def tokenizer_3() -> None:
-            if "text_encoder_3" in parts and "tokenizer_3" not in parts:
+            if "text_encoder_3" in components and "tokenizer_3" not in components:
                 raise InputError("model_index.json leaves it out, but not text_encoder_3, which needs it")
 
         return {
             "transformer": transformer,
-            "vae": lambda: check_vae(parts["vae"], pipeline="StableDiffusion3Pipeline", shifts=True),
+            "vae": lambda: check_vae(components["vae"], pipeline="StableDiffusion3Pipeline", shifts=True),
             "tokenizer_3": tokenizer_3,
-            "tokenizer": lambda: check_clip_text(parts, CLIPS, self.tokenizers[:2]),
+            "tokenizer": lambda: check_clip_text(components, CLIPS, self.tokenizers[:2]),
         }
 
     def max_tokens(self, pipeline: DiffusionPipeline, tokenizer: str) -> int:

@@ -26,7 +26,7 @@ def load_text(files: ModelFiles, names: Iterable[str], *, device: torch.device, 
     index, found = read_json(files.folder / "model_index.json"), dict[str, Any]()
     with without_bom(files.folder) as root:
         for name in names:
-            if name in files.absent_parts:
+            if name in files.absent_components:
                 continue
             known, folder = getattr(transformers, index[name][1]), files.folder / name
             try:

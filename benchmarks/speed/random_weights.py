@@ -11,7 +11,7 @@ import transformers
 
 from ...engine.errors import InputError
 from ...engine.files import read_json
-from ...engine.model import Model, ModelFiles, default_dtype, locate, part_from_config, prepare_for_inference
+from ...engine.model import Model, ModelFiles, component_from_config, default_dtype, locate, prepare_for_inference
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 """Configurations of public models."""
@@ -41,15 +41,17 @@ def random_model(files: ModelFiles, *, device: torch.device, seed: int = 0) -> M
     # On the device: billions of random numbers take a processor minutes.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(seed)
-        for name in sorted(files.family.parts.keys() - files.absent_parts.keys()):
+        for name in sorted(files.family.component_classes.keys() - files.absent_components.keys()):
             folder, (library, class_name) = files.folder / name, index[name]
-            of_words = "Tokenizer" in class_name
-            part = _tokenizer(folder, class_name) if of_words else part_from_config(folder, library, class_name)
-            components[name] = part
-            if isinstance(part, torch.nn.Module):
+            if "Tokenizer" in class_name:
+                component = _tokenizer(folder, class_name)
+            else:
+                component = component_from_config(folder, library, class_name)
+            components[name] = component
+            if isinstance(component, torch.nn.Module):
                 # At once: in float32 all of them may not fit. By torch's method: that of diffusers warns of float32
                 # layers that these do not have.
-                torch.nn.Module.to(part, dtype)
+                torch.nn.Module.to(component, dtype)
     pipeline = files.family.assemble(components, index)
     prepare_for_inference(pipeline, files.family)
     return Model(files=files, pipeline=pipeline.to(device))

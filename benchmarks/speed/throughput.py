@@ -75,13 +75,13 @@ class TimedVariant:
     Attributes:
         mode: key of `MODES`.
         runner: executes the UNet.
-        parts: text encoder and VAE of the runner; None takes the model's.
+        model: with the text encoder and VAE of the runner; None takes the workload's.
         batch_sizes: the only batch sizes to time; None for all.
     """
 
     mode: str
     runner: Runner
-    parts: Model | None = None
+    model: Model | None = None
     batch_sizes: Sequence[int] | None = None
 
     @property
@@ -105,7 +105,7 @@ class TimedVariant:
 
     def time(self, work: Workload) -> dict[str, float]:
         """Make the batch of images: seconds by part, as far as they are known, with "total"."""
-        model, runner, guided = self.parts or work.model, self.runner, MODES[self.mode] > 1
+        model, runner, guided = self.model or work.model, self.runner, MODES[self.mode] > 1
         device, width = runner.device, runner.config.get("time_cond_proj_dim")
         watch = Stopwatch(device)
 

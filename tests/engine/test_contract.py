@@ -146,7 +146,7 @@ def test_the_index_says_what_is_left_out_though_its_folder_is_there(index: dict[
     for weights in (tmp_path / "full").rglob("*.safetensors"):
         shutil.copy(weights, Path(folder) / weights.relative_to(tmp_path / "full"))
     files = locate(folder)
-    assert set(files.absent_parts) == set(index)
+    assert set(files.absent_components) == set(index)
     assert "text_encoder_3" not in files.parameters()
     assert "text_encoder_3" not in files.other_sha256()
     pipeline = load(files, device=CPU).pipeline

@@ -93,7 +93,7 @@ def stock_image(
 
     `written` is a folder that was written of this one, to draw with in its place.
     """
-    pipeline = DiffusionPipeline.from_pretrained(written or folder, **locate(str(folder)).absent_parts)
+    pipeline = DiffusionPipeline.from_pretrained(written or folder, **locate(str(folder)).absent_components)
     pipeline.set_progress_bar_config(disable=True)
     if student is not None:
         pipeline.load_lora_weights(student, weight_name=LORA_FILE)
