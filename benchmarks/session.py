@@ -14,7 +14,7 @@ from accelerate import PartialState
 from diffusers import SchedulerMixin
 
 from ..engine.errors import InputError
-from ..engine.files import hash_of, sha256_of
+from ..engine.files import hash_of
 from ..engine.generate import device_for
 from ..engine.guidance import teacher_denoiser
 from ..engine.guiders import Guider
@@ -121,8 +121,6 @@ def identity_of(model: Model) -> dict[str, Any]:
     files, device = model.files, model.device
     return files.other_sha256() | {
         "denoiser": files.denoiser_sha256(),
-        # It says how SDXL treats empty prompts.
-        "model_index": sha256_of(files.folder / "model_index.json"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": str(model.denoiser.dtype),
         "versions": versions(),

@@ -26,9 +26,11 @@ from ..engine.model import Model, ModelFiles
 from ..engine.text_encoders import load_text
 from ..engine.versions import versions
 
+CACHED_BYTES = 2**30
+
 
 class _StandIn(SimpleNamespace):
-    """A part that is not needed, but for what pipelines read of it; a plain `SimpleNamespace` has no `__module__`."""
+    """An unneeded component, but for what pipelines read of it; a plain `SimpleNamespace` has no `__module__`."""
 
 
 class TextStore:
@@ -96,7 +98,7 @@ class TextStore:
         return len(missing)
 
     def _text_pipeline(self, device: torch.device) -> Any:
-        """A stock pipeline of tokenizers and text encoders; of the other parts it has the configurations."""
+        """A stock pipeline of tokenizers and text encoders; of the other components it has the configurations."""
         files, family = self.files, self.files.family
 
         def stand_in(config: dict[str, Any]) -> _StandIn:
@@ -115,11 +117,9 @@ class TextStore:
 
 
 class TextCache:
-    """Embeddings of prompts (or negative prompts), each computed once, kept on the CPU in at most `limit` bytes."""
+    """Embeddings of prompts (or negative prompts), each computed once, kept on the CPU in at most `CACHED_BYTES`."""
 
-    def __init__(
-        self, model: Model, *, negative: bool = False, limit: int = 2**30, store: TextStore | None = None
-    ) -> None:
+    def __init__(self, model: Model, *, negative: bool = False, store: TextStore | None = None) -> None:
         """Embed by the model's text encoders, or read from a store that has been filled."""
         self.model = model
         family, pipeline = model.family, model.pipeline
@@ -130,7 +130,7 @@ class TextCache:
         numbers = sum(math.prod(shape) for shape in family.prompt_shapes(pipeline).values())
         # One at a time goes through the text encoder: the batch around a prompt changes its last bits, and a resumed
         # run must give the bytes of an uninterrupted one.
-        self._embedded = lru_cache(maxsize=max(1, limit // (4 * numbers)))(
+        self._embedded = lru_cache(maxsize=max(1, CACHED_BYTES // (4 * numbers)))(
             lambda prompt: (
                 family.embed_negative(pipeline, prompt) if negative else family.embed(pipeline, [prompt])
             ).to("cpu")

@@ -268,8 +268,7 @@ class Lora(Adapter):
                 layer.float().merge(safe_merge=True)
             except (ValueError, NotImplementedError) as error:
                 raise BoostDiffError(f"{name} can't be merged: {error}") from None
-            parent, _, attribute = name.rpartition(".")
-            setattr(denoiser.get_submodule(parent), attribute, layer.get_base_layer().to(dtype))
+            layer.get_base_layer().to(dtype)
         denoiser.unload_lora()
 
     def save_kohya(self, folder: Path) -> Path:

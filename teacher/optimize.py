@@ -17,12 +17,14 @@ from ..distill.checkpoint import load_training_state, save_training_state
 from ..distill.order import reduce_together
 from ..engine.errors import InputError
 
+WARMUP_STEPS = 100
 
-def learning_rate_factor(step: int, *, steps: int, warmup: int = 100) -> float:
+
+def learning_rate_factor(step: int, *, steps: int) -> float:
     """Linear warm-up, constant, then a cosine decay to zero over the last 40%."""
     decay_from = 0.6 * steps
-    if step < warmup:
-        return (step + 1) / warmup
+    if step < WARMUP_STEPS:
+        return (step + 1) / WARMUP_STEPS
     if step < decay_from:
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - decay_from) / (steps - decay_from)))
