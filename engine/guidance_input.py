@@ -96,8 +96,10 @@ def add_guidance_embedding(unet: UNet2DConditionModel, width: int = GUIDANCE_WID
     return projection
 
 
-ADAPTER_FILES = {each.file for each in (*METHODS.values(), Norms, LiveNegative, GuidanceConditioned)}
-"""All that adapters have files of, in a student's folder."""
+ADAPTERS: tuple[type[Adapter], ...] = (*METHODS.values(), Norms, LiveNegative, GuidanceConditioned)
+"""All that may have a file in a student's folder."""
+
+ADAPTER_FILES = {each.file for each in ADAPTERS}
 
 
 def make_adapter(
