@@ -74,7 +74,11 @@ def test_where_sums_are_rounded_otherwise_a_few_levels_are_no_fault(
 @pytest.mark.skipif(missing_compiler(torch.device("cpu")) is not None, reason="needs a C++ compiler")
 @pytest.mark.parametrize(
     ("role", "backend"),
-    [("student", "eager"), ("teacher", "eager"), pytest.param("student", "inductor", marks=pytest.mark.slow)],
+    [
+        ("student", "eager"),
+        pytest.param("teacher", "eager", marks=pytest.mark.slow),
+        pytest.param("student", "inductor", marks=pytest.mark.slow),
+    ],
 )
 def test_compiled_it_draws_the_same_and_fills_batches_up(
     tiny_folder: Path, students: dict[str, Path], monkeypatch: pytest.MonkeyPatch, role: str, backend: str
