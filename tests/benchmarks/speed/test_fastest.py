@@ -64,3 +64,23 @@ def test_a_guidance_conditioned_students_graph_takes_the_scale(tiny: Model, monk
     with torch.inference_mode():
         other = TorchRunner(student).predict(inputs | {"timestep_cond": -inputs["timestep_cond"]})
     assert not torch.allclose(other, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["captured", "compiled"])
+def test_on_a_gpu_the_models_own_denoiser_keeps_its_memory_order(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Stock diffusers is timed with it."""
+
+    class Reordering(TorchRunner):
+        def __init__(self, denoiser: torch.nn.Module, **options: object) -> None:
+            super().__init__(denoiser.to(memory_format=torch.channels_last))
+
+    class OnGpu:
+        device, denoiser = torch.device("cuda"), tiny.denoiser
+
+    monkeypatch.setattr(fastest, "CapturedRunner", Reordering)
+    with FastestRunners(OnGpu(), passes=1, name=name) as runners:  # type: ignore[arg-type]
+        monkeypatch.setattr(runners, "compiled", Reordering)
+        assert not runners(tiny.denoiser).denoiser.conv_in.weight.is_contiguous()
+    assert tiny.denoiser.conv_in.weight.is_contiguous()
