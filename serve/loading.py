@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,8 +37,8 @@ def open_model(settings: ModelSettings) -> ImageModel:
     engine: Engine | None = None
     distilled: Distilled | None = None
     if settings.engine is not None:
-        name, device = settings.runner, settings.device
-        engine = Engine.load(settings.engine, runner=name, device=device, precision=settings.precision)
+        how: dict[str, Any] = settings.model_dump(include={"runner", "device", "precision"})
+        engine = Engine.load(settings.engine, **how)
         model, distilled = engine.model, engine.manifest.distilled
         runner: Runner = model.denoiser
     else:
