@@ -320,6 +320,12 @@ class Session:
     ) -> SampleCache:
         """Where all rows of quality come from."""
         device, path, weights = self.model.device, metrics.reference, metrics.inception_weights
+        _, height, width = self.model.latent_shape
+        if metrics.reference_size is not None and height != width:
+            # Feature networks squeeze images into squares, which squares alone come through unharmed.
+            raise InputError(
+                "--reference-size cuts squares, and this model's images are none: cut the real ones before"
+            )
         network = (EfficientNetLite0Features() if weights is None else InceptionFeatures(weights)).to(device)
         return SampleCache(
             model=self.model,

@@ -275,8 +275,11 @@ class Lora(Adapter):
         """Write a LoRA once more by the names that ComfyUI, A1111 and kohya's scripts read.
 
         The conversion is diffusers' (`convert_state_dict_to_kohya`), of a UNet's LoRA alone; each alpha is the rank.
+        SDXL's `add_embedding` gets the name that it has in single files, the only one that all readers know.
         """
         tensors = convert_state_dict_to_kohya({f"unet.{name}": t for name, t in self.folded_state_dict().items()})
+        for ours, theirs in (("add_embedding_linear_1", "label_emb_0_0"), ("add_embedding_linear_2", "label_emb_0_2")):
+            tensors = {name.replace(ours, theirs): tensor for name, tensor in tensors.items()}
         save_file({name: t.contiguous() for name, t in tensors.items()}, folder / KOHYA_FILE, metadata={"format": "pt"})
         return folder / KOHYA_FILE
 

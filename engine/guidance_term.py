@@ -15,7 +15,7 @@ from .model import Model
 from .runners import TorchRunner
 from .sampling import initial_noise, sample
 
-TRAJECTORY_STEPS, EVERY = 16, 4
+TRAJECTORY_STEPS, KEPT = 16, slice(1, None, 4)
 """DDIM steps of the trajectories whose predictions are compared, at every fourth."""
 
 
@@ -28,8 +28,20 @@ class State(NamedTuple):
     unguided: torch.Tensor
 
 
-def trajectory(model: Model, text: TextEmbeddings, scale: float, guider: Guider | None = None) -> list[State]:
-    """The teacher's states at one guidance scale above 1, image i from the noise of seed i."""
+def trajectory(
+    model: Model,
+    text: TextEmbeddings,
+    scale: float,
+    guider: Guider | None = None,
+    *,
+    steps: int = TRAJECTORY_STEPS,
+    spacing: str | None = None,
+    kept: slice = KEPT,
+) -> list[State]:
+    """The teacher's states at one guidance scale above 1, image i from the noise of seed i.
+
+    Those of DDIM steps, of a spacing as in `make_scheduler`, of which some are kept.
+    """
     teacher, states = GuidedDenoiser(TorchRunner(model.denoiser), scale, guider), []
 
     def recording(z_t: torch.Tensor, t: torch.Tensor, text: TextEmbeddings) -> torch.Tensor:
@@ -44,10 +56,10 @@ def trajectory(model: Model, text: TextEmbeddings, scale: float, guider: Guider 
         noise=initial_noise(model.latent_shape, count=len(text), seed=0).to(
             model.device, model.family.latents_dtype(model.denoiser.dtype)
         ),
-        scheduler=model.make_scheduler("ddim"),
-        steps=TRAJECTORY_STEPS,
+        scheduler=model.make_scheduler("ddim", spacing=spacing),
+        steps=steps,
     )
-    return states[1::EVERY]
+    return states[kept]
 
 
 def total_sum_of_squares(states: Sequence[State]) -> float:

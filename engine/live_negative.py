@@ -144,8 +144,10 @@ def attach(unet: UNet2DConditionModel) -> dict[str, LiveNegativeAttention]:
     """Put processors on every cross-attention; by the attention's name.
 
     Raises:
-        InputError: the UNet has none, or attends in another mode.
+        InputError: the UNet has none, attends in another mode, or takes the text in elsewhere, too.
     """
+    if unet.config.get("addition_embed_type") == "text":
+        raise InputError("--negative-prompt live can't be used: this UNet adds its text to the timestep, too")
     shared = _Shared()
     attentions = {n: m for n, m in unet.named_modules() if isinstance(m, Attention) and m.is_cross_attention}
     if not attentions or not all(

@@ -371,13 +371,14 @@ def prepare_for_inference(pipeline: DiffusionPipeline, family: Family) -> None:
 def set_attention(denoiser: torch.nn.Module, processor: Any) -> None:
     """As diffusers' `set_attn_processor`, of UNets; processors for live negative prompts stay, and compute as this one.
 
-    Transformers, whose attention is of other classes, are left as they are.
+    Transformers, whose attention is of other classes, are left as they are, and so is attention with keys and values
+    of its own for the text (`SimpleCrossAttnDownBlock2D`), which the plain processors would leave out.
     """
     for module in denoiser.modules() if isinstance(denoiser, UNet2DConditionModel) else ():
         if isinstance(module, Attention):
             if hasattr(module.processor, "stock"):
                 module.processor.stock = processor
-            else:
+            elif module.added_kv_proj_dim is None:
                 module.set_processor(processor)
 
 

@@ -66,6 +66,8 @@ class Sana(Family):
                     f"the transformer takes {inputs} channels and gives {outputs}, the VAE has {latents}: "
                     "it must give as many as both have, or twice as many with a variance"
                 )
+            if components["scheduler"].get("use_dynamic_shifting"):
+                raise InputError("the scheduler's use_dynamic_shifting can't be used: Sana's pipeline gives no shift")
             if config["guidance_embeds"]:
                 raise InputError("guidance_embeds is true: it is distilled already")
             if config["cross_attention_dim"] != heads * width:

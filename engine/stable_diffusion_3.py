@@ -20,6 +20,9 @@ T5_TOKENS = 256
 FEED_FORWARD = ("net.0.proj", "net.2")
 CLIPS = ("text_encoder", "text_encoder_2")
 
+PATCH = 2
+"""Side of a patch, in latents, that the stock pipeline counts tokens by."""
+
 
 class StableDiffusion3(Family):
     """Stable Diffusion 3 and 3.5."""
@@ -61,6 +64,8 @@ class StableDiffusion3(Family):
             size, patch = positive_ints(config, "sample_size", "patch_size")
             if size % patch:
                 raise InputError(f"sample_size is {size}: it must be a multiple of patch_size, {patch}")
+            if components["scheduler"].get("use_dynamic_shifting") and patch != PATCH:
+                raise InputError(f"patch_size is {patch}: with use_dynamic_shifting it must be {PATCH}")
             if config["pos_embed_max_size"] is not None:
                 positive_ints(config, "pos_embed_max_size")
             if (most := self.largest_side(config)) and size > most:
@@ -116,6 +121,6 @@ class StableDiffusion3(Family):
         return positions and positions * denoiser_config["patch_size"]
 
     def timesteps(self, scheduler_config: Any, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
-        """See `Family.timesteps`; patches are of 2 by 2 latents."""
+        """See `Family.timesteps`."""
         _, height, width = latent_shape
-        return shift_of_size(scheduler_config, (height // 2) * (width // 2), max_shift=1.16)
+        return shift_of_size(scheduler_config, (height // PATCH) * (width // PATCH), max_shift=1.16)

@@ -19,11 +19,14 @@ from ..engine.model import LARGE_PARAMETERS, Model, ModelFiles
 from ..engine.prompts import read_prompts
 from ..engine.runners import Runner, TorchRunner
 from ..engine.sampling import initial_noise, sample
+from ..engine.schedulers import is_flow
 from ..engine.student import StudentInfo
 from .config import ExportConfig
 
 STEPS, ROWS, SEED = 16, 4, 1_000_000
 """Steps of the student's trajectories, states kept of each, and their first seed: the teacher's begin at 0."""
+TRAILING_STEPS = 4
+"""Of the trajectories that begin at the last timestep."""
 PROMPTS, CHECKED = 16, 8
 """Prompts to calibrate on, and others to judge by."""
 LARGE_PROMPTS, LARGE_CHECKED = 4, 2
@@ -46,6 +49,18 @@ def calibration_prompts(config: ExportConfig, files: ModelFiles) -> list[str]:
             "--calibration-prompts FILE, such as the student's training prompts"
         )
     return read_prompts(embedded.TRAIN_PROMPTS)
+
+
+def _further_timesteps(model: Model, few_steps: int | None) -> list[tuple[int, str]]:
+    """Steps and spacing of trajectories beside those of the model's own spacing.
+
+    A leading one begins below the last timestep, where trailing ones begin, and so do samplers that space linearly:
+    there 8 bits whose ranges do not hold its latents err many times as much.
+    """
+    schedule = model.pipeline.scheduler.config
+    if is_flow(schedule) or (few_steps is None and schedule.get("timestep_spacing") == "trailing"):
+        return []
+    return [(few_steps or TRAILING_STEPS, "trailing")]
 
 
 class _Recorder(TorchRunner):
@@ -96,23 +111,31 @@ class Calibration:
         text = model.family.encode(model.pipeline, chosen[:checked], negative_prompt=info.negative_prompt)
         guider = info.teacher_guider.for_schedule(model.pipeline.scheduler.config)
         states = trajectory(model, text, info.guidance, guider)
+        for steps, spacing in _further_timesteps(model, info.steps):
+            kept = slice(None, None, 2)
+            states += trajectory(model, text, info.guidance, guider, steps=steps, spacing=spacing, kept=kept)
         if not total_sum_of_squares(states) > 0:
             raise BoostDiffError("guidance changes nothing in this model: 8 bits can't be judged by it")
         return cls(family=model.family, prompts=chosen[checked:] or chosen, text=text, checked=states)
 
     @torch.inference_mode()
     def add_states(
-        self, model: Model, denoiser_of: Callable[[Runner], Denoiser], negative_prompt: str | None = None
+        self,
+        model: Model,
+        denoiser_of: Callable[[Runner], Denoiser],
+        negative_prompt: str | None = None,
+        few_steps: int | None = None,
     ) -> None:
-        """Draw trajectories of the model's UNet, in DDIM steps over all timesteps, and keep what it is given."""
+        """Draw trajectories of the model's UNet, in DDIM steps over all timesteps, and keep what it is given.
+
+        `few_steps` are those of a few-step student.
+        """
         recorder, count = _Recorder(model.denoiser), len(self.prompts)
-        sample(
-            denoiser_of(recorder),
-            text=model.family.encode(model.pipeline, list(self.prompts), negative_prompt=negative_prompt),
-            noise=initial_noise(model.latent_shape, count=count, seed=SEED).to(model.device),
-            scheduler=model.make_scheduler("ddim"),
-            steps=STEPS,
-        )
+        text = model.family.encode(model.pipeline, list(self.prompts), negative_prompt=negative_prompt)
+        noise = initial_noise(model.latent_shape, count=count, seed=SEED).to(model.device)
+        for steps, spacing in ((STEPS, None), *_further_timesteps(model, few_steps)):
+            scheduler = model.make_scheduler("ddim", spacing=spacing)
+            sample(denoiser_of(recorder), text=text, noise=noise, scheduler=scheduler, steps=steps)
         self.states = recorder.states
 
     def described(self) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def export(
         if calibration and config.quantize:
             report("8 bits: drawing the student's trajectories, which they are calibrated on")
             with recorded_ranges(model.denoiser) as ranges:
-                calibration.add_states(model, info.denoiser, info.choose_negative_prompt(None))
+                calibration.add_states(model, info.denoiser, info.choose_negative_prompt(None), info.steps)
             report("8 bits: measuring what each layer costs")
             denoiser = info.denoiser(TorchRunner(model.denoiser))
             errors = layer_errors(model.denoiser, denoiser, calibration, ranges, SCHEMES[config.quantize])

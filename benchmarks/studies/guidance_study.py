@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import typer
 
+from ...engine.errors import InputError
 from ...engine.guidance_term import r2_of, trajectory
 from ...engine.options import SpacingOption, StudentsSamplerOption, StudentsStepsOption
 from ...engine.runners import TorchRunner
@@ -43,6 +44,8 @@ def guidance_r2(
     for folder in students:
         with held_out([folder], config, model=model) as (session, _):
             (student,), loaded = session.students, session.model
+            if student.info.steps is not None:
+                raise InputError(f"{folder} is a few-step student, which takes other steps than this compares")
             negative = student.info.negative_prompt
             text = loaded.family.encode(loaded.pipeline, session.prompts[:prompts], negative_prompt=negative)
             for scale in scales_for(student.info, asked):

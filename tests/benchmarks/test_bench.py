@@ -367,6 +367,21 @@ def test_as_many_images_are_denoised_together_as_the_report_says(
     assert session.provenance(None)["sampling_batch_size"] == together
 
 
+@pytest.mark.parametrize("sides", [(8, 12), (12, 8)])
+def test_real_images_are_not_cut_to_squares_beside_others(
+    tiny_folder: Path, students: dict[str, Path], reference: Path, tmp_path: Path, sides: tuple[int, int]
+) -> None:
+    """Squeezed to the network's square, the model's images would differ from them by their shape alone."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    write_json(folder / "unet/config.json", read_json(folder / "unet/config.json") | {"sample_size": sides})
+    options = {"guidance": None, "prompts": MANY, "device": "cpu"}
+    config = BenchConfig(samples=2, steps=1, compile=False)
+    with Session.open(locate(str(folder)), config, students=[students["lora"]], **options) as session:
+        with pytest.raises(InputError, match="--reference-size cuts squares, and this model's images are none"):
+            session.sample_cache(Metrics(reference=folder, reference_size=8), folder=None)
+        session.sample_cache(Metrics(reference=reference), folder=None)
+
+
 def test_more_samples_than_prompts(tiny_files: ModelFiles, students: dict[str, Path], engine: Path) -> None:
     with pytest.raises(InputError, match="needs as many prompts: there are 24"):
         bench(

@@ -24,7 +24,14 @@ from boostdiff.engine.exported import Engine
 from boostdiff.engine.generate import draw
 from boostdiff.engine.guidance import guidance_embedding
 from boostdiff.engine.guidance_input import make_adapter
-from boostdiff.engine.live_negative import INITIAL_SCALE, LIVE_FILE, LiveNegative, LiveNegativeAttention, growth_at
+from boostdiff.engine.live_negative import (
+    INITIAL_SCALE,
+    LIVE_FILE,
+    LiveNegative,
+    LiveNegativeAttention,
+    attach,
+    growth_at,
+)
 from boostdiff.engine.merge import merge_and_check, merged_copy
 from boostdiff.engine.model import Model, ModelFiles, load, locate
 from boostdiff.engine.runners import TorchRunner
@@ -33,6 +40,7 @@ from boostdiff.engine.schedulers import make_scheduler
 from boostdiff.engine.student import StudentInfo, read_student
 from boostdiff.export.config import ExportConfig
 from boostdiff.export.export import export
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from PIL import Image
 from tiny import CPU, PROMPTS, make_pipeline, make_xl_pipeline, save_images
@@ -376,3 +384,11 @@ def test_a_compiled_unet_reads_the_newest_time_embedding(tiny: Model, monkeypatc
             runner(z_t, torch.tensor(t), **arguments, return_dict=False)[0] for runner in (compiled, eager)
         )
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_unet_that_adds_its_text_to_the_timestep_is_refused(tiny: Model) -> None:
+    config = dict(tiny.denoiser.config) | {"addition_embed_type": "text", "addition_embed_type_num_heads": 2}
+    unet = UNet2DConditionModel.from_config(config)
+    with pytest.raises(InputError, match="this UNet adds its text to the timestep, too"):
+        attach(unet)
+    assert not unet.config.get("live_negative_prompt")

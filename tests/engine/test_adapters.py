@@ -11,9 +11,9 @@ from boostdiff.engine.errors import InputError
 from boostdiff.engine.guidance_input import make_adapter
 from boostdiff.engine.merge import merge_and_check
 from boostdiff.engine.model import Model, ModelFiles, load, locate
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
-from tiny import CPU
+from tiny import CPU, make_xl_pipeline
 
 SD21 = Path(__file__).parents[2] / "benchmarks" / "configs" / "sd21-base"
 
@@ -147,3 +147,22 @@ def test_a_kohya_file_is_the_same_lora(tiny: Model, tiny_folder: Path, tmp_path:
 def test_a_target_that_no_layer_has(tiny: Model) -> None:
     with pytest.raises(InputError, match="no layer's name in the denoiser ends in 'to_nowhere': check --targets"):
         make_adapter("lora", tiny.denoiser, targets="to_nowhere")
+
+
+def test_a_kohya_file_of_every_layer_of_sdxl_is_the_same_lora(tmp_path: Path) -> None:
+    """By the names of `add_embedding` that diffusers' converter gives, its reader takes two layers for one."""
+    folder = tmp_path / "model"
+    make_xl_pipeline().save_pretrained(folder)
+    xl = load(locate(str(folder)), device=CPU)
+    adapter = make_adapter("lora", xl.denoiser, rank=4, targets="all")
+    assert isinstance(adapter, Lora)
+    perturb(adapter)
+    path = adapter.save_kohya(tmp_path)
+    assert {"lora_unet_label_emb_0_0.alpha", "lora_unet_label_emb_0_2.alpha"} <= load_file(path).keys()
+    stock = StableDiffusionXLPipeline.from_pretrained(folder)
+    stock.load_lora_weights(tmp_path, weight_name=path.name)
+    inputs = xl.family.example_inputs(xl.pipeline, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            xl.family.forward(stock.unet, inputs), xl.family.forward(xl.denoiser, inputs), atol=1e-5, rtol=1e-4
+        )

@@ -1,4 +1,6 @@
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +12,11 @@ from boostdiff.engine.compiled import (
     use_plain_attention,
     with_bfloat16_vae,
 )
-from boostdiff.engine.model import Model, load, locate
+from boostdiff.engine.model import Model, keep_attention_in_fp32, load, locate
 from boostdiff.engine.runners import TorchRunner
 from boostdiff.engine.sampling import decode
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from tiny import CPU
 from tiny_qwen_image import make_qwen_image_pipeline
 from torch._inductor import config
@@ -131,3 +134,28 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     assert missing_compiler(CPU) == "torch.compile needs a C++ compiler"
+
+
+@pytest.mark.parametrize("replace", [use_plain_attention, keep_attention_in_fp32])
+def test_attention_with_keys_of_its_own_for_the_text_is_left_alone(replace: Callable[[Any], object]) -> None:
+    """Plain processors would leave its `add_k_proj` and `add_v_proj` out, without an error."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 32),
+        down_block_types=("SimpleCrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        layers_per_block=1,
+        attention_head_dim=8,
+        norm_num_groups=4,
+        cross_attention_dim=32,
+        upcast_attention=True,
+    )
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor(500), torch.randn(2, 5, 32)
+    with torch.no_grad():
+        expected = unet(*inputs).sample
+        replace(unet)
+        torch.testing.assert_close(unet(*inputs).sample, expected, atol=1e-4, rtol=1e-4)
+    kinds = {type(module.processor).__name__ for module in unet.modules() if isinstance(module, Attention)}
+    assert len(kinds) == 2

@@ -16,6 +16,7 @@ from boostdiff.engine.files import read_json, write_json
 from boostdiff.engine.model import load, locate
 from diffusers import DiffusionPipeline
 from tiny import CPU, make_pipeline, make_sd3_pipeline, make_xl_pipeline
+from tiny_sana import make_sana_pipeline
 from typer.testing import CliRunner
 
 SCHEDULER, UNET, VAE = "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"
@@ -230,3 +231,25 @@ def test_a_tokenizer_without_padding(make: Callable[[], DiffusionPipeline], name
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": None}))
     with pytest.raises(InputError, match=f"{name} has no padding token"):
         load(locate(str(tmp_path)), device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("make", "patch", "dynamic", "said"),
+    [
+        (make_sd3_pipeline, 1, True, "patch_size is 1: with use_dynamic_shifting it must be 2"),
+        (make_sd3_pipeline, 4, True, "patch_size is 4: with use_dynamic_shifting it must be 2"),
+        (make_sd3_pipeline, 1, False, None),
+        (make_sana_pipeline, 1, True, "use_dynamic_shifting can't be used: Sana's pipeline gives no shift"),
+    ],
+)
+def test_a_shift_by_image_size(
+    tmp_path: Path, make: Callable[[], DiffusionPipeline], patch: int, dynamic: bool, said: str | None
+) -> None:
+    make().save_pretrained(tmp_path / "full")
+    patched = changed(tmp_path / "full", tmp_path / "patched", "transformer/config.json", patch_size=patch)
+    folder = changed(Path(patched), tmp_path / "model", SCHEDULER, use_dynamic_shifting=dynamic)
+    if said is None:
+        locate(folder, weights=False)
+        return
+    with pytest.raises(InputError, match=f"/transformer/config.json: .*{said}"):
+        locate(folder, weights=False)

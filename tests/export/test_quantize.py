@@ -1,5 +1,6 @@
 """The UNet in 8 bits: what is written, what it is judged by, and what is refused."""
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -22,8 +23,9 @@ from boostdiff.engine.errors import BoostDiffError, InputError
 from boostdiff.engine.exported import Engine
 from boostdiff.engine.families import FAMILIES
 from boostdiff.engine.generate import draw
+from boostdiff.engine.guidance import SinglePassDenoiser
 from boostdiff.engine.manifest import Manifest, read_manifest
-from boostdiff.engine.model import Model, ModelFiles, locate
+from boostdiff.engine.model import Model, ModelFiles, load, locate
 from boostdiff.engine.runners import GraphRunner, chosen_graph
 from boostdiff.engine.sessions import OnnxSession
 from boostdiff.engine.student import read_student
@@ -257,6 +259,31 @@ def test_where_no_layer_can_be_quantized(engine: Path, tiny: Model, students: di
     errors = {name: torch.ones(3) for name in layers_of(engine / "unet/model.onnx")}
     with pytest.raises(BoostDiffError, match="no layer of the UNet can be quantized within the limits"):
         quantize_unet(engine / "unet/model.onnx", read_manifest(engine), calibration, errors, large=False)
+
+
+@pytest.mark.parametrize(
+    ("few_steps", "spacing", "expected"), [(None, "leading", 16 + 4), (3, "leading", 16 + 3), (None, "trailing", 16)]
+)
+def test_eight_bits_are_calibrated_and_judged_at_the_last_timestep_too(
+    tiny_folder: Path, tmp_path: Path, students: dict[str, Path], few_steps: int | None, spacing: str, expected: int
+) -> None:
+    """Sampling of trailing timesteps begins there, and few-step students have their own steps alone."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"timestep_spacing": spacing}))
+    model = load(locate(str(folder)), device=torch.device("cpu"))
+    info = replace(read_student(students["lora"]), steps=few_steps)
+    calibration = Calibration.of_teacher(model, PROMPTS, info)
+    calibration.add_states(model, SinglePassDenoiser, None, few_steps)
+    seen = [int(state["timestep"][0]) for state in calibration.states]
+    assert len(seen) == expected
+    assert max(seen) == 999
+    judged = {int(state.t) for state in calibration.checked}
+    if spacing == "leading":
+        assert max(judged) == 999
+    if few_steps:
+        assert {999, 666, 332} <= set(seen)
+        assert {999, 332} <= judged
 
 
 def test_without_guidance_there_is_nothing_to_measure_by(tiny: Model, students: dict[str, Path]) -> None:

@@ -116,6 +116,13 @@ def test_effective_guidance_at_each_scale_of_the_range(tmp_path: Path, prompt_fi
     assert len(set((tmp_path / "features").iterdir()) - shards) == 10 + 1
 
 
+def test_r2_of_few_steps_would_be_of_another_target(student: Path, tmp_path: Path) -> None:
+    few = few_step_copy(student, tmp_path / "few", 2)
+    result = CliRunner().invoke(app, ["guidance-r2", str(few), "--prompts", "2"])
+    assert isinstance(result.exception, InputError)
+    assert "is a few-step student, which takes other steps" in str(result.exception)
+
+
 @pytest.mark.parametrize("beside", [pytest.param([], marks=pytest.mark.slow), ["w3"]])
 def test_effective_guidance_of_few_steps_is_at_their_own(student: Path, tmp_path: Path, beside: list[str]) -> None:
     few = few_step_copy(student, tmp_path / "few", 2)
